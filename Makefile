@@ -1,0 +1,29 @@
+# On a machine with git, make and Python >= 3.11, `make demo` and `make test` need nothing else: uv comes into .tools, the
+# locked packages into .venv.
+SHELL := /bin/bash
+UV := .tools/bin/uv
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check lock
+demo: .venv/ready
+	$(BIN)/python scripts/demo.py
+
+test: .venv/ready
+	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+check: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+lock: $(UV)
+	$(UV) lock
+
+.venv/ready: $(UV) pyproject.toml uv.lock
+	$(UV) sync --frozen --all-extras
+	touch $@
+
+$(UV):
+	python3 -m venv .tools
+	.tools/bin/python -m pip install --quiet uv

@@ -1,0 +1,115 @@
+"""Folders that are whole or not there: written aside, flushed, listed in a manifest with sizes and hashes, then renamed.
+
+A kill, a full disk or a power cut at any moment leaves the older checkpoints as they were and nothing that looks finished.
+No pickle is written or read: tensors are safetensors, the rest is JSON.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.errors import Problem, UserError
+
+MANIFEST = "MANIFEST.json"
+INCOMING = ".incoming"
+NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a folder beside `folder`, then gives it that name. An older `folder` is replaced at the end."""
+    incoming = folder.parent / INCOMING / folder.name
+    shutil.rmtree(incoming, ignore_errors=True)
+    incoming.mkdir(parents=True)
+    try:
+        write(incoming)
+        seal(incoming)
+    except OSError as error:
+        shutil.rmtree(incoming, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free
+        raise UserError(Problem(str(folder), f"could not be written ({error.strerror}; {free / 2**30:.1f} GiB free)",
+                                "free some space and start again with resume=true")) from error  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    incoming.rename(folder)
+    _flush(folder.parent)
+
+
+def seal(folder: Path) -> None:
+    """Flushes every file of the folder to the disk and writes the manifest of their sizes and hashes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    manifest = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in [*files, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _flush(path)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder against its manifest, in words; None if it is whole."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, wanted in manifest.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != wanted["bytes"] or sha256(path) != wanted["sha256"]:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} is missing or damaged"
+    return None
+
+
+def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and why each newer one was passed over. Raises UserError if there are some and none is whole."""
+    skipped = []
+    found = checkpoints(output_dir)
+    for folder in reversed(found):
+        if (reason := damage(folder)) is None:
+            return folder, skipped
+        skipped.append(f"{folder.name}: {reason}")
+    if found:
+        raise UserError(*(
+            Problem(str(output_dir), f"cannot resume: {reason}", "restore it, or delete the folder to start again") for reason in skipped
+        ))  # fmt: skip
+    return None, skipped
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The folders named checkpoint-N, oldest step first."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if NAME.search(path.name)]
+    return sorted(folders, key=lambda path: int(NAME.search(path.name)[1]))  # type: ignore[index]
+
+
+def rotate(output_dir: Path, keep: int) -> None:
+    """Deletes the oldest checkpoints but never the newest whole one."""
+    for folder in checkpoints(output_dir)[:-keep]:
+        doomed = output_dir / INCOMING / folder.name
+        shutil.rmtree(doomed, ignore_errors=True)
+        doomed.parent.mkdir(exist_ok=True)
+        folder.rename(doomed)  # first out of sight, so that a kill leaves no half-deleted checkpoint
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces the file in one move."""
+    aside = path.with_name(path.name + ".incoming")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _flush(aside)
+    os.replace(aside, path)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

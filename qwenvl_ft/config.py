@@ -1,0 +1,182 @@
+"""Every setting of a training run, read from YAML 1.2 with all complaints at once. Imports nothing heavy.
+
+The keys have the names that Hugging Face's TrainingArguments and PEFT use where they mean the same. configs/lora.yaml says
+what each does. An unknown key is an error that names the right one; a peer's key is answered with ours.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from qwenvl_ft.errors import Problem, UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Tower = Literal["language", "vision", "merger"]
+
+
+class Config(BaseModel):
+    """The resolved settings. Paths are as the user wrote them, relative to the current folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Path
+    train_meta_file: Path
+    train_data_dir: Path
+    output_dir: Path
+    eval_meta_file: Path | None = None
+    eval_data_dir: Path | None = None
+
+    min_pixels: Positive | None = None
+    max_pixels: Positive = 1280 * 28 * 28
+    row_tokens: Positive = 4096
+    on_bad_record: Literal["error", "skip"] = "error"
+    dataloader_num_workers: Count = 2
+
+    lora_on: Annotated[list[Tower], Field(min_length=1)] = ["language"]
+    lora_rank: Positive = 16
+    lora_alpha: Rate = 32
+    lora_dropout: Share = 0.0
+
+    num_train_epochs: Positive = 3
+    max_steps: Positive | None = None
+    rows_per_step: Positive = 8
+    learning_rate: Rate = 1e-4
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Share = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Rate = 1.0
+    seed: int = 42
+
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    gradient_checkpointing: bool = True
+
+    logging_steps: Positive = 10
+    eval_steps: Positive | None = None
+    save_steps: Positive = 100
+    save_total_limit: Positive = 3
+    resume: bool = False
+    report_to: list[Literal["wandb", "tensorboard"]] = []
+    run_name: str | None = None
+
+    @field_validator("lora_on", "report_to", mode="before")
+    @classmethod
+    def one_is_a_list(cls, value: Any) -> Any:
+        """`report_to: wandb` means `report_to: [wandb]`, and none means none."""
+        if isinstance(value, str):
+            return [] if value == "none" else [value]
+        return value
+
+
+# What peers call it -> what to write here.
+PEERS = {
+    "model_name_or_path": "model", "model_id": "model", "model_path": "model", "base_model": "model", "pretrained_model": "model",
+    "dataset": "train_meta_file", "data_path": "train_meta_file", "train_file": "train_meta_file", "datasets": "train_meta_file",
+    "dataset_dir": "train_data_dir", "image_folder": "train_data_dir", "media_dir": "train_data_dir", "image_root": "train_data_dir",
+    "eval_dataset": "eval_meta_file", "val_dataset": "eval_meta_file", "eval_path": "eval_meta_file",
+    "image_max_pixels": "max_pixels", "image_min_pixels": "min_pixels", "max_image_pixels": "max_pixels",
+    "image_resolution": "max_pixels",
+    "cutoff_len": "row_tokens", "max_length": "row_tokens", "max_seq_length": "row_tokens", "model_max_length": "row_tokens",
+    "sequence_len": "row_tokens", "max_seq_len": "row_tokens", "packing_length": "row_tokens",
+    "strict": "on_bad_record", "on_bad_sample": "on_bad_record",
+    "preprocessing_num_workers": "dataloader_num_workers", "dataset_num_proc": "dataloader_num_workers",
+    "lora_r": "lora_rank", "r": "lora_rank", "rank": "lora_rank", "alpha": "lora_alpha",
+    "lora_target": "lora_on", "target_modules": "lora_on", "lora_target_modules": "lora_on", "freeze_vit": "lora_on",
+    "freeze_vision_tower": "lora_on", "freeze_llm": "lora_on", "freeze_aligner": "lora_on", "freeze_merger": "lora_on",
+    "freeze_multi_modal_projector": "lora_on", "vision_lora": "lora_on", "tune_mm_vision": "lora_on", "tune_mm_llm": "lora_on",
+    "tune_mm_mlp": "lora_on", "freeze_language_model": "lora_on",
+    "per_device_train_batch_size": "rows_per_step", "gradient_accumulation_steps": "rows_per_step", "batch_size": "rows_per_step",
+    "micro_batch_size": "rows_per_step", "train_batch_size": "rows_per_step", "global_batch_size": "rows_per_step",
+    "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "train_iters": "max_steps",
+    "lr": "learning_rate", "lr_scheduler": "lr_scheduler_type", "warmup_steps": "warmup_ratio", "gradient_clipping": "max_grad_norm",
+    "data_seed": "seed", "bf16": "dtype", "fp16": "dtype", "torch_dtype": "dtype", "mixed_precision": "dtype",
+    "flash_attn": "attn_implementation", "attn_impl": "attn_implementation", "use_flash_attention": "attn_implementation",
+    "disable_flash_attn2": "attn_implementation", "flash_attention": "attn_implementation",
+    "disable_gradient_checkpointing": "gradient_checkpointing",
+    "evaluation_strategy": "eval_steps", "eval_strategy": "eval_steps", "save_strategy": "save_steps",
+    "resume_from_checkpoint": "resume", "overwrite_output_dir": "resume", "use_wandb": "report_to", "wandb_project": "report_to",
+}  # fmt: skip
+NOT_NEEDED = {
+    "finetuning_type": "this tool trains LoRA and nothing else", "train_type": "this tool trains LoRA and nothing else",
+    "tuner_type": "this tool trains LoRA and nothing else", "lora_enable": "this tool trains LoRA and nothing else",
+    "stage": "this tool does supervised fine-tuning and nothing else", "do_train": "`qwenvl-ft train` trains",
+    "template": "the model's own chat template is used", "model_type": "it is read from the model's config.json",
+    "packing": "records always share rows", "neat_packing": "records always share rows", "padding_free": "rows are never padded",
+    "group_by_length": "rows are never padded", "remove_unused_columns": "there are no columns",
+    "deepspeed": "start with `accelerate launch --config_file configs/zero2.yaml train.py ...`",
+    "fsdp": "start with `accelerate launch --config_file configs/zero3.yaml train.py ...`",
+    "train_on_prompt": "only assistant turns are taught", "train_on_inputs": "only assistant turns are taught",
+    "assistant_only_loss": "only assistant turns are taught", "ddp_find_unused_parameters": "it is set where it is needed",
+    "trust_remote_code": "no code of a model is ever run",
+}  # fmt: skip
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a YAML file, `key=value` overrides on top. Raises UserError with every problem of both."""
+    values, lines = _read(path)
+    problems = []
+    for override in overrides:
+        key, equals, text = override.removeprefix("--").partition("=")
+        if not equals:
+            problems.append(Problem(override, "is not an override", "write key=value"))
+            continue
+        values[key] = YAML(typ="safe").load(text)
+        lines[key] = f"command line, {override}"
+    for key in [key for key in values if key not in Config.model_fields]:
+        problems.append(Problem(lines[key], f"unknown key {key}", _right_key(key)))
+        del values[key]
+    try:
+        config = Config(**values)
+    except ValidationError as error:
+        problems += [_problem(detail, path, lines) for detail in error.errors()]
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of the file and the place of each key, as file:line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(Problem(str(path), "cannot be read as a text file", "give a config such as configs/lora.yaml")) from None
+    try:
+        marked = YAML(typ="rt").load(text)
+        plain = YAML(typ="safe").load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        what = (error.problem or "is not YAML").split("\n")[0]
+        raise UserError(Problem(place, what, "mend the file at this line and column")) from None
+    except (YAMLError, ValueError) as error:
+        raise UserError(Problem(str(path), f"is not YAML: {str(error).splitlines()[0]}", "mend the file")) from None
+    if not isinstance(plain, dict):
+        raise UserError(Problem(str(path), "holds no settings", "write key: value lines, as configs/lora.yaml does"))
+    return {str(key): value for key, value in plain.items()}, {str(key): f"{path}:{marked.lc.key(key)[0] + 1}" for key in plain}
+
+
+def _right_key(key: str) -> str:
+    word = key.lower().replace("-", "_")
+    if word in PEERS:
+        return f"write {PEERS[word]} (see configs/lora.yaml)"
+    if word in NOT_NEEDED:
+        return f"delete it: {NOT_NEEDED[word]}"
+    close = get_close_matches(word, [*Config.model_fields, *PEERS], 1, cutoff=0.6)
+    return f"did you mean {PEERS.get(close[0], close[0])}?" if close else "delete it; configs/lora.yaml lists every key"
+
+
+def _problem(detail: Any, path: Path, lines: dict[str, str]) -> Problem:
+    key = str(detail["loc"][0])
+    if detail["type"] == "missing":
+        return Problem(str(path), f"has no key {key}", f"write {key}: ...")
+    shown = detail["input"] if not isinstance(detail["input"], dict) else "an object"
+    fix = detail["msg"][0].lower() + detail["msg"][1:]
+    return Problem(lines[key], f"{key} is {shown}", fix.replace("input should be", "it should be"))

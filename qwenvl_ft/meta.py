@@ -1,0 +1,227 @@
+"""Reads the documented meta-file into records, and finds everything that is wrong with it in one run.
+
+A record with a problem is left out of what is returned, never mended in silence; its problem says where it stands.
+The newline after a picture's tag belongs to the tag.
+
+    [{"conversations": [{"from": "user", "value": "<img>two_col_103562.png</img>\\nHow many titles had Ferrari won?"},
+                        {"from": "assistant", "value": "16"}]}]
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.media import size_of
+from qwenvl_ft.metafile import EXAMPLE, entries_of, kind_of
+
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+OPEN, CLOSE = "<img>", "</img>"
+# Boxes and references (<|box_start|> ...) are left alone: they are part of what Qwen2-VL reads and says.
+CONTROL_TOKEN = re.compile(r"<\|(?:endoftext|im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
+MISPLACED_KEYS = {
+    "image": "name the picture inside the user's value: <img>file.png</img>",
+    "images": "name the pictures inside the user's values: <img>file.png</img>",
+    "videos": "videos are not trained on; name pictures inside the user's value: <img>file.png</img>",
+    "system": 'write it as the first turn: {"from": "system", "value": "..."}',
+}
+
+
+@dataclass(frozen=True)
+class Media:
+    """A picture: its file and its size in px as it will be seen, EXIF orientation applied."""
+
+    path: Path
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """`role` is system, user or assistant; `parts` are texts and pictures in their order."""
+
+    role: str
+    parts: tuple[str | Media, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation; `where` is its place in the meta-file, such as train.json[3]."""
+
+    where: str
+    turns: tuple[Turn, ...]
+
+    @property
+    def pictures(self) -> list[Media]:
+        """Every picture of the conversation in its order."""
+        return [part for turn in self.turns for part in turn.parts if isinstance(part, Media)]
+
+
+def read_meta(
+    meta_file: Path, data_dir: Path, on_record: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[list[Record], list[Problem]]:
+    """The good records in file order, and every problem of the others. `on_record(done, total)` is called after each.
+
+    Pictures are resolved against `data_dir` and must lie inside it; only their headers are read.
+    """
+    entries, problems = entries_of(meta_file)
+    pictures = _Pictures(data_dir)
+    if not data_dir.is_dir():
+        problems = [*problems, Problem(str(data_dir), "is not a folder", "set train_data_dir to the folder of the pictures")]
+        entries = []
+    records = []
+    for done, (where, entry) in enumerate(entries, start=1):
+        found: list[Problem] = []
+        turns = tuple(_turns(entry, where, pictures, found))
+        problems.extend(found)
+        if not found:
+            records.append(Record(where, turns))
+        on_record(done, len(entries))
+    return records, problems
+
+
+def _turns(entry: Any, where: str, pictures: "_Pictures", problems: list[Problem]) -> Iterator[Turn]:
+    def complain(place: str, what: str, fix: str) -> None:
+        problems.append(Problem(place, what, fix))
+
+    if not isinstance(entry, dict):
+        return complain(where, f"is {kind_of(entry)}, not an object", f"write {EXAMPLE}")
+    for key in MISPLACED_KEYS.keys() & entry.keys():
+        complain(where, f'has a key "{key}", which is not read', MISPLACED_KEYS[key])
+    if "conversations" not in entry:
+        return complain(where, 'has no key "conversations"', f"write {EXAMPLE}")
+    talk = entry["conversations"]
+    if not isinstance(talk, list) or not talk:
+        what = "is empty" if talk == [] else f"is {kind_of(talk)}, not a list"
+        return complain(f"{where}.conversations", what, "list its turns, each with from and value")
+
+    expected = "user"
+    answered = False
+    for number, turn in enumerate(talk):
+        place = f"{where}.conversations[{number}]"
+        if not isinstance(turn, dict):
+            complain(place, f"is {kind_of(turn)}, not an object", 'write {"from": "user", "value": "..."}')
+            continue
+        missing = [key for key in ("from", "value") if not isinstance(turn.get(key), str)]
+        for key in missing:
+            what = f'its "{key}" is {kind_of(turn[key])}, not a text' if key in turn else f'has no key "{key}"'
+            complain(place, what, 'write {"from": "user", "value": "..."}')
+        if missing:
+            expected = {"user": "assistant", "assistant": "user"}[expected]
+            continue
+        role = ROLES.get(turn["from"])
+        if role is None:
+            complain(place, f'is from "{turn["from"]}"', "write from: user or assistant (human, gpt and system are understood)")
+        elif role == "system" and number > 0:
+            complain(place, "a system turn stands after the first place", "move it to the front or delete it")
+            continue
+        elif role not in ("system", expected):
+            complain(
+                place, f"is from the {role} where the {expected}'s turn was due", "let user and assistant take turns, user first"
+            )
+        if role != "system":
+            expected = "user" if (role or expected) == "assistant" else "assistant"
+        answered |= role == "assistant"
+        parts = tuple(_parts(turn["value"], role or "user", place, pictures, problems))
+        if not parts and role is not None:
+            complain(place, f"the {role}'s turn is empty", "write its text or delete the turn and its partner")
+        yield Turn(role or "user", parts)
+    if not answered:
+        complain(where, "has no assistant turn, so it teaches nothing", "add the answer that the model should learn")
+    elif expected == "assistant":
+        complain(
+            f"{where}.conversations[{len(talk) - 1}]",
+            "the last turn is the user's and nobody answers it",
+            "add the answer or delete it",
+        )
+
+
+def _parts(text: str, role: str, place: str, pictures: "_Pictures", problems: list[Problem]) -> Iterator[str | Media]:
+    """Texts and pictures of one value. A scanner of linear time: the obvious regular expression is quadratic in unclosed tags."""
+
+    def complain(what: str, fix: str) -> None:
+        problems.append(Problem(place, what, fix))
+
+    if match := CONTROL_TOKEN.search(text):
+        complain(f"holds the control token {match[0]}", "take it out: it would end the turn or pose as a picture")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        complain("holds half of a surrogate pair, which no tokenizer can read", "write the character itself, in UTF-8")
+    if role != "user":
+        if OPEN in text or CLOSE in text:
+            complain(f"an <img> tag stands in the {role}'s turn", "name pictures in the user's turns only")
+        if text.strip():
+            yield text
+        return
+    at = 0
+    while at < len(text):
+        start = text.find(OPEN, at)
+        said = text[at:] if start < 0 else text[at:start]
+        if CLOSE in said:
+            complain("an </img> has no <img> before it", "write <img>file.png</img>")
+        if said.strip() or (said and start >= 0):
+            yield said
+        if start < 0:
+            return
+        end = text.find(CLOSE, start)
+        if end < 0:
+            return complain("an <img> tag is not closed", "write <img>file.png</img>")
+        name = text[start + len(OPEN) : end].strip()
+        at = end + len(CLOSE)
+        if text.startswith("\r\n", at):
+            at += 2
+        elif text.startswith("\n", at):
+            at += 1
+        try:
+            yield pictures.find(name, place)
+        except UserError as error:
+            problems.extend(error.problems)
+
+
+class _Pictures:
+    """The pictures of one folder, each file's header read once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.root = folder.resolve()
+        self.seen: dict[str, Media] = {}
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [os.path.relpath(os.path.join(top, file), self.root) for top, _, files in os.walk(self.root) for file in files]
+
+    def find(self, name: str, where: str) -> Media:
+        """Raises UserError where the name is no readable picture inside the folder."""
+        if name not in self.seen:
+            self.seen[name] = self._open(name, where)
+        return self.seen[name]
+
+    def _open(self, name: str, where: str) -> Media:
+        if not name:
+            raise UserError(Problem(where, "an <img> tag is empty", "write <img>file.png</img>"))
+        if OPEN in name:
+            raise UserError(Problem(where, "an <img> tag stands inside another", "close the first one: <img>file.png</img>"))
+        if "://" in name or name.startswith("data:"):
+            raise UserError(
+                Problem(where, f"{name[:60]} is not a file name", f"download the picture to {self.folder} and name its file")
+            )
+        try:
+            path = (self.root / name).resolve()
+            inside = path.is_relative_to(self.root)
+            there = inside and path.exists()
+        except (OSError, ValueError, RuntimeError):  # a NUL, a name too long, a loop of links
+            inside, there = True, False
+        if not inside:
+            raise UserError(Problem(where, f"{name} lies outside {self.folder}", "copy it into train_data_dir"))
+        if not there:
+            close = get_close_matches(name, self.names, 1)
+            fix = f"did you mean {close[0]}?" if close else "copy it there or set train_data_dir"
+            raise UserError(Problem(where, f"{name[:120]!s} is not in {self.folder}", fix))
+        if not path.is_file():
+            raise UserError(Problem(where, f"{name} is not a regular file", "name a picture file"))
+        height, width = size_of(path, where)
+        return Media(path, height, width)

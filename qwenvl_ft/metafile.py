@@ -1,0 +1,95 @@
+"""The meta-file as JSON values, each with its place: an array, or JSON lines. What JSON itself lets pass in silence is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.errors import Problem
+
+EXAMPLE = '{"conversations": [{"from": "user", "value": "..."}, {"from": "assistant", "value": "..."}]}'
+
+
+def entries_of(meta_file: Path) -> tuple[list[tuple[str, Any]], list[Problem]]:
+    """(where, JSON value) of each record of an array or of JSON lines."""
+    name = meta_file.name
+    try:
+        raw = meta_file.read_bytes()
+    except OSError:
+        return [], [Problem(str(meta_file), "cannot be read as a file", "set train_meta_file to the JSON of conversations")]
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        return [], [Problem(f"{name}:{line}", "is not UTF-8 text (GBK or UTF-16, perhaps)", "save the file as UTF-8")]
+    if not text.strip():
+        return [], [Problem(name, "is empty", f"write a JSON list of records: [{EXAMPLE}]")]
+    if text.lstrip().startswith("{"):
+        return _lines(text, name)
+    try:
+        value = _parse(text)
+    except ValueError as error:
+        return [], [_not_json(error, name, 0)]
+    if not isinstance(value, list):
+        return [], [Problem(name, f"holds {kind_of(value)}, not a list", f"write a JSON list of records: [{EXAMPLE}]")]
+    if not value:
+        return [], [Problem(name, "holds no records", f"write a JSON list of records: [{EXAMPLE}]")]
+    return [(f"{name}[{index}]", entry) for index, entry in enumerate(value)], []
+
+
+def _lines(text: str, name: str) -> tuple[list[tuple[str, Any]], list[Problem]]:
+    """JSON lines: one record a line, blank lines allowed."""
+    entries, problems = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entries.append((f"{name}:{number}", _parse(line)))
+        except ValueError as error:
+            problems.append(_not_json(error, name, number - 1))
+    if problems:
+        try:  # one object over several lines is not JSON lines: say the one thing that is wrong
+            _parse(text)
+            return [], [Problem(name, "holds an object, not a list", "put [ before it and ] after it")]
+        except ValueError:
+            pass
+    return entries, problems
+
+
+class _Repeated(ValueError):
+    """A key that stands twice in one object: JSON would keep the last and lose the first without a word."""
+
+
+def _parse(text: str) -> Any:
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        entry = dict(items)
+        if len(entry) < len(items):
+            keys = [key for key, _ in items]
+            raise _Repeated(next(key for key in keys if keys.count(key) > 1))
+        return entry
+
+    def constant(word: str) -> Any:
+        raise _Repeated(word)
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _not_json(error: ValueError, name: str, lines_before: int) -> Problem:
+    if isinstance(error, json.JSONDecodeError):
+        where = f"{name}:{error.lineno + lines_before}:{error.colno}"
+        return Problem(where, f"is not JSON: {error.msg[0].lower()}{error.msg[1:]}", "mend the file at this line and column")
+    line = f":{lines_before + 1}" if lines_before else ""
+    if isinstance(error, _Repeated):
+        word = error.args[0]
+        if word in ("NaN", "Infinity", "-Infinity"):
+            return Problem(name + line, f"holds {word}, which is not JSON", "write a number or a text")
+        return Problem(name + line, f'an object has the key "{word}" twice', "keep one of them, or make two records")
+    return Problem(name + line, f"is not a meta-file: {error}", f"write a JSON list of records: [{EXAMPLE}]")
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")

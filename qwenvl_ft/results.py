@@ -1,0 +1,63 @@
+"""What a run leaves in its output_dir: a plain PEFT adapter that carries all that is needed to use it elsewhere."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from ruamel.yaml import YAML
+from safetensors.torch import save_file
+
+from qwenvl_ft import checkpoint
+from qwenvl_ft.config import Config
+from qwenvl_ft.prepare import Prepared, base_fingerprint
+from qwenvl_ft.show import print_line
+
+METRICS = "metrics.jsonl"
+BASE = "base_model.json"
+
+
+def write_results(
+    config: Config, prepared: Prepared, model: Any, state: dict[str, torch.Tensor], processor: Any, evaluations: dict[int, float]
+) -> None:
+    """Writes adapter, processor (with the limits that training used), settings, plan and results; prints what to do next.
+
+    Adapter and processor appear together or not at all: they are written aside and moved, the adapter's weights last.
+    """
+    out = config.output_dir
+    aside = out / checkpoint.INCOMING / "final"
+
+    def write(folder: Path) -> None:
+        processor.save_pretrained(folder)
+        lora = model.peft_config["default"]
+        lora.base_model_name_or_path = str(config.model)
+        lora.inference_mode = True
+        lora.save_pretrained(folder)
+        checkpoint.write_json(folder / BASE, base_fingerprint(config.model))
+        save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+
+    checkpoint.write_whole(aside, write)
+    (aside / checkpoint.MANIFEST).unlink()
+    for path in sorted(aside.iterdir(), key=lambda path: path.name.startswith("adapter_model")):
+        path.replace(out / path.name)
+    shutil.rmtree(out / checkpoint.INCOMING)
+    with (out / "config.yaml").open("w", encoding="utf-8") as file:
+        YAML().dump(config.model_dump(mode="json"), file)
+    checkpoint.write_json(out / "plan.json", prepared.summary(config) | {"packed": prepared.plan.rows})
+    metrics = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    results = {"steps": len(metrics), "train_loss": metrics[-1]["loss"], "eval_losses": evaluations}
+    checkpoint.write_json(out / "all_results.json", results)
+    print_next(config)
+
+
+def print_next(config: Config) -> None:
+    """The exact commands that use what was trained; the last lines of a run."""
+    base, adapter = shlex.quote(str(config.model)), shlex.quote(str(config.output_dir))
+    meta = config.eval_meta_file or config.train_meta_file
+    data = (config.eval_data_dir if config.eval_meta_file else None) or config.train_data_dir
+    print_line(f"\nThe adapter is in {config.output_dir}. Next:", "bold")
+    print_line(f'  qwenvl-ft ask {base} --adapter {adapter} --image PICTURE "QUESTION"')
+    print_line(f"  qwenvl-ft eval {base} {shlex.quote(str(meta))} --data-dir {shlex.quote(str(data))} --adapter {adapter}")
+    print_line(f"  qwenvl-ft export --adapter {adapter} --out {shlex.quote(str(config.output_dir) + '-merged')}")
