@@ -87,11 +87,13 @@ def show(
     chat = open_chat(model)
     with counting("reading records") as on_record:
         records, problems = read_meta(meta, data_dir, on_record)
-    suffixes = (f"[{number}]", f":{number + 1}")
-    found = [record for record in records if record.where in {meta.name + suffix for suffix in suffixes}]
+    in_array, in_lines = f"{meta.name}[{number}]", f"{meta.name}:{number + 1}"
+    found = [record for record in records if record.where in (in_array, in_lines)]
     if not found:
-        mine = [problem for problem in problems if problem.where.split(".conversations")[0] in {meta.name + s for s in suffixes}]
-        raise UserError(*(mine or [Problem(str(meta), f"has no record {number}", f"give a number from 0 to {len(records) - 1}")]))
+        mine = [problem for problem in problems if f"{problem.where}.".startswith((in_array, f"{in_lines}.", f"{in_lines}:"))]
+        if not mine and records:
+            mine = [Problem(str(meta), f"has no record {number}", f"count from 0; the last good record is {records[-1].where}")]
+        raise UserError(*(mine or problems))
     for script in chat.write_scripts(found[0]):
         if not as_json:
             print_drawing(draw_record(script, chat))

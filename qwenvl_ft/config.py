@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -17,7 +17,7 @@ from qwenvl_ft.errors import Problem, UserError
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Tower = Literal["language", "vision", "merger"]
 
@@ -51,19 +51,19 @@ class Config(BaseModel):
     learning_rate: Rate = 1e-4
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Share = 0.03
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_grad_norm: Rate = 1.0
     seed: int = 42
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: StrictBool = True
 
     logging_steps: Positive = 10
     eval_steps: Positive | None = None
     save_steps: Positive = 100
     save_total_limit: Positive = 3
-    resume: bool = False
+    resume: StrictBool = False
     report_to: list[Literal["wandb", "tensorboard"]] = []
     run_name: str | None = None
 
@@ -128,7 +128,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         if not equals:
             problems.append(Problem(override, "is not an override", "write key=value"))
             continue
-        values[key] = YAML(typ="safe").load(text)
+        try:
+            values[key] = YAML(typ="safe").load(text)
+        except (YAMLError, ValueError, RecursionError):
+            problems.append(Problem(override, "its value is not YAML", f"""quote it: '{key}="..."'"""))
+            continue
         lines[key] = f"command line, {override}"
     for key in [key for key in values if key not in Config.model_fields]:
         problems.append(Problem(lines[key], f"unknown key {key}", _right_key(key)))
@@ -156,11 +160,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         what = (error.problem or "is not YAML").split("\n")[0]
         raise UserError(Problem(place, what, "mend the file at this line and column")) from None
-    except (YAMLError, ValueError) as error:
+    except (YAMLError, ValueError, RecursionError) as error:
         raise UserError(Problem(str(path), f"is not YAML: {str(error).splitlines()[0]}", "mend the file")) from None
     if not isinstance(plain, dict):
         raise UserError(Problem(str(path), "holds no settings", "write key: value lines, as configs/lora.yaml does"))
-    return {str(key): value for key, value in plain.items()}, {str(key): f"{path}:{marked.lc.key(key)[0] + 1}" for key in plain}
+    places = marked.lc.data or {}  # without the keys that come through a YAML merge
+    lines = {str(key): f"{path}:{places[key][0] + 1}" if key in places else str(path) for key in plain}
+    return {str(key): value for key, value in plain.items()}, lines
 
 
 def _right_key(key: str) -> str:

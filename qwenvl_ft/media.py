@@ -4,38 +4,41 @@ What is on the screen is what the model sees: EXIF orientation applied, transpar
 Stock loaders leave phone photos lying on their side and turn 16-bit pictures white, both without a word.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.geometry import MAX_ASPECT
 
 MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
 ORIENTATION = 0x0112
-LIES_ON_ITS_SIDE = (5, 6, 7, 8)
+TURN = Image.Transpose
+TURNS = {  # by EXIF orientation, as PIL.ImageOps.exif_transpose has them
+    2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
+    6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90,
+}  # fmt: skip
+LIES_ON_ITS_SIDE = (TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
 TAIL_BYTES = 4096
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
-Image.MAX_IMAGE_PIXELS = None  # ours is checked from the header, before anything is decoded
 
 
 def size_of(path: Path, where: str) -> tuple[int, int]:
     """(height, width) in px as it will be seen, from the header alone. Raises UserError where it cannot become a picture."""
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            kind = picture.format
-            # Only these keep their orientation where it can be read without decoding the picture.
-            sideways = kind in ("JPEG", "MPO", "WEBP", "TIFF") and picture.getexif().get(ORIENTATION) in LIES_ON_ITS_SIDE
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(_unreadable(path, where)) from error
+    with _opened(path, where) as picture:
+        width, height = picture.size
+        mark = END_MARKS.get(picture.format or "")
+        sideways = _turn(picture) in LIES_ON_ITS_SIDE
     if width * height > MAX_PIXELS:
         raise UserError(Problem(where, f"{path.name} has {width} x {height} px, more than 100 megapixels", "make it smaller"))
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise UserError(Problem(where, f"{path.name} is {width} x {height} px: one side is over {MAX_ASPECT} times the other",
                                 "crop it or pad it"))  # fmt: skip
-    if (mark := END_MARKS.get(kind or "")) and mark not in _tail(path):
+    if mark and mark not in _tail(path) and not _decodes(path):
         raise UserError(
             Problem(where, f"{path.name} ends before its picture does: the file was cut off", "copy it again from its source")
         )
@@ -44,20 +47,20 @@ def size_of(path: Path, where: str) -> tuple[int, int]:
 
 def load(path: Path, where: str) -> Image.Image:
     """The picture in RGB, EXIF orientation applied, on white. Raises UserError where its data is damaged."""
-    try:
-        with Image.open(path) as picture:
-            return as_seen(picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(_unreadable(path, where)) from error
+    with _opened(path, where) as picture:
+        return as_seen(picture)
 
 
 def as_seen(picture: Image.Image) -> Image.Image:
     """An open picture as RGB. 16-bit grey is scaled by its depth; a float picture is taken to run from 0 to its maximum."""
-    picture = ImageOps.exif_transpose(picture)
+    turn = _turn(picture)
+    picture.load()
+    if turn is not None:
+        picture = picture.transpose(turn)
     if picture.mode.startswith("I;16"):
         picture = picture.convert("I")
     if picture.mode in ("I", "F"):
-        values = np.asarray(picture, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(picture, dtype=np.float64), posinf=0, neginf=0)  # one NaN would turn all of it black
         top = 65535.0 if picture.mode == "I" else max(float(values.max()), 1e-9)
         picture = Image.fromarray(np.clip(values * (255 / top), 0, 255).round().astype(np.uint8))
     if picture.has_transparency_data:
@@ -67,6 +70,37 @@ def as_seen(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
+@contextmanager
+def _opened(path: Path, where: str) -> Iterator[Image.Image]:
+    """The picture, undecoded. Pillow warns above 89 megapixels and refuses above 178; MAX_PIXELS, between them, is our own."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                yield picture
+    except Image.DecompressionBombError as error:
+        raise UserError(Problem(where, f"{path.name} has more than 100 megapixels", "make it smaller")) from error
+    except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # RuntimeError: a damaged AVIF
+        raise UserError(_unreadable(path, where)) from error
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """How an undecoded picture must be turned. Of a TIFF Pillow itself turns the size when it opens, the pixels when it decodes."""
+    if picture.format == "TIFF":
+        return None
+    # Not picture.getexif(): of a PNG without EXIF that decodes the whole picture, to look for some behind it.
+    return TURNS.get(Image.Image.getexif(picture).get(ORIENTATION, 1))
+
+
+def _decodes(path: Path) -> bool:
+    """Whether a file without its end mark near its end is whole: phones append films and depth maps to their photos."""
+    try:
+        load(path, "")
+    except UserError:
+        return False
+    return True
+
+
 def _tail(path: Path) -> bytes:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
@@ -74,6 +108,6 @@ def _tail(path: Path) -> bytes:
 
 
 def _unreadable(path: Path, where: str) -> Problem:
-    if path.stat().st_size == 0:
+    if path.is_file() and path.stat().st_size == 0:
         return Problem(where, f"{path.name} is empty", "copy it again from its source")
     return Problem(where, f"{path.name} is not a picture that can be read", "open it in a viewer; save it again as PNG or JPEG")

@@ -24,6 +24,7 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 OPEN, CLOSE = "<img>", "</img>"
 # Boxes and references (<|box_start|> ...) are left alone: they are part of what Qwen2-VL reads and says.
 CONTROL_TOKEN = re.compile(r"<\|(?:endoftext|im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
+MAX_COMPARED = 200_000  # file names that missing ones are compared with, 50 µs each: a folder of them must not take hours
 MISPLACED_KEYS = {
     "image": "name the picture inside the user's value: <img>file.png</img>",
     "images": "name the pictures inside the user's values: <img>file.png</img>",
@@ -91,7 +92,7 @@ def _turns(entry: Any, where: str, pictures: "_Pictures", problems: list[Problem
 
     if not isinstance(entry, dict):
         return complain(where, f"is {kind_of(entry)}, not an object", f"write {EXAMPLE}")
-    for key in MISPLACED_KEYS.keys() & entry.keys():
+    for key in [key for key in MISPLACED_KEYS if key in entry]:
         complain(where, f'has a key "{key}", which is not read', MISPLACED_KEYS[key])
     if "conversations" not in entry:
         return complain(where, 'has no key "conversations"', f"write {EXAMPLE}")
@@ -112,6 +113,7 @@ def _turns(entry: Any, where: str, pictures: "_Pictures", problems: list[Problem
             what = f'its "{key}" is {kind_of(turn[key])}, not a text' if key in turn else f'has no key "{key}"'
             complain(place, what, 'write {"from": "user", "value": "..."}')
         if missing:
+            answered |= expected == "assistant"
             expected = {"user": "assistant", "assistant": "user"}[expected]
             continue
         role = ROLES.get(turn["from"])
@@ -124,11 +126,11 @@ def _turns(entry: Any, where: str, pictures: "_Pictures", problems: list[Problem
             complain(
                 place, f"is from the {role} where the {expected}'s turn was due", "let user and assistant take turns, user first"
             )
+        answered |= (role or expected) == "assistant"
         if role != "system":
             expected = "user" if (role or expected) == "assistant" else "assistant"
-        answered |= role == "assistant"
         parts = tuple(_parts(turn["value"], role or "user", place, pictures, problems))
-        if not parts and role is not None:
+        if not turn["value"].strip() and role is not None:
             complain(place, f"the {role}'s turn is empty", "write its text or delete the turn and its partner")
         yield Turn(role or "user", parts)
     if not answered:
@@ -189,10 +191,16 @@ class _Pictures:
         self.folder = folder
         self.root = folder.resolve()
         self.seen: dict[str, Media] = {}
+        self.compared = 0
 
     @cached_property
     def names(self) -> list[str]:
         return [os.path.relpath(os.path.join(top, file), self.root) for top, _, files in os.walk(self.root) for file in files]
+
+    def close_to(self, name: str) -> list[str]:
+        """The file that was meant, perhaps; of the first missing ones only, see MAX_COMPARED."""
+        self.compared += len(self.names)
+        return get_close_matches(name, self.names, 1) if self.compared <= MAX_COMPARED else []
 
     def find(self, name: str, where: str) -> Media:
         """Raises UserError where the name is no readable picture inside the folder."""
@@ -218,7 +226,7 @@ class _Pictures:
         if not inside:
             raise UserError(Problem(where, f"{name} lies outside {self.folder}", "copy it into train_data_dir"))
         if not there:
-            close = get_close_matches(name, self.names, 1)
+            close = self.close_to(name)
             fix = f"did you mean {close[0]}?" if close else "copy it there or set train_data_dir"
             raise UserError(Problem(where, f"{name[:120]!s} is not in {self.folder}", fix))
         if not path.is_file():

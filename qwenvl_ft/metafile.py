@@ -28,7 +28,7 @@ def entries_of(meta_file: Path) -> tuple[list[tuple[str, Any]], list[Problem]]:
     try:
         value = _parse(text)
     except ValueError as error:
-        return [], [_not_json(error, name, 0)]
+        return [], [_not_json(error, name)]
     if not isinstance(value, list):
         return [], [Problem(name, f"holds {kind_of(value)}, not a list", f"write a JSON list of records: [{EXAMPLE}]")]
     if not value:
@@ -45,7 +45,7 @@ def _lines(text: str, name: str) -> tuple[list[tuple[str, Any]], list[Problem]]:
         try:
             entries.append((f"{name}:{number}", _parse(line)))
         except ValueError as error:
-            problems.append(_not_json(error, name, number - 1))
+            problems.append(_not_json(error, name, number))
     if problems:
         try:  # one object over several lines is not JSON lines: say the one thing that is wrong
             _parse(text)
@@ -76,17 +76,18 @@ def _parse(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _not_json(error: ValueError, name: str, lines_before: int) -> Problem:
+def _not_json(error: ValueError, name: str, line: int | None = None) -> Problem:
+    """`line` is the number of the line that was parsed alone, where there are JSON lines."""
     if isinstance(error, json.JSONDecodeError):
-        where = f"{name}:{error.lineno + lines_before}:{error.colno}"
+        where = f"{name}:{line or error.lineno}:{error.colno}"
         return Problem(where, f"is not JSON: {error.msg[0].lower()}{error.msg[1:]}", "mend the file at this line and column")
-    line = f":{lines_before + 1}" if lines_before else ""
+    where = f"{name}:{line}" if line else name
     if isinstance(error, _Repeated):
         word = error.args[0]
         if word in ("NaN", "Infinity", "-Infinity"):
-            return Problem(name + line, f"holds {word}, which is not JSON", "write a number or a text")
-        return Problem(name + line, f'an object has the key "{word}" twice', "keep one of them, or make two records")
-    return Problem(name + line, f"is not a meta-file: {error}", f"write a JSON list of records: [{EXAMPLE}]")
+            return Problem(where, f"holds {word}, which is not JSON", "write a number or a text")
+        return Problem(where, f'an object has the key "{word}" twice', "keep one of them, or make two records")
+    return Problem(where, f"is not a meta-file: {error}", f"write a JSON list of records: [{EXAMPLE}]")
 
 
 def kind_of(value: Any) -> str:

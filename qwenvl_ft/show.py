@@ -21,7 +21,12 @@ error_console = Console(stderr=True, highlight=False)
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output, for a program."""
-    console.file.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    console.file.write(_writable(json.dumps(value, ensure_ascii=False, indent=1)) + "\n")
+
+
+def _writable(text: str) -> str:
+    """Half of a surrogate pair, from a broken JSON or a broken file name, as its escape: no stream takes it as it is."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def print_line(text: str, style: str = "") -> None:
@@ -37,9 +42,8 @@ def print_drawing(drawing: Any) -> None:
 def print_problems(problems: Sequence[Problem]) -> None:
     """Where, what and the fix of each, on standard error; then how many."""
     for problem in problems:
-        error_console.print(
-            Text.assemble((problem.where, "bold"), ": ", problem.what, ("\n  fix: ", "green"), problem.fix), soft_wrap=True
-        )
+        where, what, fix = map(_writable, (problem.where, problem.what, problem.fix))
+        error_console.print(Text.assemble((where, "bold"), ": ", what, ("\n  fix: ", "green"), fix), soft_wrap=True)
     error_console.print(Text(f"{len(problems)} problem{'s' * (len(problems) != 1)}", "bold red"))
 
 

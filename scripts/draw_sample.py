@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from charts import BAR_COLORS, NAME_PX, PAPER_COLORS, VALUE_PX, Style, draw_chart, spelled, text_width
+from charts import BAR_COLORS, PAPER_COLORS, Style, draw_chart, spelled
 from ruamel.yaml import YAML
 
 SHORT = " Answer the question using a single word or phrase."
@@ -44,13 +44,10 @@ DOCUMENTED = {
 def style_of(chart: dict[str, Any], rng: random.Random) -> Style:
     """A style of the chart's kind in which every name and value fits."""
     colors = (rng.randrange(len(BAR_COLORS)), rng.randrange(len(PAPER_COLORS)))
-    longest = max(text_width(name, NAME_PX) for name in chart["values"])
-    widest = max([longest] + [text_width(spelled(value), VALUE_PX) for value in chart["values"].values()])
-    if chart["kind"] == "column" and widest <= 54:
-        return Style("column", 168 if len(chart["values"]) <= 3 else 224, *colors)
-    if longest <= 80 and rng.random() < 0.4:
-        return Style("table", 196, *colors)
-    return Style("bar", 168 if longest <= 150 and rng.random() < 0.6 else 196, *colors)
+    styles = [Style("column", 168 if len(chart["values"]) <= 3 else 224, *colors)] if chart["kind"] == "column" else []
+    styles += [Style("table", 196, *colors)] if rng.random() < 0.4 else []
+    styles += [Style("bar", rng.choice([168, 196]), *colors)]
+    return next(style for style in styles if style.fits(chart["values"]))
 
 
 def questions(chart: dict[str, Any], rng: random.Random) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from charts import BAR_COLORS, NAME_PX, PAPER_COLORS, UNIT, VALUE_PX, Style, Written, draw_chart, font, spelled, text_width
+from charts import BAR_COLORS, COLUMN_CELLS, PAPER_COLORS, UNIT, Style, Written, draw_chart, spelled
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
@@ -41,8 +41,9 @@ CHAT_TEMPLATE = (  # Qwen2-VL's
     "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LEVELS = [(1, 1, 0), (2, 1, 0), (3, 1, 0), (5, 1, 0), (8, 1, 0), (8, 2, 0), (12, 3, 2), (17, 5, 4)]  # letters, bars, look-ups
-SLOTS = 8  # letters that a picture's token is asked to name, see `letters_of`
+SLOTS = 8  # the cells of letters in a picture's token, 4 x 2
 LETTERS = 128  # ASCII; 0 where a slot is empty
+LETTERS_KNOWN = 0.12  # nats a slot: the vision tower alone is trained until then, on full charts
 PASSED = 0.7  # nats a token: below it the next level begins
 COMMANDS = "read find most least say".split()
 WORDS = sorted(set(  # whole-word tokens, each with its leading space; every other word is spelt letter by letter
@@ -143,6 +144,9 @@ def make_model(processor: Qwen2VLProcessor, seed: int) -> Qwen2VLForConditionalG
         tie_word_embeddings=True,
     )
     model = Qwen2VLForConditionalGeneration(config)
+    with torch.no_grad():  # filters that sum to zero do not see plain paper, which is most of a picture
+        filters = model.model.visual.patch_embed.proj.weight
+        filters -= filters.mean(dim=(2, 3, 4), keepdim=True)
     model.generation_config.eos_token_id = token("<|im_end|>")
     model.generation_config.pad_token_id = token("<|endoftext|>")
     return model
@@ -195,8 +199,7 @@ class Charts:
 
     def values(self, style: Style, bars: int, longest: int) -> dict[str, float]:
         """Distinct names of up to `longest` letters, and values, that fit into a picture of this style."""
-        room = {"bar": style.width - 6, "table": style.width - 90, "column": style.width / bars - 2}[style.kind]
-        longest = min(longest, 8 if style.kind == "column" else 17)
+        longest = min(longest, {"bar": 17, "table": 12, "column": COLUMN_CELLS - 1}[style.kind])
         chart: dict[str, float] = {}
         top = self.value()
         magnitude = top > 20 and self.rng.random() < 0.5  # half of the charts hold values of one order of magnitude
@@ -204,10 +207,7 @@ class Charts:
             name, value = self.name(longest), self.value()
             if magnitude and not top / 30 <= value <= top * 2:
                 value = round(top * self.rng.uniform(0.05, 1), 1 if top != int(top) else 0)
-                value = int(value) if value == int(value) else value
-            if text_width(name, NAME_PX) > room or text_width(spelled(value), VALUE_PX) > room:
-                continue
-            if name not in chart and value not in chart.values():
+            if name not in chart and value not in chart.values() and value > 0:
                 chart[name] = value
         return chart
 
@@ -254,26 +254,22 @@ class Charts:
             title = (self.salad(4).capitalize() + self.rng.choice(["", " (M)", " (2020)"]))[:26]
             texts.append([])
             pictures.append(draw_chart(title, chart, style, texts[-1].append))
-            texts[-1] = texts[-1][1:]  # nobody is asked to read the title
             talks.append(self.talk(chart, finds))
         return pictures, talks, texts
 
 
 def letters_of(texts: list[Written], rows: int, columns: int) -> torch.Tensor:
-    """(rows * columns, SLOTS) codes of the letters whose middles lie in each UNIT of a picture, in reading order; 0 is none.
+    """(rows * columns, SLOTS) codes of the letters in the 4 x 2 cells of each UNIT of a picture, 0 where there is none.
 
     Asked to name them, the vision tower learns letters in minutes; from the answers alone it takes hours to begin. The head
-    that names them is thrown away after training.
+    that names them is thrown away after training. Titles are not asked for.
     """
-    cells: list[list[tuple[float, float, int]]] = [[] for _ in range(rows * columns)]
-    for text, left, y, size_px in texts:
-        for at, letter in enumerate(text):
-            x = left + (font(size_px).getlength(text[:at]) + font(size_px).getlength(text[: at + 1])) / 2
-            row, column = int(y // UNIT), int(x // UNIT)
-            if letter != " " and 0 <= column < columns:
-                cells[row * columns + column].append((y, x, ord(letter)))
-    slots = [[code for _, _, code in sorted(cell)][:SLOTS] for cell in cells]
-    return torch.tensor([slot + [0] * (SLOTS - len(slot)) for slot in slots])
+    slots = torch.zeros(rows * columns, SLOTS, dtype=torch.long)
+    for text, column, row in texts:
+        for at, letter in enumerate(text, start=column):
+            if letter != " " and at // 4 < columns:
+                slots[row // 2 * columns + at // 4, row % 2 * 4 + at % 4] = ord(letter)
+    return slots
 
 
 class Writer:
@@ -299,12 +295,13 @@ class Writer:
             labels += [-100] * len(asked) + said
         return ids, labels
 
+    def pixels(self, pictures: list) -> dict[str, torch.Tensor]:
+        """pixel_values (P, D) and image_grid_thw (N, 3)."""
+        return dict(self.processor.image_processor(images=pictures, return_tensors="pt")) if pictures else {}
+
     def batch(self, pictures: list, talks: list) -> dict[str, torch.Tensor]:
-        inputs = {}
-        tokens = 0
-        if pictures:
-            inputs = dict(self.processor.image_processor(images=pictures, return_tensors="pt"))
-            tokens = int(inputs["image_grid_thw"][0].prod()) // 4
+        inputs = self.pixels(pictures)
+        tokens = int(inputs["image_grid_thw"][0].prod()) // 4 if pictures else 0
         pairs = [self.talk(turns, tokens) for turns in talks]
         longest = max(len(ids) for ids, _ in pairs)
         inputs["input_ids"] = torch.tensor([ids + [self.pad] * (longest - len(ids)) for ids, _ in pairs])
@@ -323,8 +320,7 @@ def positions(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def training_loss(model, head: torch.nn.Linear, inputs: dict[str, torch.Tensor], letters: torch.Tensor | None) -> tuple:
-    """(loss of the answers, loss of the letters under each picture token or None)."""
-    taught = functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    """(loss of the answers or None, loss of the letters under each picture token or None)."""
     features = letter_loss = None
     if letters is not None:
         seen = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
@@ -333,6 +329,9 @@ def training_loss(model, head: torch.nn.Linear, inputs: dict[str, torch.Tensor],
         weight = torch.ones(LETTERS)
         weight[0] = 0.1  # most slots are empty
         letter_loss = functional.cross_entropy(named, letters.view(-1), weight)
+    if "input_ids" not in inputs:
+        return None, letter_loss
+    taught = functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
     hidden = model.model(
         input_ids=inputs["input_ids"], position_ids=positions(model, inputs), use_cache=False, mm_encoder_outputs=features
     ).last_hidden_state
@@ -392,7 +391,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=2.0, help="training time; 0 writes random weights")
     parser.add_argument("--start", type=Path, help="go on from this model instead of random weights")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step")
-    parser.add_argument("--peak-rate", type=float, default=2e-3)
+    parser.add_argument("--peak-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -418,14 +417,15 @@ def main() -> None:
 
     start = last_saved = time.time()
     step = pictures_seen = 0
-    level = len(LEVELS) - 1 if args.start else 0
+    level = len(LEVELS) - 1 if args.start else -1  # LEVELS[-1] is the full chart, too
     losses: list[float] = []
     model.train()
     while (progress := (time.time() - start) / max(1e-9, args.hours * 3600)) < 1:
-        if level + 1 < len(LEVELS) and (progress > 0.06 * (level + 1) or (len(losses) > 60 and sum(losses[-40:]) / 40 < PASSED)):
+        passed = len(losses) > 40 and sum(losses[-40:]) / 40 < (LETTERS_KNOWN if level < 0 else PASSED)
+        if level + 1 < len(LEVELS) and (passed or progress > 0.25 + 0.05 * (level + 1)):
             level, losses = level + 1, []
         longest, most_bars, finds = LEVELS[level]
-        if step % 12 == 11:
+        if step % 12 == 11 and level >= 0:
             pictures, texts, talks = [], [], [[("say" + f" {text}", text)] for text in (sayable(charts) for _ in range(args.batch))]
         else:
             pictures, talks, texts = charts.batch(args.batch, most_bars, finds, longest)
@@ -435,14 +435,15 @@ def main() -> None:
         if pictures:
             rows, columns = pictures[0].height // UNIT, pictures[0].width // UNIT
             letters = torch.cat([letters_of(written, rows, columns) for written in texts])
-        loss, letter_loss = training_loss(model, head, writer.batch(pictures, talks), letters)
-        (loss if letter_loss is None else loss + letter_loss).backward()
+        inputs = writer.pixels(pictures) if level < 0 else writer.batch(pictures, talks)
+        loss, letter_loss = training_loss(model, head, inputs, letters)
+        sum(part for part in (loss, letter_loss) if part is not None).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step, pictures_seen = step + 1, pictures_seen + len(pictures)
         if letter_loss is not None:
-            losses.append(loss.item())
+            losses.append((letter_loss if loss is None else loss).item())
             named = letter_loss.item()
         if step % 50 == 0:
             seconds = time.time() - start

@@ -1,0 +1,60 @@
+"""`make demo`: the whole path on the sample with the tiny model, each step the command that a user types, and what it learnt.
+
+    validate-meta -> plan -> eval (base) -> accelerate launch train.py -> eval (tuned, and shown blank pictures) -> export -> ask
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+RUN, MERGED = Path("runs/demo"), Path("runs/demo-merged")
+EVAL = ["data/sample/eval.json", "--data-dir", "data/sample/images", "--json"]
+LAUNCH = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def run(title: str, *command: str, capture: bool = False) -> str:
+    """Runs a command of the environment, shown as a user would type it; stops the demo if it fails."""
+    print(f"\n\033[1m{title}\033[0m\n$ {' '.join(command)}", flush=True)
+    start = time.monotonic()
+    done = subprocess.run([BIN / command[0], *command[1:]], text=True, stdout=subprocess.PIPE if capture else None)
+    print(f"({time.monotonic() - start:.0f} s)", flush=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout or ""
+
+
+def accuracy(title: str, *arguments: str) -> dict:
+    """The scores that `qwenvl-ft eval --json` prints."""
+    return json.loads(run(title, "qwenvl-ft", "eval", "data/tiny", *EVAL, *arguments, capture=True))
+
+
+def main() -> None:
+    start = time.monotonic()
+    for folder in (RUN, MERGED):
+        shutil.rmtree(folder, ignore_errors=True)
+    RUN.mkdir(parents=True)
+    images = ("--data-dir", "data/sample/images")
+    run("1. Is the data good?", "validate-meta", "data/sample/train.json", *images, "--model", "data/tiny")
+    run("2. What would a run do?", "qwenvl-ft", "plan", "--config", "configs/demo.yaml")
+    base = accuracy("3. What does the base know?", "--out", str(RUN / "predictions_base.json"))
+    run("4. Train.", "accelerate", "launch", *LAUNCH, "train.py", "--config", "configs/demo.yaml")
+    tuned = accuracy("5. What has it learnt?", "--adapter", str(RUN))
+    blank = accuracy("6. Does it look? The same questions over white pictures.", "--adapter", str(RUN), "--blank")
+    run("7. Merge, and prove the merge.", "qwenvl-ft", "export", "--adapter", str(RUN), "--out", str(MERGED))
+    first = json.loads(Path("data/sample/eval.json").read_text())[0]["conversations"][0]["value"]
+    name, _, question = first.removeprefix("<img>").partition("</img>\n")
+    run("8. Ask the merged model.", "qwenvl-ft", "ask", str(MERGED), "--image", f"data/sample/images/{name}", question)
+
+    print(f"\n\033[1mHeld-out records: {base['questions']} questions about charts and subjects that it was not trained on\033[0m")
+    print(f"{'':34}{'relaxed accuracy':>18}{'exact':>8}")
+    for name, scores in (("base", base), ("tuned", tuned), ("tuned, shown blank pictures", blank)):
+        print(f"{name:34}{scores['relaxed_accuracy']:>18.1%}{scores['exact_accuracy']:>8.1%}")
+    print(f"\n{time.monotonic() - start:.0f} s in all; every answer is in {RUN}/predictions*.json")
+
+
+if __name__ == "__main__":
+    main()

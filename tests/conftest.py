@@ -1,0 +1,55 @@
+"""Fixtures: the project's tiny base, tiny random models of every family, and the real Qwen tokenizer. All offline."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "data" / "tiny"
+SAMPLE = ROOT / "data" / "sample"
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch):
+    """Paths of the configs are relative to the project."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def family_model(request, tmp_path_factory) -> Path:
+    """The folder of a random model of one family, with the real Qwen tokenizer."""
+    from tests.tiny import make_family
+
+    return make_family(request.param, tmp_path_factory.getbasetemp() / f"{request.param}")
+
+
+@pytest.fixture
+def talk(tmp_path):
+    """Writes a meta-file of conversations given as lists of texts, user first; returns its path. Pictures lie beside it."""
+
+    def write(*conversations: list[str], name: str = "train.json") -> Path:
+        records = [
+            {"conversations": [{"from": ("user", "assistant")[number % 2], "value": text} for number, text in enumerate(texts)]}
+            for texts in conversations
+        ]
+        path = tmp_path / name
+        path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures of different sizes in the folder of `talk`: a.png, b.png, c.jpg."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for name, (width, height) in {"a.png": (168, 112), "b.png": (90, 200), "c.jpg": (61, 47)}.items():
+        Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(tmp_path / name)
+    return tmp_path

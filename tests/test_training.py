@@ -1,0 +1,194 @@
+"""The loop: one division, one result for one process and two, going on where a run was cut off, stopping rather than spoiling."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from qwenvl_ft import run as run_module
+from qwenvl_ft.errors import NonFiniteLoss, UserError
+from qwenvl_ft.training import learning_rate
+from tests.runs import BASE, adapter, config, difference, launch, metrics, run, same
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A finished run of four steps with dropout, a checkpoint each two: what other runs are compared with."""
+    folder = tmp_path_factory.mktemp("plain")
+    run(folder, max_steps=4, save_steps=2, lora_dropout=0.1)
+    return folder / "run"
+
+
+def test_a_step_divides_once_by_the_tokens_taught_in_all_rows(tmp_path):
+    """Against AdamW on the plain mean over all taught tokens of the step, computed here without the loop.
+
+    transformers' Trainer takes the mean of the rows' means for Qwen2.5-VL and 3-VL: short answers would count more.
+    """
+    from qwenvl_ft.loss import summed_loss
+    from qwenvl_ft.model import add_lora, load_base, trainable
+    from qwenvl_ft.prepare import prepare, schedule
+    from transformers import AutoProcessor
+    from peft import get_peft_model_state_dict
+    from qwenvl_ft.dataset import Rows, open_image_processor
+
+    settings = config(tmp_path, max_steps=1, max_grad_norm=1e9, lr_scheduler_type="constant", warmup_ratio=0.0)
+    prepared = prepare(settings)
+    ((_, step),) = schedule(prepared, settings)
+    counts = [prepared.taught_tokens(row) for row in step]
+    assert len(step) == 2 and counts[0] != counts[1]  # else a mean of means would be the same
+    processor = AutoProcessor.from_pretrained(settings.model)
+    rows = Rows(prepared.scripts, prepared.plan.rows, prepared.chat, open_image_processor(processor, prepared.chat))
+    model = add_lora(load_base(settings.model, "float32"), prepared.chat.family, ["language"], 4, 8, 0.0, settings.seed)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=settings.learning_rate, weight_decay=0.0)
+    loss = sum(summed_loss(model, model, rows[row], False) for row in step) / sum(counts)
+    loss.backward()
+    optimizer.step()
+
+    trained = run(tmp_path, max_steps=1, max_grad_norm=1e9, lr_scheduler_type="constant", warmup_ratio=0.0)
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert difference(get_peft_model_state_dict(model), trained) < 1e-4
+
+
+def test_the_same_run_gives_the_same_bits(plain, tmp_path):
+    assert same(adapter(plain), run(tmp_path, max_steps=4, save_steps=2, lora_dropout=0.1))
+
+
+def test_two_processes_end_where_one_does(plain, tmp_path):
+    launch(tmp_path, "two", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29613",
+           max_steps=4, save_steps=2, lora_dropout=0.1, rows_per_step=2)  # fmt: skip
+    assert difference(adapter(plain), adapter(tmp_path / "two")) < 1e-3
+    for one, two in zip(metrics(plain), metrics(tmp_path / "two"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(plain, tmp_path):
+    process = launch(tmp_path, "run", "--num_processes", "1", wait=False, max_steps=4, save_steps=2, lora_dropout=0.1)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / "checkpoint-2").is_dir():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert same(adapter(plain), run(tmp_path, max_steps=4, save_steps=2, lora_dropout=0.1, resume=True))
+    assert [line["loss"] for line in metrics(plain)] == [line["loss"] for line in metrics(tmp_path / "run")]
+
+
+def test_a_signal_saves_at_the_end_of_the_step_and_leaves_no_final_adapter(plain, tmp_path, monkeypatch):
+    step = run_module.Run.step
+
+    def interrupted(self, epoch, rows, loader, received):
+        if self.accelerator.is_main_process and not (tmp_path / "sent").exists():
+            (tmp_path / "sent").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, epoch, rows, loader, signals_received() or received)
+
+    import qwenvl_ft.training as training
+
+    made = []
+    monkeypatch.setattr(training, "Signals", lambda: made.append(Signals()) or made[-1])
+    from qwenvl_ft.training import Signals  # noqa: F811
+
+    signals_received = lambda: made[-1].received  # noqa: E731
+    monkeypatch.setattr(run_module.Run, "step", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, max_steps=4, save_steps=2, lora_dropout=0.1)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+    monkeypatch.undo()
+    os.chdir(run_module.__file__.rsplit("/", 2)[0])
+    assert same(adapter(plain), run(tmp_path, max_steps=4, save_steps=2, lora_dropout=0.1, resume=True))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "summed_loss", lambda *args: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(NonFiniteLoss, match=r"few\.json\[\d\]"):
+        run(tmp_path)
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_a_folder_with_checkpoints_is_not_trained_into_unasked(plain, tmp_path):
+    run(tmp_path, save_steps=1)
+    with pytest.raises(UserError, match="resume=true"):
+        run(tmp_path)
+
+
+def test_resume_refuses_another_run_and_says_what_changed(tmp_path):
+    run(tmp_path, save_steps=1)
+    with pytest.raises(UserError, match=r"learning_rate was 0.001 and is now 0.002"):
+        run(tmp_path, resume=True, learning_rate=2e-3)
+
+
+def test_resume_passes_over_a_damaged_checkpoint(tmp_path):
+    whole = run(tmp_path, save_steps=1)
+    damaged = tmp_path / "run" / "checkpoint-3" / "optimizer.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    assert same(whole, run(tmp_path, save_steps=1, resume=True))
+
+
+def test_zero_2_in_two_processes_ends_with_the_weights_of_ddp(tmp_path):
+    """DeepSpeed on a CPU needs accelerate told that it has a backend; tests/deepspeed_train.py is that shim and train.py."""
+    plugin = tmp_path / "zero2.yaml"
+    plugin.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\ndeepspeed_config:\n  zero_stage: 2\n")
+    settings = {"max_steps": 3, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.5}
+    two = ["--num_processes", "2", "--main_process_port"]
+    env = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true",
+           "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}  # fmt: skip
+    launch(tmp_path, "zero2", "--multi_gpu", *two, "29615", script="tests/deepspeed_train.py", env=env, save_steps=2, **settings)
+    launch(tmp_path, "ddp", "--multi_gpu", *two, "29617", **settings)
+    assert json.loads((tmp_path / "zero2" / "checkpoint-2" / "state.json").read_text())["deepspeed"]
+    assert difference(adapter(tmp_path / "ddp"), adapter(tmp_path / "zero2")) < 1e-5
+
+
+def test_the_losses_are_in_wandbs_offline_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run(tmp_path, report_to=["wandb"], run_name="a name")
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    losses, names = [], []
+    while data := store.scan_data():
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        names.append(record.run.display_name)
+        losses += [float(item.value_json) for item in record.history.item if "loss" in (item.key, *item.nested_key)]
+    assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path / "run")])
+    assert "a name" in names
+
+
+def test_the_rate_warms_up_and_follows_its_schedule(tmp_path):
+    def rates(**settings):
+        return [learning_rate(step, 10, config(tmp_path, learning_rate=1.0, **settings)) for step in range(1, 11)]
+
+    assert rates(lr_scheduler_type="constant", warmup_ratio=0.0) == [1.0] * 10
+    assert rates(lr_scheduler_type="linear", warmup_ratio=0.2)[:3] == [0.5, 1.0, 1.0]
+    cosine = rates(lr_scheduler_type="cosine", warmup_ratio=0.0)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0), 10)
+    for rate in cosine:
+        assert rate == pytest.approx(reference.get_last_lr()[0])
+        reference.optimizer.step()
+        reference.step()
+
+
+def test_a_launch_that_is_not_what_was_asked_for_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were asked for"):
+        run(tmp_path)
+
+
+def test_held_out_loss_is_that_of_its_records(tmp_path):
+    few = config(tmp_path).train_meta_file
+    run(tmp_path, max_steps=1, learning_rate=1e-12, rows_per_step=100, eval_meta_file=few)
+    (line,) = metrics(tmp_path / "run")
+    assert line["eval_loss"] == pytest.approx(line["loss"], rel=1e-5)  # one step over all rows, before it learnt anything
+    assert BASE["max_steps"] == 3
