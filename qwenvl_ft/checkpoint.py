@@ -72,7 +72,8 @@ def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
         skipped.append(f"{folder.name}: {reason}")
     if found:
         raise UserError(*(
-            Problem(str(output_dir), f"cannot resume: {reason}", "restore it, or delete the folder to start again") for reason in skipped
+            Problem(str(output_dir), f"cannot resume: {reason}", "restore it, or delete the folder to start again")
+            for reason in skipped
         ))  # fmt: skip
     return None, skipped
 

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.show import counting, draw_counts, draw_plan, draw_record, print_drawing, print_json, print_line, print_problems
+from qwenvl_ft.show import (
+    counting,
+    draw_counts,
+    draw_plan,
+    draw_record,
+    facts_of,
+    print_drawing,
+    print_json,
+    print_line,
+    print_problems,
+)
 
 app = typer.Typer(
     name="qwenvl-ft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -40,16 +50,18 @@ def validate_meta(
     Example: validate-meta data/sample/train.json --data-dir data/sample/images --model data/tiny
     """
     from qwenvl_ft.chat import open_chat
-    from qwenvl_ft.meta import read_meta
-    from qwenvl_ft.prepare import token_counts
+    from qwenvl_ft.meta import num_records, read_meta
+    from qwenvl_ft.prepare import token_counts, write_scripts
 
     chat = open_chat(model) if model else None
     with counting("reading records") as on_record:
         records, problems = read_meta(meta, data_dir, on_record)
-    scripts = [script for record in records for script in chat.write_scripts(record)] if chat else []
+    total = num_records(meta, records, problems)
+    scripts = write_scripts(chat, records, problems) if chat else []
+    refused = {problem.where for problem in problems}
     report: dict[str, Any] = {
-        "records": len(records) + len({problem.where.split(".conversations")[0] for problem in problems}),
-        "used": len(records),
+        "records": total,
+        "used": sum(record.where not in refused for record in records),
         "pictures": sum(len(record.pictures) for record in records),
         "tokens": token_counts([script.length for script in scripts]) if chat else None,
         "problems": [vars(problem) for problem in problems],
@@ -94,13 +106,12 @@ def show(
         if not mine and records:
             mine = [Problem(str(meta), f"has no record {number}", f"count from 0; the last good record is {records[-1].where}")]
         raise UserError(*(mine or problems))
-    for script in chat.write_scripts(found[0]):
-        if not as_json:
-            print_drawing(draw_record(script, chat))
-            continue
-        ids, labels = script.widened()
-        facts = {"ids": ids, "labels": labels, "text": chat.said(ids), "taught": chat.taught_texts(script), "grids": script.grids}
-        print_json(facts)
+    scripts = chat.write_scripts(found[0])
+    if as_json:
+        print_json(facts_of(scripts[-1], chat))  # where a template rewrites turns, the last example has the whole talk
+        return
+    for script in scripts:
+        print_drawing(draw_record(script, chat))
 
 
 @app.command()
@@ -154,9 +165,10 @@ def evaluate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Ask every question of a meta-file; exact and relaxed accuracy (ChartQA's rule: numbers within 5 %), every prediction in a file.
+    """Ask every question of a meta-file; exact and relaxed accuracy, every prediction in a file.
 
-    Each assistant turn is a question, the turns before it as they stand in the record. An empty answer is wrong.
+    Relaxed is ChartQA's rule: numbers within 5 %. Each assistant turn is a question, the turns before it as they stand in
+    the record. An empty answer is wrong.
 
     Example: qwenvl-ft eval data/tiny data/sample/eval.json --data-dir data/sample/images --adapter runs/demo
     """

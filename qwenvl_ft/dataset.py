@@ -49,18 +49,20 @@ def positions(ids: Sequence[int], grids: Sequence[tuple[int, int, int]], picture
 
 
 def join(examples: Sequence[Row]) -> Row:
-    """One row of one or more examples. (1, S) ids and labels, (4, 1, S) positions, (P, D) patches, (N, 3) grids, (R + 1) bounds."""
+    """One row of one or more examples.
+
+    (1, S) ids and labels, (4, 1, S) positions, (P, D) patches and (N, 3) grids if there are pictures, (R + 1) bounds if R > 1.
+    """
     lengths = [example["input_ids"].shape[0] for example in examples]
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     row: Row = {
         "input_ids": torch.cat([example["input_ids"] for example in examples])[None],
         "labels": torch.cat([_first_ignored(example["labels"]) for example in examples])[None],
         "position_ids": torch.cat([example["position_ids"] for example in examples], dim=1)[:, None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
     }
+    if len(examples) > 1:  # Qwen3.5 without flash-linear-attention refuses bounds, and for one record there are none
+        longest = max(lengths)
+        row |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
     if seen := [example for example in examples if "pixel_values" in example]:
         row["pixel_values"] = torch.cat([example["pixel_values"] for example in seen])
         row["image_grid_thw"] = torch.cat([example["image_grid_thw"] for example in seen])

@@ -30,7 +30,7 @@ LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}  # of t
 
 
 def export(adapter: Path, out: Path, model_dir: Path | None, on_shard: Callable[[int, int], None]) -> Path:
-    """Writes the merged model to `out` and returns the base's folder. `out` is a folder that loads with `from_pretrained` and nothing else.
+    """Writes the merged model to `out` and returns the base's folder. `out` loads with `from_pretrained` and nothing else.
 
     `model_dir` defaults to the base that the adapter names. Raises UserError, and leaves no `out`, if the base is not the one
     that was trained on or an adapter tensor has no home in it.
@@ -65,7 +65,7 @@ class Deltas:
         self.scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
         self.pairs: dict[str, dict[str, torch.Tensor]] = {}
         with safe_open(self.where, "pt") as file:
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118 - a safetensors file is no dict
                 match = LORA_KEY.match(key)
                 if not match:
                     raise UserError(
@@ -106,7 +106,7 @@ def _write(folder: Path, adapter: Path, base: Path, deltas: Deltas, on_shard: Ca
     for done, shard in enumerate(shards, start=1):
         with safe_open(shard, "pt") as file:
             metadata = file.metadata() or {"format": "pt"}
-            merged = {key: deltas.add_to(key, file.get_tensor(key)) for key in file.keys()}
+            merged = {key: deltas.add_to(key, file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
         save_file(merged, folder / shard.name, metadata)
         on_shard(done, len(shards))
     if deltas.left:
@@ -149,5 +149,5 @@ def prove(merged: Path, base: Path, adapter: Path, turns: tuple[Turn, ...]) -> t
     if not difference <= LIMIT[engine.model.dtype] * largest:
         merged.rename(merged.with_name(merged.name + ".differs"))
         raise UserError(Problem(str(merged), f"differs from base and adapter by {difference:.3g} (largest logit {largest:.3g})",
-                                "do not use it; it was renamed to *.differs. Report this with the adapter's adapter_config.json"))  # fmt: skip
+                                "it was renamed to *.differs; report this with its adapter_config.json"))  # fmt: skip
     return difference, largest

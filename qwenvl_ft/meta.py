@@ -9,7 +9,7 @@ The newline after a picture's tag belongs to the tag.
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -22,6 +22,7 @@ from qwenvl_ft.metafile import EXAMPLE, entries_of, kind_of
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 OPEN, CLOSE = "<img>", "</img>"
+RECORD = re.compile(r"(\[\d+\]|:\d+)(?:\.conversations.*)?$")  # how a place inside a record ends, after the file's name
 # Boxes and references (<|box_start|> ...) are left alone: they are part of what Qwen2-VL reads and says.
 CONTROL_TOKEN = re.compile(r"<\|(?:endoftext|im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
 MAX_COMPARED = 200_000  # file names that missing ones are compared with, 50 µs each: a folder of them must not take hours
@@ -182,6 +183,12 @@ def _parts(text: str, role: str, place: str, pictures: "_Pictures", problems: li
             yield pictures.find(name, place)
         except UserError as error:
             problems.extend(error.problems)
+
+
+def num_records(meta_file: Path, records: Sequence[Record], problems: Sequence[Problem]) -> int:
+    """How many records the file holds: the good ones, and those that problems stand in. A problem of the whole file is in none."""
+    ends = (RECORD.match(problem.where.removeprefix(meta_file.name)) for problem in problems)
+    return len(records) + len({end[1] for end in ends if end})
 
 
 class _Pictures:

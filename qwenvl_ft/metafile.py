@@ -19,8 +19,8 @@ def entries_of(meta_file: Path) -> tuple[list[tuple[str, Any]], list[Problem]]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        return [], [Problem(f"{name}:{line}", "is not UTF-8 text (GBK or UTF-16, perhaps)", "save the file as UTF-8")]
+        line, column = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
+        return [], [Problem(f"{name}:{line}:{column}", "is not UTF-8 text (GBK or UTF-16, perhaps)", "save the file as UTF-8")]
     if not text.strip():
         return [], [Problem(name, "is empty", f"write a JSON list of records: [{EXAMPLE}]")]
     if text.lstrip().startswith("{"):
@@ -79,8 +79,10 @@ def _parse(text: str) -> Any:
 def _not_json(error: ValueError, name: str, line: int | None = None) -> Problem:
     """`line` is the number of the line that was parsed alone, where there are JSON lines."""
     if isinstance(error, json.JSONDecodeError):
-        where = f"{name}:{line or error.lineno}:{error.colno}"
-        return Problem(where, f"is not JSON: {error.msg[0].lower()}{error.msg[1:]}", "mend the file at this line and column")
+        what = f"is not JSON: {error.msg[0].lower()}{error.msg[1:]}"
+        if line:
+            return Problem(f"{name}:{line}", f"{what} at column {error.colno}", "mend this line, or write the record again")
+        return Problem(f"{name}:{error.lineno}:{error.colno}", what, "mend the file at this line and column")
     where = f"{name}:{line}" if line else name
     if isinstance(error, _Repeated):
         word = error.args[0]

@@ -23,7 +23,7 @@ def relaxed(answer: str, wanted: str) -> bool:
 def _number(text: str) -> float | None:
     """The number that the whole text is, a percent sign and thousands separators allowed."""
     try:
-        number = float(text.strip().rstrip("%").replace(",", ""))
+        number = float(text.strip().rstrip("%").replace(",", "").replace("_", "?"))  # 1_6 is no number, but Python's
     except ValueError:
         return None
     return number if abs(number) < float("inf") else None  # "nan" and "infinity" are words here

@@ -12,7 +12,7 @@ from qwenvl_ft.chat import IGNORE, Chat, Script, open_chat
 from qwenvl_ft.config import Config
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.geometry import resized
-from qwenvl_ft.meta import Media, Record, read_meta
+from qwenvl_ft.meta import Media, Record, num_records, read_meta
 from qwenvl_ft.plan import Plan, pack, steps
 
 OnRecord = Callable[[int, int], None]
@@ -66,8 +66,8 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
     chat = open_chat(config.model, config.min_pixels, config.max_pixels)
     records, problems = read_meta(meta_file, data_dir, on_record)
-    broken = len({problem.where.split(".conversations")[0] for problem in problems})
-    scripts = [script for record in records for script in chat.write_scripts(record)]
+    total = num_records(meta_file, records, problems)
+    scripts = write_scripts(chat, records, problems)
     plan = pack([script.length for script in scripts], config.row_tokens, share=chat.family.packs)
     for index in plan.too_long:
         fix = "raise row_tokens, lower max_pixels, or shorten the record"
@@ -77,7 +77,18 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
             problems.append(Problem("on_bad_record", f"is error, and {len(problems)} problems were found",
                                     "mend them, or set on_bad_record: skip to train without these records"))  # fmt: skip
         raise UserError(*problems)
-    return Prepared(len(records) + broken, records, scripts, plan, problems, chat)
+    return Prepared(total, records, scripts, plan, problems, chat)
+
+
+def write_scripts(chat: Chat, records: Sequence[Record], problems: list[Problem]) -> list[Script]:
+    """The examples of all records; what the template refuses is added to `problems`."""
+    scripts: list[Script] = []
+    for record in records:
+        try:
+            scripts += chat.write_scripts(record)
+        except UserError as error:
+            problems += [Problem(record.where, problem.what, problem.fix) for problem in error.problems]
+    return scripts
 
 
 def schedule(prepared: Prepared, config: Config) -> list[tuple[int, list[int]]]:

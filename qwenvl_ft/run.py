@@ -24,6 +24,23 @@ from qwenvl_ft.prepare import Prepared
 STATE, ADAPTER, OPTIMIZER = "state.json", "adapter_model.safetensors", "optimizer.safetensors"
 
 
+class Signals:
+    """Holds SIGTERM and SIGINT back until the end of a step; a second one ends the process as usual."""
+
+    def __enter__(self) -> "Signals":
+        self.received = 0
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = number
+        signal.signal(number, self.before[signal.Signals(number)])
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 class Run:
     """What a step, an evaluation and a checkpoint need, together."""
 
@@ -53,7 +70,7 @@ class Run:
         with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bf16):
             return summed_loss(self.model, self.bare, row, self.tower_trains)
 
-    def step(self, epoch: int, rows: list[int], loader: Any, signal_received: int) -> tuple[float, int]:
+    def step(self, epoch: int, rows: list[int], loader: Any, signals: "Signals") -> tuple[float, int]:
         """One optimizer step. Returns the loss per taught token over all processes, and the signal that any of them got."""
         self.model.train()
         mine = self.mine(rows)
@@ -75,7 +92,7 @@ class Run:
                 raise NonFiniteLoss(Problem(places, f"the gradient's norm is {norm.item()}", "lower learning_rate"))
             self.optimizer.step()
             self.optimizer.zero_grad()
-        total[1] = signal_received
+        total[1] = signals.received
         total = self.accelerator.reduce(total)
         stop = int(total[1].item())
         return total[0].item() / taught, stop if stop < signal.NSIG else int(signal.SIGTERM)

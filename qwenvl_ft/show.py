@@ -81,6 +81,13 @@ def draw_record(script: Script, chat: Chat) -> Panel:
     return Panel(text, title=script.where, subtitle=f"{script.length} tokens, {taught} taught (green); {PICTURE} widened")
 
 
+def facts_of(script: Script, chat: Chat) -> dict[str, Any]:
+    """What `qwenvl-ft show --json` prints: ids and labels with pictures at their real number of tokens."""
+    ids, labels = script.widened()
+    taught = chat.taught_texts(script)
+    return {"ids": ids, "labels": labels, "text": chat.said(ids), "taught": taught, "grids": script.grids}
+
+
 def draw_counts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     """A two-column table of facts."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
@@ -121,8 +128,9 @@ class Display:
         self.progress.update(self.task, completed=step)
         if not self.quiet and (step % self.every == 0 or step == self.total):
             left = (time.monotonic() - self.began) / (step - self.done_before) * (self.total - step)
-            self.say(f"step {step}/{self.total}  epoch {facts['epoch']:.2f}  loss={facts['loss']:.4f}  lr {facts['learning_rate']:.2e}  "
-                     f"{facts['tokens_per_s']:,.0f} tokens/s ({facts['taught_tokens_per_s']:,.0f} taught)  ETA {left:.0f} s")  # fmt: skip
+            rates = f"{facts['tokens_per_s']:,.0f} tokens/s ({facts['taught_tokens_per_s']:,.0f} taught)"
+            result = f"loss={facts['loss']:.4f}  lr {facts['learning_rate']:.2e}"
+            self.say(f"step {step}/{self.total}  epoch {facts['epoch']:.2f}  {result}  {rates}  ETA {left:.0f} s")
 
     def say(self, line: str) -> None:
         """A line beside the bar."""

@@ -8,7 +8,6 @@ from what ran before, so a run that goes on from a checkpoint ends where the uni
 import json
 import math
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.model import add_lora, load_base, trainable
 from qwenvl_ft.prepare import fingerprint, prepare, schedule
 from qwenvl_ft.results import METRICS, write_results
-from qwenvl_ft.run import ADAPTER, STATE, Run, load_file_into
+from qwenvl_ft.run import ADAPTER, STATE, Run, Signals, load_file_into
 from qwenvl_ft.show import Display, counting, draw_plan, print_drawing, print_line, print_problems
 
 
@@ -73,13 +72,14 @@ def train(config: Config) -> None:
         with Signals() as signals:
             for step, (epoch, rows) in enumerate(steps[done:], start=done + 1):
                 began = time.monotonic()
+                rate = learning_rate(step, len(steps), config)
                 for group in run.optimizer.param_groups:
-                    group["lr"] = learning_rate(step, len(steps), config)
-                loss, stop = run.step(epoch, rows, loader, signals.received)
+                    group["lr"] = rate
+                loss, stop = run.step(epoch, rows, loader, signals)
                 seconds = time.monotonic() - began
                 tokens = sum(prepared.scripts[index].length for row in rows for index in prepared.plan.rows[row])
                 facts = {
-                    "loss": loss, "learning_rate": learning_rate(step, len(steps), config), "epoch": round(step / steps_per_epoch, 4),
+                    "loss": loss, "learning_rate": rate, "epoch": round(step / steps_per_epoch, 4),
                     "tokens_per_s": tokens / seconds, "taught_tokens_per_s": sum(map(prepared.taught_tokens, rows)) / seconds,
                 }  # fmt: skip
                 if held_out and (step == len(steps) or (config.eval_steps and step % config.eval_steps == 0)):
@@ -94,17 +94,18 @@ def train(config: Config) -> None:
                     run.save(step, same)
                 if stop:
                     display.say(f"stopped by signal {stop} after step {step}; go on with resume=true")
+                    accelerator.end_training()
                     raise SystemExit(128 + stop)
     finally:
         display.stop()
         if metrics:
             metrics.close()
-        accelerator.end_training()
     model = accelerator.unwrap_model(run.model)
     state = run.adapter_state()
     if main:
         write_results(config, prepared, model, state, processor, evaluations)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def start(config: Config) -> Accelerator:
@@ -143,7 +144,8 @@ def find_resume(config: Config, same: dict[str, str]) -> Path | None:
         print_line(f"passed over {reason}", "yellow")
     if folder:
         before = json.loads((folder / STATE).read_text())["same"]
-        changed = [Problem(str(folder), f"{key} was {before.get(key)} and is now {value}", "set it back, or choose another output_dir")
+        fix = "set it back, or choose another output_dir"
+        changed = [Problem(str(folder), f"{key} was {before.get(key)} and is now {value}", fix)
                    for key, value in same.items() if before.get(key) != value]  # fmt: skip
         if changed:
             raise UserError(*changed)
@@ -177,20 +179,3 @@ def report_start(config: Config, run: Run, resume: Path | None) -> None:
                   f"({trains / total:.2%}; LoRA on {', '.join(config.lora_on)})")  # fmt: skip
     if resume:
         print_line(f"going on from {resume}")
-
-
-class Signals:
-    """Holds SIGTERM and SIGINT back until the end of a step; a second one ends the process as usual."""
-
-    def __enter__(self) -> "Signals":
-        self.received = 0
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.received = number
-        signal.signal(number, self.before[signal.Signals(number)])
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

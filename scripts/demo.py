@@ -1,6 +1,6 @@
 """`make demo`: the whole path on the sample with the tiny model, each step the command that a user types, and what it learnt.
 
-    validate-meta -> plan -> eval (base) -> accelerate launch train.py -> eval (tuned, and shown blank pictures) -> export -> ask
+validate-meta -> plan -> eval (base) -> accelerate launch train.py -> eval (tuned, and shown blank pictures) -> export -> ask
 """
 
 import json

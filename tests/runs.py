@@ -60,9 +60,14 @@ def difference(one: dict, other: dict) -> float:
     return max(((one[key] - other[key]).abs().max() / one[key].abs().max().clamp(min=1e-9)).item() for key in one if one[key].any())
 
 
-def launch(folder: Path, name: str, *launcher: str, script: str = "train.py", env: dict | None = None, wait: bool = True, **settings):
+def launch(
+    folder: Path, name: str, *launcher: str, script: str = "train.py", env: dict | None = None, wait: bool = True, **settings
+):
     """`accelerate launch ... train.py` in another process, on the CPU."""
-    overrides = [f"{key}={value}" for key, value in {**BASE, "train_meta_file": few_records(folder), "output_dir": folder / name, **settings}.items()]
+    overrides = [
+        f"{key}={value}"
+        for key, value in {**BASE, "train_meta_file": few_records(folder), "output_dir": folder / name, **settings}.items()
+    ]
     empty = folder / "config.yaml"
     empty.write_text("seed: 42\n")
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--mixed_precision", "no", "--dynamo_backend", "no",

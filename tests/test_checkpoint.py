@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, name, harm):
 def test_if_no_checkpoint_is_whole_the_run_stops_rather_than_starting_again(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "checkpoint-1" / "state.json").write_text("{")
-    with pytest.raises(UserError, match="cannot resume: checkpoint-1: state.json is damaged"):
+    with pytest.raises(UserError, match=r"cannot resume: checkpoint-1: state\.json is damaged"):
         checkpoint.newest(tmp_path)
 
 

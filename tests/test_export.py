@@ -98,7 +98,10 @@ def changed_adapter(trained, folder, change):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda t: t.update({key.replace("layers.0", "layers.9"): t.pop(key) for key in list(t) if "layers.0" in key}), "has no home"),
+        (
+            lambda t: t.update({key.replace("layers.0", "layers.9"): t.pop(key) for key in list(t) if "layers.0" in key}),
+            "has no home",
+        ),
         (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(1)}), "not a LoRA tensor"),
         (lambda t: t.update({key: torch.ones(t[key].shape[0] + 1, t[key].shape[1]) for key in t if "lora_B" in key}), "has shape"),
     ],
@@ -155,7 +158,9 @@ def test_the_adapter_loads_in_plain_peft_and_answers_the_same(trained, question)
     processor = AutoProcessor.from_pretrained(trained)
     picture, text = question[0].parts
     messages = [{"role": "user", "content": [{"type": "image", "image": Image.open(picture.path)}, {"type": "text", "text": text}]}]
-    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
     out = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     stock = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert Engine.open(TINY, trained).ask(question, max_new_tokens=20) == stock

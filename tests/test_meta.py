@@ -48,8 +48,8 @@ def parts_of(folder: Path, value: str):
 
 
 FILES = [
-    (b"\xb5\xc4[]", ":1", "is not UTF-8 text (GBK or UTF-16, perhaps)", "save the file as UTF-8"),
-    (b"[\n\n\xff]", ":3", "is not UTF-8 text (GBK or UTF-16, perhaps)", "save the file as UTF-8"),
+    (b"\xb5\xc4[]", ":1:1", "is not UTF-8 text (GBK or UTF-16, perhaps)", "save the file as UTF-8"),
+    (b"[\n\n\xff]", ":3:1", "is not UTF-8 text (GBK or UTF-16, perhaps)", "save the file as UTF-8"),
     (" \n", "", "is empty", LIST),
     ("[\n {]", ":2:3", "is not JSON: expecting property name enclosed in double quotes", MEND),
     ("7", "", "holds a number, not a list", LIST),
@@ -148,6 +148,12 @@ def test_all_problems_of_a_file_come_at_once(folder):
     assert [record.where for record in records] == ["train.json[2]"]
 
 
+def test_problems_come_in_the_same_order_every_time(folder):
+    """The keys of a record were looked through as a set: another order in every process."""
+    _, problems = read(folder, [talk("q", "a") | dict.fromkeys(("videos", "system", "images", "image"), "")])
+    assert [problem.what.split('"')[1] for problem in problems] == ["image", "images", "videos", "system"]
+
+
 def test_a_missing_picture_alone_in_its_turn_is_one_problem(folder):
     """Once it was two: the turn was called empty as well, because no part of it was left."""
     assert len(read(folder, [talk("<img>zzz</img>", "a")])[1]) == 1
@@ -162,7 +168,7 @@ def test_json_lines_and_a_byte_order_mark_are_read(folder):
     line = json.dumps(talk("q", "a"))
     records, problems = read(folder, f"\ufeff{line}\r\n\n{line}\n{{\n{line}", "train.jsonl")
     assert [record.where for record in records] == ["train.jsonl:1", "train.jsonl:3", "train.jsonl:5"]
-    assert [problem.where for problem in problems] == ["train.jsonl:4:2"]
+    assert [problem.where for problem in problems] == ["train.jsonl:4"]
     assert read(folder, "\ufeff[" + line + "]")[0][0].where == "train.json[0]"
 
 

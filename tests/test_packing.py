@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from qwenvl_ft.chat import IGNORE, open_chat
-from qwenvl_ft.dataset import Rows, join, open_image_processor, positions
+from qwenvl_ft.dataset import Rows, join, open_image_processor
 from qwenvl_ft.loss import picture_features, summed_loss, taught
 from qwenvl_ft.meta import read_meta
 from qwenvl_ft.model import PatchEmbedding, add_lora, load_base, trainable
@@ -33,7 +33,9 @@ def make_job(model_dir, folder, on=("language",)):
     random = np.random.default_rng(0)
     for name, (width, height) in {"a.png": (168, 112), "b.png": (90, 200), "c.jpg": (61, 47)}.items():
         Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / name)
-    records = [{"conversations": [{"from": ("user", "assistant")[n % 2], "value": text} for n, text in enumerate(talk)]} for talk in TALKS]
+    records = [
+        {"conversations": [{"from": ("user", "assistant")[n % 2], "value": text} for n, text in enumerate(talk)]} for talk in TALKS
+    ]
     (folder / "train.json").write_text(json.dumps(records))
     records, problems = read_meta(folder / "train.json", folder)
     assert not problems
@@ -81,7 +83,9 @@ def broken(row, rule):
     return row
 
 
-@pytest.mark.parametrize("rule", ["an attention mask of ones", "no text row of positions", "positions that go on from record to record"])
+@pytest.mark.parametrize(
+    "rule", ["an attention mask of ones", "no text row of positions", "positions that go on from record to record"]
+)
 def test_a_broken_rule_changes_the_loss_without_a_word(packing_job, rule):
     model, rows = packing_job
     with torch.no_grad():

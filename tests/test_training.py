@@ -12,14 +12,16 @@ from torch import nn
 from qwenvl_ft import run as run_module
 from qwenvl_ft.errors import NonFiniteLoss, UserError
 from qwenvl_ft.training import learning_rate
-from tests.runs import BASE, adapter, config, difference, launch, metrics, run, same
+from tests.runs import BASE, ROOT, adapter, config, difference, launch, metrics, run, same
+
+SETTINGS = {"max_steps": 4, "save_steps": 2, "lora_dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A finished run of four steps with dropout, a checkpoint each two: what other runs are compared with."""
     folder = tmp_path_factory.mktemp("plain")
-    run(folder, max_steps=4, save_steps=2, lora_dropout=0.1)
+    run(folder, **SETTINGS)
     return folder / "run"
 
 
@@ -28,12 +30,13 @@ def test_a_step_divides_once_by_the_tokens_taught_in_all_rows(tmp_path):
 
     transformers' Trainer takes the mean of the rows' means for Qwen2.5-VL and 3-VL: short answers would count more.
     """
+    from peft import get_peft_model_state_dict
+    from transformers import AutoProcessor
+
+    from qwenvl_ft.dataset import Rows, open_image_processor
     from qwenvl_ft.loss import summed_loss
     from qwenvl_ft.model import add_lora, load_base, trainable
     from qwenvl_ft.prepare import prepare, schedule
-    from transformers import AutoProcessor
-    from peft import get_peft_model_state_dict
-    from qwenvl_ft.dataset import Rows, open_image_processor
 
     settings = config(tmp_path, max_steps=1, max_grad_norm=1e9, lr_scheduler_type="constant", warmup_ratio=0.0)
     prepared = prepare(settings)
@@ -53,54 +56,52 @@ def test_a_step_divides_once_by_the_tokens_taught_in_all_rows(tmp_path):
     assert difference(get_peft_model_state_dict(model), trained) < 1e-4
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The same run in two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    launch(folder, "run", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29613", **SETTINGS)
+    return folder / "run"
+
+
 def test_the_same_run_gives_the_same_bits(plain, tmp_path):
-    assert same(adapter(plain), run(tmp_path, max_steps=4, save_steps=2, lora_dropout=0.1))
+    assert same(adapter(plain), run(tmp_path, **SETTINGS))
 
 
-def test_two_processes_end_where_one_does(plain, tmp_path):
-    launch(tmp_path, "two", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29613",
-           max_steps=4, save_steps=2, lora_dropout=0.1, rows_per_step=2)  # fmt: skip
-    assert difference(adapter(plain), adapter(tmp_path / "two")) < 1e-3
-    for one, two in zip(metrics(plain), metrics(tmp_path / "two"), strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+def test_two_processes_end_where_one_does(plain, two):
+    assert difference(adapter(plain), adapter(two)) < 1e-3
+    for one, other in zip(metrics(plain), metrics(two), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(plain, tmp_path):
-    process = launch(tmp_path, "run", "--num_processes", "1", wait=False, max_steps=4, save_steps=2, lora_dropout=0.1)
+    process = launch(tmp_path, "run", "--num_processes", "1", wait=False, **SETTINGS)
     deadline = time.monotonic() + 200
     while not (tmp_path / "run" / "checkpoint-2").is_dir():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    assert same(adapter(plain), run(tmp_path, max_steps=4, save_steps=2, lora_dropout=0.1, resume=True))
+    assert same(adapter(plain), run(tmp_path, **SETTINGS, resume=True))
     assert [line["loss"] for line in metrics(plain)] == [line["loss"] for line in metrics(tmp_path / "run")]
 
 
 def test_a_signal_saves_at_the_end_of_the_step_and_leaves_no_final_adapter(plain, tmp_path, monkeypatch):
-    step = run_module.Run.step
+    backward = run_module.Run.backward
 
-    def interrupted(self, epoch, rows, loader, received):
-        if self.accelerator.is_main_process and not (tmp_path / "sent").exists():
-            (tmp_path / "sent").touch()
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, epoch, rows, loader, signals_received() or received)
+    def interrupted(self, loss, last):
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.undo()
+        os.chdir(ROOT)
+        return backward(self, loss, last)
 
-    import qwenvl_ft.training as training
-
-    made = []
-    monkeypatch.setattr(training, "Signals", lambda: made.append(Signals()) or made[-1])
-    from qwenvl_ft.training import Signals  # noqa: F811
-
-    signals_received = lambda: made[-1].received  # noqa: E731
-    monkeypatch.setattr(run_module.Run, "step", interrupted)
+    monkeypatch.setattr(run_module.Run, "backward", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, max_steps=4, save_steps=2, lora_dropout=0.1)
+        run(tmp_path, **SETTINGS)
     assert stopped.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
-    monkeypatch.undo()
-    os.chdir(run_module.__file__.rsplit("/", 2)[0])
-    assert same(adapter(plain), run(tmp_path, max_steps=4, save_steps=2, lora_dropout=0.1, resume=True))
+    assert same(adapter(plain), run(tmp_path, **SETTINGS, resume=True))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_records(tmp_path, monkeypatch):
@@ -132,38 +133,43 @@ def test_resume_passes_over_a_damaged_checkpoint(tmp_path):
     assert same(whole, run(tmp_path, save_steps=1, resume=True))
 
 
-def test_zero_2_in_two_processes_ends_with_the_weights_of_ddp(tmp_path):
+def test_zero_2_in_two_processes_ends_with_the_weights_of_ddp(two, tmp_path):
     """DeepSpeed on a CPU needs accelerate told that it has a backend; tests/deepspeed_train.py is that shim and train.py."""
-    plugin = tmp_path / "zero2.yaml"
-    plugin.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\ndeepspeed_config:\n  zero_stage: 2\n")
-    settings = {"max_steps": 3, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.5}
-    two = ["--num_processes", "2", "--main_process_port"]
     env = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true",
            "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}  # fmt: skip
-    launch(tmp_path, "zero2", "--multi_gpu", *two, "29615", script="tests/deepspeed_train.py", env=env, save_steps=2, **settings)
-    launch(tmp_path, "ddp", "--multi_gpu", *two, "29617", **settings)
-    assert json.loads((tmp_path / "zero2" / "checkpoint-2" / "state.json").read_text())["deepspeed"]
-    assert difference(adapter(tmp_path / "ddp"), adapter(tmp_path / "zero2")) < 1e-5
+    launch(tmp_path, "run", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29615",
+           script="tests/deepspeed_train.py", env=env, **SETTINGS)  # fmt: skip
+    assert json.loads((tmp_path / "run" / "checkpoint-2" / "state.json").read_text())["deepspeed"]
+    assert difference(adapter(two), adapter(tmp_path / "run")) < 1e-5
 
 
 def test_the_losses_are_in_wandbs_offline_files(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     run(tmp_path, report_to=["wandb"], run_name="a name")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(file))
-    losses, names = [], []
-    while data := store.scan_data():
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        names.append(record.run.display_name)
-        losses += [float(item.value_json) for item in record.history.item if "loss" in (item.key, *item.nested_key)]
+    records = [Record.FromString(content) for content in logged(file.read_bytes())]
+    losses = [
+        float(item.value_json) for record in records for item in record.history.item if "loss" in (item.key, *item.nested_key)
+    ]
     assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path / "run")])
-    assert "a name" in names
+    assert "a name" in [record.run.display_name for record in records]
+
+
+def logged(content):
+    """The records of wandb's file: a header of 7 bytes, then LevelDB's log of blocks of 32 KiB (crc, length, kind, part)."""
+    whole, at = b"", 7
+    while at + 7 < len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the record's only or last part
+            yield whole
+            whole = b""
 
 
 def test_the_rate_warms_up_and_follows_its_schedule(tmp_path):

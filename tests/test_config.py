@@ -1,0 +1,164 @@
+"""Settings: YAML 1.2, every complaint at once with its line, and the right key for every wrong one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwenvl_ft.config import NOT_NEEDED, PEERS, Config, load_config
+from qwenvl_ft.errors import Problem, UserError
+
+REQUIRED = "model: m\ntrain_meta_file: train.json\ntrain_data_dir: images\noutput_dir: runs/a\n"
+# A key that is renamed or taken away breaks somebody's file: add here, never change.
+KEYS = """
+    model train_meta_file train_data_dir output_dir eval_meta_file eval_data_dir
+    min_pixels max_pixels row_tokens on_bad_record dataloader_num_workers
+    lora_on lora_rank lora_alpha lora_dropout
+    num_train_epochs max_steps rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm seed
+    dtype attn_implementation gradient_checkpointing
+    logging_steps eval_steps save_steps save_total_limit resume report_to run_name
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    """The config of a file with the required keys and then these lines, which begin at line 5."""
+
+    def load(text: str = "", *overrides: str, required: str = REQUIRED) -> Config:
+        path = tmp_path / "a.yaml"
+        path.write_text(required + text, encoding="utf-8")
+        return load_config(path, overrides)
+
+    return load
+
+
+@pytest.fixture
+def complaints(load, tmp_path):
+    """The (where, what, fix) of a file that is refused; `where` without the folder."""
+
+    def complaints(text: str, *overrides: str, required: str = REQUIRED) -> list[tuple[str, str, str]]:
+        with pytest.raises(UserError) as error:
+            load(text, *overrides, required=required)
+        return [(problem.where.replace(f"{tmp_path}/", ""), problem.what, problem.fix) for problem in error.value.problems]
+
+    return complaints
+
+
+def test_the_keys_are_these():
+    assert list(Config.model_fields) == KEYS.split()
+
+
+def test_numbers_are_read_as_yaml_1_2_has_them(load):
+    """PyYAML reads 1e-4 as a text."""
+    config = load("learning_rate: 1e-4\nmax_pixels: 1e6\nseed: 010\n")
+    assert (config.learning_rate, config.max_pixels, config.seed) == (0.0001, 1_000_000, 10)
+
+
+def test_a_truth_value_is_true_or_false_and_nothing_else(load, complaints):
+    assert load("resume: true\ngradient_checkpointing: False\n").resume is True
+    for word in ("no", "off", "0", "'false'"):
+        (problem,) = complaints(f"resume: {word}\n")
+        assert problem == ("a.yaml:5", f"resume is {word.strip(chr(39))}", "it should be a valid boolean")
+
+
+def test_overrides_come_last_and_are_read_as_yaml(load):
+    config = load("seed: 1\n", "seed=7", "--learning_rate=5e-5", "report_to=[wandb]", "run_name='a: b'", "max_steps=null")
+    assert (config.seed, config.learning_rate, config.report_to) == (7, 5e-5, ["wandb"])
+    assert (config.run_name, config.max_steps) == ("a: b", None)
+
+
+def test_one_word_is_a_list_of_one_and_none_is_no_one(load):
+    assert load("report_to: wandb\n").report_to == ["wandb"]
+    assert load("report_to: none\n").report_to == []
+    assert load("lora_on: vision\n").lora_on == ["vision"]
+
+
+def test_all_problems_of_file_and_overrides_come_at_once(complaints):
+    text = "row_tokens: 0\nlearning_rates: 1\ndtype: fp16\nlora_dropout: 1\nlearning_rate: .inf\n"
+    found = complaints(text, "epochs=3", "seed=x", "lonely", "run_name=@x", required=REQUIRED.replace("output_dir: runs/a\n", "\n"))
+    assert sorted(found) == sorted([
+        ("a.yaml:5", "row_tokens is 0", "it should be greater than 0"),
+        ("a.yaml:6", "unknown key learning_rates", "did you mean learning_rate?"),
+        ("a.yaml:7", "dtype is fp16", "it should be 'auto', 'bfloat16' or 'float32'"),
+        ("a.yaml:8", "lora_dropout is 1", "it should be less than 1"),
+        ("a.yaml:9", "learning_rate is inf", "it should be a finite number"),
+        ("a.yaml", "has no key output_dir", "write output_dir: ..."),
+        ("command line, epochs=3", "unknown key epochs", "write num_train_epochs (see configs/lora.yaml)"),
+        ("command line, seed=x", "seed is x", "it should be a valid integer, unable to parse string as an integer"),
+        ("lonely", "is not an override", "write key=value"),
+        ("run_name=@x", "its value is not YAML", """quote it: 'run_name="..."'"""),
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "where", "what"), [
+    ("model: n\n", "a.yaml:5:1", 'found duplicate key "model" with value "n" (original value: "m")'),
+    ("lora_on: [vision\nseed: 1\n", "a.yaml:6:5", "expected ',' or ']', but got ':'"),
+    ("\tseed: 1\n", "a.yaml:5:1", "found character '\\t' that cannot start any token"),
+    ("---\nseed: 1\n", "a.yaml:5:1", "but found another document"),
+    ("seed: !!python/name:os.system x\n", "a.yaml:5:7",
+     "could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'"),
+    ("seed: *a\n", "a.yaml:5:7", "found undefined alias 'a'"),
+    ("<<: {seeds: 1}\n", "a.yaml", "unknown key seeds"),
+    ("seed: 2020-13-01\n", "a.yaml", "is not YAML: month must be in 1..12"),
+    ("seed: \0\n", "a.yaml", "is not YAML: unacceptable character #x0000: special characters are not allowed"),
+    ("seed: " + "[" * 500 + "\n", "a.yaml", "is not YAML: maximum recursion depth exceeded"),
+])  # fmt: skip
+def test_what_is_not_yaml_is_said_with_its_place(text, where, what, complaints):
+    ((found_where, found_what, fix),) = complaints(text)
+    assert (found_where, found_what[: len(what)]) == (where, what) and fix
+
+
+def test_a_file_without_settings_and_no_file_are_named(complaints, tmp_path):
+    for text in ("", "- a\n", "model\n", "# only a comment\n"):
+        assert complaints(text, required="")[0][1] == "holds no settings"
+    (tmp_path / "gbk.yaml").write_bytes(REQUIRED.encode() + b"run_name: \xb5\xc4\n")
+    for path in (tmp_path / "gbk.yaml", tmp_path / "no.yaml", tmp_path):
+        with pytest.raises(UserError) as error:
+            load_config(path)
+        assert error.value.problems == (
+            Problem(str(path), "cannot be read as a text file", "give a config such as configs/lora.yaml"),
+        )
+
+
+def test_every_key_of_a_peer_is_answered_with_ours(complaints):
+    found = complaints("".join(f"{key}: 1\n" for key in PEERS))
+    wanted = [
+        (f"a.yaml:{5 + i}", f"unknown key {key}", f"write {PEERS[key]} (see configs/lora.yaml)") for i, key in enumerate(PEERS)
+    ]
+    assert found == wanted
+    assert set(PEERS.values()) <= set(KEYS.split()) and not PEERS.keys() & set(KEYS.split())
+
+
+def test_a_key_that_is_not_needed_is_to_be_deleted(complaints):
+    found = complaints("".join(f"{key}: 1\n" for key in NOT_NEEDED))
+    assert [fix for _, _, fix in found] == [f"delete it: {why}" for why in NOT_NEEDED.values()]
+    assert not NOT_NEEDED.keys() & (PEERS.keys() | set(KEYS.split()))
+
+
+@pytest.mark.parametrize(("key", "fix"), [
+    ("lora_ranks", "did you mean lora_rank?"),
+    ("Learning-Rate", "did you mean learning_rate?"),
+    ("cutof_len", "did you mean row_tokens?"),
+    ("Lora-R", "write lora_rank (see configs/lora.yaml)"),
+    ("zzz", "delete it; configs/lora.yaml lists every key"),
+])  # fmt: skip
+def test_a_misspelt_key_names_the_nearest(key, fix, complaints):
+    assert complaints(f"{key}: 1\n") == [("a.yaml:5", f"unknown key {key}", fix)]
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("configs/*.yaml")), ids=lambda path: path.name)
+def test_every_config_of_the_project_loads(path):
+    if "compute_environment" not in path.read_text():  # those are accelerate's
+        assert load_config(path).model
+
+
+def test_reading_a_config_imports_nothing_heavy():
+    code = """
+import sys, time
+import qwenvl_ft.config
+heavy = {"torch", "transformers", "peft", "accelerate", "numpy", "PIL", "rich", "typer", "tokenizers"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+assert time.process_time() < 2, time.process_time()  # torch alone takes 6 s here
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,93 @@
+"""The house rules, read from the source: who may import whom, and what nobody may write."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+# From the ground up; a module stands as low as its imports let it and may import from the floors below only.
+FLOORS = [
+    "errors metrics plan",
+    "config geometry families metafile checkpoint",
+    "media model",
+    "meta",
+    "chat",
+    "prepare show dataset engine",
+    "loss results evaluate",
+    "run export",
+    "training",
+    "cli",
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
+FILES = {path.stem: path for path in (Path(__file__).parent.parent / "qwenvl_ft").rglob("*.py") if path.stem != "__init__"}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+
+def imports(tree: ast.Module) -> list[tuple[str, str]]:
+    """(module, name here) of everything that is imported anywhere; `from qwenvl_ft import plan` is qwenvl_ft.plan."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, alias.asname or alias.name.split(".")[0]) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            whole = node.module == "qwenvl_ft"
+            found += [(f"{node.module}.{alias.name}" if whole else node.module, alias.asname or alias.name) for alias in node.names]
+    return found
+
+
+def nodes(kind: type) -> list[tuple[str, ast.AST]]:
+    return [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, kind)]
+
+
+def test_every_module_has_its_floor():
+    assert FLOOR.keys() == FILES.keys()
+
+
+@pytest.mark.parametrize("name", sorted(FLOOR))
+def test_a_module_stands_right_above_the_highest_that_it_imports(name):
+    ours = {module.split(".")[1] for module, _ in imports(TREES[name]) if module.startswith("qwenvl_ft.")}
+    assert FLOOR[name] == 1 + max((FLOOR[other] for other in ours), default=-1), {other: FLOOR[other] for other in ours}
+
+
+def test_no_file_is_over_300_lines():
+    long = {name: lines for name, path in FILES.items() if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 300}
+    assert not long
+
+
+def test_nobody_prints_but_show():
+    printing = [
+        (name, node.lineno) for name, node in nodes(ast.Call) if isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert [place for place in printing if place[0] != "show"] == []
+
+
+def test_whoever_catches_everything_raises_it_again():
+    for name, node in nodes(ast.ExceptHandler):
+        everything = node.type is None or any(
+            isinstance(part, ast.Name) and part.id in ("Exception", "BaseException") for part in ast.walk(node.type)
+        )
+        raises = any(isinstance(part, ast.Raise) for part in ast.walk(node))
+        assert not everything or raises, f"{name}.py:{node.lineno}"
+
+
+def test_no_function_of_ours_takes_arguments_without_names():
+    assert [
+        (name, node.lineno) for name, node in nodes((ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) if node.args.kwarg
+    ] == []
+
+
+def test_nobody_writes_into_what_others_wrote():
+    """media.py once set PIL.Image.MAX_IMAGE_PIXELS to None, for whoever imported it."""
+    written = []
+    for name, tree in TREES.items():
+        theirs = {here for module, here in imports(tree) if not module.startswith("qwenvl_ft")}
+        for node in ast.walk(tree):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+            owners = [target.value for target in targets if isinstance(target, ast.Attribute | ast.Subscript)]
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+                owners = node.args[:1]
+            roots = {part.id for owner in owners for part in ast.walk(owner) if isinstance(part, ast.Name)}
+            if roots & theirs:
+                written.append(f"{name}.py:{node.lineno}")
+    assert written == []
