@@ -5,7 +5,6 @@ What is taught follows from the rendered text by one rule for every family: each
 refuses records whose own text holds a control token.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from tokenizers import Tokenizer
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.families import Family, family_of
-from qwenvl_ft.geometry import Limits, grid_of, read_limits, tokens_of
+from qwenvl_ft.geometry import Limits, grid_of, read_limits, read_model_json, tokens_of
 from qwenvl_ft.meta import Media, Record, Turn
 
 IGNORE = -100  # the label that torch's cross entropy skips
@@ -138,6 +137,7 @@ def open_chat(model_dir: Path, min_pixels: int | None = None, max_pixels: int | 
     )  # as transformers renders it
     environment.globals["raise_exception"] = _refuse
     template = environment.from_string(_template_text(model_dir))
+    read_model_json(path)  # the tokenizers library's own error names neither the file nor the cause
     tokenizer = Tokenizer.from_file(str(path))
     if (picture_id := tokenizer.token_to_id(PICTURE)) is None:
         raise UserError(Problem(str(path), f"has no token {PICTURE}", "use a Qwen-VL model"))
@@ -150,7 +150,7 @@ def _template_text(model_dir: Path) -> str:
         return jinja.read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):  # where transformers 4 kept it
         if (model_dir / name).is_file():
-            template = json.loads((model_dir / name).read_text(encoding="utf-8")).get("chat_template")
+            template = read_model_json(model_dir / name).get("chat_template")
             if isinstance(template, str):
                 return template
     raise UserError(Problem(str(model_dir), "holds no chat template", "use an instruct model and download all of it"))

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,16 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
         write(incoming)
         seal(incoming)
     except OSError as error:
-        shutil.rmtree(incoming, ignore_errors=True)
+        _discard(incoming)
         free = shutil.disk_usage(folder.parent).free
         raise UserError(Problem(str(folder), f"could not be written ({error.strerror}; {free / 2**30:.1f} GiB free)",
                                 "free some space and start again with resume=true")) from error  # fmt: skip
+    except BaseException:
+        _discard(incoming)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     incoming.rename(folder)
+    _discard(incoming)
     _flush(folder.parent)
 
 
@@ -91,7 +96,7 @@ def rotate(output_dir: Path, keep: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         doomed.parent.mkdir(exist_ok=True)
         folder.rename(doomed)  # first out of sight, so that a kill leaves no half-deleted checkpoint
-        shutil.rmtree(doomed, ignore_errors=True)
+        _discard(doomed)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -106,6 +111,12 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _discard(incoming: Path) -> None:
+    shutil.rmtree(incoming, ignore_errors=True)
+    with suppress(OSError):  # another save may be under way there
+        incoming.parent.rmdir()
 
 
 def _flush(path: Path) -> None:

@@ -20,6 +20,7 @@ from qwenvl_ft.show import (
     print_json,
     print_line,
     print_problems,
+    save_svg,
 )
 
 app = typer.Typer(
@@ -87,6 +88,7 @@ def show(
     number: Annotated[int, typer.Argument(help="Which record, counted from 0.")],
     data_dir: DataDir,
     model: Annotated[Path, typer.Option("--model", help="The model's folder.")],
+    svg: Annotated[Path | None, typer.Option("--svg", help="Write the drawing to this picture file, too.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show a record as the model sees it: pictures as blocks with their tokens, what is taught in green.
@@ -112,6 +114,8 @@ def show(
         return
     for script in scripts:
         print_drawing(draw_record(script, chat))
+    if svg:
+        save_svg(draw_record(scripts[-1], chat), svg)
 
 
 @app.command()

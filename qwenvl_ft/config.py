@@ -9,14 +9,22 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, ValidationInfo, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from qwenvl_ft.errors import Problem, UserError
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):  # which Python takes for 0 and 1
+        raise ValueError("write a number")
+    return value
+
+
+Number = Annotated[int, BeforeValidator(_number)]
+Positive = Annotated[Number, Field(gt=0)]
+Count = Annotated[Number, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Tower = Literal["language", "vision", "merger"]
@@ -35,7 +43,7 @@ class Config(BaseModel):
     eval_data_dir: Path | None = None
 
     min_pixels: Positive | None = None
-    max_pixels: Positive = 1280 * 28 * 28
+    max_pixels: Annotated[Positive, Field(validate_default=True)] = 1280 * 28 * 28
     row_tokens: Positive = 4096
     on_bad_record: Literal["error", "skip"] = "error"
     dataloader_num_workers: Count = 2
@@ -53,7 +61,7 @@ class Config(BaseModel):
     warmup_ratio: Share = 0.03
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_grad_norm: Rate = 1.0
-    seed: int = 42
+    seed: Number = 42
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -66,6 +74,14 @@ class Config(BaseModel):
     resume: StrictBool = False
     report_to: list[Literal["wandb", "tensorboard"]] = []
     run_name: str | None = None
+
+    @field_validator("max_pixels")
+    @classmethod
+    def bounds_are_in_order(cls, value: int, info: ValidationInfo) -> int:
+        """A picture cannot be larger than min_pixels and smaller than max_pixels if these cross."""
+        if (info.data.get("min_pixels") or 0) > value:
+            raise ValueError(f"set it to at least min_pixels, {info.data['min_pixels']}")
+        return value
 
     @field_validator("lora_on", "report_to", mode="before")
     @classmethod
@@ -186,5 +202,6 @@ def _problem(detail: Any, path: Path, lines: dict[str, str]) -> Problem:
     if detail["type"] == "missing":
         return Problem(str(path), f"has no key {key}", f"write {key}: ...")
     shown = detail["input"] if not isinstance(detail["input"], dict) else "an object"
-    fix = detail["msg"][0].lower() + detail["msg"][1:]
-    return Problem(lines[key], f"{key} is {shown}", fix.replace("input should be", "it should be"))
+    fix = detail["msg"].removeprefix("Value error, ")
+    fix = fix[0].lower() + fix[1:]
+    return Problem(lines.get(key, f"{path}, the default"), f"{key} is {shown}", fix.replace("input should be", "it should be"))

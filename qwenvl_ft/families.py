@@ -3,11 +3,11 @@
 Looked up by `model_type` of config.json, never by a folder's name.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.geometry import read_model_json
 
 ATTENTION = r"self_attn\.(?:q_proj|k_proj|v_proj|o_proj)"
 GATED_MLP = r"mlp\.(?:gate_proj|up_proj|down_proj)"
@@ -55,7 +55,7 @@ def family_of(model_dir: Path) -> Family:
         raise UserError(
             Problem(str(model_dir), "holds no config.json, so it is not a model's folder", "give the folder of a downloaded model")
         )
-    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    model_type = read_model_json(config).get("model_type")
     if model_type not in FAMILIES:
         raise UserError(
             Problem(str(config), f"model_type {model_type!r} is not one of {', '.join(FAMILIES)}", "use a Qwen-VL model")

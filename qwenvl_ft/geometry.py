@@ -71,25 +71,38 @@ def read_limits(model_dir: Path, min_pixels: int | None = None, max_pixels: int 
     return Limits(settings["patch_size"], settings["merge_size"], int(min_pixels or own_min), int(max_pixels or own_max))
 
 
+def read_model_json(path: Path) -> dict[str, Any]:
+    """A JSON object out of a model's folder. Raises UserError where it is none, as in a git clone without LFS."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(Problem(str(path), "is no JSON object (a git-lfs pointer, perhaps)", "download the whole model"))
+    return content
+
+
 def _image_settings(model_dir: Path) -> dict[str, Any]:
     for name in ("processor_config.json", "preprocessor_config.json"):  # written by transformers 5 and by 4
         path = model_dir / name
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_model_json(path)
             settings = content.get("image_processor", content)
-            if "patch_size" in settings:
+            if {"patch_size", "merge_size"} <= settings.keys() and (
+                "max_pixels" in settings or "longest_edge" in settings.get("size", {})
+            ):
                 return settings
     raise UserError(
         Problem(
             str(model_dir),
-            "holds no preprocessor_config.json or processor_config.json with a patch_size",
+            "holds no preprocessor_config.json or processor_config.json with patch_size and limits of pixels",
             "download the whole model",
         )
     )
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4):
+    if len(sys.argv) not in (3, 4) or not all(side.isdecimal() and int(side) for side in sys.argv[1:3]):
         sys.exit("usage: python -m qwenvl_ft.geometry WIDTH HEIGHT [MODEL_DIR]")
     at = read_limits(Path(sys.argv[3])) if len(sys.argv) == 4 else Limits(14, 2, 3136, 1280 * 28 * 28)
     shape = resized(int(sys.argv[2]), int(sys.argv[1]), at)

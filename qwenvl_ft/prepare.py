@@ -11,7 +11,7 @@ from typing import Any
 from qwenvl_ft.chat import IGNORE, Chat, Script, open_chat
 from qwenvl_ft.config import Config
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.geometry import resized
+from qwenvl_ft.geometry import read_model_json, resized
 from qwenvl_ft.meta import Media, Record, num_records, read_meta
 from qwenvl_ft.plan import Plan, pack, steps
 
@@ -133,7 +133,7 @@ def fingerprint(prepared: Prepared, config: Config) -> dict[str, str]:
 
 def base_fingerprint(model_dir: Path) -> dict[str, Any]:
     """Names a base model without reading its weights: its config, and the size and header of each safetensors file."""
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config = read_model_json(model_dir / "config.json")
     config.pop("transformers_version", None)
     files = {}
     for path in sorted(model_dir.glob("*.safetensors")):

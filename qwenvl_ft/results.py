@@ -42,7 +42,7 @@ def write_results(
     (aside / checkpoint.MANIFEST).unlink()
     for path in sorted(aside.iterdir(), key=lambda path: path.name.startswith("adapter_model")):
         path.replace(out / path.name)
-    shutil.rmtree(out / checkpoint.INCOMING)
+    shutil.rmtree(out / checkpoint.INCOMING)  # with the folder that is empty now
     with (out / "config.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(config.model_dump(mode="json"), file)
     checkpoint.write_json(out / "plan.json", prepared.summary(config) | {"packed": prepared.plan.rows})

@@ -1,9 +1,12 @@
 """Everything that is printed for a person: problems, plans, a record as the model sees it, a run's progress."""
 
+import io
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -79,6 +82,14 @@ def draw_record(script: Script, chat: Chat) -> Panel:
             text.append(said, "bold green" if is_taught else "" if "<|" not in said else "bright_black")
     taught = sum(label != IGNORE for label in script.labels)
     return Panel(text, title=script.where, subtitle=f"{script.length} tokens, {taught} taught (green); {PICTURE} widened")
+
+
+def save_svg(drawing: Any, path: Path) -> None:
+    """A drawing as a picture file, for a report or a README."""
+    pen = Console(record=True, width=110, file=io.StringIO(), force_terminal=True, highlight=False)
+    pen.print(drawing)
+    drawn = re.sub(r"@font-face \{.*?\}", "", pen.export_svg(title="qwenvl-ft show"), flags=re.DOTALL)  # no font from the web
+    path.write_text(drawn, encoding="utf-8")
 
 
 def facts_of(script: Script, chat: Chat) -> dict[str, Any]:

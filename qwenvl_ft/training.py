@@ -62,7 +62,10 @@ def train(config: Config) -> None:
     done = run.load(resume) if resume else 0
     if main:
         report_start(config, run, resume)
-    accelerator.init_trackers("qwenvl_ft", config.model_dump(mode="json"), {"wandb": {"name": config.run_name}})
+    settings = {
+        key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.model_dump(mode="json").items()
+    }
+    accelerator.init_trackers("qwenvl_ft", settings, {"wandb": {"name": config.run_name}})
     display = Display(len(steps), done, config.logging_steps, quiet=not main)
     metrics = open_metrics(config.output_dir, done) if main else None
     loader = iter(run.loader(steps[done:]))

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from qwenvl_ft.chat import IGNORE, open_chat
+from qwenvl_ft.errors import UserError
 from qwenvl_ft.meta import read_meta
 
 TALKS = {
@@ -98,3 +99,13 @@ def read_meta_record(folder):
     from qwenvl_ft.meta import Record, Turn
 
     return Record("here", (Turn("system", ("Be brief.",)), Turn("user", ("Hi",)), Turn("assistant", ("Hello!",))))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "processor_config.json"])
+def test_a_model_folder_with_pointers_in_place_of_files_is_said_to_be_one(family_model, tmp_path, name):
+    for path in family_model.iterdir():
+        if path.name != "model.safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7031645\n")
+    with pytest.raises(UserError, match=rf"{name}: is no JSON object \(a git-lfs pointer, perhaps\)"):
+        open_chat(tmp_path)

@@ -162,3 +162,10 @@ assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 assert time.process_time() < 2, time.process_time()  # torch alone takes 6 s here
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_min_pixels_above_max_pixels_is_refused_even_where_one_is_the_default(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: m\ntrain_meta_file: f\ntrain_data_dir: d\noutput_dir: o\nmin_pixels: 2000000\n")
+    with pytest.raises(UserError, match="set it to at least min_pixels, 2000000"):
+        load_config(path)
