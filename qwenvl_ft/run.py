@@ -19,6 +19,7 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.dataset import Row, Rows
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.loss import summed_loss
+from qwenvl_ft.model import trainable
 from qwenvl_ft.prepare import Prepared
 
 STATE, ADAPTER, OPTIMIZER = "state.json", "adapter_model.safetensors", "optimizer.safetensors"
@@ -120,7 +121,16 @@ class Run:
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors under PEFT's own names, on the CPU."""
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(self.bare).items()}
+        with self.gathered():
+            return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(self.bare).items()}
+
+    def gathered(self) -> Any:
+        """A context in which this process holds the adapter whole; under ZeRO-3 each has a part of it."""
+        if not self.deepspeed or self.model.zero_optimization_stage() != 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(trainable(self.bare).values()))
 
     def save(self, step: int, same: dict[str, str]) -> None:
         """Writes checkpoint-N whole, then takes the oldest away."""
