@@ -93,11 +93,11 @@ def write_scripts(chat: Chat, records: Sequence[Record], problems: list[Problem]
 
 def schedule(prepared: Prepared, config: Config) -> list[tuple[int, list[int]]]:
     """(epoch, rows) of every optimizer step of the run, the same whatever the number of processes."""
-    found = [
-        (epoch, rows)
-        for epoch in range(config.num_train_epochs if config.max_steps is None else config.max_steps)
-        for rows in steps(len(prepared.plan.rows), config.rows_per_step, config.seed, epoch)
-    ]
+    found: list[tuple[int, list[int]]] = []
+    epoch = 0
+    while epoch < config.num_train_epochs if config.max_steps is None else len(found) < config.max_steps:
+        found += [(epoch, rows) for rows in steps(len(prepared.plan.rows), config.rows_per_step, config.seed, epoch)]
+        epoch += 1
     return found[: config.max_steps]
 
 

@@ -19,9 +19,7 @@ METRICS = "metrics.jsonl"
 BASE = "base_model.json"
 
 
-def write_results(
-    config: Config, prepared: Prepared, model: Any, state: dict[str, torch.Tensor], processor: Any, evaluations: dict[int, float]
-) -> None:
+def write_results(config: Config, prepared: Prepared, model: Any, state: dict[str, torch.Tensor], processor: Any) -> None:
     """Writes adapter, processor (with the limits that training used), settings, plan and results; prints what to do next.
 
     Adapter and processor appear together or not at all: they are written aside and moved, the adapter's weights last.
@@ -47,6 +45,7 @@ def write_results(
         YAML().dump(config.model_dump(mode="json"), file)
     checkpoint.write_json(out / "plan.json", prepared.summary(config) | {"packed": prepared.plan.rows})
     metrics = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    evaluations = {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line}
     results = {"steps": len(metrics), "train_loss": metrics[-1]["loss"], "eval_losses": evaluations}
     checkpoint.write_json(out / "all_results.json", results)
     print_next(config)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -111,12 +112,10 @@ class Run:
         """Loss per taught token of the held-out records, over all processes."""
         self.model.eval()
         data = Rows(held_out.scripts, held_out.plan.rows, held_out.chat, self.image_processor)
-        rows = range(len(data))
+        rows = list(range(len(data)))
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        for row in rows[self.accelerator.process_index :: self.accelerator.num_processes]:
-            inputs = {k: v.to(self.accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in data[row].items()}
-            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bf16):
-                total += summed_loss(self.bare, self.bare, inputs, tower_trains=False)
+        for row in self.mine(rows):
+            total += self.row_loss(data[row or 0]) * (row is not None)
         return self.accelerator.reduce(total).item() / sum(map(held_out.taught_tokens, rows))
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
@@ -149,6 +148,9 @@ class Run:
 
         if self.deepspeed:  # its engine's own files, one for each process, beside ours
             parts = self.config.output_dir / checkpoint.INCOMING / "deepspeed"
+            if self.accelerator.is_main_process:
+                shutil.rmtree(parts, ignore_errors=True)  # of a run that was cut off here
+            self.accelerator.wait_for_everyone()
             self.model.save_checkpoint(str(parts), tag="engine", exclude_frozen_parameters=True)
             self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:

@@ -69,7 +69,6 @@ def train(config: Config) -> None:
     display = Display(len(steps), done, config.logging_steps, quiet=not main)
     metrics = open_metrics(config.output_dir, done) if main else None
     loader = iter(run.loader(steps[done:]))
-    evaluations: dict[int, float] = {}
     steps_per_epoch = math.ceil(len(prepared.plan.rows) / config.rows_per_step)
     try:
         with Signals() as signals:
@@ -86,7 +85,7 @@ def train(config: Config) -> None:
                     "tokens_per_s": tokens / seconds, "taught_tokens_per_s": sum(map(prepared.taught_tokens, rows)) / seconds,
                 }  # fmt: skip
                 if held_out and (step == len(steps) or (config.eval_steps and step % config.eval_steps == 0)):
-                    facts["eval_loss"] = evaluations[step] = run.evaluate(held_out)
+                    facts["eval_loss"] = run.evaluate(held_out)
                     display.say(f"step {step}  eval_loss={facts['eval_loss']:.4f}")
                 accelerator.log(facts, step=step)
                 if metrics:
@@ -106,7 +105,7 @@ def train(config: Config) -> None:
     model = accelerator.unwrap_model(run.model)
     state = run.adapter_state()
     if main:
-        write_results(config, prepared, model, state, processor, evaluations)
+        write_results(config, prepared, model, state, processor)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
