@@ -166,7 +166,7 @@ def _parts(text: str, role: str, place: str, pictures: "_Pictures", problems: li
         said = text[at:] if start < 0 else text[at:start]
         if CLOSE in said:
             complain("an </img> has no <img> before it", "write <img>file.png</img>")
-        if said.strip() or (said and start >= 0):
+        if said:
             yield said
         if start < 0:
             return

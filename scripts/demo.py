@@ -4,6 +4,7 @@ validate-meta -> plan -> eval (base) -> accelerate launch train.py -> eval (tune
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,18 @@ from pathlib import Path
 BIN = Path(sys.executable).parent
 RUN, MERGED = Path("runs/demo"), Path("runs/demo-merged")
 EVAL = ["data/sample/eval.json", "--data-dir", "data/sample/images", "--json"]
-LAUNCH = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCH = [
+    "--num_processes",
+    "1",
+    "--num_cpu_threads_per_process",
+    str(os.cpu_count()),
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+]
 
 
 def run(title: str, *command: str, capture: bool = False) -> str:

@@ -47,8 +47,10 @@ def test_blank_pictures_are_white_and_of_the_same_size():
 
 def test_the_command_writes_every_prediction(talk, tmp_path, capsys):
     out = tmp_path / "predictions.json"
-    main(["eval", str(TINY), str(talk(["say one", "one"], ["say two", "two"])), "--data-dir", str(tmp_path), "--out", str(out),
-          "--max-new-tokens", "8", "--json"])  # fmt: skip
+    with pytest.raises(SystemExit) as done:
+        main(["eval", str(TINY), str(talk(["say one", "one"], ["say two", "two"])), "--data-dir", str(tmp_path), "--out", str(out),
+              "--max-new-tokens", "8", "--json"])  # fmt: skip
+    assert not done.value.code
     scores, predictions = json.loads(capsys.readouterr().out), json.loads(out.read_text())
     assert scores["questions"] == len(predictions) == 2 and scores["predictions"] == str(out)
 
