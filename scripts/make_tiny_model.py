@@ -343,7 +343,7 @@ def training_loss(model, head: torch.nn.Linear, inputs: dict[str, torch.Tensor],
 def accuracy(model, processor: Qwen2VLProcessor, charts: Charts, batches: int) -> dict[str, float]:
     """Share of charts transcribed whole, of their rows, and of look-ups answered, on charts never trained on."""
     model.eval()
-    writer, tokenizer = Writer(processor), processor.tokenizer
+    tokenizer = processor.tokenizer
     counts = {"charts": [0, 0], "rows": [0, 0], "find_value": [0, 0], "find_name": [0, 0], "find_most_least": [0, 0]}
 
     def answer(pictures, prompts):
@@ -375,7 +375,6 @@ def accuracy(model, processor: Qwen2VLProcessor, charts: Charts, batches: int) -
                     count("find_name", got == wanted)
                 else:
                     count("find_value", got == wanted)
-    del writer
     model.train()
     return {key: round(good / total, 3) if total else None for key, (good, total) in counts.items()}
 
