@@ -21,14 +21,16 @@ INCOMING = ".incoming"
 NAME = re.compile(r"checkpoint-(\d+)$")
 
 
-def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a folder beside `folder`, then gives it that name. An older `folder` is replaced at the end."""
+def write_whole(folder: Path, write: Callable[[Path], dict[str, str] | None]) -> None:
+    """Calls `write` with a folder beside `folder`, then gives it that name. An older `folder` is replaced at the end.
+
+    `write` may return the sha256 of files by name, where it knows them: gigabytes need not be read again.
+    """
     incoming = folder.parent / INCOMING / folder.name
     shutil.rmtree(incoming, ignore_errors=True)
     incoming.mkdir(parents=True)
     try:
-        write(incoming)
-        seal(incoming)
+        seal(incoming, write(incoming) or {})
     except OSError as error:
         _discard(incoming)
         free = shutil.disk_usage(folder.parent).free
@@ -43,10 +45,13 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     _flush(folder.parent)
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, known: dict[str, str]) -> None:
     """Flushes every file of the folder to the disk and writes the manifest of their sizes and hashes."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    manifest = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    manifest = {}
+    for path in files:
+        name = str(path.relative_to(folder))
+        manifest[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or sha256(path)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*files, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
         _flush(path)

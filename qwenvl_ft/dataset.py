@@ -75,16 +75,38 @@ def _first_ignored(labels: torch.Tensor) -> torch.Tensor:
 
 
 class Rows(Dataset[Row]):
-    """The rows of a plan, each built when it is asked for. `image_processor` is the model's own, within `chat.limits`."""
+    """The rows of a plan, each built when it is asked for. `image_processor` is the model's own, within `chat.limits`.
 
-    def __init__(self, scripts: Sequence[Script], rows: Sequence[Sequence[int]], chat: Chat, image_processor: Any):
-        self.scripts, self.rows, self.merge_size, self.image_processor = scripts, rows, chat.limits.merge_size, image_processor
+    `always_look` gives a row without pictures a blank one, in a record of its own that teaches nothing: where processes
+    share out the vision tower's weights or gradients, one that does not run it leaves the others waiting for ever.
+    """
+
+    def __init__(
+        self, scripts: Sequence[Script], rows: Sequence[Sequence[int]], chat: Chat, image_processor: Any, always_look: bool = False
+    ):
+        self.scripts, self.rows, self.limits, self.image_processor = scripts, rows, chat.limits, image_processor
+        self.picture_id, self.always_look = chat.picture_id, always_look
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        return join([self.example(self.scripts[number]) for number in self.rows[index]])
+        examples = [self.example(self.scripts[number]) for number in self.rows[index]]
+        if self.always_look and not any("pixel_values" in example for example in examples):
+            examples.append(self.blank())
+        return join(examples)
+
+    def blank(self) -> Row:
+        """A record of one picture of one token, nothing of it taught."""
+        merge, patch = self.limits.merge_size, self.limits.patch_size
+        grid = (1, merge, merge)
+        return {
+            "input_ids": torch.tensor([self.picture_id]),
+            "labels": torch.tensor([IGNORE]),
+            "position_ids": positions([self.picture_id], [grid], self.picture_id, merge),
+            "pixel_values": torch.zeros(merge**2, 3 * self.image_processor.temporal_patch_size * patch**2),
+            "image_grid_thw": torch.tensor([grid]),
+        }
 
     def example(self, script: Script) -> Row:
         """One record's tensors: (S) ids and labels, (4, S) positions, (P, D) patches, (N, 3) grids."""
@@ -92,7 +114,7 @@ class Rows(Dataset[Row]):
         example: Row = {
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),
-            "position_ids": positions(ids, script.grids, script.picture_id, self.merge_size),
+            "position_ids": positions(ids, script.grids, script.picture_id, self.limits.merge_size),
         }
         if script.pictures:
             pictures = [load(media.path, script.where) for media in script.pictures]

@@ -53,6 +53,11 @@ class Run:
         self.bare = accelerator.unwrap_model(model)
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.tower_trains = bool({"vision", "merger"} & set(config.lora_on))
+        self.always_look = self.deepspeed and (self.tower_trains or model.zero_optimization_stage() == 3)
+        blind = [row for row, members in enumerate(prepared.plan.rows) if not any(prepared.scripts[at].pictures for at in members)]
+        if self.always_look and blind and not prepared.chat.family.packs:
+            raise UserError(Problem(prepared.places(blind[0]), "has no picture; DeepSpeed would wait for ever for the vision tower",
+                                    "use configs/ddp.yaml, or train on records with pictures only"))  # fmt: skip
 
     def mine(self, rows: list[int]) -> list[int | None]:
         """This process's rows of a step; None where another has one more, so that all make the same number of passes."""
@@ -60,10 +65,14 @@ class Run:
         own: list[int | None] = list(rows[rank::world])
         return own + [None] * (math.ceil(len(rows) / world) - len(own))
 
+    def rows_of(self, prepared: Prepared) -> Rows:
+        """The rows of a plan as tensors."""
+        return Rows(prepared.scripts, prepared.plan.rows, prepared.chat, self.image_processor, self.always_look)
+
     def loader(self, steps: list[tuple[int, list[int]]]) -> DataLoader:
         """This process's rows in the order of the steps, built ahead by the workers."""
         order = [0 if row is None else row for _, rows in steps for row in self.mine(rows)]
-        rows = Rows(self.prepared.scripts, self.prepared.plan.rows, self.prepared.chat, self.image_processor)
+        rows = self.rows_of(self.prepared)
         return DataLoader(rows, sampler=order, batch_size=None, num_workers=self.config.dataloader_num_workers)  # type: ignore[arg-type]
 
     def row_loss(self, row: Row) -> torch.Tensor:
@@ -111,7 +120,7 @@ class Run:
     def evaluate(self, held_out: Prepared) -> float:
         """Loss per taught token of the held-out records, over all processes."""
         self.model.eval()
-        data = Rows(held_out.scripts, held_out.plan.rows, held_out.chat, self.image_processor)
+        data = self.rows_of(held_out)
         rows = list(range(len(data)))
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for row in self.mine(rows):
@@ -139,25 +148,24 @@ class Run:
         def write(incoming: Path) -> None:
             save_file(state, incoming / ADAPTER, {"format": "pt"})
             self.bare.peft_config["default"].save_pretrained(incoming)
-            if not self.deepspeed:
+            if self.deepspeed:
+                parts.rename(incoming / "deepspeed")
+            else:
                 moments = self.optimizer.state_dict()["state"]
                 flat = {f"{number}.{key}": value for number, entry in moments.items() for key, value in entry.items()}
                 save_file({key: value.detach().cpu().contiguous() for key, value in flat.items()}, incoming / OPTIMIZER)
             facts = {"step": step, "processes": self.accelerator.num_processes, "deepspeed": self.deepspeed, "same": same}
             (incoming / STATE).write_text(json.dumps(facts, indent=1) + "\n")
 
+        parts = self.config.output_dir / checkpoint.INCOMING / "deepspeed"
         if self.deepspeed:  # its engine's own files, one for each process, beside ours
-            parts = self.config.output_dir / checkpoint.INCOMING / "deepspeed"
             if self.accelerator.is_main_process:
                 shutil.rmtree(parts, ignore_errors=True)  # of a run that was cut off here
             self.accelerator.wait_for_everyone()
             self.model.save_checkpoint(str(parts), tag="engine", exclude_frozen_parameters=True)
             self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            if self.deepspeed:
-                checkpoint.write_whole(folder, lambda incoming: (write(incoming), parts.rename(incoming / "deepspeed")))
-            else:
-                checkpoint.write_whole(folder, write)
+            checkpoint.write_whole(folder, write)
             checkpoint.rotate(self.config.output_dir, self.config.save_total_limit)
         self.accelerator.wait_for_everyone()
 

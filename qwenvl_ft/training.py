@@ -58,10 +58,14 @@ def train(config: Config) -> None:
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     if resume:
         load_file_into(model, resume / ADAPTER)
+    sizes = (
+        sum(p.numel() for p in trainable(model).values()),
+        sum(p.numel() for p in model.parameters()),
+    )  # before they are shared out
     run = Run(config, accelerator, *accelerator.prepare(model, optimizer), prepared, image_processor, bf16)
     done = run.load(resume) if resume else 0
     if main:
-        report_start(config, run, resume)
+        report_start(config, run, sizes, resume)
     settings = {
         key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.model_dump(mode="json").items()
     }
@@ -172,10 +176,9 @@ def open_metrics(output_dir: Path, done: int) -> Any:
     return path.open("a")
 
 
-def report_start(config: Config, run: Run, resume: Path | None) -> None:
+def report_start(config: Config, run: Run, sizes: tuple[int, int], resume: Path | None) -> None:
     """What runs, on what, and how much of it trains."""
-    parameters = list(run.bare.parameters())
-    trains, total = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    trains, total = sizes
     kind = "bfloat16" if run.bf16 else "float32"
     print_line(f"{run.accelerator.num_processes} x {run.accelerator.device.type}, {kind}; {trains:,} of {total:,} parameters train "
                   f"({trains / total:.2%}; LoRA on {', '.join(config.lora_on)})")  # fmt: skip

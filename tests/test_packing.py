@@ -1,5 +1,7 @@
 """A joined row against its records run one by one, and what happens to each rule of joining when it is broken."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional
@@ -69,6 +71,17 @@ def test_a_joined_row_has_the_loss_and_the_gradients_of_its_records(packing_job)
     (packed, packed_gradients), (single, single_gradients) = gradients(model, rows, [0]), gradients(model, rows, [1, 2, 3])
     assert packed == pytest.approx(single, rel=1e-5)
     assert (packed_gradients - single_gradients).abs().max() < 1e-4 * single_gradients.abs().max()
+
+
+def test_a_blank_picture_for_a_row_without_one_changes_nothing(packing_job):
+    model, rows = packing_job
+    looking = copy.copy(rows)
+    looking.always_look = True
+    assert "pixel_values" not in rows[3] and looking[3]["pixel_values"].shape[0] == 4
+    assert all(torch.equal(looking[0][key], rows[0][key]) for key in ("input_ids", "pixel_values"))
+    (loss, blank_gradients), (wanted, wanted_gradients) = gradients(model, looking, [3]), gradients(model, rows, [3])
+    assert loss == pytest.approx(wanted, rel=1e-5)
+    assert (blank_gradients - wanted_gradients).abs().max() < 1e-4 * wanted_gradients.abs().max()
 
 
 def broken(row, rule):

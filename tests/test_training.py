@@ -60,8 +60,7 @@ def test_a_step_divides_once_by_the_tokens_taught_in_all_rows(tmp_path):
 def two(tmp_path_factory):
     """The same run in two processes."""
     folder = tmp_path_factory.mktemp("two")
-    launch(folder, "run", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29613", **SETTINGS)
-    return folder / "run"
+    return launch_two(folder, "29613", **SETTINGS)
 
 
 def test_the_same_run_gives_the_same_bits(plain, tmp_path):
@@ -133,14 +132,37 @@ def test_resume_passes_over_a_damaged_checkpoint(tmp_path):
     assert same(whole, run(tmp_path, save_steps=1, resume=True))
 
 
-def test_zero_2_in_two_processes_ends_with_the_weights_of_ddp(two, tmp_path):
-    """DeepSpeed on a CPU needs accelerate told that it has a backend; tests/deepspeed_train.py is that shim and train.py."""
+def launch_two(folder, port, zero_stage=None, **settings):
+    """A run in two processes with DDP, or with DeepSpeed; returns its folder.
+
+    DeepSpeed on a CPU needs accelerate told that it has a backend; tests/deepspeed_train.py is that shim and train.py.
+    """
     env = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true",
-           "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}  # fmt: skip
-    launch(tmp_path, "run", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29615",
-           script="tests/deepspeed_train.py", env=env, **SETTINGS)  # fmt: skip
-    assert json.loads((tmp_path / "run" / "checkpoint-2" / "state.json").read_text())["deepspeed"]
-    assert difference(adapter(two), adapter(tmp_path / "run")) < 1e-5
+           "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero_stage)} if zero_stage else {}  # fmt: skip
+    launch(folder, "run", "--multi_gpu", "--num_processes", "2", "--main_process_port", port,
+           script="tests/deepspeed_train.py" if zero_stage else "train.py", env=env, **settings)  # fmt: skip
+    return folder / "run"
+
+
+def test_zero_2_in_two_processes_ends_with_the_weights_of_ddp(two, tmp_path):
+    zero = launch_two(tmp_path, "29615", zero_stage=2, **SETTINGS)
+    assert json.loads((zero / "checkpoint-2" / "state.json").read_text())["deepspeed"]
+    assert difference(adapter(two), adapter(zero)) < 1e-5
+
+
+def test_zero_3_does_not_wait_for_a_row_without_a_picture_and_ends_with_the_weights_of_ddp(tmp_path):
+    """A process whose row has no picture would not gather the tower's weights, and the others would wait for ever."""
+    (tmp_path / "ddp").mkdir(), (tmp_path / "zero").mkdir()
+    settings = {"max_steps": 2, "save_steps": 2, "row_tokens": 500, "train_meta_file": tmp_path / "mixed.json"}
+    records = json.loads((ROOT / "data/sample/train.json").read_text())
+    plain = [record for record in records if "<img>" not in json.dumps(record)]
+    (tmp_path / "mixed.json").write_text(json.dumps([*plain, records[0]]))
+    ddp = launch_two(tmp_path / "ddp", "29617", **settings)
+    zero = launch_two(tmp_path / "zero", "29619", zero_stage=3, **settings)
+    with_picture = next(number for number, record in enumerate([*plain, records[0]]) if record is records[0])
+    rows = json.loads((ddp / "plan.json").read_text())["packed"]
+    assert [with_picture in row for row in rows].count(True) == 1 < len(rows)
+    assert difference(adapter(ddp), adapter(zero)) < 1e-4
 
 
 def test_the_losses_are_in_wandbs_offline_files(tmp_path, monkeypatch):
