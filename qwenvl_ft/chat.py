@@ -159,7 +159,7 @@ def _template_text(model_dir: Path) -> str:
 def _content(turn: Turn) -> Any:
     if turn.role != "user":  # some templates want these turns as one text
         return "".join(part for part in turn.parts if isinstance(part, str))
-    return [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in turn.parts]
+    return [{"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind} for part in turn.parts]
 
 
 def _refuse(message: str) -> None:

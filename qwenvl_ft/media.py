@@ -7,6 +7,7 @@ Stock loaders leave phone photos lying on their side and turn 16-bit pictures wh
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ TURNS = {  # by EXIF orientation, as PIL.ImageOps.exif_transpose has them
 }  # fmt: skip
 LIES_ON_ITS_SIDE = (TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
 TAIL_BYTES = 4096
+# What is opened of the formats that Pillow knows, when a file comes from elsewhere: others run programs (EPS) or are rare.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
@@ -35,9 +38,7 @@ def size_of(path: Path, where: str) -> tuple[int, int]:
         sideways = _turn(picture) in LIES_ON_ITS_SIDE
     if width * height > MAX_PIXELS:
         raise UserError(Problem(where, f"{path.name} has {width} x {height} px, more than 100 megapixels", "make it smaller"))
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UserError(Problem(where, f"{path.name} is {width} x {height} px: one side is over {MAX_ASPECT} times the other",
-                                "crop it or pad it"))  # fmt: skip
+    check_aspect(width, height, where, path.name)
     if mark and mark not in _tail(path) and not _decodes(path):
         raise UserError(
             Problem(where, f"{path.name} ends before its picture does: the file was cut off", "copy it again from its source")
@@ -49,6 +50,29 @@ def load(path: Path, where: str) -> Image.Image:
     """The picture in RGB, EXIF orientation applied, on white. Raises UserError where its data is damaged."""
     with _opened(path, where) as picture:
         return as_seen(picture)
+
+
+def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """`load` of a file's bytes, with the checks of `size_of` before anything is decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(BytesIO(data), formats=FORMATS) as picture:
+                width, height = picture.size
+                if width * height > max_pixels:
+                    raise UserError(Problem(where, f"has {width} x {height} px, more than {max_pixels:,}", "make it smaller"))
+                check_aspect(width, height, where)
+                return as_seen(picture)
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+        raise UserError(Problem(where, "is not a picture that can be read", "send a PNG or a JPEG")) from error
+
+
+def check_aspect(width: int, height: int, where: str, name: str = "it") -> None:
+    """Raises UserError where one side is so much longer than the other that the processor would refuse the picture."""
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UserError(
+            Problem(where, f"{name} is {width} x {height} px: one side is over {MAX_ASPECT} times the other", "crop it or pad it")
+        )
 
 
 def as_seen(picture: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.media import size_of
@@ -41,6 +41,7 @@ class Media:
     path: Path
     height: int
     width: int
+    kind: ClassVar[str] = "image"
 
 
 @dataclass(frozen=True)

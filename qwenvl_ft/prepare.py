@@ -16,6 +16,7 @@ from qwenvl_ft.meta import Media, Record, num_records, read_meta
 from qwenvl_ft.plan import Plan, pack, steps
 
 OnRecord = Callable[[int, int], None]
+BASE = "base_model.json"  # in an adapter's folder: the fingerprint of the base that it was trained on
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ from safetensors.torch import save_file
 
 from qwenvl_ft import checkpoint
 from qwenvl_ft.config import Config
-from qwenvl_ft.prepare import Prepared, base_fingerprint
+from qwenvl_ft.prepare import BASE, Prepared, base_fingerprint
 from qwenvl_ft.show import print_line
 
 METRICS = "metrics.jsonl"
-BASE = "base_model.json"
 
 
 def write_results(config: Config, prepared: Prepared, model: Any, state: dict[str, torch.Tensor], processor: Any) -> None:

@@ -7,9 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwenvl_ft import merge
+from qwenvl_ft.checkpoint import damage
 from qwenvl_ft.engine import Engine
 from qwenvl_ft.errors import UserError
-from qwenvl_ft.export import export, module_of, prove, prove_on_training_record
+from qwenvl_ft.export import export
+from qwenvl_ft.merge import module_of
 from qwenvl_ft.meta import Turn, read_meta
 from tests.conftest import SAMPLE, TINY
 from tests.runs import run
@@ -25,7 +28,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def merged(trained):
-    export(trained, trained.parent / "merged", None, lambda done, total: None)
+    export(trained, trained.parent / "merged", None, 0, lambda done, total: None)
     return trained.parent / "merged"
 
 
@@ -70,21 +73,50 @@ def test_the_resolution_of_training_goes_with_adapter_and_merged_model(trained, 
     assert grid <= 16 * 4 < Engine.open(TINY).inputs([question])["image_grid_thw"].prod().item()
 
 
-def test_the_proof_refuses_a_merge_with_another_scale(trained, question, tmp_path):
+def test_the_proof_refuses_a_merge_with_another_scale(trained, tmp_path, monkeypatch):
     """alpha / rank forgotten or applied twice is the classical wrong merge."""
-    other = tmp_path / "adapter"
-    shutil.copytree(trained, other)
-    settings = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": settings["lora_alpha"] * 1.5}))
-    export(other, tmp_path / "merged", None, lambda done, total: None)
+    monkeypatch.setattr(
+        merge.Deltas, "of", lambda self, key, shape, of=merge.Deltas.of: (p := of(self, key, shape)) and (p[0] * 1.5, p[1])
+    )
     with pytest.raises(UserError, match="differs from base and adapter"):
-        prove(tmp_path / "merged", TINY, trained, question)
-    assert not (tmp_path / "merged").exists() and (tmp_path / "merged.differs").exists()
+        export(trained, tmp_path / "merged", None, 1, lambda done, total: None)
+    assert not list(tmp_path.iterdir())
 
 
-def test_the_proof_is_on_a_training_record(trained, merged):
-    difference, largest, where = prove_on_training_record(merged, TINY, trained)
-    assert difference < 1e-3 * largest and where == "few.json[0]"
+def test_the_proof_is_on_training_records(trained, merged, tmp_path):
+    proofs = export(trained, tmp_path / "out", None, 2, lambda done, total: None)
+    assert [proof["where"] for proof in proofs] == ["few.json[0]", "few.json[1]"]
+    assert all(proof["difference"] < 1e-3 * proof["largest"] for proof in proofs)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "lora_rank: " in card and "records with" in card and "train_loss" in card and "differ from base and adapter" in card
+    assert damage(tmp_path / "out") is None
+    assert "Not compared" in (merged / "README.md").read_text()
+
+
+def test_a_merge_in_small_blocks_is_the_same(trained, merged, tmp_path, monkeypatch):
+    """Tensors larger than a block are merged some rows at a time."""
+    monkeypatch.setattr(merge, "BLOCK_BYTES", 3000)
+    seen = []
+    export(trained, tmp_path / "out", None, 0, lambda done, total: seen.append((done, total)))
+    ours, whole = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", merged))
+    assert ours.keys() == whole.keys() and all(torch.allclose(ours[key], whole[key], atol=1e-6) for key in ours)
+    assert seen == sorted(seen) and seen[-1][0] <= seen[-1][1] < seen[-1][0] + 100_000
+
+
+def test_shards_and_their_index_are_kept(trained, merged, tmp_path, question):
+    from transformers import AutoModelForImageTextToText
+
+    sharded = tmp_path / "sharded"
+    AutoModelForImageTextToText.from_pretrained(TINY).save_pretrained(sharded, max_shard_size="2MB")
+    for path in TINY.glob("*.json*"):
+        if not (sharded / path.name).exists():
+            shutil.copy(path, sharded)
+    adapter = changed_adapter(trained, tmp_path / "adapter", lambda tensors: None)
+    (adapter / "base_model.json").unlink()
+    export(adapter, tmp_path / "out", sharded, 0, lambda done, total: None)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    assert torch.allclose(logits(tmp_path / "out", None, question), logits(merged, None, question), atol=1e-4)
 
 
 def changed_adapter(trained, folder, change):
@@ -109,7 +141,7 @@ def changed_adapter(trained, folder, change):
 def test_an_adapter_tensor_that_does_not_land_is_an_error_and_nothing_is_left(trained, tmp_path, change, complaint):
     adapter = changed_adapter(trained, tmp_path / "adapter", change)
     with pytest.raises(UserError, match=complaint):
-        export(adapter, tmp_path / "out", None, lambda done, total: None)
+        export(adapter, tmp_path / "out", None, 0, lambda done, total: None)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("**/model.safetensors"))
 
 
@@ -119,12 +151,12 @@ def test_another_base_is_refused(trained, tmp_path):
     first = next(iter(weights))
     save_file({**weights, first: weights[first] + 1}, tmp_path / "other" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="not the base that this adapter was trained on"):
-        export(trained, tmp_path / "out", tmp_path / "other", lambda done, total: None)
+        export(trained, tmp_path / "out", tmp_path / "other", 0, lambda done, total: None)
 
 
 def test_an_existing_folder_is_not_written_into(trained, tmp_path):
     with pytest.raises(UserError, match="exists already"):
-        export(trained, tmp_path, None, lambda done, total: None)
+        export(trained, tmp_path, None, 0, lambda done, total: None)
 
 
 def test_the_keys_of_transformers_4_checkpoints_are_understood():
@@ -144,7 +176,7 @@ def test_a_checkpoint_of_transformers_4_merges_under_its_own_keys(trained, merge
     adapter = tmp_path / "adapter"
     shutil.copytree(trained, adapter)
     (adapter / "base_model.json").unlink()
-    export(adapter, tmp_path / "out", old, lambda done, total: None)
+    export(adapter, tmp_path / "out", old, 0, lambda done, total: None)
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == renamed.keys()
     assert torch.allclose(logits(tmp_path / "out", None, question), logits(merged, None, question), atol=1e-4)
 
@@ -172,3 +204,36 @@ def test_a_batch_answers_as_one_by_one_and_a_stream_as_a_whole(question):
     single = [engine.ask(turns, max_new_tokens=30) for turns in talks]
     assert engine.ask_many(talks, max_new_tokens=30) == single
     assert "".join(engine.stream(talks[2], max_new_tokens=30)) == single[2]
+
+
+def test_a_quantized_base_is_refused(trained, tmp_path):
+    """Merging into 4-bit weights rounds what was learnt away."""
+    shutil.copytree(TINY, tmp_path / "base")
+    config = json.loads((TINY / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(UserError, match="is quantized"):
+        export(trained, tmp_path / "out", tmp_path / "base", 0, lambda done, total: None)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git-lfs pointer"), (b"", "not a whole"),
+     (b"\x10\0\0\0\0\0\0\0{'what': 'is it'}", "not a whole")],
+)  # fmt: skip
+def test_a_shard_that_is_not_whole_is_named(trained, tmp_path, content, complaint):
+    shutil.copytree(TINY, tmp_path / "base")
+    (tmp_path / "base" / "model-2.safetensors").write_bytes(content)
+    adapter = changed_adapter(trained, tmp_path / "adapter", lambda tensors: None)
+    (adapter / "base_model.json").unlink()
+    with pytest.raises(UserError, match=complaint):
+        export(adapter, tmp_path / "out", tmp_path / "base", 0, lambda done, total: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_side_of_tied_embeddings_is_refused(trained, tmp_path):
+    def add(tensors):
+        for side, shape in (("A", (2, 128)), ("B", (1472, 2))):
+            tensors[f"base_model.model.lm_head.lora_{side}.weight"] = torch.ones(shape)
+
+    with pytest.raises(UserError, match="one side of embeddings"):
+        export(changed_adapter(trained, tmp_path / "adapter", add), tmp_path / "out", None, 0, lambda done, total: None)

@@ -1,0 +1,96 @@
+"""Merges an adapter into a random checkpoint of a given size, side by side: a plain copy, `qwenvl-ft export`, peft.
+
+Each in a process of its own; prints seconds, the ratio to ours, and the peak of resident memory.
+
+    python scripts/bench_merge.py --gb 2
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+base = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype="auto")
+PeftModel.from_pretrained(base, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])
+"""
+COPY = "import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[3])"
+OURS = """
+import sys
+from qwenvl_ft.cli import main
+main(["export", "--model", sys.argv[1], "--adapter", sys.argv[2], "--out", sys.argv[3], "--verify", "0"])
+"""
+MAKE = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoConfig, AutoModelForImageTextToText
+from qwenvl_ft.families import FAMILIES
+from qwenvl_ft.model import add_lora
+tiny, folder, gb = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+config = AutoConfig.from_pretrained(tiny)
+text = config.text_config
+text.hidden_size, text.intermediate_size, text.num_attention_heads, text.num_key_value_heads, text.vocab_size = 1536, 8960, 12, 2, 151936
+text.num_hidden_layers = max(1, round((gb * 1e9 / 2 - 151936 * 1536) / (3 * 1536 * 8960 + 2.4 * 1536 * 1536)))
+text.layer_types = ["full_attention"] * text.num_hidden_layers
+text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+config.vision_config.hidden_size = 1536
+torch.set_default_dtype(torch.bfloat16)
+model = AutoModelForImageTextToText.from_config(config)
+model.save_pretrained(folder / "base", max_shard_size="1GB")
+torch.set_default_dtype(torch.float32)
+adapted = add_lora(model, FAMILIES["qwen2_vl"], ["language"], 16, 32, 0.0, 0)
+with torch.no_grad():
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.01)
+adapted.save_pretrained(folder / "adapter")
+"""
+
+
+def measured(code: str, *arguments: Path) -> tuple[float, float]:
+    """(seconds, peak resident GiB) of a process that runs `code`."""
+    watched = "import resource\n" + code + "\nprint('RSS', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", watched, *map(str, arguments)], check=True, text=True, capture_output=True)
+    return time.monotonic() - start, int(done.stdout.rsplit("RSS", 1)[1]) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint, in 10^9 bytes")
+    parser.add_argument("--folder", type=Path, help="where to work; default a temporary folder")
+    arguments = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        subprocess.run([sys.executable, "-c", MAKE, "data/tiny", name, str(arguments.gb)], check=True, capture_output=True)
+        base, adapter = folder / "base", folder / "adapter"
+        files = list(base.glob("*.safetensors"))
+        header = files[0].open("rb").read(8)
+        largest = max(
+            tensor["data_offsets"][1] - tensor["data_offsets"][0]
+            for path in files
+            for key, tensor in json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.open("rb").read(8), "little")]).items()
+            if key != "__metadata__"
+        )
+        print(f"{sum(path.stat().st_size for path in files) / 1e9:.2f} GB in {len(files)} files, "
+              f"the largest tensor {largest / 2**30:.2f} GiB; header of {int.from_bytes(header, 'little'):,} bytes")  # fmt: skip
+        results = {}
+        for title, code in (("copy", COPY), ("qwenvl-ft export", OURS), ("peft, merge and save", PEFT)):
+            results[title] = measured(code, base, adapter, folder / "out")
+            shutil.rmtree(folder / "out")
+        ours = results["qwenvl-ft export"][0]
+        for title, (seconds, gib) in results.items():
+            print(f"{title:22}{seconds:7.1f} s {seconds / ours:6.2f} x ours {gib:7.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
