@@ -1,11 +1,13 @@
 """Answers a conversation with a model, through the same template, the same loading of pictures and the same resize as training.
 
-engine = Engine.open(Path("data/tiny"))
-engine.ask([Turn("user", (engine.picture(Path("chart.png")), "read"))])
+    engine = Engine.open(Path("data/tiny"))
+    engine.ask([{"role": "user", "content": [{"type": "image", "image": "chart.png"}, {"type": "text", "text": "read"}]}])
+
+A conversation is a list of messages as messages.py reads them, or a list of Turns as meta.py does.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -13,76 +15,103 @@ from typing import Any
 import torch
 from peft import PeftModel
 from PIL import Image
-from safetensors import safe_open
 from transformers import AutoProcessor, TextIteratorStreamer
+from transformers.video_utils import VideoMetadata
 
 from qwenvl_ft.chat import Chat, open_chat
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.media import load, size_of
+from qwenvl_ft.geometry import Limits, resized
+from qwenvl_ft.media import load
+from qwenvl_ft.merge import check_adapter
+from qwenvl_ft.messages import Film, Message, Picture, read_messages
 from qwenvl_ft.meta import Media, Turn
 from qwenvl_ft.model import load_base
+from qwenvl_ft.modeldir import broken_weights, pointers
 
 MAX_NEW_TOKENS = 512
+Conversation = Sequence[Turn | Message | dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A model on its device. `blank` shows it white pictures of the same size: what it then still knows, it did not see."""
+    """A model on its device. `blank` shows it white pictures of the same size: what it then still knows, it did not see.
+
+    `adapter` is PEFT's name for this engine's adapter where several share a model: see `open_beside`.
+    """
 
     model: Any
     processor: Any
     chat: Chat
     blank: bool = False
+    adapter: str | None = None
 
     @classmethod
     def open(cls, model_dir: Path, adapter: Path | None = None, blank: bool = False) -> "Engine":
         """Loads model and adapter. With an adapter its own processor is used, with the limits that training used."""
         chat = open_chat(model_dir)
-        source = model_dir
+        if problems := [*pointers(model_dir), *broken_weights(model_dir)]:
+            raise UserError(*problems)
         if adapter:
             check_adapter(adapter)
-            if (adapter / "processor_config.json").is_file():  # else an adapter of another tool, or a checkpoint of ours
-                source = adapter
-        processor = AutoProcessor.from_pretrained(source)
-        processor.tokenizer.padding_side = "left"  # is not saved with a tokenizer; answers start at the right edge
+        processor = _processor(model_dir, adapter)
         model = load_base(model_dir, "auto")
         if adapter:
             model = PeftModel.from_pretrained(model, adapter)
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor, chat, blank)
 
-    @staticmethod
-    def picture(path: Path) -> Media:
-        """A picture file as a part of a turn. Raises UserError where it cannot be read."""
-        if not path.is_file():
-            raise UserError(Problem(str(path), "is not a file", "give the path of a picture"))
-        height, width = size_of(path, str(path))
-        return Media(path, height, width)
+    @property
+    def limits(self) -> Limits:
+        """What the processor does to a picture."""
+        images = self.processor.image_processor
+        return Limits(images.patch_size, images.merge_size, images.size["shortest_edge"], images.size["longest_edge"])
 
-    def inputs(self, conversations: Sequence[Sequence[Turn]]) -> Any:
-        """The model's inputs for a batch, on its device, padded on the left."""
-        texts = [self.chat.render(turns, answer_next=True) for turns in conversations]
-        media = [part for turns in conversations for turn in turns for part in turn.parts if isinstance(part, Media)]
-        pictures = [load(item.path, str(item.path)) for item in media]
-        if self.blank:
-            pictures = [Image.new("RGB", picture.size, "white") for picture in pictures]
-        inputs = self.processor(text=texts, images=pictures or None, padding=True, return_tensors="pt")
+    def inputs(self, conversations: Sequence[Conversation]) -> Any:
+        """The model's inputs for a batch, on its device, padded on the left. Raises UserError for what cannot be opened."""
+        opened = [[self._open(turn) for turn in opened_messages(conversation)] for conversation in conversations]
+        texts = [self.chat.render(turns, answer_next=True) for turns in opened]
+        parts = [part for turns in opened for turn in turns for part in turn.parts]
+        pictures = [part.image for part in parts if isinstance(part, Picture)]
+        films = [part for part in parts if isinstance(part, Film)]
+        # A film's own rate must come with it: without, its timestamps are silently those of 24 frames a second.
+        metadata = [
+            VideoMetadata(total_num_frames=film.num_frames, fps=film.fps, frames_indices=list(film.indices)) for film in films
+        ]
+        video = {"videos": [list(film.frames) for film in films], "video_metadata": metadata, "do_sample_frames": False}
+        inputs = self.processor(text=texts, images=pictures or None, **(video if films else {}), padding=True, return_tensors="pt")
+        inputs.pop("video_metadata", None)
         return inputs.to(self.model.device)
 
+    def _open(self, turn: Turn | Message) -> Message:
+        """The turn with its pictures loaded, blank if so wished; a control token in its text becomes plain text."""
+        parts: list[str | Picture | Film] = []
+        for part in turn.parts:
+            if isinstance(part, str):
+                for token in self.processor.tokenizer.all_special_tokens:
+                    part = part.replace(token, f"{token[0]}\u200b{token[1:]}")  # a space of no width, so that it is no token
+            else:
+                if isinstance(part, Media):
+                    part = Picture(load(part.path, str(part.path)))
+                part = _bounded(part, self.limits)
+                if self.blank:
+                    part = _blank(part)
+            parts.append(part)
+        return Message(turn.role, tuple(parts))
+
     @torch.inference_mode()
-    def ask_many(self, conversations: Sequence[Sequence[Turn]], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
+    def ask_many(self, conversations: Sequence[Conversation], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
         """The greedy answer to each conversation, generated as one batch; equal to asking them one by one."""
         inputs = self.inputs(conversations)
         out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         return self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    def ask(self, turns: Sequence[Turn], max_new_tokens: int = MAX_NEW_TOKENS) -> str:
+    def ask(self, conversation: Conversation, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
         """The greedy answer to one conversation."""
-        return self.ask_many([turns], max_new_tokens)[0]
+        return self.ask_many([conversation], max_new_tokens)[0]
 
-    def stream(self, turns: Sequence[Turn], max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[str]:
+    def stream(self, conversation: Conversation, max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[str]:
         """The greedy answer in pieces, as they are generated."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        settings = dict(self.inputs([turns]), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+        settings = dict(self.inputs([conversation]), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
         errors: list[BaseException] = []
 
         def generate() -> None:
@@ -102,14 +131,56 @@ class Engine:
             raise errors[0]
 
 
-def check_adapter(adapter: Path) -> None:
-    """Raises UserError unless the folder holds a PEFT adapter whose tensors can be read."""
-    weights = adapter / "adapter_model.safetensors"
-    if not (adapter / "adapter_config.json").is_file() or not weights.is_file():
-        raise UserError(Problem(str(adapter), "holds no adapter_config.json with adapter_model.safetensors",
-                                "give the output_dir of a finished run"))  # fmt: skip
-    try:
-        with safe_open(weights, "pt") as file:
-            file.keys()
-    except Exception as error:
-        raise UserError(Problem(str(weights), "is not a whole safetensors file", "copy it again or train again")) from error
+def open_beside(model_dir: Path, adapters: Mapping[str, Path]) -> dict[str | None, Engine]:
+    """The base, under None, and each adapter by its name, on one copy of the base's weights.
+
+    Whoever runs them must switch the model to `engine.adapter` first, as a Batcher does. Raises UserError.
+    """
+    for folder in adapters.values():
+        check_adapter(folder)
+    base = Engine.open(model_dir)
+    model, engines = base.model, {None: base}
+    for number, (name, folder) in enumerate(adapters.items()):
+        slot = f"adapter_{number}"  # PEFT takes no name with a dot
+        try:
+            if number:
+                model.load_adapter(folder, slot)
+            else:
+                model = PeftModel.from_pretrained(model, folder, adapter_name=slot)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                Problem(str(folder), f"does not fit the base {model_dir}", "give the base that it was trained on")
+            ) from error
+        engines[name] = replace(base, processor=_processor(model_dir, folder), adapter=slot)
+    model = model.to(base.model.device).eval()
+    return {name: replace(engine, model=model) for name, engine in engines.items()}
+
+
+def _processor(model_dir: Path, adapter: Path | None) -> Any:
+    """The adapter's own processor, if it has one: an adapter of another tool, or a checkpoint of ours, has none."""
+    own = adapter and (adapter / "processor_config.json").is_file()
+    processor = AutoProcessor.from_pretrained(adapter if own else model_dir)
+    processor.tokenizer.padding_side = "left"  # is not saved with a tokenizer; answers start at the right edge
+    return processor
+
+
+def opened_messages(conversation: Conversation) -> Sequence[Turn | Message]:
+    """Messages as they were sent are read and their media opened; Turns and Messages stay."""
+    turns = [turn for turn in conversation if not isinstance(turn, dict)]
+    return turns if turns and len(turns) == len(conversation) else read_messages(conversation)
+
+
+def _bounded(part: Picture | Film, limits: Limits) -> Picture | Film:
+    """A picture with bounds of its own at the size that they give it: whole units, which the processor then leaves alone."""
+    if isinstance(part, Film) or not (part.min_pixels or part.max_pixels):
+        return part
+    most = min(part.max_pixels or limits.max_pixels, limits.max_pixels)
+    own = Limits(limits.patch_size, limits.merge_size, min(max(part.min_pixels or 0, limits.min_pixels), most), most)
+    height, width = resized(part.image.height, part.image.width, own)
+    return Picture(part.image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _blank(part: Picture | Film) -> Picture | Film:
+    if isinstance(part, Picture):
+        return Picture(Image.new("RGB", part.image.size, "white"))
+    return Film(tuple(Image.new("RGB", frame.size, "white") for frame in part.frames), part.fps, part.indices, part.num_frames)

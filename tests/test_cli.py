@@ -1,6 +1,7 @@
 """The commands that need no GPU, as a user types them: what they print, what they exit with, and what they never import."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -148,3 +149,10 @@ def test_plan_leaves_out_what_is_too_long_only_if_it_may(run, talk, tmp_path):
 def test_every_wrong_setting_is_printed_at_once(run):
     code, _, err = run(*PLAN, "epochs=3", "seed=x", "row_tokens=-1")
     assert code == 1 and err.endswith("\n3 problems\n")
+
+
+def test_a_model_with_a_pointer_in_place_of_its_weights_is_named_before_anything_is_loaded(run, tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    code, _, err = run("ask", str(tmp_path / "model"), "Who are you?")
+    assert code == 1 and "without git-lfs" in err and "Traceback" not in err

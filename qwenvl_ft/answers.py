@@ -1,0 +1,92 @@
+"""Answers a file of conversations, a line each, and goes on where it was stopped.
+
+In:  {"messages": [{"role": "user", "content": [{"image": "chart.png"}, {"text": "read"}]}], "id": "anything"}
+Out: {"line": 1, "id": "anything", "answer": "..."}, or "error" in place of the answer; the order is that of the questions.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.engine import Engine
+from qwenvl_ft.errors import Problem, UserError
+
+Line = tuple[int, dict[str, Any]]
+
+
+def read_questions(path: Path) -> list[Line]:
+    """(line number, object) of each line that is not empty. Raises UserError with every line that is no question."""
+    problems, found = [], []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(Problem(str(path), "cannot be read as a text file", "give a file of JSON lines")) from error
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict) and isinstance(value.get("messages"), list):
+            found.append((number, value))
+        else:
+            problems.append(Problem(f"{path}:{number}", "is no question", 'write {"messages": [{"role": "user", ...}]}'))
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def answer_file(
+    engine: Engine, lines: Sequence[Line], out: Path, batch_size: int, max_new_tokens: int, on_answer: Callable[[int, int], None]
+) -> list[Problem]:
+    """Appends to `out` what is not yet answered there; returns the problems of the lines that could not be asked."""
+    done = _answered(out, lines)
+    problems = []
+    with out.open("a", encoding="utf-8") as file:
+        for start in range(done, len(lines), batch_size):
+            batch = lines[start : start + batch_size]
+            for (number, line), answer in zip(batch, _answers(engine, batch, max_new_tokens), strict=True):
+                said: dict[str, Any] = {"line": number} | ({"id": line["id"]} if "id" in line else {})
+                if isinstance(answer, str):
+                    said["answer"] = answer
+                else:
+                    problems += [
+                        Problem(f"line {number}, {problem.where}", problem.what, problem.fix) for problem in answer.problems
+                    ]
+                    said["error"] = str(answer)
+                file.write(json.dumps(said, ensure_ascii=False) + "\n")
+            file.flush()
+            on_answer(start + len(batch), len(lines))
+    return problems
+
+
+def _answers(engine: Engine, batch: Sequence[Line], max_new_tokens: int) -> list[str | UserError]:
+    """An answer a line; if the batch cannot be opened, its lines are asked one by one, so that only the bad ones fail."""
+    try:
+        return list(engine.ask_many([line["messages"] for _, line in batch], max_new_tokens))
+    except UserError as error:
+        if len(batch) == 1:
+            return [error]
+        return [answer for line in batch for answer in _answers(engine, [line], max_new_tokens)]
+
+
+def _answered(out: Path, lines: Sequence[Line]) -> int:
+    """How many lines `out` holds already; a last line that was torn off is cut away.
+
+    Raises UserError if the file answers other questions.
+    """
+    if not out.is_file():
+        return 0
+    whole = out.read_bytes().rpartition(b"\n")[0]
+    kept = whole.split(b"\n") if whole else []
+    try:
+        numbers = [json.loads(line)["line"] for line in kept]
+    except (ValueError, KeyError, TypeError):
+        numbers = [-1]
+    if numbers != [number for number, _ in lines[: len(numbers)]]:
+        raise UserError(Problem(str(out), "holds answers to other questions", "choose another --out, or delete it"))
+    with out.open("rb+") as file:
+        file.truncate(len(whole) + bool(whole))
+    return len(numbers)

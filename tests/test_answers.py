@@ -1,0 +1,81 @@
+"""A file of questions answered by `ask --jsonl`, stopped and gone on with."""
+
+import json
+
+import pytest
+
+from qwenvl_ft.answers import answer_file, read_questions
+from qwenvl_ft.cli import main
+from qwenvl_ft.engine import Engine
+from qwenvl_ft.errors import UserError
+from tests.conftest import SAMPLE, TINY
+
+CHART = str(SAMPLE / "images" / "two_col_2954.png")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine.open(TINY)
+
+
+def asked(folder, *parts):
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": part}], "id": f"q{number}"}) + "\n\n"
+                            for number, part in enumerate(parts)))  # fmt: skip
+    return path
+
+
+def answered(out):
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_each_line_is_answered_as_alone_and_a_second_run_goes_on_behind_a_torn_line(engine, tmp_path):
+    parts = [[{"image": CHART}, {"text": "read"}], "say one", "say two words", [{"image": CHART}, {"text": "find most"}], "say no"]
+    lines, out = read_questions(asked(tmp_path, *parts)), tmp_path / "answers.jsonl"
+    seen = []
+    assert answer_file(engine, lines, out, 2, 12, lambda done, total: seen.append((done, total))) == []
+    whole = answered(out)
+    assert seen == [(2, 5), (4, 5), (5, 5)] and [line["id"] for line in whole] == ["q0", "q1", "q2", "q3", "q4"]
+    assert [line["answer"] for line in whole] == [engine.ask(line["messages"], 12) for _, line in lines]
+    text = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(text[:3]) + text[3][:10])
+    assert answer_file(engine, lines, out, 2, 12, lambda done, total: seen.append((done, total))) == []
+    assert answered(out) == whole and seen[3:] == [(5, 5)]
+
+
+def test_a_bad_line_fails_alone(engine, tmp_path):
+    lines, out = read_questions(asked(tmp_path, "say a", [{"image": "nowhere.png"}, {"text": "read"}], "say b")), tmp_path / "out"
+    (problem,) = answer_file(engine, lines, out, 8, 5, lambda done, total: None)
+    assert problem.where.startswith("line 3") and "cannot be read" in problem.what
+    assert ["answer" in line for line in answered(out)] == [True, False, True]
+
+
+def test_answers_to_other_questions_are_not_gone_on_with(engine, tmp_path):
+    out = tmp_path / "out"
+    out.write_text('{"line": 7, "answer": "x"}\n')
+    with pytest.raises(UserError, match="holds answers to other questions"):
+        answer_file(engine, read_questions(asked(tmp_path, "say a")), out, 8, 5, lambda done, total: None)
+
+
+def test_every_line_that_is_no_question_is_named(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"messages": []}\n{"question": "?"}\nnot json\n')
+    with pytest.raises(UserError) as error:
+        read_questions(path)
+    assert [problem.where for problem in error.value.problems] == [f"{path}:2", f"{path}:3"]
+
+
+def test_the_command_answers_a_file_or_chats(tmp_path, capsys, monkeypatch):
+    path, out = asked(tmp_path, "say a"), tmp_path / "out.jsonl"
+    main_code = []
+    for arguments in (["--jsonl", str(path), "--out", str(out)], ["--jsonl", str(path)], ["what?", "--out", str(out)]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["ask", str(TINY), *arguments])
+        main_code.append(stopped.value.code)
+    assert main_code == [0, 2, 2] and len(answered(out)) == 1
+    lines = iter(["say one\n", "say two\n", "\n"])
+    monkeypatch.setattr("sys.stdin.readline", lambda: next(lines), raising=False)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["ask", str(TINY), "--image", CHART, "--max-new-tokens", "4"])
+    assert len(capsys.readouterr().out.splitlines()) >= 2
