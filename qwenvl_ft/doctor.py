@@ -1,0 +1,170 @@
+"""Looks at a model's or an adapter's folder: what is wrong with it, and how vLLM can serve it. Never imports torch."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from qwenvl_ft.checkpoint import MANIFEST, checkpoints, damage
+from qwenvl_ft.download import damaged
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.families import family_of
+from qwenvl_ft.geometry import read_limits, read_model_json
+from qwenvl_ft.machine import Report
+from qwenvl_ft.modeldir import is_pointer, lacks_to_talk, model_problems, pointers, unreadable
+from qwenvl_ft.prepare import BASE, base_fingerprint
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TOP = "base_model.model."
+OLD = (f"{TOP}visual.", f"{TOP}model.layers.")  # transformers 4 before 4.52: without `model.` and `language_model.`
+VISION = "visual."
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes; source: vllm/config/lora.py, MaxLoRARanks
+MORE_THAN_LORA = ("use_dora", "modules_to_save", "lora_bias")
+
+
+def examine(folder: Path) -> Report:
+    """Facts and problems of a folder that holds a model or an adapter."""
+    if not folder.is_dir():
+        return Report({}, [Problem(str(folder), "is not a folder", "give a model's folder, or the output_dir of a run")])
+    if (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file() or (folder / "adapter_model.bin").is_file():
+        return _adapter(folder)
+    if unfinished := checkpoints(folder):
+        return Report({}, [Problem(str(folder), f"is a run that did not finish; its newest checkpoint is {unfinished[-1].name}",
+                                   f"go on with resume=true, or look at {unfinished[-1]}")])  # fmt: skip
+    return _model(folder)
+
+
+def _model(folder: Path) -> Report:
+    problems = model_problems(folder) + lacks_to_talk(folder)
+    facts: dict[str, Any] = {"is": "a model"}
+    config = folder / "config.json"
+    if config.is_file() and not is_pointer(config):
+        for look in (family_of, read_limits) if (folder / "preprocessor_config.json").is_file() else (family_of,):
+            try:
+                look(folder)
+            except UserError as error:
+                problems += [problem for problem in error.problems if problem not in problems]
+        settings = _json(config)
+        facts["model_type"] = settings.get("model_type")
+        facts["stored as"] = settings.get("dtype") or settings.get("torch_dtype") or "not said"
+        if "quantization_config" in settings:
+            facts["training"] = "it is quantized: adapters merge into the same model in full precision only"
+    if (folder / MANIFEST).is_file() and (reason := damage(folder)):
+        problems.append(Problem(str(folder), reason, "export or copy it again"))
+    problems += [Problem(str(folder / name), "is not as it was downloaded", "run the same `qwenvl-ft download` again")
+                 for name in damaged(folder)]  # fmt: skip
+    facts["vLLM"] = "mend the problems first" if problems else f"vllm serve {folder}"
+    return Report(facts, problems)
+
+
+def _adapter(folder: Path) -> Report:
+    problems = pointers(folder)
+    if not (folder / CONFIG).is_file():
+        problems.append(Problem(str(folder), f"{CONFIG} is missing", "copy it from the run's output_dir"))
+    settings = _json(folder / CONFIG)
+    if (folder / CONFIG).is_file() and not settings and not is_pointer(folder / CONFIG):
+        problems.append(Problem(str(folder / CONFIG), "is no JSON object", "copy it again"))
+    shapes: dict[str, list[int]] = {}
+    if not (folder / WEIGHTS).is_file():
+        pickle = (folder / "adapter_model.bin").is_file()
+        what = "its weights are a pickle" if pickle else f"{WEIGHTS} is missing"
+        problems.append(
+            Problem(str(folder), what, "save it again as safetensors" if pickle else "copy it from the run's output_dir")
+        )
+    elif is_pointer(folder / WEIGHTS):
+        pass  # told already
+    elif reason := unreadable(folder / WEIGHTS):
+        problems.append(Problem(str(folder / WEIGHTS), f"is not a whole safetensors file ({reason})", "copy it again"))
+    else:
+        with safe_open(folder / WEIGHTS, "np") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - a safetensors file is no dict
+        problems += _tensors(folder, settings, shapes)
+    if (folder / MANIFEST).is_file() and (reason := damage(folder)):
+        problems.append(Problem(str(folder), reason, "copy it again"))
+    base_problems, base = _base(folder, settings)
+    problems += base_problems
+    facts = {"is": "an adapter", "base": base, "tensors": len(shapes)}
+    if shapes:
+        facts["on"] = ", ".join(_towers(shapes))
+        facts["vLLM"] = _serving(folder, settings, shapes, base)
+    lacking = lacks_to_talk(folder)
+    if lacking:
+        facts["processor"] = "the base's own, at the base's resolution: the folder holds none from training"
+        if not base:
+            problems += lacking
+    return Report(facts, problems)
+
+
+def _tensors(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]]) -> list[Problem]:
+    """Names that transformers 5 will not find, tensors without their other half, a rank that the config does not name."""
+    where, problems = str(folder / WEIGHTS), []
+    old = [key for key in shapes if key.startswith(OLD)]
+    if old:
+        what = f"{len(old)} tensors have the names of transformers 4 ({old[0]}): transformers 5 loads the model without them"
+        problems.append(Problem(where, what, "merge it with the transformers that trained it, or train again with this tool"))
+    strange = [key for key in shapes if not key.startswith(f"{TOP}model.") and key not in old]
+    if strange:
+        what = f"{len(strange)} tensors belong to no module of a Qwen-VL model ({strange[0]})"
+        problems.append(Problem(where, what, "give the adapter of a Qwen-VL model as PEFT saves it"))
+    halves = {
+        key: key.replace(".lora_A.", ".lora_B.") if ".lora_A." in key else key.replace(".lora_B.", ".lora_A.") for key in shapes
+    }
+    alone = [key for key, other in halves.items() if other not in shapes]
+    if alone:
+        problems.append(Problem(where, f"{len(alone)} tensors lack their other half ({alone[0]})", "copy it again"))
+    ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key}
+    if settings and not settings.get("rank_pattern") and ranks - {settings.get("r")}:
+        what = f"its tensors have rank {', '.join(map(str, sorted(ranks)))}, {CONFIG} says {settings.get('r')}"
+        problems.append(Problem(where, what, "copy both files from the same run"))
+    if not shapes:
+        problems.append(Problem(where, "holds no tensors", "copy it again"))
+    return problems
+
+
+def _base(folder: Path, settings: dict[str, Any]) -> tuple[list[Problem], str | None]:
+    """Problems of the base that the adapter names, and its folder if that is here."""
+    named = settings.get("base_model_name_or_path")
+    if not settings or not named:
+        return (
+            [Problem(str(folder / CONFIG), "names no base model", "give the base with --model DIR when you export")]
+            if settings
+            else []
+        ), None
+    base = Path(named)
+    if not base.is_dir():
+        return [Problem(str(folder / CONFIG), f"its base {named} is not here", "bring it there, or export with --model DIR")], None
+    problems = model_problems(base)
+    recorded = _json(folder / BASE)
+    if not problems and recorded and recorded != base_fingerprint(base):
+        problems.append(
+            Problem(str(base), "is not the base that this adapter was trained on", "bring that one, or export with --model DIR")
+        )
+    return problems, named
+
+
+def _towers(shapes: dict[str, list[int]]) -> list[str]:
+    """The parts of the model that the adapter changes."""
+    names = {"merger" if "merger" in key else "vision" if VISION in key else "language" for key in shapes}
+    return [name for name in ("language", "vision", "merger") if name in names]
+
+
+def _serving(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]], base: str | None) -> str:
+    """How vLLM can serve it: as it is only if nothing but the language model's linear layers is changed."""
+    merge = f"; merge first: qwenvl-ft export --adapter {folder} --out {folder}-merged"
+    beyond = [tower for tower in _towers(shapes) if tower != "language"]
+    if beyond:
+        return f"leaves out LoRA on {' and '.join(beyond)}{merge}"
+    more = [key for key in MORE_THAN_LORA if settings.get(key)]
+    rank = max((shape[0] for key, shape in shapes.items() if ".lora_A." in key), default=0)
+    fitting = [allowed for allowed in VLLM_RANKS if allowed >= rank]
+    if more or not fitting:
+        return f"does not take {', '.join(more) or f'rank {rank}'}{merge}"
+    return f"vllm serve {base or 'BASE'} --enable-lora --lora-modules NAME={folder} --max-lora-rank {fitting[0]}"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What the file holds; nothing if that is no JSON object."""
+    try:
+        return read_model_json(path)
+    except UserError:
+        return {}

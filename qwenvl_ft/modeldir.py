@@ -1,0 +1,104 @@
+"""What is missing from a model's folder or broken in it, without torch: git-lfs pointers, shards of the index, cut files."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.geometry import read_model_json
+
+INDEX = "model.safetensors.index.json"
+AGAIN = "download the model again: `qwenvl-ft download` brings what is missing or damaged"
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether the file is what git leaves of a large file where git-lfs is not installed: three lines that name it."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    return head.startswith(b"version ") and b"git-lfs" in head
+
+
+def pointers(folder: Path) -> list[Problem]:
+    """One problem that names every git-lfs pointer of the folder, or none."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.stat().st_size < 1024]
+    names = [path.name for path in files if is_pointer(path)]
+    if not names:
+        return []
+    clone = "is a git clone made without git-lfs" if (folder / ".git").exists() else "was copied from a git clone without git-lfs"
+    return [Problem(str(folder), f"{clone}: only a pointer stands for {', '.join(names)}",
+                    "run `git lfs install` and `git lfs pull` in it, or use `qwenvl-ft download`")]  # fmt: skip
+
+
+def broken_weights(folder: Path) -> Iterator[Problem]:
+    """Shards that the index names and the folder lacks; safetensors that are cut. Pointers are not told again."""
+    index = folder / INDEX
+    named: set[str] = set()
+    if index.is_file() and not is_pointer(index):
+        try:
+            named = set(read_model_json(index)["weight_map"].values())
+        except (UserError, KeyError, AttributeError, TypeError):
+            yield Problem(str(index), "is no index of safetensors", AGAIN)
+    for name in sorted(named):
+        if not (folder / name).is_file():
+            yield Problem(str(folder), f"{name} is missing: {INDEX} names it", AGAIN)
+    for path in sorted(folder.glob("*.safetensors")):
+        if not is_pointer(path) and (reason := unreadable(path)):
+            yield Problem(str(path), f"is not a whole safetensors file ({reason})", AGAIN)
+
+
+def unreadable(path: Path) -> str | None:
+    """Why a safetensors file cannot be opened; None if its header is right and as much follows as it says."""
+    try:
+        with safe_open(path, "np"):
+            return None
+    except (SafetensorError, OSError) as error:
+        return str(error).rsplit(": ", 1)[-1]
+
+
+def model_problems(folder: Path) -> list[Problem]:
+    """Everything that keeps a folder from being a whole model: what a download must end with."""
+    if not folder.is_dir():
+        return [Problem(str(folder), "is not a folder", "give the folder of a downloaded model")]
+    found = pointers(folder)
+    config = folder / "config.json"
+    if not config.is_file():
+        found.append(Problem(str(folder), "config.json is missing", AGAIN))
+    elif not is_pointer(config):
+        try:
+            read_model_json(config)
+        except UserError as error:
+            found += error.problems
+    found += broken_weights(folder)
+    if not any(folder.glob("*.safetensors")) and not (folder / INDEX).is_file():
+        pickles = any(folder.glob("*.bin"))
+        what = "its weights are pickles, no safetensors" if pickles else "holds no safetensors"
+        found.append(Problem(str(folder), what, "download the model in its safetensors form"))
+    return found
+
+
+def lacks_to_talk(folder: Path) -> list[Problem]:
+    """What `from_pretrained` of a processor, and a chat, need beside the weights."""
+    found = []
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        found.append(Problem(str(folder), "holds no preprocessor_config.json or processor_config.json", AGAIN))
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        found.append(Problem(str(folder), "holds no tokenizer.json", AGAIN))
+    if not has_chat_template(folder):
+        found.append(Problem(str(folder), "holds no chat template (chat_template.jinja, or in tokenizer_config.json)",
+                             "copy it from the base model, or download the Instruct model"))  # fmt: skip
+    return found
+
+
+def has_chat_template(folder: Path) -> bool:
+    """In a file of its own, or inside the files where transformers 4 wrote it."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
+        try:
+            if json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template"):
+                return True
+        except (OSError, ValueError, AttributeError):
+            continue
+    return False

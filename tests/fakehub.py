@@ -1,0 +1,178 @@
+"""A hub on loopback that speaks both hubs' dialects, as their real clients were seen to; it can cut, flip and forget.
+
+What it says of the protocols was read from modelscope_hub 0.5 and huggingface_hub 2.4; no real hub was reached.
+"""
+
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+FIRST, SECOND = "1" * 40, "2" * 40  # two commits
+
+
+class FakeHub:
+    """`commits` holds the files of each commit of the one repository, `branch` what master and main name today."""
+
+    def __init__(self, files: dict[str, bytes]):
+        self.repo = "org/tiny"
+        self.commits = {FIRST: files}
+        self.branch = FIRST
+        self.cut: dict[str, int] = {}  # name -> bytes after which the connection breaks, every time
+        self.flipped: set[str] = set()  # names that arrive with another byte
+        self.asked: list[tuple[str, str | None]] = []  # (name, Range header) of every file request
+        self.made_private: bool | None = None
+        self.pushed: dict[str, bytes] = {}
+        self.lfs: dict[str, bytes] = {}
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.commits[self.branch]
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def commit_of(self, revision: str) -> str | None:
+        commit = self.branch if revision in ("master", "main") else revision
+        return commit if commit in self.commits else None
+
+
+def blob_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def large(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        path = unquote(url.path)
+        if path == "/api/v1/repos/internalAccelerationInfo":
+            return self.json({"Code": 200, "Data": {"InternalRegionQueryAddress": ""}})
+        if path.startswith("/api/v1/models/"):
+            return self.modelscope(path.removeprefix("/api/v1/models/"), query)
+        return self.huggingface(path, query)
+
+    do_HEAD = do_GET
+
+    def modelscope(self, path: str, query: dict[str, str]) -> None:
+        repo, _, verb = path.partition("/repo")
+        commit = self.hub.commit_of(query.get("Revision", "master"))
+        if repo != self.hub.repo or commit is None:
+            return self.json({"Code": 10010205001, "Message": "not found", "Success": False}, 404)
+        files = self.hub.commits[commit]
+        if verb == "/files":
+            entries = [
+                {"Path": name, "Name": name, "Type": "blob", "Size": len(content), "Revision": commit,
+                 "CommittedDate": 1700000000 + int(commit[0]), "Sha256": hashlib.sha256(content).hexdigest()}
+                for name, content in files.items()
+            ]  # fmt: skip
+            return self.json({"Code": 200, "Success": True, "Data": {"Files": entries, "LatestCommitter": {"Id": ""}}})
+        return self.file(query["FilePath"], files)
+
+    def huggingface(self, path: str, query: dict[str, str]) -> None:
+        parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            repo, verb = "/".join(parts[2:4]), parts[4:]
+            if repo != self.hub.repo:
+                return self.json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+            revision = verb[1] if len(verb) > 1 else "main"
+            commit = self.hub.commit_of(revision)
+            if commit is None:
+                return self.json({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
+            files = self.hub.commits[commit]
+            if verb[:1] == ["tree"]:
+                return self.json([
+                    {"type": "file", "path": name, "size": len(content), "oid": blob_id(content)}
+                    | ({"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}}
+                       if large(name) else {})
+                    for name, content in files.items()
+                ])  # fmt: skip
+            return self.json({"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+        if "/".join(parts[:2]) == self.hub.repo and parts[2] == "resolve":
+            return self.file("/".join(parts[4:]), self.hub.commits[self.hub.commit_of(parts[3])])
+        return self.json({"error": "?"}, 404)
+
+    def file(self, name: str, files: dict[str, bytes]) -> None:
+        asked = self.headers.get("Range")
+        self.hub.asked.append((name, asked))
+        if name not in files:
+            return self.json({"error": "Entry not found", "Code": 404}, 404, {"X-Error-Code": "EntryNotFound"})
+        whole = files[name]
+        if name in self.hub.flipped:
+            whole = whole[:-1] + bytes([whole[-1] ^ 1])
+        start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
+        body = whole[start:]
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(body)))
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
+        self.end_headers()
+        left = self.hub.cut.get(name, len(whole))
+        self.wfile.write(body[: max(0, left - start)])
+
+    def do_POST(self) -> None:
+        """An upload: make the repository, say which files are large, LFS batch, commit."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = urlsplit(self.path).path
+        if path == "/api/v1/models":
+            if self.hub.made_private is not None:  # the client asks a second time itself, for one that all may see
+                return self.json({"Code": 10010201001, "Message": "already exists"}, 400)
+            self.hub.made_private = json.loads(body)["Visibility"] == 1
+            return self.json({"Code": 200, "Success": True, "Data": {"Path": "org", "Name": "tiny"}})
+        if path == "/api/repos/create":
+            self.hub.made_private = json.loads(body)["visibility"] == "private"
+            return self.json({"url": f"{self.hub.url}/{self.hub.repo}", "name": self.hub.repo, "id": "1"})
+        if path.endswith("/preupload/main"):
+            files = json.loads(body)["files"]
+            return self.json({"files": [
+                {"path": file["path"], "uploadMode": "lfs" if large(file["path"]) else "regular", "shouldIgnore": False}
+                for file in files
+            ]})  # fmt: skip
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**thing, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{thing['oid']}", "header": {}}}}
+                for thing in json.loads(body)["objects"]
+            ]
+            return self.json({"transfer": "basic", "objects": objects, "Data": {"objects": objects}, "Code": 200})
+        if path.startswith("/api/v1/repos/") and "/commit/" in path:
+            for action in json.loads(body)["actions"]:
+                inline = action["type"] == "normal"
+                self.hub.pushed[action["path"]] = base64.b64decode(action["content"]) if inline else self.hub.lfs[action["sha256"]]
+            return self.json({"Code": 200, "Success": True, "Data": {"oid": SECOND}})
+        if "/commit/" in path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.hub.pushed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                if line["key"] == "lfsFile":
+                    self.hub.pushed[line["value"]["path"]] = self.hub.lfs[line["value"]["oid"]]
+            return self.json({"success": True, "commitOid": SECOND, "commitUrl": f"{self.hub.url}/{self.hub.repo}/commit/{SECOND}"})
+        return self.json({"error": "?"}, 404)
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.lfs[self.path.removeprefix("/lfs/")] = content
+        self.json({})
+
+    def json(self, value, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        for name, content in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, content)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)

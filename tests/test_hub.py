@@ -1,0 +1,365 @@
+"""Downloads by the hubs' real clients from a hub on loopback that cuts, flips and forgets."""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from qwenvl_ft.cli import main
+from qwenvl_ft.config import Config, load_config
+from qwenvl_ft.download import download, read_manifest, with_local_model
+from qwenvl_ft.errors import UserError
+from qwenvl_ft.hubs import push, pushable, read_source
+from tests.conftest import ROOT, SAMPLE, TINY
+from tests.fakehub import FIRST, SECOND, FakeHub
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 5\n"
+SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+INDEX = "model.safetensors.index.json"
+
+
+def tiny_repo() -> dict[str, bytes]:
+    """The files of a model in two shards, one of them too large for a single read."""
+    weights = {SHARDS[0]: {"a": np.arange(900_000, dtype=np.float32)}, SHARDS[1]: {"b": np.ones(5, np.float32)}}
+    index = {"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}
+    return {
+        "config.json": b'{"model_type": "qwen2_vl"}', "preprocessor_config.json": b"{}", "tokenizer.json": b"{}",
+        "chat_template.jinja": "模板".encode(), INDEX: json.dumps(index).encode(), "deeper/notes.txt": b"hello",
+        **{name: save(tensors) for name, tensors in weights.items()},
+    }  # fmt: skip
+
+
+@pytest.fixture(params=["modelscope", "hf"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The hub, and both clients turned to it, without patience; what they keep of their own goes to a folder of the test."""
+    fake = FakeHub(tiny_repo())
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", fake.url)
+    monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
+    from huggingface_hub import constants, file_download
+    from modelscope_hub import _download as modelscope
+    from modelscope_hub import _legacy_api as modelscope_lists
+
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, fake.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)  # of 10 MB, which is what a cut may cost at most
+    get = file_download.http_get
+    monkeypatch.setattr(file_download, "http_get", lambda *of, **named: get(*of, **{**named, "_nb_retries": 0}))
+    monkeypatch.setattr(modelscope, "DOWNLOAD_RETRY_TIMES", 0)
+    monkeypatch.setattr(modelscope_lists, "REPO_TREE_PAGE_MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(modelscope, "DOWNLOAD_INTEGRITY_RETRY_BACKOFF", 0)
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *of, **named: look_up(on_loopback(host), *of, **named))
+    yield fake
+    fake.close()
+
+
+def on_loopback(host):
+    assert host in ("127.0.0.1", "localhost"), f"a test dials {host}"
+    return host
+
+
+@pytest.fixture
+def bring(kind, tmp_path):
+    """Downloads into the folder `model`; (manifest, what was said)."""
+
+    def bring(*names: str, revision: str | None = None, repo: str = "org/tiny"):
+        said: list[str] = []
+        source = read_source(f"{kind}:{repo}")._replace(revision=revision)
+        return download(source, tmp_path / "model", names, said.append), "\n".join(said)
+
+    return bring
+
+
+def equal(folder, files) -> bool:
+    return all((folder / name).read_bytes() == content for name, content in files.items())
+
+
+def test_a_download_is_whole_and_recorded(hub, bring, kind, tmp_path):
+    manifest, said = bring()
+    assert equal(tmp_path / "model", hub.files)
+    assert manifest == read_manifest(tmp_path / "model") and manifest["complete"]
+    assert (manifest["hub"], manifest["repo"], manifest["commit"]) == (kind, "org/tiny", FIRST)
+    assert manifest["files"] == {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in hub.files.items()
+    }
+    assert all(name in said for name in hub.files)
+    assert sorted(path.name for path in (tmp_path / "model" / ".download").iterdir()) == ["manifest.json"]
+
+
+def test_what_was_cut_in_the_middle_goes_on_there(hub, bring, tmp_path):
+    """A kill or a bad line in the middle of a shard must not cost the half that has come."""
+    hub.cut[SHARDS[0]] = 2_000_000
+    with pytest.raises(UserError, match="the hub does not answer"):
+        bring()
+    assert not (tmp_path / "model" / SHARDS[0]).exists()
+    assert not read_manifest(tmp_path / "model")["complete"]
+    hub.cut.clear()
+    hub.asked.clear()
+    bring()
+    assert equal(tmp_path / "model", hub.files)
+    ((name, start),) = hub.asked
+    assert name == SHARDS[0] and 0 < int(start.removeprefix("bytes=").split("-")[0]) <= 2_000_000
+
+
+@pytest.mark.parametrize("name", [SHARDS[0], "config.json"])
+def test_a_flipped_byte_is_found_and_repaired(hub, bring, tmp_path, name):
+    """The size stays, so that Hugging Face's own client keeps the file."""
+    bring()
+    path = tmp_path / "model" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    hub.asked.clear()
+    _, said = bring()
+    assert f"{name} is here but not as the hub lists it" in said
+    assert equal(tmp_path / "model", hub.files) and [asked for asked, _ in hub.asked] == [name]
+
+
+@pytest.mark.parametrize("name", [SHARDS[1], "config.json"])
+def test_a_file_that_comes_damaged_does_not_get_its_name(hub, bring, tmp_path, name):
+    hub.flipped.add(name)
+    with pytest.raises(UserError, match=r"another (file|hash) than"):
+        bring()
+    assert not (tmp_path / "model" / name).exists() and not read_manifest(tmp_path / "model")["complete"]
+    assert (tmp_path / "model" / SHARDS[0]).is_file(), "the others are there"
+    hub.flipped.clear()
+    bring()
+    assert equal(tmp_path / "model", hub.files)
+
+
+def test_the_commit_is_pinned_until_another_is_asked_for(hub, bring, kind, tmp_path):
+    bring()
+    second = {name: content for name, content in hub.files.items() if name != "deeper/notes.txt"} | {"config.json": b'{"new": 1}'}
+    hub.commits[SECOND], hub.branch = second, SECOND
+    assert bring()[0]["commit"] == FIRST, "not moved by a new commit on the branch"
+    (tmp_path / "model" / "own.txt").write_text("mine")
+    manifest, _ = bring(revision={"hf": "main", "modelscope": "master"}[kind])
+    assert manifest["commit"] == SECOND and manifest["files"].keys() == second.keys()
+    assert equal(tmp_path / "model", second) and not (tmp_path / "model" / "deeper" / "notes.txt").exists()
+    assert (tmp_path / "model" / "own.txt").exists()
+    assert bring(revision=FIRST)[0]["commit"] == FIRST
+
+
+def test_a_wrong_repository_or_revision_is_said_and_leaves_nothing(hub, bring, kind, tmp_path, capsys):
+    with pytest.raises(UserError, match="is not there, or only for those who are logged in"):
+        bring(repo="org/tinny")
+    with pytest.raises(UserError, match=r"no such revision|is not there"):
+        bring(revision="3" * 40)
+    with pytest.raises(SystemExit, match="1"):
+        main(["download", "org/tinny", "--hub", kind, "--local-dir", str(tmp_path / "other")])
+    error = capsys.readouterr().err
+    assert "org/tinny" in error and "fix: check ORG/NAME" in error and "Traceback" not in error
+    assert not (tmp_path / "other").exists() and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("text", ["hf:tiny", "hf:", "modelscope:a/b/c", "hf:../x"])
+def test_what_names_no_repository_is_refused(text):
+    with pytest.raises(UserError, match="names no repository"):
+        read_source(text)
+
+
+def test_a_source_may_name_a_revision_and_a_path_is_none():
+    assert read_source("hf:Qwen/Qwen2-VL-2B-Instruct@v1") == ("hf", "Qwen/Qwen2-VL-2B-Instruct", "v1")
+    assert read_source("models/Qwen2-VL") is None and read_source("C:/models/a") is None
+
+
+def test_a_shard_that_the_hub_does_not_have_is_named(hub, bring):
+    del hub.files[SHARDS[1]]
+    with pytest.raises(UserError, match=f"{SHARDS[1]} is missing"):
+        bring()
+
+
+def test_a_pointer_on_the_hub_is_named(hub, bring):
+    """Someone pushed without git-lfs: the hash is as listed, and still it is no model."""
+    hub.files[SHARDS[1]] = POINTER
+    with pytest.raises(UserError, match=f"only a pointer stands for {SHARDS[1]}"):
+        bring()
+
+
+def test_a_git_clone_without_lfs_is_made_whole(hub, bring, tmp_path):
+    """Only what is not there yet travels."""
+    for name, content in hub.files.items():
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(POINTER if name in SHARDS else content)
+    bring()
+    assert equal(tmp_path / "model", hub.files) and {name for name, _ in hub.asked} == set(SHARDS)
+
+
+def test_one_file_or_a_pattern(hub, bring, tmp_path):
+    manifest, _ = bring("config.json", "model-*")
+    assert manifest["files"].keys() == {"config.json", *SHARDS} and not manifest["complete"]
+    assert not (tmp_path / "model" / "tokenizer.json").exists()
+    with pytest.raises(UserError, match=r"did you mean tokenizer\.json"):
+        bring("tokeniser.json")
+    manifest, _ = bring()
+    assert manifest["complete"] and bring("config.json")[0]["complete"]
+
+
+def test_another_model_in_the_folder_is_not_written_over(hub, bring, tmp_path):
+    bring()
+    other = "hf" if read_manifest(tmp_path / "model")["hub"] == "modelscope" else "modelscope"
+    with pytest.raises(UserError, match="holds"):
+        download(read_source(f"{other}:org/tiny"), tmp_path / "model", (), print)
+
+
+def test_a_path_that_leaves_the_folder_is_refused(hub, bring, tmp_path):
+    hub.files["../escaped"] = b"!"
+    with pytest.raises(UserError, match="no use for"):
+        bring()
+    assert not (tmp_path / "escaped").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said(hub, kind, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="1"):
+        main(["download", "org/tiny", "--hub", kind, "--local-dir", str(tmp_path / "file" / "model")])
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+def test_a_record_that_is_damaged_is_made_again(hub, bring, tmp_path):
+    bring()
+    (tmp_path / "model" / ".download" / "manifest.json").write_text('{"files": {"a": {}}}')
+    hub.asked.clear()
+    assert bring()[0]["complete"] and hub.asked == []
+
+
+def test_too_little_disk_is_said_before_a_byte_comes(hub, bring, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match="are to come"):
+        bring()
+    assert hub.asked == []
+
+
+def test_a_complete_folder_needs_no_hub(hub, bring, tmp_path, monkeypatch):
+    """HF_HUB_OFFLINE, or a cable that is out."""
+    from huggingface_hub import constants
+
+    bring()
+    hub.close()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    manifest, said = bring()
+    assert manifest["complete"] and "every hash is as recorded" in said
+    (tmp_path / "model" / SHARDS[1]).write_bytes(b"short")
+    with pytest.raises(UserError, match=f"{SHARDS[1]}: is missing or damaged"):
+        bring()
+
+
+def test_a_folder_without_a_record_is_taken_offline_if_it_looks_whole(hub, bring, tmp_path):
+    bring()
+    shutil.rmtree(tmp_path / "model" / ".download")
+    hub.close()
+    assert "looks whole" in bring()[1]
+    (tmp_path / "model" / SHARDS[1]).unlink()
+    with pytest.raises(UserError, match=f"{SHARDS[1]} is missing"):
+        bring()
+
+
+def settings(tmp_path, model: str) -> Config:
+    return Config(model=model, train_meta_file="a.json", train_data_dir=".", output_dir=tmp_path)
+
+
+def test_a_config_may_name_a_hub(hub, kind, tmp_path, monkeypatch):
+    """The model is brought on first use; the second does not ask the hub, and the config that is kept names the folder."""
+    monkeypatch.chdir(tmp_path)
+    config = settings(tmp_path, f"{kind}:org/tiny")
+    here = with_local_model(config, print)
+    assert str(here.model) == "models/tiny" and equal(tmp_path / "models" / "tiny", hub.files)
+    hub.close()
+    hub.asked.clear()
+    assert with_local_model(config, print) == here and hub.asked == []
+    kept = tmp_path / "config.yaml"
+    kept.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in here.model_dump(mode="json").items()))
+    assert load_config(kept) == here == with_local_model(here, print)
+
+
+def test_plan_and_train_bring_the_model(hub, kind, tmp_path, monkeypatch, capsys):
+    """`plan` needs its tokenizer; `train`, of which only the start is seen here, gets the folder."""
+    whole = {path.name: path.read_bytes() for path in TINY.iterdir() if path.suffix != ".safetensors"}
+    hub.commits[FIRST] = whole | {"model.safetensors": save({"a": np.ones(2, np.float32)})}
+    monkeypatch.chdir(tmp_path)
+    paths = {"train_meta_file": SAMPLE / "train.json", "train_data_dir": SAMPLE / "images"}
+    overrides = [f"model={kind}:org/tiny", *(f"{key}={path}" for key, path in paths.items())]
+    main_ends_well("plan", "--config", str(ROOT / "configs/demo.yaml"), *overrides, "--json")
+    assert json.loads(capsys.readouterr().out)["rows"] > 0 and equal(tmp_path / "models" / "tiny", hub.files)
+    trained: list[Config] = []
+    monkeypatch.setitem(sys.modules, "qwenvl_ft.training", SimpleNamespace(train=trained.append))
+    main_ends_well("train", "--config", str(ROOT / "configs/demo.yaml"), *overrides)
+    assert [str(config.model) for config in trained] == ["models/tiny"]
+
+
+def main_ends_well(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(list(arguments))
+    assert not exit.value.code
+
+
+def test_a_local_model_is_looked_at_before_it_is_loaded(tmp_path):
+    """Without this a git clone without git-lfs ends in `header too large`."""
+    for name, content in tiny_repo().items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    config = settings(tmp_path, str(tmp_path))
+    assert with_local_model(config, print) is config
+    (tmp_path / ".git").mkdir()
+    (tmp_path / SHARDS[0]).write_bytes(POINTER)
+    (tmp_path / SHARDS[1]).unlink()
+    with pytest.raises(UserError, match=r"git clone made without git-lfs") as caught:
+        with_local_model(config, print)
+    assert [SHARDS[0] in caught.value.problems[0].what, SHARDS[1] in caught.value.problems[1].what] == [True, True]
+
+
+def test_the_commands_obey_the_environment(hub, kind, tmp_path):
+    """As a user types it, in a process of its own: endpoint and offline come from the environment, and no torch is imported."""
+    code = "import sys; from qwenvl_ft.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, "download", "org/tiny", "--hub", kind, "--local-dir", str(tmp_path / "model")]
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=env, text=True, capture_output=True, cwd=ROOT)
+    assert done.returncode == 0 and f"complete, at {FIRST}" in done.stdout, done.stderr
+    assert equal(tmp_path / "model", hub.files)
+    if kind == "hf":
+        again = subprocess.run(command, env={**env, "HF_HUB_OFFLINE": "1"}, text=True, capture_output=True, cwd=ROOT)
+        assert again.returncode == 0 and "HF_HUB_OFFLINE is set" in again.stdout
+        command[-1] = str(tmp_path / "other")
+        nothing = subprocess.run(command, env={**env, "HF_HUB_OFFLINE": "1"}, text=True, capture_output=True, cwd=ROOT)
+        assert nothing.returncode == 1 and "HF_HUB_OFFLINE is set" in nothing.stderr and "Traceback" not in nothing.stderr
+
+
+def test_a_merged_folder_is_pushed(hub, kind, tmp_path, monkeypatch, capsys):
+    """Large files go their own way there, as LFS objects. Not in the test: Hugging Face's faster way, which no fake can speak."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_fake")
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "fake")
+    for name, content in hub.files.items():
+        (tmp_path / "merged" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "merged" / name).write_bytes(content)
+    push(f"{kind}:org/tiny", tmp_path / "merged")
+    assert {name: hub.pushed.get(name) for name in hub.files} == hub.files
+    assert hub.made_private and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("where", ["org/tiny", "hf:org/tiny@v1", "hf:tiny"])
+def test_a_place_that_nothing_can_be_pushed_to_is_refused_first(where, capsys):
+    with pytest.raises(UserError, match="names no repository"):
+        pushable(where)
+    with pytest.raises(SystemExit, match="1"):
+        main(["export", "--adapter", "nowhere", "--out", "nowhere-merged", "--push", where])
+    assert "names no repository" in capsys.readouterr().err
