@@ -1,11 +1,12 @@
 """Draws the small bar and column charts of the sample and of the tiny model's training.
 
-Every chart prints its values, so whoever can read can answer. Letters stand in cells of 7 x 14 px, two to a patch of Qwen2-VL,
-and sides are multiples of 28 px, one merged patch, so no picture is resized on its way into the model: this is what a model
-of 2 million parameters can learn to read. The font is the bitmap one inside Pillow: the same pixels on every machine.
+Every chart prints its values, so whoever can read can answer. Letters stand in cells of 14 x 28 px, two to a token of Qwen2-VL,
+every text begins at a token's left edge, and sides are multiples of 28 px, so no picture is resized on its way into the
+model: this is what a model of 2 million parameters can learn to read. The font is the bitmap one inside Pillow at twice its
+size: the same pixels on every machine.
 
-    >>> draw_chart("Highest mountains (m)", {"Everest": 8849, "K2": 8611}, Style("bar", 168)).size
-    (168, 84)
+    >>> draw_chart("Highest mountains (m)", {"Everest": 8849, "K2": 8611}, Style("bar", 392)).size
+    (392, 84)
 """
 
 from collections.abc import Callable
@@ -15,16 +16,18 @@ from functools import cache
 from PIL import Image, ImageDraw, ImageFont
 
 UNIT = 28  # px, a token's side
-CELL_WIDTH, CELL_HEIGHT = 7, 14  # px, a letter's room
-COLUMN_CELLS = 8  # the width of a column with its gap
+CELL = 14  # px, a letter's width; it is UNIT high
+COLUMN_UNITS = 6  # the height of a column chart: title, four for the columns and their values, names
+VALUE_CELLS = 6  # the longest value, 5 digits or 4 and a point
+BAR_CELLS = 6  # the least room for the bars
 BAR_COLORS = ["#7fb2e5", "#f2a65e", "#8ccf8c", "#c9a6e0", "#e88f8f", "#a9b8c4"]
 PAPER_COLORS = ["#ffffff", "#fbf6e9", "#eef3f8"]
-Written = tuple[str, int, int]  # a text, the column and the row of its first letter's cell
+Written = tuple[str, int, int]  # a text, and the column and the row of its first letter's cell
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a chart looks. `kind` is bar (name above its bar), table (name left of its bar) or column (vertical)."""
+    """How a chart looks. `kind`: bar (value at the bar's end), label (value before the bar) or column (value above, name below)."""
 
     kind: str
     width: int  # px
@@ -33,17 +36,27 @@ class Style:
 
     def fits(self, values: dict[str, float]) -> bool:
         """Whether every name and value has room."""
-        longest_name, longest_value = max(map(len, values)), max(len(spelled(value)) for value in values.values())
-        if self.kind == "column":
-            return len(values) * COLUMN_CELLS * CELL_WIDTH <= self.width and max(longest_name, longest_value) < COLUMN_CELLS
-        cells = self.width // CELL_WIDTH
-        return longest_name + (longest_value + 8 if self.kind == "table" else 0) <= cells
+        return width_of(self.kind, values) <= self.width
+
+
+def width_of(kind: str, values: dict[str, float]) -> int:
+    """px that a chart of this kind needs at least."""
+    longest = max(map(len, values))
+    if kind == "column":
+        return CELL * _even(max(longest, *(len(spelled(value)) for value in values.values())) + 1) * len(values)
+    return CELL * (_even(longest + 1) + BAR_CELLS + VALUE_CELLS)
+
+
+def _even(cells: int) -> int:
+    return cells + cells % 2
 
 
 @cache
-def letters() -> ImageFont.ImageFont:
-    """Pillow's bitmap font, 6 x 11 px."""
-    return ImageFont.load_default_imagefont()
+def _letter(letter: str, scale: int) -> Image.Image:
+    """A letter as a mask, of Pillow's bitmap font of 6 x 11 px, enlarged."""
+    mask = Image.new("L", (6, 11))
+    ImageDraw.Draw(mask).text((0, 0), letter, fill=255, font=ImageFont.load_default_imagefont())
+    return mask.resize((6 * scale, 11 * scale), Image.Resampling.NEAREST)
 
 
 def spelled(value: float) -> str:
@@ -54,36 +67,43 @@ def spelled(value: float) -> str:
 def draw_chart(
     title: str, values: dict[str, float], style: Style, on_text: Callable[[Written], None] = lambda text: None
 ) -> Image.Image:
-    """An RGB picture, `style.width` wide; a bar takes one UNIT of height, a column chart is 5 UNITs high.
+    """An RGB picture, `style.width` wide; a bar takes one UNIT of height, a column chart is COLUMN_UNITS high.
 
     `on_text` is told of every name and value that is written, and where.
     """
-    height = UNIT * (5 if style.kind == "column" else 1 + len(values))
+    height = UNIT * (COLUMN_UNITS if style.kind == "column" else 1 + len(values))
     picture = Image.new("RGB", (style.width, height), PAPER_COLORS[style.paper_color])
     pen = ImageDraw.Draw(picture)
-    pen.text((1, 3), title, fill="#666666", font=letters())
+    for number, letter in enumerate(title):
+        picture.paste("#777777", (1 + 6 * number, 7), _letter(letter, 1))
     largest = max(values.values())
 
     def write(text: str, column: int, row: int) -> None:
         for number, letter in enumerate(text):
-            pen.text(((column + number) * CELL_WIDTH + 1, row * CELL_HEIGHT + 1), letter, fill="black", font=letters())
+            picture.paste("#000000", ((column + number) * CELL + 1, row * UNIT + 3), _letter(letter, 2))
         on_text((text, column, row))
 
     def bar(left: int, top: int, right: int, bottom: int) -> None:
-        pen.rectangle((left, top, right, bottom), fill=BAR_COLORS[style.bar_color])
+        pen.rectangle((left, top, right - 1, bottom - 1), fill=BAR_COLORS[style.bar_color])
 
+    cells = style.width // CELL
     for number, (name, value) in enumerate(values.items()):
         if style.kind == "column":
-            left, row = number * COLUMN_CELLS, 7 - round(5 * value / largest)
-            bar(left * CELL_WIDTH + 14, (row + 1) * CELL_HEIGHT, left * CELL_WIDTH + 41, 9 * CELL_HEIGHT - 1)
-            write(spelled(value), left + (COLUMN_CELLS - len(spelled(value))) // 2, row)
-            write(name, left + (COLUMN_CELLS - len(name)) // 2, 9)
+            wide = cells // len(values) // 2 * 2
+            left, tall = number * wide, round(3 * UNIT * value / largest)
+            base = (COLUMN_UNITS - 1) * UNIT
+            bar(left * CELL, base - max(2, tall), (left + wide) * CELL - 10, base)
+            write(spelled(value), left, (base - max(2, tall)) // UNIT - 1)
+            write(name, left, COLUMN_UNITS - 1)
             continue
-        start = max(map(len, values)) + 1 if style.kind == "table" else 0
-        row = 2 + 2 * number + (style.kind == "bar")
-        room = style.width // CELL_WIDTH - start - max(len(spelled(other)) for other in values.values()) - 1
-        end = start * CELL_WIDTH + max(2, round(room * CELL_WIDTH * value / largest))
-        bar(start * CELL_WIDTH, row * CELL_HEIGHT + 1, end, row * CELL_HEIGHT + 12)
-        write(spelled(value), end // CELL_WIDTH + 1, row)
-        write(name, 0, 2 + 2 * number)
+        row, start = 1 + number, _even(max(map(len, values)) + 1)
+        write(name, 0, row)
+        if style.kind == "label":
+            write(spelled(value), start, row)
+            start += VALUE_CELLS
+        room = (cells - start - (0 if style.kind == "label" else VALUE_CELLS)) * CELL
+        end = start * CELL + max(2, round(room * value / largest))
+        bar(start * CELL, row * UNIT + 3, end, (row + 1) * UNIT - 3)
+        if style.kind == "bar":
+            write(spelled(value), _even(-(-end // CELL)), row)
     return picture

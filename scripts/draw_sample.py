@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from charts import BAR_COLORS, PAPER_COLORS, Style, draw_chart, spelled
+from charts import BAR_COLORS, PAPER_COLORS, UNIT, Style, draw_chart, spelled, width_of
 from ruamel.yaml import YAML
 
 SHORT = " Answer the question using a single word or phrase."
@@ -42,12 +42,12 @@ DOCUMENTED = {
 
 
 def style_of(chart: dict[str, Any], rng: random.Random) -> Style:
-    """A style of the chart's kind in which every name and value fits."""
-    colors = (rng.randrange(len(BAR_COLORS)), rng.randrange(len(PAPER_COLORS)))
-    styles = [Style("column", 168 if len(chart["values"]) <= 3 else 224, *colors)] if chart["kind"] == "column" else []
-    styles += [Style("table", 196, *colors)] if rng.random() < 0.4 else []
-    styles += [Style("bar", rng.choice([168, 196]), *colors)]
-    return next(style for style in styles if style.fits(chart["values"]))
+    """Columns where they were asked for and the names are short enough for them, else bars with the value behind or before."""
+    values = chart["values"]
+    column = chart["kind"] == "column" and len(values) <= 4 and max(map(len, values)) <= 7
+    kind = "column" if column else rng.choice(["bar", "bar", "label"])
+    width = width_of(kind, values) + (0 if column else UNIT * rng.randrange(3))
+    return Style(kind, width, rng.randrange(len(BAR_COLORS)), rng.randrange(len(PAPER_COLORS)))
 
 
 def questions(chart: dict[str, Any], rng: random.Random) -> list[tuple[str, str]]:

@@ -29,20 +29,20 @@ def test_it_is_small_and_has_qwens_control_tokens_and_a_head_that_vllm_takes():
     tokenizer = json.loads((TINY / "tokenizer.json").read_text())
     tokens = set(tokenizer["model"]["vocab"]) | {token["content"] for token in tokenizer["added_tokens"]}
     assert config["model_type"] == "qwen2_vl" and len(tokens) <= 2000 and set(CONTROL_TOKENS) <= tokens
-    assert sum(path.stat().st_size for path in TINY.glob("*.safetensors")) <= 10 * 2**20
+    assert sum(path.stat().st_size for path in TINY.glob("*.safetensors")) <= 10_000_000
     text = config["text_config"]
     assert text["hidden_size"] // text["num_attention_heads"] == 64
 
 
-def test_it_reads_charts_that_it_has_never_seen():
-    """data/tiny/training.json has the accuracy on 240 of them."""
+def test_it_reads_charts_that_it_has_never_seen_and_looks_up_values_and_names():
+    """data/tiny/training.json has the accuracy on 120 of them."""
     sys.path.insert(0, str(ROOT / "scripts"))
     from make_tiny_model import Charts, accuracy
 
     claimed = json.loads((TINY / "training.json").read_text())["accuracy_on_unseen_charts"]
     engine = Engine.open(TINY)
     measured = accuracy(engine.model, engine.processor, Charts(12345), 4)
-    assert measured["rows"] > 0 and abs(measured["rows"] - claimed["rows"]) < 0.2
+    assert all(claimed[kind] > 0.7 and measured[kind] > claimed[kind] - 0.25 for kind in ("rows", "find_value", "find_name"))
 
 
 def test_it_does_not_know_the_style_of_the_samples_answers():
