@@ -1,0 +1,79 @@
+"""Answers requests with the models of this process, many at a time."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from qwenvl_ft.batching import Batcher, Request
+from qwenvl_ft.engine import Engine
+from qwenvl_ft.errors import UserError
+from qwenvl_ft.intake import Sources, open_ask
+from qwenvl_ft.reply import Reply
+from qwenvl_ft.wire import ApiError, Ask, Bounds, Usage
+
+OPENERS = 4  # threads that open pictures
+AHEAD = 4  # requests opened while others are answered; more would only hold pictures in memory
+
+
+class Local:
+    """Engines by the names that they are served under; the first is for those who name none. They share one model."""
+
+    def __init__(self, engines: Mapping[str, Engine], bounds: Bounds, sources: Sources, max_batch: int):
+        self.engines, self.bounds, self.sources = engines, bounds, sources
+        self.names = list(engines)
+        self.batcher = Batcher(next(iter(engines.values())), max_batch)
+        self.openers = ThreadPoolExecutor(OPENERS, "opener")
+        self.processing = threading.Lock()  # a processor's tokenizer is not for two threads
+        self.opened = asyncio.Semaphore(max_batch + AHEAD)
+
+    async def begin(self, ask: Ask, request_id: str, until: float) -> Reply:
+        """Opens the pictures and puts the request into the batch."""
+        if (engine := self.engines.get(ask.model)) is None:
+            raise ApiError(404, "model_not_found", "no model of this name is served here: /v1/models lists them")
+        if not self.batcher.alive:
+            raise ApiError(503, "unavailable", "the model has stopped")
+        await self.opened.acquire()
+        try:
+            loop = asyncio.get_running_loop()
+            seconds = until - loop.time()
+            inputs, usage = await loop.run_in_executor(self.openers, self._inputs, engine, ask, time.monotonic() + seconds)
+        except BaseException:
+            self.opened.release()
+            raise
+        reply = Reply(lambda: (request.cancelled.set(), self.opened.release()))
+        request = Request(
+            inputs,
+            engine.adapter,
+            ask.sampling,
+            lambda text, finish: reply.put(text, finish, replace(usage, output=len(request.ids))),
+            request_id,
+        )
+        self.batcher.submit(request)
+        return reply
+
+    def _inputs(self, engine: Engine, ask: Ask, until: float) -> tuple[Any, Usage]:
+        messages = open_ask(ask, self.sources, self.bounds, until - time.monotonic())
+        try:
+            with self.processing:
+                inputs = engine.inputs([messages])
+        except UserError as error:  # the template refuses this order of roles
+            raise ApiError(400, "invalid_messages", "; ".join(problem.what for problem in error.problems)) from error
+        ids, config = inputs["input_ids"], engine.model.config
+        usage = Usage(ids.shape[1], 0, int((ids == config.image_token_id).sum()), int((ids == config.video_token_id).sum()))
+        if usage.input > self.bounds.prompt_tokens:
+            what = f"the prompt has {usage.input} tokens, {usage.image + usage.video} of them of pictures"
+            raise ApiError(400, "prompt_too_long", f"{what}; at most {self.bounds.prompt_tokens} are taken")
+        return inputs, usage
+
+    async def close(self) -> None:
+        """Finishes what has begun."""
+        await asyncio.to_thread(self.batcher.close)
+        self.openers.shutdown()
+
+    def now(self) -> dict[str, float]:
+        """Requests in the batch and waiting for it."""
+        return {"active": self.batcher.active, "queued": self.batcher.waiting.qsize(), "alive": self.batcher.alive}

@@ -1,0 +1,191 @@
+"""Answers requests with another server that speaks OpenAI's dialect, vLLM above all: by its URL, or started beside this one.
+
+Pictures are opened here, within our bounds, and go on as PNG: upright, on white, as training saw them.
+"""
+
+import asyncio
+import base64
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+from PIL import Image
+
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.intake import Sources, open_ask
+from qwenvl_ft.messages import Film, Message, Picture
+from qwenvl_ft.reply import Reply
+from qwenvl_ft.wire import ApiError, Ask, Bounds, Usage
+
+CONTROL_TOKEN = re.compile(r"<\|(?=\w+\|>)")
+OPENERS = 4
+START_SECONDS = 1800  # a large model is read from a slow disk
+DEAD = "the engine behind this server does not answer"
+
+
+class Upstream:
+    """The models of the server at `url`, by their names there. Raises UserError where it does not answer."""
+
+    def __init__(self, url: str, bounds: Bounds, sources: Sources, process: subprocess.Popen[bytes] | None = None):
+        self.url, self.bounds, self.sources, self.process = url.rstrip("/"), bounds, sources, process
+        try:
+            listed = httpx.get(f"{self.url}/v1/models", timeout=10).raise_for_status().json()
+            self.names = [model["id"] for model in listed["data"]]
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+            fix = "start it first: vllm serve MODEL --port 8001"
+            raise UserError(Problem(f"{url}/v1/models", "does not list models", fix)) from error
+        self.client = httpx.AsyncClient(timeout=httpx.Timeout(bounds.seconds, connect=5), limits=httpx.Limits(max_connections=None))
+        self.openers = ThreadPoolExecutor(OPENERS, "opener")
+        self.active = 0
+
+    async def begin(self, ask: Ask, request_id: str, until: float) -> Reply:
+        """Opens the pictures and asks the other server."""
+        if ask.model not in self.names:
+            raise ApiError(404, "model_not_found", "no model of this name is served here: /v1/models lists them")
+        loop = asyncio.get_running_loop()
+        messages = await loop.run_in_executor(self.openers, self._messages, ask, until - loop.time())
+        request = self.client.build_request("POST", f"{self.url}/v1/chat/completions", json=write_request(ask, messages))
+        try:
+            response = await self.client.send(request, stream=True)
+        except httpx.HTTPError:
+            raise ApiError(503, "unavailable", DEAD) from None
+        if response.status_code != 200:
+            await response.aclose()
+            status = response.status_code if response.status_code in (400, 404, 413, 422, 429) else 503
+            raise ApiError(status, "engine_refused", f"the engine behind this server refused the request (status {status})")
+        reply = Reply(lambda: task.cancel())
+        task = asyncio.create_task(self._relay(response, reply))
+        return reply
+
+    def _messages(self, ask: Ask, seconds: float) -> list[dict[str, Any]]:
+        return [write_message(message) for message in open_ask(ask, self.sources, self.bounds, seconds)]
+
+    async def _relay(self, response: httpx.Response, reply: Reply) -> None:
+        """Hands the pieces on; the last once the usage is known."""
+        self.active += 1
+        usage, finish = Usage(), None
+        try:
+            async for event in read_events(response.aiter_bytes()):
+                if "error" in event:
+                    break
+                for choice in event.get("choices", []):
+                    finish = choice.get("finish_reason") or finish
+                    if text := choice.get("delta", {}).get("content"):
+                        reply.put(text, None, usage)
+                if event.get("usage"):
+                    usage = read_usage(event["usage"])
+            else:
+                reply.put("", "length" if finish == "length" else "stop" if finish else "error", usage)
+                return
+            reply.put("", "error", usage)
+        except (
+            httpx.HTTPError,
+            ValueError,
+            AttributeError,
+            TypeError,
+            KeyError,
+        ):  # the line broke, or this is not OpenAI's dialect
+            reply.put("", "error", usage)
+        finally:
+            self.active -= 1
+            await response.aclose()  # which tells vLLM to stop
+
+    async def close(self) -> None:
+        """Ends the connections, and the engine if it was started here."""
+        await self.client.aclose()
+        self.openers.shutdown()
+        if self.process:
+            self.process.terminate()
+            await asyncio.to_thread(self.process.wait)
+
+    def now(self) -> dict[str, float]:
+        """Requests under way there, from here."""
+        return {"active": self.active, "alive": self.process is None or self.process.poll() is None}
+
+
+def write_request(ask: Ask, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The request in OpenAI's dialect, with vLLM's top_k."""
+    how = ask.sampling
+    body: dict[str, Any] = {
+        "model": ask.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True},
+        "max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p,
+    }  # fmt: skip
+    body |= {"top_k": how.top_k} if how.top_k > 0 else {}
+    body |= {"seed": how.seed} if how.seed is not None else {}
+    return body | ({"stop": list(how.stop)} if how.stop else {})
+
+
+def write_message(message: Message) -> dict[str, Any]:
+    """A message in OpenAI's form, its control tokens plain text, its pictures PNG, a film vLLM's frames in one URL."""
+    parts: list[dict[str, Any]] = []
+    for part in message.parts:
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": CONTROL_TOKEN.sub("<\u200b|", part)})
+        elif isinstance(part, Picture):
+            parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(part.image)}"}} | _bounds(part))
+        elif isinstance(part, Film):
+            frames = ",".join(map(_png, part.frames))
+            rate = part.fps * len(part.frames) / part.num_frames
+            parts.append({"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}, "fps": rate})
+    if message.role != "user":  # some templates want these turns as one text
+        return {"role": message.role, "content": "".join(part["text"] for part in parts)}
+    return {"role": message.role, "content": parts}
+
+
+def _bounds(part: Picture) -> dict[str, int]:
+    return {key: value for key in ("min_pixels", "max_pixels") if (value := getattr(part, key))}
+
+
+def _png(image: Image.Image) -> str:
+    file = BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+async def read_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
+    """The JSON of each `data:` line but [DONE]. Raises ValueError for what is none."""
+    rest = b""
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:") and (data := line[5:].strip()) != b"[DONE]":
+                yield json.loads(data)
+
+
+def read_usage(usage: Mapping[str, Any]) -> Usage:
+    """Token counts; vLLM tells pictures apart only in some versions."""
+    details = usage.get("prompt_tokens_details") or {}
+    image, video = details.get("image_tokens") or 0, details.get("video_tokens") or 0
+    return Usage(usage["prompt_tokens"], usage["completion_tokens"], image, video)
+
+
+def start_vllm(
+    model: Path, names: Sequence[str], adapters: Mapping[str, Path], port: int, arguments: Sequence[str]
+) -> subprocess.Popen[bytes]:
+    """Starts `vllm serve` on loopback and waits until it is up. Raises UserError where it is not installed or ends."""
+    if not (program := shutil.which("vllm")):
+        raise UserError(
+            Problem("--engine vllm", "vllm is not installed", "install it in an environment of its own: pip install vllm")
+        )
+    command = [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", *names]
+    if adapters:
+        command += ["--enable-lora", "--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
+    process = subprocess.Popen([*command, *arguments])
+    until = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < until:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                return process
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    process.terminate()
+    raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))

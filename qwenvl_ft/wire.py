@@ -1,0 +1,125 @@
+"""What the two dialects of the server share: a question off the wire, an answer on its way, an error with a code and an id.
+
+Nothing here opens a picture or knows a model.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+DEFAULT_TOKENS = 1024  # of an answer whose request names no bound
+MESSAGE_CHARS = 1000  # of an error's message; a caller's own text may be part of it
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# What would change an answer and is not done here, with the values that ask for nothing.
+NOT_DONE = {
+    "n": (None, 1), "tools": (None, []), "functions": (None, []), "response_format": (None, {"type": "text"}),
+    "logit_bias": (None, {}), "logprobs": (None, False), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn. A temperature of 0 takes the likeliest token."""
+
+    max_new_tokens: int = DEFAULT_TOKENS
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request. `messages` are as they were sent, nothing in them opened; no model named: the first that is served.
+
+    `increments`: the events of a stream hold pieces, not the text so far. `min_pixels` and `max_pixels` are for pictures that
+    have no bounds of their own.
+    """
+
+    model: str
+    messages: Any
+    sampling: Sampling
+    stream: bool = False
+    usage_in_stream: bool = True
+    increments: bool = True
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request; pictures and videos are part of `input`."""
+
+    input: int = 0
+    output: int = 0
+    image: int = 0
+    video: int = 0
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one request may cost. `pictures` counts the frames of videos, `pixels` adds up all of them."""
+
+    body_bytes: int = 32 << 20
+    pictures: int = 64
+    picture_pixels: int = 50_000_000
+    pixels: int = 100_000_000
+    prompt_tokens: int = 16_384
+    answer_tokens: int = 4096
+    seconds: float = 120
+    body_seconds: float = 30
+
+
+class ApiError(Exception):
+    """Refuses a request: HTTP status, a code of the field, a message that the caller may read."""
+
+    def __init__(self, status: int, code: str, message: str):
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message[:MESSAGE_CHARS]
+
+
+def read_json(body: bytes) -> Any:
+    """The JSON of a request's body. Raises ApiError for what is none, nests too deep or holds half a character."""
+    try:
+        value = json.loads(body.decode("utf-8-sig"))
+        if SURROGATE.search(body):  # alone, in JSON it is fine, but it is no text: tokenizers and answers would break
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise ApiError(400, "invalid_json", "the body is no JSON that can be read") from None
+    return value
+
+
+def read_sampling(values: dict[str, Any], max_tokens_keys: tuple[str, ...], most: int) -> Sampling:
+    """Sampling from a request's parameters, of at most `most` tokens; raises ApiError naming the one that is wrong."""
+    for key, idle in NOT_DONE.items():
+        if values.get(key) not in idle:
+            raise ApiError(400, "unsupported_parameter", f"{key} is not supported here: leave it out")
+    tokens = [read_number(values, key, 1, most, whole=True) for key in max_tokens_keys]
+    stop = values.get("stop")
+    words = [stop] if isinstance(stop, str) else stop or []
+    if not isinstance(words, list) or len(words) > 16 or not all(isinstance(word, str) and 0 < len(word) <= 256 for word in words):
+        raise ApiError(400, "invalid_parameter", "stop must be a string or a list of at most 16 strings")
+    top_p = read_number(values, "top_p", 0, 1)
+    return Sampling(
+        max_new_tokens=next((number for number in tokens if number), min(DEFAULT_TOKENS, most)),
+        temperature=read_number(values, "temperature", 0, 2) or 0.0,
+        top_p=1.0 if top_p is None else top_p,
+        top_k=read_number(values, "top_k", -1, 1 << 20, whole=True) or 0,
+        seed=read_number(values, "seed", -(1 << 63), (1 << 63) - 1, whole=True),
+        stop=tuple(words),
+    )
+
+
+def read_number(values: dict[str, Any], key: str, low: float, high: float, whole: bool = False) -> Any:
+    """A number of a request, None where it names none; raises ApiError for what is none or lies outside."""
+    value = values.get(key)
+    if value is None:
+        return None
+    right = isinstance(value, int) if whole else isinstance(value, int | float)
+    if isinstance(value, bool) or not right or not low <= value <= high:
+        kind = "a whole number" if whole else "a number"
+        raise ApiError(400, "invalid_parameter", f"{key} must be {kind} from {low} to {high}")
+    return value

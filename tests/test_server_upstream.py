@@ -1,0 +1,151 @@
+"""Another server behind ours: one of our own, which speaks OpenAI's dialect as vLLM does."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from qwenvl_ft.errors import UserError
+from qwenvl_ft.intake import Sources
+from qwenvl_ft.messages import Message, read_messages
+from qwenvl_ft.server import make_app
+from qwenvl_ft.uploads import Uploads
+from qwenvl_ft.upstream import Upstream, write_message
+from qwenvl_ft.wire import Bounds
+from tests.serving import CHARTS, Running, Served, data_url, events, question, serving, tiny_engines, wait_for
+
+CHAT = "/v1/chat/completions"
+GENERATION = "/api/v1/services/aigc/multimodal-generation/generation"
+
+
+@pytest.fixture(scope="module")
+def behind(tmp_path_factory):
+    with serving(tiny_engines(tmp_path_factory.mktemp("adapters"))) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def front(behind):
+    sources = Sources(Uploads())
+    backend = Upstream(behind.url, Bounds(pictures=4), sources)
+    served = Served(make_app(backend, Bounds(pictures=4), sources.uploads, 8), backend)
+    yield served
+    served.stop()
+    served.thread.join(30)
+
+
+def ask(served, messages, model="tiny", **more):
+    return httpx.post(served.url + CHAT, json={"model": model, "messages": messages, "max_tokens": 24, **more}, timeout=60)
+
+
+FRAMES = [{"role": "user", "content": [{"type": "video", "video": [data_url(CHARTS[2])] * 4, "fps": 2.0}, {"text": "read"}]}]
+
+
+@pytest.mark.parametrize("messages", [question("read", CHARTS[0]), question("Which?", *CHARTS[:2]), question("hi"), FRAMES])
+@pytest.mark.parametrize("model", ["tiny", "one"])
+def test_it_answers_what_the_server_behind_it_answers(front, behind, messages, model):
+    through, straight = (ask(served, messages, model).json() for served in (front, behind))
+    for key in ("choices", "usage"):
+        assert through[key] == straight[key]
+    streamed = events(ask(front, messages, model, stream=True, stream_options={"include_usage": True}).text)
+    text = "".join(part["choices"][0]["delta"].get("content", "") for part in streamed[:-1])
+    assert text == straight["choices"][0]["message"]["content"] and streamed[-1]["usage"] == straight["usage"]
+
+
+def test_dashscope_before_openai(front, behind):
+    body = {
+        "model": "tiny",
+        "input": {"messages": [{"role": "user", "content": [{"image": data_url(CHARTS[0])}, {"text": "read"}]}]},
+    }
+    answers = [httpx.post(served.url + GENERATION, json=body, timeout=60).json() for served in (front, behind)]
+    assert answers[0]["output"] == answers[1]["output"] and answers[0]["usage"] == answers[1]["usage"]
+
+
+def test_bounds_hold_before_the_other_server_is_asked(front, behind):
+    asked = behind.metric('qwenvl_tokens_total{kind="input"}')
+    for messages in (question("hi", *CHARTS[:5]), [{"role": "user", "content": [{"image": "/etc/passwd"}]}]):
+        assert ask(front, messages).status_code == 400
+    assert ask(front, question("hi"), model="another").status_code == 404
+    assert behind.metric('qwenvl_tokens_total{kind="input"}') == asked
+
+
+def test_a_client_that_goes_away_stops_the_generation_behind(front, behind, monkeypatch):
+    monkeypatch.setattr(behind.backend.batcher, "ends", set())
+    with httpx.stream("POST", front.url + CHAT, json={"messages": question("hi"), "max_tokens": 4096, "stream": True}) as answer:
+        next(answer.iter_lines())
+    wait_for(lambda: not behind.backend.batcher.active)
+
+
+def test_errors_behind_have_no_words_here(front, behind, monkeypatch):
+    def fails(adapter, batch):
+        raise RuntimeError("out of memory at 0x7f00")
+
+    monkeypatch.setattr(behind.backend.batcher, "_step", fails)
+    assert ask(front, question("hi")).status_code in (500, 503)
+    assert [event.get("error", {}).get("code") for event in events(ask(front, question("hi"), stream=True).text)][
+        -1
+    ] == "model_error"
+
+
+def test_control_tokens_go_on_as_text_and_pictures_as_they_were():
+    written = write_message(Message("user", ("<|im_end|> <|not a token", *read_messages(question("read", CHARTS[0]))[0].parts)))
+    assert "<|im_end|>" not in written["content"][0]["text"] and "<|not a token" in written["content"][0]["text"]
+    again = read_messages([written])[0].parts[1].image
+    assert again.tobytes() == read_messages(question("read", CHARTS[0]))[0].parts[0].image.tobytes()
+    assert write_message(Message("system", ("a", "b"))) == {"role": "system", "content": "ab"}
+
+
+def test_no_server_behind():
+    with pytest.raises(UserError, match="does not list models"):
+        Upstream("http://127.0.0.1:1", Bounds(), Sources(Uploads()))
+
+
+STAND_IN = """#!{python}
+# Takes vLLM's arguments, lists a model and answers every question with the same words.
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.say(json.dumps(dict(data=[dict(id=name) for name in sys.argv[8:9]])))
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        chunks = [dict(choices=[dict(delta=dict(content="a bar\u2028chart"))]), dict(choices=[dict(delta={{}}, finish_reason="stop")]),
+                  dict(choices=[], usage=dict(prompt_tokens=9, completion_tokens=3))]
+        self.say("".join("data: " + json.dumps(chunk, ensure_ascii=False) + "\\n\\n" for chunk in chunks) + "data: [DONE]\\n\\n")
+
+    def say(self, text):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+with open({log!r}, "w") as log:
+    json.dump([os.getpid(), *sys.argv[1:]], log)
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[6])), Answers).serve_forever()
+"""
+
+
+def test_vllm_is_started_and_stopped_as_it_is_installed(tmp_path):
+    """A stand-in for vLLM's program, which is not installed here."""
+    program, log = tmp_path / "vllm", tmp_path / "log"
+    program.write_text(STAND_IN.format(python=sys.executable, log=str(log)), encoding="utf-8")
+    program.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    arguments = ["--engine", "vllm", "--name", "chart", "--adapter", "demo=runs/demo", "--engine-arg=--enforce-eager"]
+    with Running(*arguments, env=environment) as running:
+        answer = httpx.post(running.url + CHAT, json={"messages": question("read", CHARTS[0]), "max_tokens": 4}, timeout=60).json()
+        assert answer["model"] == "chart" and answer["choices"][0]["message"]["content"] == "a bar\u2028chart"
+        assert answer["usage"]["total_tokens"] == 12
+        process, *arguments = json.loads(log.read_text())
+        port = arguments[5]
+        assert arguments == ["serve", "data/tiny", "--host", "127.0.0.1", "--port", port, "--served-model-name", "chart",
+                             "--enable-lora", "--lora-modules", "demo=runs/demo", "--enforce-eager"]  # fmt: skip
+        running.stop()
+        wait_for(lambda: not Path(f"/proc/{process}").exists())
