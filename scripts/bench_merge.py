@@ -43,7 +43,7 @@ text.layer_types = ["full_attention"] * text.num_hidden_layers
 text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 config.vision_config.hidden_size = 1536
 torch.set_default_dtype(torch.bfloat16)
-model = AutoModelForImageTextToText.from_config(config)
+model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
 model.save_pretrained(folder / "base", max_shard_size="1GB")
 torch.set_default_dtype(torch.float32)
 adapted = add_lora(model, FAMILIES["qwen2_vl"], ["language"], 16, 32, 0.0, 0)
@@ -57,7 +57,11 @@ adapted.save_pretrained(folder / "adapter")
 
 def measured(code: str, *arguments: Path) -> tuple[float, float]:
     """(seconds, peak resident GiB) of a process that runs `code`."""
-    watched = "import resource\n" + code + "\nprint('RSS', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    # At exit, since a command ends with SystemExit.
+    watched = (
+        "import atexit, resource\natexit.register(lambda: print('RSS', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))\n"
+        + code
+    )
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", watched, *map(str, arguments)], check=True, text=True, capture_output=True)
     return time.monotonic() - start, int(done.stdout.rsplit("RSS", 1)[1]) / 2**20
