@@ -2,7 +2,7 @@
 
 Every chart prints its values, so whoever can read can answer. Letters stand in cells of 14 x 28 px, two to a token of Qwen2-VL,
 every text begins at a token's left edge, and sides are multiples of 28 px, so no picture is resized on its way into the
-model: this is what a model of 2 million parameters can learn to read. The font is the bitmap one inside Pillow at twice its
+model: this is what a model of 2.5 million parameters can learn to read. The font is the bitmap one inside Pillow at twice its
 size: the same pixels on every machine.
 
     >>> draw_chart("Highest mountains (m)", {"Everest": 8849, "K2": 8611}, Style("bar", 392)).size

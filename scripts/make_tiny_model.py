@@ -1,6 +1,6 @@
 """Builds the tiny Qwen2-VL in data/tiny and trains it from scratch on generated charts until it can read.
 
-It is the model that the demo fine-tunes and the tests load: the real architecture, processor and chat template, 2 million
+It is the model that the demo fine-tunes and the tests load: the real architecture, processor and chat template, 2.5 million
 parameters. What it learns here is reading, in a language of its own: "read" writes every bar as `name value`, a NAME amid random
 words answers `value!`, a VALUE answers `name!`, most and least answer `name!`, "say WORDS" repeats. It never sees a question of
 data/sample, nor its subjects, nor its style of answer: those are what LoRA teaches it.

@@ -42,7 +42,7 @@ def test_it_reads_charts_that_it_has_never_seen_and_looks_up_values_and_names():
     claimed = json.loads((TINY / "training.json").read_text())["accuracy_on_unseen_charts"]
     engine = Engine.open(TINY)
     measured = accuracy(engine.model, engine.processor, Charts(12345), 4)
-    assert all(claimed[kind] > 0.7 and measured[kind] > claimed[kind] - 0.25 for kind in ("rows", "find_value", "find_name"))
+    assert all(claimed[kind] > 0.7 and measured[kind] > claimed[kind] - 0.2 for kind in ("rows", "find_value", "find_name"))
 
 
 def test_it_does_not_know_the_style_of_the_samples_answers():
