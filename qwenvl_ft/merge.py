@@ -7,21 +7,26 @@ A merged file has its base's header, byte for byte; behind it come the tensors, 
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import IO, Any, NamedTuple
 
-import torch
-from safetensors import safe_open
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.geometry import read_model_json
 
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight$")
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCK_BYTES = 16 << 20
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy knows no bfloat16: its bits
+BLOCK_BYTES = 1 << 19  # a block and its float32 stay in a core's cache
 NOT_PLAIN = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+Floats = NDArray[np.float32]
 EMBEDDINGS = ("lm_head", "model.language_model.embed_tokens")
 
 
@@ -32,6 +37,15 @@ def check_adapter(adapter: Path) -> None:
         raise UserError(Problem(str(adapter), "holds no adapter_config.json with adapter_model.safetensors",
                                 "give the output_dir of a finished run"))  # fmt: skip
     read_header(weights)
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file, which holds them one behind the other."""
+
+    key: str
+    dtype: str
+    shape: list[int]
+    num_bytes: int
 
 
 class Deltas:
@@ -49,42 +63,42 @@ class Deltas:
                                     "merge it with the tool that trained it"))  # fmt: skip
         rank = settings["r"]
         self.scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
-        self.file = safe_open(self.where, "pt")
-        self.keys: dict[str, dict[str, str]] = {}
-        for key in self.file.keys():  # noqa: SIM118 - a safetensors file is no dict
-            match = LORA_KEY.match(key)
-            if not match:
+        head, tensors = read_header(self.where)
+        self.places: dict[str, dict[str, tuple[Stored, int]]] = {}  # of each module's A and B, with the offset in the file
+        offset = len(head)
+        for tensor in tensors:
+            match = LORA_KEY.match(tensor.key)
+            if not match or tensor.dtype not in DTYPES:
                 raise UserError(
-                    Problem(f"{self.where}: {key}", "is not a LoRA tensor that can be merged", "train it again with this tool")
+                    Problem(
+                        f"{self.where}: {tensor.key}", "is not a LoRA tensor that can be merged", "train it again with this tool"
+                    )
                 )
-            self.keys.setdefault(match[1], {})[match[2]] = key
-        self.left = set(self.keys)
-        tied = [module for module in EMBEDDINGS if module in self.keys]
+            self.places.setdefault(match[1], {})[match[2]] = tensor, offset
+            offset += tensor.num_bytes
+        self.left = set(self.places)
+        tied = [module for module in EMBEDDINGS if module in self.places]
         if base_config.get("tie_word_embeddings") and len(tied) == 1:
             raise UserError(Problem(f"{self.where}: {tied[0]}", "changes one side of embeddings that the base ties together",
                                     "train without this module"))  # fmt: skip
 
-    def of(self, key: str, shape: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def of(self, key: str, shape: list[int]) -> tuple[Floats, Floats] | None:
         """(B, A) in float32, B times the scale, for a checkpoint's key; None if the adapter does not touch it."""
         module = module_of(key)
-        if module not in self.keys:
+        if module not in self.places:
             return None
-        pair = {side: self.file.get_tensor(name).float() for side, name in self.keys[module].items()}
+        pair = {
+            side: as_float32(np.fromfile(self.where, DTYPES[tensor.dtype], math.prod(tensor.shape), offset=offset)).reshape(
+                tensor.shape
+            )
+            for side, (tensor, offset) in self.places[module].items()
+        }
         if pair.keys() != {"A", "B"} or [pair["B"].shape[0], pair["A"].shape[1]] != shape:
-            found = {side: tuple(tensor.shape) for side, tensor in pair.items()}
+            found = {side: tensor.shape for side, tensor in pair.items()}
             raise UserError(Problem(f"{self.where}: {module}", f"has shape {found}, the base {shape}",
                                     "give the right base with --model DIR"))  # fmt: skip
         self.left.discard(module)
-        return pair["B"] * self.scale, pair["A"]
-
-
-class Stored(NamedTuple):
-    """A tensor in a safetensors file, which holds them one behind the other."""
-
-    key: str
-    dtype: str
-    shape: list[int]
-    num_bytes: int
+        return pair["B"] * np.float32(self.scale), pair["A"]
 
 
 def read_header(path: Path) -> tuple[bytes, list[Stored]]:
@@ -114,15 +128,18 @@ def read_header(path: Path) -> tuple[bytes, list[Stored]]:
 def merge_files(base: Path, folder: Path, deltas: Deltas, on_bytes: Callable[[int, int], None]) -> dict[str, str]:
     """Writes every safetensors file of `base`, merged, into `folder`; returns the sha256 of each by its name.
 
-    `on_bytes` is told (bytes done, bytes in all). Raises UserError if an adapter tensor has no home.
+    `on_bytes` is told (bytes done, bytes in all), from several threads. Raises UserError if an adapter tensor has no home.
     """
     shards = sorted(base.glob("*.safetensors"))
     if not shards:
         raise UserError(Problem(str(base), "holds no safetensors", "download the model in its safetensors form"))
     headers = {shard: read_header(shard) for shard in shards}  # all of them first: a damaged last one would show after an hour
-    total, done = sum(shard.stat().st_size for shard in shards), 0
-    digests = {}
-    for shard, (head, tensors) in headers.items():
+    total = sum(shard.stat().st_size for shard in shards)
+    moved: list[int] = []
+    stop = Event()
+
+    def merge(shard: Path) -> tuple[str, str]:
+        head, tensors = headers[shard]
         digest = hashlib.sha256(head)
         with shard.open("rb") as source, (folder / shard.name).open("wb") as target:
             source.seek(target.write(head))
@@ -130,9 +147,18 @@ def merge_files(base: Path, folder: Path, deltas: Deltas, on_bytes: Callable[[in
                 for block in _merged(source, tensor, deltas):
                     target.write(block)
                     digest.update(block)
-                done += tensor.num_bytes
-                on_bytes(done, total)
-        digests[shard.name] = digest.hexdigest()
+                moved.append(tensor.num_bytes)
+                on_bytes(sum(moved), total)
+                if stop.is_set():
+                    break
+        return shard.name, digest.hexdigest()
+
+    # Threads take shards; a product of such small blocks is slower on several.
+    with ThreadPoolExecutor(4) as pool, threadpool_limits(1, "blas"):
+        try:
+            digests = dict(pool.map(merge, shards))
+        finally:
+            stop.set()
     if deltas.left:
         raise UserError(*(
             Problem(f"{deltas.where}: {module}", f"has no home in {base}", "give the right base with --model DIR")
@@ -153,9 +179,30 @@ def _merged(source: IO[bytes], tensor: Stored, deltas: Deltas) -> Iterator[Any]:
         block = bytearray(source.read(min(step * row_bytes, tensor.num_bytes - row * row_bytes)))
         if change:
             left, right = change
-            weight = torch.frombuffer(block, dtype=DTYPES[tensor.dtype]).view(-1, tensor.shape[1])
-            weight.copy_(torch.addmm(weight.float(), left[row : row + step], right))
+            stored = np.frombuffer(block, DTYPES[tensor.dtype]).reshape(-1, tensor.shape[1])
+            weight = as_float32(stored)
+            weight += left[row : row + step] @ right
+            store(stored, weight)
         yield block
+
+
+def as_float32(stored: Any) -> Floats:
+    """An array as a file holds it, in float32; uint16 holds the bits of bfloat16, which are float32's upper half."""
+    return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32) if stored.dtype == np.uint16 else stored.astype(np.float32)
+
+
+def store(stored: Any, weight: Floats) -> None:
+    """Writes float32 into an array as a file holds it, each to the nearest, halves to the even one."""
+    if stored.dtype == np.uint16:
+        bits = weight.view(np.uint32)
+        odd = bits >> 16
+        odd &= 1
+        bits += odd
+        bits += 0x7FFF
+        bits >>= 16
+        stored[:] = bits
+    else:
+        stored[:] = weight
 
 
 def module_of(key: str) -> str:

@@ -1,19 +1,23 @@
-"""Merges an adapter into a random checkpoint of a given size, side by side: a plain copy, `qwenvl-ft export`, peft.
+"""Merges an adapter into a random checkpoint of a given size, side by side: a copy, `qwenvl-ft export`, peft.
 
-Each in a process of its own; prints seconds, the ratio to ours, and the peak of resident memory.
+Each in a process of its own, in turn, `--times` times. Prints the median of seconds, its ratio to ours, and the peak of resident
+memory. `qwenvl-ft export` ends when its files are on the disk, hashed; so does the flushed copy. The others end sooner.
 
     python scripts/bench_merge.py --gb 2
 """
 
 import argparse
-import json
+import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from qwenvl_ft.merge import read_header
 
 PEFT = """
 import sys, torch
@@ -23,6 +27,14 @@ base = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype="auto")
 PeftModel.from_pretrained(base, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])
 """
 COPY = "import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[3])"
+FLUSHED = (
+    COPY
+    + """
+import os
+for name in os.listdir(sys.argv[3]):
+    os.fsync(os.open(os.path.join(sys.argv[3], name), os.O_RDONLY))
+"""
+)
 OURS = """
 import sys
 from qwenvl_ft.cli import main
@@ -53,6 +65,7 @@ with torch.no_grad():
             parameter.normal_(std=0.01)
 adapted.save_pretrained(folder / "adapter")
 """
+CONTENDERS = {"copy": COPY, "copy, flushed": FLUSHED, "qwenvl-ft export": OURS, "peft, merge and save": PEFT}
 
 
 def measured(code: str, *arguments: Path) -> tuple[float, float]:
@@ -62,6 +75,7 @@ def measured(code: str, *arguments: Path) -> tuple[float, float]:
         "import atexit, resource\natexit.register(lambda: print('RSS', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))\n"
         + code
     )
+    os.sync()  # nobody pays for what was written before
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", watched, *map(str, arguments)], check=True, text=True, capture_output=True)
     return time.monotonic() - start, int(done.stdout.rsplit("RSS", 1)[1]) / 2**20
@@ -70,6 +84,7 @@ def measured(code: str, *arguments: Path) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint, in 10^9 bytes")
+    parser.add_argument("--times", type=int, default=3, help="how often each runs")
     parser.add_argument("--folder", type=Path, help="where to work; default a temporary folder")
     arguments = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -78,19 +93,16 @@ def main() -> None:
         subprocess.run([sys.executable, "-c", MAKE, "data/tiny", name, str(arguments.gb)], check=True, capture_output=True)
         base, adapter = folder / "base", folder / "adapter"
         files = list(base.glob("*.safetensors"))
-        header = files[0].open("rb").read(8)
-        largest = max(
-            tensor["data_offsets"][1] - tensor["data_offsets"][0]
-            for path in files
-            for key, tensor in json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.open("rb").read(8), "little")]).items()
-            if key != "__metadata__"
-        )
-        print(f"{sum(path.stat().st_size for path in files) / 1e9:.2f} GB in {len(files)} files, "
-              f"the largest tensor {largest / 2**30:.2f} GiB; header of {int.from_bytes(header, 'little'):,} bytes")  # fmt: skip
-        results = {}
-        for title, code in (("copy", COPY), ("qwenvl-ft export", OURS), ("peft, merge and save", PEFT)):
-            results[title] = measured(code, base, adapter, folder / "out")
-            shutil.rmtree(folder / "out")
+        largest = max(tensor.num_bytes for path in files for tensor in read_header(path)[1])
+        print(f"{sum(path.stat().st_size for path in files) / 1e9:.2f} GB in {len(files)} files,"
+              f" the largest tensor {largest / 2**30:.2f} GiB")  # fmt: skip
+        runs: dict[str, list[tuple[float, float]]] = {}
+        for number in range(arguments.times):
+            for title, code in CONTENDERS.items():
+                print(f"{number + 1} of {arguments.times}: {title}", file=sys.stderr)
+                runs.setdefault(title, []).append(measured(code, base, adapter, folder / "out"))
+                shutil.rmtree(folder / "out")
+        results = {title: [statistics.median(column) for column in zip(*of, strict=True)] for title, of in runs.items()}
         ours = results["qwenvl-ft export"][0]
         for title, (seconds, gib) in results.items():
             print(f"{title:22}{seconds:7.1f} s {seconds / ours:6.2f} x ours {gib:7.2f} GiB")

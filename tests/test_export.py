@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -101,6 +102,43 @@ def test_a_merge_in_small_blocks_is_the_same(trained, merged, tmp_path, monkeypa
     ours, whole = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", merged))
     assert ours.keys() == whole.keys() and all(torch.allclose(ours[key], whole[key], atol=1e-6) for key in ours)
     assert seen == sorted(seen) and seen[-1][0] <= seen[-1][1] < seen[-1][0] + 100_000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_numbers_are_widened_and_rounded_as_torch_does(dtype):
+    """Every number of 16 bits, the halves between two neighbours, what overflows, and many at random."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    every = torch.cat([every, every.view(torch.int32).add(0x8000).view(torch.float32), torch.randn(10_000) * 1e-3])
+    every = every[~every.isnan()]
+    wanted = every.to(dtype)
+    stored = np.zeros(len(every), np.uint16 if dtype == torch.bfloat16 else wanted.numpy().dtype)
+    with np.errstate(over="ignore"):
+        merge.store(stored, every.numpy().copy())
+    ours = torch.from_numpy(stored).view(dtype)
+    assert torch.equal(ours, wanted)
+    assert torch.equal(torch.from_numpy(merge.as_float32(stored)), wanted.float())
+
+
+def test_a_bfloat16_base_takes_a_bfloat16_adapter(trained, tmp_path):
+    """The usual case: the sum is made in float32 and rounded once."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base)
+    halves = {key: tensor.bfloat16() for key, tensor in load_file(base / "model.safetensors").items()}
+    save_file(halves, base / "model.safetensors", {"format": "pt"})
+    adapter = changed_adapter(trained, tmp_path / "adapter", lambda t: t.update({key: t[key].bfloat16() for key in t}))
+    (adapter / "base_model.json").unlink()
+    export(adapter, tmp_path / "out", base, 0, lambda done, total: None)
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    learnt = load_file(adapter / "adapter_model.safetensors")
+    (key,) = (key for key in halves if module_of(key) == "model.language_model.layers.1.mlp.down_proj")
+    left, right = (learnt[f"base_model.model.{module_of(key)}.lora_{side}.weight"].float() for side in "BA")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    wanted = (halves[key].float() + settings["lora_alpha"] / settings["r"] * left @ right).bfloat16()
+    # Sums are made in another order here, so a few numbers round to the neighbour.
+    assert (
+        ours[key].dtype == torch.bfloat16 and (ours[key] != wanted).float().mean() < 1e-2 < (wanted != halves[key]).float().mean()
+    )
+    assert torch.allclose(ours[key].float(), wanted.float(), rtol=2**-7)
 
 
 def test_shards_and_their_index_are_kept(trained, merged, tmp_path, question):
