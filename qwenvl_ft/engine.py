@@ -59,11 +59,10 @@ class Engine:
             model = PeftModel.from_pretrained(model, adapter)
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor, chat, blank)
 
-    @property
-    def limits(self) -> Limits:
-        """What the processor does to a picture."""
-        images = self.processor.image_processor
-        return Limits(images.patch_size, images.merge_size, images.size["shortest_edge"], images.size["longest_edge"])
+    def limits(self, kind: str) -> Limits:
+        """What the processor does to an image, or to each frame of a video."""
+        media = self.processor.image_processor if kind == "image" else self.processor.video_processor
+        return Limits(media.patch_size, media.merge_size, media.size["shortest_edge"], media.size["longest_edge"])
 
     def inputs(self, conversations: Sequence[Conversation]) -> Any:
         """The model's inputs for a batch, on its device, padded on the left. Raises UserError for what cannot be opened."""
@@ -91,7 +90,7 @@ class Engine:
             else:
                 if isinstance(part, Media):
                     part = Picture(load(part.path, str(part.path)))
-                part = _bounded(part, self.limits)
+                part = _bounded(part, self.limits(part.kind))
                 if self.blank:
                     part = _blank(part)
             parts.append(part)
@@ -171,16 +170,29 @@ def opened_messages(conversation: Conversation) -> Sequence[Turn | Message]:
 
 
 def _bounded(part: Picture | Film, limits: Limits) -> Picture | Film:
-    """A picture with bounds of its own at the size that they give it: whole units, which the processor then leaves alone."""
-    if isinstance(part, Film) or not (part.min_pixels or part.max_pixels):
+    """What has bounds of its own, at the size that they give it: whole units, which the processor then leaves alone.
+
+    Raises UserError for bounds that the processor would not leave alone.
+    """
+    if not (part.min_pixels or part.max_pixels):
         return part
+    if part.max_pixels and part.max_pixels < max(limits.min_pixels, part.min_pixels or 0):
+        raise UserError(
+            Problem(
+                f"a {part.kind}'s max_pixels",
+                f"is {part.max_pixels}, below the least that it may have, {max(limits.min_pixels, part.min_pixels or 0)}",
+                "raise it, or leave it out",
+            )
+        )
     most = min(part.max_pixels or limits.max_pixels, limits.max_pixels)
     own = Limits(limits.patch_size, limits.merge_size, min(max(part.min_pixels or 0, limits.min_pixels), most), most)
-    height, width = resized(part.image.height, part.image.width, own)
-    return Picture(part.image.resize((width, height), Image.Resampling.BICUBIC))
+    frames = [part.image] if isinstance(part, Picture) else part.frames
+    height, width = resized(frames[0].height, frames[0].width, own)
+    frames = tuple(frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames)
+    return Picture(*frames) if isinstance(part, Picture) else replace(part, frames=frames)
 
 
 def _blank(part: Picture | Film) -> Picture | Film:
     if isinstance(part, Picture):
         return Picture(Image.new("RGB", part.image.size, "white"))
-    return Film(tuple(Image.new("RGB", frame.size, "white") for frame in part.frames), part.fps, part.indices, part.num_frames)
+    return replace(part, frames=tuple(Image.new("RGB", frame.size, "white") for frame in part.frames))

@@ -40,12 +40,17 @@ def open_ask(ask: Ask, sources: Sources, bounds: Bounds, seconds: float) -> list
     try:
         messages = read_messages(ask.messages, sources.open, allowance)
     except UserError as error:
-        text = "; ".join(f"{problem.where} {problem.what}: {problem.fix}" for problem in error.problems)
-        raise ApiError(400, "invalid_messages", text) from error
+        raise refusal(error) from error
     letters = sum(len(part) for message in messages for part in message.parts if isinstance(part, str))
     if letters > 16 * bounds.prompt_tokens:  # no text that a model reads has so many to a token: it is not even counted
         raise ApiError(400, "prompt_too_long", f"the text has {letters} letters, more than {bounds.prompt_tokens} tokens can hold")
     return [replace(message, parts=tuple(_bounded(part, ask) for part in message.parts)) for message in messages]
+
+
+def refusal(error: UserError) -> ApiError:
+    """What is wrong with the messages, as the caller gets it."""
+    text = "; ".join(f"{problem.where} {problem.what}: {problem.fix}" for problem in error.problems)
+    return ApiError(400, "invalid_messages", text)
 
 
 def _bounded(part: object, ask: Ask) -> object:

@@ -11,7 +11,7 @@ from typing import Any
 from qwenvl_ft.batching import Batcher, Request
 from qwenvl_ft.engine import Engine
 from qwenvl_ft.errors import UserError
-from qwenvl_ft.intake import Sources, open_ask
+from qwenvl_ft.intake import Sources, open_ask, refusal
 from qwenvl_ft.reply import Reply
 from qwenvl_ft.wire import ApiError, Ask, Bounds, Usage
 
@@ -60,8 +60,8 @@ class Local:
         try:
             with self.processing:
                 inputs = engine.inputs([messages])
-        except UserError as error:  # the template refuses this order of roles
-            raise ApiError(400, "invalid_messages", "; ".join(problem.what for problem in error.problems)) from error
+        except UserError as error:  # the template refuses this order of roles, or the processor these bounds
+            raise refusal(error) from error
         ids, config = inputs["input_ids"], engine.model.config
         usage = Usage(ids.shape[1], 0, int((ids == config.image_token_id).sum()), int((ids == config.video_token_id).sum()))
         if usage.input > self.bounds.prompt_tokens:

@@ -10,7 +10,7 @@ import binascii
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,12 +42,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Film:
-    """Frames of one size, drawn from `num_frames` at `fps` a second; `indices` are their places there."""
+    """Frames of one size, drawn from `num_frames` at `fps` a second; `indices` are their places there.
+
+    The bounds, in px of a frame, replace the processor's own for it.
+    """
 
     frames: tuple[Image.Image, ...]
     fps: float
     indices: tuple[int, ...]
     num_frames: int
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     kind: ClassVar[str] = "video"
 
 
@@ -153,11 +158,12 @@ class _Opening:
                 if not isinstance(source, str):
                     raise UserError(Problem(place, "its text is no text", "send a string"))
                 yield source
-            elif kind.startswith("image"):
-                bounds = _count(part, "min_pixels", place), _count(part, "max_pixels", place)
-                yield Picture(self.picture(source, place), *bounds)
+                continue
+            bounds = {key: _count(part, key, place) for key in ("min_pixels", "max_pixels")}
+            if kind.startswith("image"):
+                yield Picture(self.picture(source, place), **bounds)
             else:
-                yield self.film(part, source, place)
+                yield replace(self.film(part, source, place), **bounds)
 
     def picture(self, source: Any, place: str) -> Image.Image:
         self.allowance.take(place, pictures=1)

@@ -8,10 +8,12 @@ import base64
 import json
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -51,8 +53,8 @@ class Upstream:
         if ask.model not in self.names:
             raise ApiError(404, "model_not_found", "no model of this name is served here: /v1/models lists them")
         loop = asyncio.get_running_loop()
-        messages = await loop.run_in_executor(self.openers, self._messages, ask, until - loop.time())
-        request = self.client.build_request("POST", f"{self.url}/v1/chat/completions", json=write_request(ask, messages))
+        body = await loop.run_in_executor(self.openers, self._body, ask, until - loop.time())
+        request = self.client.build_request("POST", f"{self.url}/v1/chat/completions", json=body)
         try:
             response = await self.client.send(request, stream=True)
         except httpx.HTTPError:
@@ -65,8 +67,8 @@ class Upstream:
         task = asyncio.create_task(self._relay(response, reply))
         return reply
 
-    def _messages(self, ask: Ask, seconds: float) -> list[dict[str, Any]]:
-        return [write_message(message) for message in open_ask(ask, self.sources, self.bounds, seconds)]
+    def _body(self, ask: Ask, seconds: float) -> dict[str, Any]:
+        return write_request(ask, open_ask(ask, self.sources, self.bounds, seconds))
 
     async def _relay(self, response: httpx.Response, reply: Reply) -> None:
         """Hands the pieces on; the last once the usage is known."""
@@ -111,13 +113,15 @@ class Upstream:
         return {"active": self.active, "alive": self.process is None or self.process.poll() is None}
 
 
-def write_request(ask: Ask, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The request in OpenAI's dialect, with vLLM's top_k."""
-    how = ask.sampling
+def write_request(ask: Ask, messages: Sequence[Message]) -> dict[str, Any]:
+    """The request in OpenAI's dialect, with vLLM's top_k and bounds of pixels. Raises ApiError for bounds it cannot have."""
+    how, bounds = ask.sampling, write_bounds(messages)
     body: dict[str, Any] = {
-        "model": ask.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True},
+        "model": ask.model, "messages": list(map(write_message, messages)),
+        "stream": True, "stream_options": {"include_usage": True},
         "max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p,
     }  # fmt: skip
+    body |= {"mm_processor_kwargs": bounds} if bounds else {}
     body |= {"top_k": how.top_k} if how.top_k > 0 else {}
     body |= {"seed": how.seed} if how.seed is not None else {}
     return body | ({"stop": list(how.stop)} if how.stop else {})
@@ -130,7 +134,7 @@ def write_message(message: Message) -> dict[str, Any]:
         if isinstance(part, str):
             parts.append({"type": "text", "text": CONTROL_TOKEN.sub("<\u200b|", part)})
         elif isinstance(part, Picture):
-            parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(part.image)}"}} | _bounds(part))
+            parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(part.image)}"}})
         elif isinstance(part, Film):
             frames = ",".join(map(_png, part.frames))
             rate = part.fps * len(part.frames) / part.num_frames
@@ -140,8 +144,17 @@ def write_message(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": parts}
 
 
-def _bounds(part: Picture) -> dict[str, int]:
-    return {key: value for key in ("min_pixels", "max_pixels") if (value := getattr(part, key))}
+def write_bounds(messages: Sequence[Message]) -> dict[str, dict[str, int]]:
+    """The bounds of pixels as vLLM's processor takes them, which are those of all pictures or videos of a request."""
+    written = {}
+    for kind, key in (("image", "images_kwargs"), ("video", "videos_kwargs")):
+        media = [part for message in messages for part in message.parts if not isinstance(part, str) and part.kind == kind]
+        bounds = {(part.min_pixels, part.max_pixels) for part in media}
+        if len(bounds) > 1:
+            raise ApiError(400, "invalid_messages", f"this engine takes the same min_pixels and max_pixels for every {kind}")
+        for least, most in bounds:
+            written[key] = {name: value for name, value in (("min_pixels", least), ("max_pixels", most)) if value}
+    return {key: bounds for key, bounds in written.items() if bounds}
 
 
 def _png(image: Image.Image) -> str:
@@ -178,14 +191,20 @@ def start_vllm(
     command = [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", *names]
     if adapters:
         command += ["--enable-lora", "--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
+    signal.signal(signal.SIGTERM, _stop)  # until the server runs, which has its own
     process = subprocess.Popen([*command, *arguments])
-    until = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < until:
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
-                return process
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
-    process.terminate()
-    raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))
+    try:
+        until = time.monotonic() + START_SECONDS
+        while process.poll() is None and time.monotonic() < until:
+            with suppress(httpx.HTTPError):
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                    return process
+            time.sleep(0.5)
+        raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))
+    except BaseException:
+        process.terminate()
+        raise
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)

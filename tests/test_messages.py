@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from qwen_vl_utils import vision_process
 from transformers import AutoProcessor
 from transformers.video_utils import VideoMetadata
 
@@ -150,6 +151,25 @@ def test_bounds_of_a_picture_of_its_own(engine):
     )
     assert small.prod() < one.prod() and small.prod() * 14 * 14 <= 20_000
     assert isinstance(read_messages(user({"image": str(CHART), "min_pixels": 5}))[0].parts[0], Picture)
+
+
+@pytest.mark.parametrize("bounds", [{"max_pixels": 360 * 420}, {"min_pixels": 400 * 420}, {"max_pixels": 110_000, "min_pixels": 7}])
+def test_bounds_of_a_video_are_qwens(engine, monkeypatch, bounds):
+    """The usual snippet's max_pixels: the size that qwen_vl_utils gives each frame, which the model then gets."""
+    size = (320, 180) if list(bounds) == ["min_pixels"] else (640, 360)
+    frames = [Image.new("RGB", size, (shade, 90, 0)) for shade in (0, 120)]
+    pixels = torch.zeros(2, 3, *size[::-1])
+    monkeypatch.setitem(vision_process.VIDEO_READER_BACKENDS, "torchvision", lambda part: (pixels, {}, 2.0))
+    height, width = vision_process.fetch_video({"video": "a file", **bounds}).shape[-2:]
+    grids = [engine.inputs([user({"video": frames, **own})])["video_grid_thw"].tolist() for own in (bounds, {})]
+    assert grids[0] == [[1, height // 14, width // 14]] != grids[1]
+
+
+@pytest.mark.parametrize("part", [{"image": str(CHART), "max_pixels": 20}, {"image": str(CHART), "min_pixels": 9_000, "max_pixels": 8_000},
+                                  {"video": [str(CHART)] * 2, "max_pixels": 3_000}])  # fmt: skip
+def test_bounds_that_the_processor_would_override_are_refused(engine, part):
+    with pytest.raises(UserError, match="below the least"):
+        engine.inputs([user(part)])
 
 
 @pytest.mark.parametrize(

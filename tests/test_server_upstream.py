@@ -13,8 +13,8 @@ from qwenvl_ft.intake import Sources
 from qwenvl_ft.messages import Message, read_messages
 from qwenvl_ft.server import make_app
 from qwenvl_ft.uploads import Uploads
-from qwenvl_ft.upstream import Upstream, write_message
-from qwenvl_ft.wire import Bounds
+from qwenvl_ft.upstream import Upstream, write_bounds, write_message
+from qwenvl_ft.wire import ApiError, Bounds
 from tests.serving import CHARTS, Running, Served, data_url, events, question, serving, tiny_engines, wait_for
 
 CHAT = "/v1/chat/completions"
@@ -96,6 +96,22 @@ def test_control_tokens_go_on_as_text_and_pictures_as_they_were():
     again = read_messages([written])[0].parts[1].image
     assert again.tobytes() == read_messages(question("read", CHARTS[0]))[0].parts[0].image.tobytes()
     assert write_message(Message("system", ("a", "b"))) == {"role": "system", "content": "ab"}
+
+
+def test_bounds_of_pixels_go_on_in_vllms_form():
+    small, other = ({"image": data_url(CHARTS[0]), "max_pixels": most} for most in (9_000, 10_000))
+    film = {**FRAMES[0]["content"][0], "min_pixels": 3}
+
+    def messages(*parts):
+        return read_messages([{"role": "user", "content": list(parts)}])
+
+    assert write_bounds(messages(small, small, film)) == {
+        "images_kwargs": {"max_pixels": 9_000},
+        "videos_kwargs": {"min_pixels": 3},
+    }
+    assert write_bounds(messages({"text": "hi"}, {"image": data_url(CHARTS[0])})) == {}
+    with pytest.raises(ApiError, match="same min_pixels"):
+        write_bounds(messages(small, other))
 
 
 def test_no_server_behind():
