@@ -19,7 +19,7 @@ def read_questions(path: Path) -> list[Line]:
     """(line number, object) of each line that is not empty. Raises UserError with every line that is no question."""
     problems, found = [], []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at U+2028, which JSON may hold as it is
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(Problem(str(path), "cannot be read as a text file", "give a file of JSON lines")) from error
     for number, text in enumerate(lines, start=1):
@@ -41,11 +41,15 @@ def read_questions(path: Path) -> list[Line]:
 def answer_file(
     engine: Engine, lines: Sequence[Line], out: Path, batch_size: int, max_new_tokens: int, on_answer: Callable[[int, int], None]
 ) -> list[Problem]:
-    """Appends to `out` what is not yet answered there; returns the problems of the lines that could not be asked."""
-    done = _answered(out, lines)
-    problems = []
+    """Appends to `out` what is not yet answered there; returns the problems of the lines that could not be asked, now or before."""
+    before = _answered(out, lines)
+    problems = [
+        Problem(f"{out}, line {said['line']}", "has an error in place of an answer", "mend the question, answer into another --out")
+        for said in before
+        if "error" in said
+    ]
     with out.open("a", encoding="utf-8") as file:
-        for start in range(done, len(lines), batch_size):
+        for start in range(len(before), len(lines), batch_size):
             batch = lines[start : start + batch_size]
             for (number, line), answer in zip(batch, _answers(engine, batch, max_new_tokens), strict=True):
                 said: dict[str, Any] = {"line": number} | ({"id": line["id"]} if "id" in line else {})
@@ -72,21 +76,22 @@ def _answers(engine: Engine, batch: Sequence[Line], max_new_tokens: int) -> list
         return [answer for line in batch for answer in _answers(engine, [line], max_new_tokens)]
 
 
-def _answered(out: Path, lines: Sequence[Line]) -> int:
-    """How many lines `out` holds already; a last line that was torn off is cut away.
+def _answered(out: Path, lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """What `out` holds already; a last line that was torn off is cut away.
 
     Raises UserError if the file answers other questions.
     """
     if not out.is_file():
-        return 0
+        return []
     whole = out.read_bytes().rpartition(b"\n")[0]
     kept = whole.split(b"\n") if whole else []
     try:
-        numbers = [json.loads(line)["line"] for line in kept]
+        said = [json.loads(line) for line in kept]
+        numbers = [line["line"] for line in said]
     except (ValueError, KeyError, TypeError):
-        numbers = [-1]
+        said, numbers = [], [-1]
     if numbers != [number for number, _ in lines[: len(numbers)]]:
         raise UserError(Problem(str(out), "holds answers to other questions", "choose another --out, or delete it"))
     with out.open("rb+") as file:
         file.truncate(len(whole) + bool(whole))
-    return len(numbers)
+    return said

@@ -104,15 +104,20 @@ def _upstream(
     """vLLM at `url`, or started for `model`."""
     if not find_spec("httpx"):
         raise UserError(Problem("--engine vllm", "needs httpx", "pip install 'qwenvl-ft[serve]'"))
+    from qwenvl_ft.geometry import read_limits
+    from qwenvl_ft.merge import check_adapter
     from qwenvl_ft.upstream import Upstream, start_vllm
 
     if model is None:
         return Upstream(url or "", bounds, sources)
+    for folder in adapters.values():
+        check_adapter(folder)
+    limits = {name: read_limits(folder) for name, folder in adapters.items() if (folder / "processor_config.json").is_file()}
     with _bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     process = start_vllm(model, names, adapters, port, arguments)
     try:
-        return Upstream(f"http://127.0.0.1:{port}", bounds, sources, process)
+        return Upstream(f"http://127.0.0.1:{port}", bounds, sources, process, limits)
     except UserError:
         process.terminate()
         raise

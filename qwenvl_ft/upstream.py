@@ -16,12 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
 from PIL import Image
 
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.geometry import Limits, read_model_json
 from qwenvl_ft.intake import Sources, open_ask
 from qwenvl_ft.messages import Film, Message, Picture
 from qwenvl_ft.reply import Reply
@@ -29,15 +31,26 @@ from qwenvl_ft.wire import ApiError, Ask, Bounds, Usage
 
 CONTROL_TOKEN = re.compile(r"<\|(?=\w+\|>)")
 OPENERS = 4
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 START_SECONDS = 1800  # a large model is read from a slow disk
 DEAD = "the engine behind this server does not answer"
 
 
 class Upstream:
-    """The models of the server at `url`, by their names there. Raises UserError where it does not answer."""
+    """The models of the server at `url`, by their names there; `limits` are the processors' of those adapters that have one.
 
-    def __init__(self, url: str, bounds: Bounds, sources: Sources, process: subprocess.Popen[bytes] | None = None):
-        self.url, self.bounds, self.sources, self.process = url.rstrip("/"), bounds, sources, process
+    Raises UserError where it does not answer.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        bounds: Bounds,
+        sources: Sources,
+        process: subprocess.Popen[bytes] | None = None,
+        limits: Mapping[str, Limits] = MappingProxyType({}),
+    ):
+        self.url, self.bounds, self.sources, self.process, self.limits = url.rstrip("/"), bounds, sources, process, limits
         try:
             listed = httpx.get(f"{self.url}/v1/models", timeout=10).raise_for_status().json()
             self.names = [model["id"] for model in listed["data"]]
@@ -68,7 +81,7 @@ class Upstream:
         return reply
 
     def _body(self, ask: Ask, seconds: float) -> dict[str, Any]:
-        return write_request(ask, open_ask(ask, self.sources, self.bounds, seconds))
+        return write_request(ask, open_ask(ask, self.sources, self.bounds, seconds), self.limits.get(ask.model))
 
     async def _relay(self, response: httpx.Response, reply: Reply) -> None:
         """Hands the pieces on; the last once the usage is known."""
@@ -113,9 +126,9 @@ class Upstream:
         return {"active": self.active, "alive": self.process is None or self.process.poll() is None}
 
 
-def write_request(ask: Ask, messages: Sequence[Message]) -> dict[str, Any]:
+def write_request(ask: Ask, messages: Sequence[Message], limits: Limits | None) -> dict[str, Any]:
     """The request in OpenAI's dialect, with vLLM's top_k and bounds of pixels. Raises ApiError for bounds it cannot have."""
-    how, bounds = ask.sampling, write_bounds(messages)
+    how, bounds = ask.sampling, write_bounds(messages, limits)
     body: dict[str, Any] = {
         "model": ask.model, "messages": list(map(write_message, messages)),
         "stream": True, "stream_options": {"include_usage": True},
@@ -144,8 +157,11 @@ def write_message(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": parts}
 
 
-def write_bounds(messages: Sequence[Message]) -> dict[str, dict[str, int]]:
-    """The bounds of pixels as vLLM's processor takes them, which are those of all pictures or videos of a request."""
+def write_bounds(messages: Sequence[Message], limits: Limits | None) -> dict[str, dict[str, int]]:
+    """The bounds of pixels as vLLM's processor takes them, which are those of all pictures or videos of a request.
+
+    `limits` are those of an adapter's training: vLLM itself looks at its base's only.
+    """
     written = {}
     for kind, key in (("image", "images_kwargs"), ("video", "videos_kwargs")):
         media = [part for message in messages for part in message.parts if not isinstance(part, str) and part.kind == kind]
@@ -153,6 +169,8 @@ def write_bounds(messages: Sequence[Message]) -> dict[str, dict[str, int]]:
         if len(bounds) > 1:
             raise ApiError(400, "invalid_messages", f"this engine takes the same min_pixels and max_pixels for every {kind}")
         for least, most in bounds:
+            if limits and kind == "image":
+                least, most = max(least or 0, limits.min_pixels), min(most or limits.max_pixels, limits.max_pixels)
             written[key] = {name: value for name, value in (("min_pixels", least), ("max_pixels", most)) if value}
     return {key: bounds for key, bounds in written.items() if bounds}
 
@@ -190,7 +208,9 @@ def start_vllm(
         )
     command = [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", *names]
     if adapters:
-        command += ["--enable-lora", "--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
+        rank = max(int(read_model_json(folder / "adapter_config.json")["r"]) for folder in adapters.values())
+        command += ["--enable-lora", "--max-lora-rank", str(next((r for r in VLLM_RANKS if r >= rank), rank))]
+        command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
     signal.signal(signal.SIGTERM, _stop)  # until the server runs, which has its own
     process = subprocess.Popen([*command, *arguments])
     try:

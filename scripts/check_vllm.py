@@ -1,4 +1,5 @@
-"""Asks real vLLM and our engine the same questions: a merged folder, and the adapter beside its base. Greedy answers must be equal.
+"""Asks real vLLM and our engine the same questions: a merged folder, the adapter beside its base, and the adapter through
+`qwenvl-ft serve --engine vllm`. Greedy answers must be equal.
 
     python scripts/check_vllm.py --vllm ENV/bin/vllm [--records 20]
 
@@ -43,13 +44,13 @@ def asked(model: str, turns) -> str:
     return json.load(urllib.request.urlopen(request, timeout=300))["choices"][0]["message"]["content"]
 
 
-def compare(title: str, vllm: str, arguments: list[str], engine: Engine, questions: list) -> bool:
-    """Starts vLLM, asks all questions, prints how many answers are equal."""
-    command = [vllm, "serve", *arguments, "--port", str(PORT), "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
+def compare(title: str, command: list[str], engine: Engine, questions: list) -> bool:
+    """Starts a server, asks all questions, prints how many answers are equal."""
+    command = [*command, "--port", str(PORT)]
     print(f"\n{title}\n$ {' '.join(command)}", flush=True)
-    log = Path(f"runs/vllm-{title.split()[0]}.log")
+    log = Path(f"runs/vllm-{title.replace(' ', '-')}.log")
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"})
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"})
     try:
         while True:
             if process.poll() is not None:
@@ -82,12 +83,32 @@ def main() -> None:
     records, _ = read_meta(SAMPLE / "eval.json", SAMPLE / "images")
     questions = [record.turns[:1] for record in records[: arguments.records]]
     rank = json.loads((ADAPTER / "adapter_config.json").read_text())["r"]
+    small = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
     lora = ["--served-model-name", "base", "--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"served={ADAPTER}"]
-    merged = compare(
-        "merged folder", arguments.vllm, [str(MERGED), "--served-model-name", "served"], Engine.open(MERGED), questions
-    )
-    beside = compare("adapter beside its base", arguments.vllm, [str(BASE), *lora], Engine.open(BASE, ADAPTER), questions)
-    sys.exit(not (merged and beside))
+    through = [f"--engine-arg={argument}" for argument in small]
+    os.environ["PATH"] = f"{Path(arguments.vllm).parent.resolve()}:{os.environ['PATH']}"
+    equal = [
+        compare(
+            "merged folder", ["vllm", "serve", str(MERGED), "--served-model-name", "served", *small], Engine.open(MERGED), questions
+        ),
+        compare("adapter beside its base", ["vllm", "serve", str(BASE), *lora, *small], Engine.open(BASE, ADAPTER), questions),
+        compare(
+            "adapter through our server",
+            [
+                str(Path(sys.executable).parent / "qwenvl-ft"),
+                "serve",
+                str(BASE),
+                "--adapter",
+                f"served={ADAPTER}",
+                "--engine",
+                "vllm",
+                *through,
+            ],
+            Engine.open(BASE, ADAPTER),
+            questions,
+        ),
+    ]
+    sys.exit(not all(equal))
 
 
 if __name__ == "__main__":

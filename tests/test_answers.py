@@ -1,6 +1,9 @@
 """A file of questions answered by `ask --jsonl`, stopped and gone on with."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +12,7 @@ from qwenvl_ft.cli import main
 from qwenvl_ft.engine import Engine
 from qwenvl_ft.errors import UserError
 from tests.conftest import SAMPLE, TINY
+from tests.serving import wait_for
 
 CHART = str(SAMPLE / "images" / "two_col_2954.png")
 
@@ -20,7 +24,7 @@ def engine():
 
 def asked(folder, *parts):
     path = folder / "questions.jsonl"
-    path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": part}], "id": f"q{number}"}) + "\n\n"
+    path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": part}], "id": f"q{number}"}, ensure_ascii=False) + "\n\n"
                             for number, part in enumerate(parts)))  # fmt: skip
     return path
 
@@ -43,11 +47,30 @@ def test_each_line_is_answered_as_alone_and_a_second_run_goes_on_behind_a_torn_l
     assert answered(out) == whole and seen[3:] == [(5, 5)]
 
 
-def test_a_bad_line_fails_alone(engine, tmp_path):
-    lines, out = read_questions(asked(tmp_path, "say a", [{"image": "nowhere.png"}, {"text": "read"}], "say b")), tmp_path / "out"
+def test_a_run_that_was_killed_is_gone_on_with(engine, tmp_path):
+    lines = read_questions(asked(tmp_path, *(f"say {word}" for word in "one two three four five six seven eight nine".split())))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    answer_file(engine, lines, whole, 1, 40, lambda done, total: None)
+    command = [str(Path(sys.executable).parent / "qwenvl-ft"), "ask", str(TINY), "--jsonl", str(tmp_path / "questions.jsonl"), "--out", str(out),
+               "--batch-size", "1", "--max-new-tokens", "40"]  # fmt: skip
+    killed = subprocess.Popen(command)
+    wait_for(lambda: out.is_file() and out.stat().st_size, 60)
+    killed.kill()
+    killed.wait()
+    half = len(answered(out))
+    assert 0 < half < 9
+    assert subprocess.run(command, timeout=100).returncode == 0
+    assert answered(out) == answered(whole)
+
+
+def test_a_bad_line_fails_alone_and_is_not_forgotten(engine, tmp_path):
+    parts = "say a", [{"image": "nowhere.png"}, {"text": "read"}], "say b\u2028c"
+    lines, out = read_questions(asked(tmp_path, *parts)), tmp_path / "out"
     (problem,) = answer_file(engine, lines, out, 8, 5, lambda done, total: None)
     assert problem.where.startswith("line 3") and "cannot be read" in problem.what
     assert ["answer" in line for line in answered(out)] == [True, False, True]
+    (problem,) = answer_file(engine, lines, out, 8, 5, lambda done, total: None)
+    assert problem.where == f"{out}, line 3" and "error in place of an answer" in problem.what
 
 
 def test_answers_to_other_questions_are_not_gone_on_with(engine, tmp_path):

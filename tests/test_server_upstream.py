@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import httpx
 import pytest
 
 from qwenvl_ft.errors import UserError
+from qwenvl_ft.geometry import Limits
 from qwenvl_ft.intake import Sources
 from qwenvl_ft.messages import Message, read_messages
 from qwenvl_ft.server import make_app
 from qwenvl_ft.uploads import Uploads
 from qwenvl_ft.upstream import Upstream, write_bounds, write_message
 from qwenvl_ft.wire import ApiError, Bounds
-from tests.serving import CHARTS, Running, Served, data_url, events, question, serving, tiny_engines, wait_for
+from tests.conftest import TINY
+from tests.serving import CHARTS, Running, Served, data_url, events, question, random_adapter, serving, tiny_engines, wait_for
 
 CHAT = "/v1/chat/completions"
 GENERATION = "/api/v1/services/aigc/multimodal-generation/generation"
@@ -105,13 +108,15 @@ def test_bounds_of_pixels_go_on_in_vllms_form():
     def messages(*parts):
         return read_messages([{"role": "user", "content": list(parts)}])
 
-    assert write_bounds(messages(small, small, film)) == {
+    assert write_bounds(messages(small, small, film), None) == {
         "images_kwargs": {"max_pixels": 9_000},
         "videos_kwargs": {"min_pixels": 3},
     }
-    assert write_bounds(messages({"text": "hi"}, {"image": data_url(CHARTS[0])})) == {}
+    plain = messages({"text": "hi"}, {"image": data_url(CHARTS[0])})
+    assert write_bounds(plain, None) == {}
+    assert write_bounds(plain, Limits(14, 2, 3_136, 50_000)) == {"images_kwargs": {"min_pixels": 3_136, "max_pixels": 50_000}}
     with pytest.raises(ApiError, match="same min_pixels"):
-        write_bounds(messages(small, other))
+        write_bounds(messages(small, other), None)
 
 
 def test_no_server_behind():
@@ -148,13 +153,18 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[6])), Answers).serve_forever()
 """
 
 
-def test_vllm_is_started_and_stopped_as_it_is_installed(tmp_path):
-    """A stand-in for vLLM's program, which is not installed here."""
-    program, log = tmp_path / "vllm", tmp_path / "log"
-    program.write_text(STAND_IN.format(python=sys.executable, log=str(log)), encoding="utf-8")
+def stand_in(folder, text):
+    """A stand-in for vLLM's program, which is not installed here; its environment."""
+    program = folder / "vllm"
+    program.write_text(text.format(python=sys.executable, log=str(folder / "log")), encoding="utf-8")
     program.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    arguments = ["--engine", "vllm", "--name", "chart", "--adapter", "demo=runs/demo", "--engine-arg=--enforce-eager"]
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_vllm_is_started_and_stopped_as_it_is_installed(tmp_path):
+    environment, log = stand_in(tmp_path, STAND_IN), tmp_path / "log"
+    adapter = random_adapter(TINY, tmp_path / "adapter", 1)
+    arguments = ["--engine", "vllm", "--name", "chart", "--adapter", f"demo={adapter}", "--engine-arg=--enforce-eager"]
     with Running(*arguments, env=environment) as running:
         answer = httpx.post(running.url + CHAT, json={"messages": question("read", CHARTS[0]), "max_tokens": 4}, timeout=60).json()
         assert answer["model"] == "chart" and answer["choices"][0]["message"]["content"] == "a bar\u2028chart"
@@ -162,6 +172,20 @@ def test_vllm_is_started_and_stopped_as_it_is_installed(tmp_path):
         process, *arguments = json.loads(log.read_text())
         port = arguments[5]
         assert arguments == ["serve", "data/tiny", "--host", "127.0.0.1", "--port", port, "--served-model-name", "chart",
-                             "--enable-lora", "--lora-modules", "demo=runs/demo", "--enforce-eager"]  # fmt: skip
+                             "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"demo={adapter}",
+                             "--enforce-eager"]  # fmt: skip
         running.stop()
         wait_for(lambda: not Path(f"/proc/{process}").exists())
+
+
+def test_vllm_that_is_still_starting_ends_with_the_server(tmp_path):
+    environment, log = (
+        stand_in(tmp_path, "#!{python}\nimport os, time\nopen({log!r}, 'w').write(f'{{os.getpid()}} ')\ntime.sleep(600)\n"),
+        tmp_path / "log",
+    )
+    command = [str(Path(sys.executable).parent / "qwenvl-ft"), "serve", "data/tiny", "--port", "0", "--engine", "vllm"]
+    server = subprocess.Popen(command, env=os.environ | environment)
+    wait_for(lambda: log.is_file() and log.read_text().endswith(" "), 60)
+    server.terminate()
+    assert server.wait(60) == 143
+    wait_for(lambda: not Path(f"/proc/{log.read_text().strip()}").exists())
