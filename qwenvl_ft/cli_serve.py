@@ -112,7 +112,10 @@ def _upstream(
         return Upstream(url or "", bounds, sources)
     for folder in adapters.values():
         check_adapter(folder)
-    limits = {name: read_limits(folder) for name, folder in adapters.items() if (folder / "processor_config.json").is_file()}
+    limits = dict.fromkeys(names, read_limits(model))
+    limits |= {
+        name: read_limits(folder if (folder / "processor_config.json").is_file() else model) for name, folder in adapters.items()
+    }
     with _bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     process = start_vllm(model, names, adapters, port, arguments)

@@ -20,10 +20,10 @@ from transformers.video_utils import VideoMetadata
 
 from qwenvl_ft.chat import Chat, open_chat
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.geometry import Limits, resized
+from qwenvl_ft.geometry import Limits
 from qwenvl_ft.media import load
 from qwenvl_ft.merge import check_adapter
-from qwenvl_ft.messages import Film, Message, Picture, read_messages
+from qwenvl_ft.messages import Film, Message, Picture, bounded, read_messages
 from qwenvl_ft.meta import Media, Turn
 from qwenvl_ft.model import load_base
 from qwenvl_ft.modeldir import broken_weights, pointers
@@ -90,7 +90,7 @@ class Engine:
             else:
                 if isinstance(part, Media):
                     part = Picture(load(part.path, str(part.path)))
-                part = _bounded(part, self.limits(part.kind))
+                part = bounded(part, self.limits(part.kind))
                 if self.blank:
                     part = _blank(part)
             parts.append(part)
@@ -167,29 +167,6 @@ def opened_messages(conversation: Conversation) -> Sequence[Turn | Message]:
     """Messages as they were sent are read and their media opened; Turns and Messages stay."""
     turns = [turn for turn in conversation if not isinstance(turn, dict)]
     return turns if turns and len(turns) == len(conversation) else read_messages(conversation)
-
-
-def _bounded(part: Picture | Film, limits: Limits) -> Picture | Film:
-    """What has bounds of its own, at the size that they give it: whole units, which the processor then leaves alone.
-
-    Raises UserError for bounds that the processor would not leave alone.
-    """
-    if not (part.min_pixels or part.max_pixels):
-        return part
-    if part.max_pixels and part.max_pixels < max(limits.min_pixels, part.min_pixels or 0):
-        raise UserError(
-            Problem(
-                f"a {part.kind}'s max_pixels",
-                f"is {part.max_pixels}, below the least that it may have, {max(limits.min_pixels, part.min_pixels or 0)}",
-                "raise it, or leave it out",
-            )
-        )
-    most = min(part.max_pixels or limits.max_pixels, limits.max_pixels)
-    own = Limits(limits.patch_size, limits.merge_size, min(max(part.min_pixels or 0, limits.min_pixels), most), most)
-    frames = [part.image] if isinstance(part, Picture) else part.frames
-    height, width = resized(frames[0].height, frames[0].width, own)
-    frames = tuple(frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames)
-    return Picture(*frames) if isinstance(part, Picture) else replace(part, frames=frames)
 
 
 def _blank(part: Picture | Film) -> Picture | Film:

@@ -22,6 +22,7 @@ from qwen_vl_utils.vision_process import FPS, FPS_MAX_FRAMES, smart_nframes
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.fetch import fetch
+from qwenvl_ft.geometry import Limits, resized
 from qwenvl_ft.media import MAX_PIXELS, as_seen, check_aspect, decode
 
 ROLES = ("system", "user", "assistant")
@@ -257,3 +258,26 @@ def _frames(container: Any, stream: Any, allowance: Allowance, where: str) -> It
         if frame.width * frame.height > allowance.picture_pixels:
             raise UserError(Problem(where, f"has frames of {frame.width} x {frame.height} px", "make it smaller"))
         yield at, frame
+
+
+def bounded(part: Picture | Film, limits: Limits) -> Picture | Film:
+    """What has bounds of its own, at the size that they give it: whole units, which the processor then leaves alone.
+
+    Raises UserError for bounds that the processor would not leave alone.
+    """
+    if not (part.min_pixels or part.max_pixels):
+        return part
+    if part.max_pixels and part.max_pixels < max(limits.min_pixels, part.min_pixels or 0):
+        raise UserError(
+            Problem(
+                f"a {part.kind}'s max_pixels",
+                f"is {part.max_pixels}, below the least that it may have, {max(limits.min_pixels, part.min_pixels or 0)}",
+                "raise it, or leave it out",
+            )
+        )
+    most = min(part.max_pixels or limits.max_pixels, limits.max_pixels)
+    own = Limits(limits.patch_size, limits.merge_size, min(max(part.min_pixels or 0, limits.min_pixels), most), most)
+    frames = [part.image] if isinstance(part, Picture) else part.frames
+    height, width = resized(frames[0].height, frames[0].width, own)
+    frames = tuple(frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames)
+    return Picture(*frames) if isinstance(part, Picture) else replace(part, frames=frames)

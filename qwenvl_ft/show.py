@@ -76,7 +76,7 @@ def draw_record(script: Script, chat: Chat) -> Panel:
             media, (_, rows, columns), tokens = next(pictures)
             merge = chat.limits.merge_size
             size = f"{media.width} x {media.height} px, {columns // merge} x {rows // merge} = {tokens} tokens"
-            text.append(f" ▦ {media.path.name}: {size} ", "black on bright_cyan")
+            text.append(f" ▦ {media.path.name}: {size} ", "#101010 on #5fd7d7")
         else:
             said = chat.said(ids)
             text.append(said, "bold green" if is_taught else "" if "<|" not in said else "bright_black")

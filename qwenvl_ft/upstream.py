@@ -6,6 +6,7 @@ Pictures are opened here, within our bounds, and go on as PNG: upright, on white
 import asyncio
 import base64
 import json
+import logging
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
@@ -24,11 +26,12 @@ from PIL import Image
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.geometry import Limits, read_model_json
-from qwenvl_ft.intake import Sources, open_ask
-from qwenvl_ft.messages import Film, Message, Picture
+from qwenvl_ft.intake import Sources, open_ask, refusal
+from qwenvl_ft.messages import Film, Message, Part, Picture, bounded
 from qwenvl_ft.reply import Reply
 from qwenvl_ft.wire import ApiError, Ask, Bounds, Usage
 
+log = logging.getLogger(__name__)
 CONTROL_TOKEN = re.compile(r"<\|(?=\w+\|>)")
 OPENERS = 4
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -37,9 +40,9 @@ DEAD = "the engine behind this server does not answer"
 
 
 class Upstream:
-    """The models of the server at `url`, by their names there; `limits` are the processors' of those adapters that have one.
+    """The models of the server at `url`, by their names there.
 
-    Raises UserError where it does not answer.
+    `limits`, where they are known, are the models' processors', the base's first. Raises UserError where it does not answer.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class Upstream:
         except httpx.HTTPError:
             raise ApiError(503, "unavailable", DEAD) from None
         if response.status_code != 200:
+            with suppress(httpx.HTTPError):  # why is for our own log only
+                log.warning("%s: the engine said %s: %.500r", request_id, response.status_code, await response.aread())
             await response.aclose()
             status = response.status_code if response.status_code in (400, 404, 413, 422, 429) else 503
             raise ApiError(status, "engine_refused", f"the engine behind this server refused the request (status {status})")
@@ -81,7 +86,12 @@ class Upstream:
         return reply
 
     def _body(self, ask: Ask, seconds: float) -> dict[str, Any]:
-        return write_request(ask, open_ask(ask, self.sources, self.bounds, seconds), self.limits.get(ask.model))
+        limits, base = self.limits.get(ask.model), next(iter(self.limits.values()), None)
+        messages = [
+            replace(message, parts=tuple(sized(part, limits, base) for part in message.parts))
+            for message in open_ask(ask, self.sources, self.bounds, seconds)
+        ]
+        return write_request(ask, messages)
 
     async def _relay(self, response: httpx.Response, reply: Reply) -> None:
         """Hands the pieces on; the last once the usage is known."""
@@ -126,15 +136,14 @@ class Upstream:
         return {"active": self.active, "alive": self.process is None or self.process.poll() is None}
 
 
-def write_request(ask: Ask, messages: Sequence[Message], limits: Limits | None) -> dict[str, Any]:
-    """The request in OpenAI's dialect, with vLLM's top_k and bounds of pixels. Raises ApiError for bounds it cannot have."""
-    how, bounds = ask.sampling, write_bounds(messages, limits)
+def write_request(ask: Ask, messages: Sequence[Message]) -> dict[str, Any]:
+    """The request in OpenAI's dialect, with vLLM's top_k."""
+    how = ask.sampling
     body: dict[str, Any] = {
         "model": ask.model, "messages": list(map(write_message, messages)),
         "stream": True, "stream_options": {"include_usage": True},
         "max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p,
     }  # fmt: skip
-    body |= {"mm_processor_kwargs": bounds} if bounds else {}
     body |= {"top_k": how.top_k} if how.top_k > 0 else {}
     body |= {"seed": how.seed} if how.seed is not None else {}
     return body | ({"stop": list(how.stop)} if how.stop else {})
@@ -157,22 +166,25 @@ def write_message(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": parts}
 
 
-def write_bounds(messages: Sequence[Message], limits: Limits | None) -> dict[str, dict[str, int]]:
-    """The bounds of pixels as vLLM's processor takes them, which are those of all pictures or videos of a request.
+def sized(part: Part, limits: Limits | None, base: Limits | None) -> Part:
+    """A picture at the size that its own bounds or its adapter's training give it: vLLM knows those of its base only.
 
-    `limits` are those of an adapter's training: vLLM itself looks at its base's only.
+    Raises ApiError for bounds where `limits` are not known, and for a video's.
     """
-    written = {}
-    for kind, key in (("image", "images_kwargs"), ("video", "videos_kwargs")):
-        media = [part for message in messages for part in message.parts if not isinstance(part, str) and part.kind == kind]
-        bounds = {(part.min_pixels, part.max_pixels) for part in media}
-        if len(bounds) > 1:
-            raise ApiError(400, "invalid_messages", f"this engine takes the same min_pixels and max_pixels for every {kind}")
-        for least, most in bounds:
-            if limits and kind == "image":
-                least, most = max(least or 0, limits.min_pixels), min(most or limits.max_pixels, limits.max_pixels)
-            written[key] = {name: value for name, value in (("min_pixels", least), ("max_pixels", most)) if value}
-    return {key: bounds for key, bounds in written.items() if bounds}
+    if isinstance(part, str):
+        return part
+    bounds = bool(part.min_pixels or part.max_pixels)
+    if bounds and (limits is None or isinstance(part, Film)):
+        raise ApiError(
+            400, "invalid_messages", f"this engine takes no min_pixels and max_pixels for {part.kind}s: send them smaller"
+        )
+    if isinstance(part, Film) or not limits or not (bounds or limits != base):
+        return part
+    own = replace(part, min_pixels=part.min_pixels or limits.min_pixels, max_pixels=part.max_pixels or limits.max_pixels)
+    try:
+        return bounded(own, limits)
+    except UserError as error:
+        raise refusal(error) from error
 
 
 def _png(image: Image.Image) -> str:

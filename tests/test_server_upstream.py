@@ -4,18 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
 from qwenvl_ft.errors import UserError
-from qwenvl_ft.geometry import Limits
+from qwenvl_ft.geometry import Limits, resized
 from qwenvl_ft.intake import Sources
 from qwenvl_ft.messages import Message, read_messages
 from qwenvl_ft.server import make_app
 from qwenvl_ft.uploads import Uploads
-from qwenvl_ft.upstream import Upstream, write_bounds, write_message
+from qwenvl_ft.upstream import Upstream, sized, write_message
 from qwenvl_ft.wire import ApiError, Bounds
 from tests.conftest import TINY
 from tests.serving import CHARTS, Running, Served, data_url, events, question, random_adapter, serving, tiny_engines, wait_for
@@ -101,22 +102,22 @@ def test_control_tokens_go_on_as_text_and_pictures_as_they_were():
     assert write_message(Message("system", ("a", "b"))) == {"role": "system", "content": "ab"}
 
 
-def test_bounds_of_pixels_go_on_in_vllms_form():
-    small, other = ({"image": data_url(CHARTS[0]), "max_pixels": most} for most in (9_000, 10_000))
-    film = {**FRAMES[0]["content"][0], "min_pixels": 3}
-
-    def messages(*parts):
-        return read_messages([{"role": "user", "content": list(parts)}])
-
-    assert write_bounds(messages(small, small, film), None) == {
-        "images_kwargs": {"max_pixels": 9_000},
-        "videos_kwargs": {"min_pixels": 3},
-    }
-    plain = messages({"text": "hi"}, {"image": data_url(CHARTS[0])})
-    assert write_bounds(plain, None) == {}
-    assert write_bounds(plain, Limits(14, 2, 3_136, 50_000)) == {"images_kwargs": {"min_pixels": 3_136, "max_pixels": 50_000}}
-    with pytest.raises(ApiError, match="same min_pixels"):
-        write_bounds(messages(small, other), None)
+def test_pictures_go_on_at_the_size_of_their_bounds_and_of_their_adapters_training():
+    whole, (small,) = (
+        read_messages([{"role": "user", "content": [{"image": data_url(CHARTS[0])} | bounds]}])[0].parts
+        for bounds in ({}, {"max_pixels": 50_000})
+    )
+    (whole,) = whole
+    base, trained = Limits(14, 2, 3_136, 200_704), Limits(14, 2, 3_136, 40_000)
+    assert sized(whole, base, base) is whole and sized(whole, None, None) is whole and sized("text", base, base) == "text"
+    for part, limits, most in ((whole, trained, 40_000), (small, base, 50_000), (small, trained, 40_000)):
+        image = sized(part, limits, base).image
+        own = Limits(14, 2, 3_136, most)
+        assert image.size[::-1] == resized(whole.image.height, whole.image.width, own)
+        assert resized(image.height, image.width, base) == image.size[::-1], "vLLM's own processor leaves it alone"
+    for part, limits in ((small, None), (replace(small, max_pixels=9), base)):
+        with pytest.raises(ApiError, match="max_pixels"):
+            sized(part, limits, base)
 
 
 def test_no_server_behind():
