@@ -49,14 +49,18 @@ def validate_meta(
     report: dict[str, Any] = {
         "records": total,
         "used": sum(record.where not in refused for record in records),
-        "pictures": sum(len(record.pictures) for record in records),
+        "pictures": len({picture.path for record in records for picture in record.pictures}),
+        "shown": sum(len(record.pictures) for record in records),
         "tokens": tokens,
         "problems": [vars(problem) for problem in problems],
     }
     if as_json:
         print_json(report)
     else:
-        facts = [("records", f"{report['records']:,}, {report['used']:,} good"), ("pictures", f"{report['pictures']:,}")]
+        facts = [
+            ("records", f"{report['records']:,}, {report['used']:,} good"),
+            ("pictures", f"{report['pictures']:,}, shown {report['shown']:,} times"),
+        ]
         if tokens := report["tokens"]:
             facts.append(
                 ("tokens", f"{tokens['total']:,} ({tokens['min']:,} to {tokens['max']:,} a record, median {tokens['median']:,})")
