@@ -138,7 +138,10 @@ def open_chat(model_dir: Path, min_pixels: int | None = None, max_pixels: int | 
     environment.globals["raise_exception"] = _refuse
     template = environment.from_string(_template_text(model_dir))
     read_model_json(path)  # the tokenizers library's own error names neither the file nor the cause
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no error of its own
+        raise UserError(Problem(str(path), "is not a tokenizer", "download it again")) from error
     if (picture_id := tokenizer.token_to_id(PICTURE)) is None:
         raise UserError(Problem(str(path), f"has no token {PICTURE}", "use a Qwen-VL model"))
     return Chat(tokenizer, template, read_limits(model_dir, min_pixels, max_pixels), family, picture_id)

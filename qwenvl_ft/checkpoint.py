@@ -4,6 +4,7 @@ A kill, a full disk or a power cut at any moment leaves the older checkpoints as
 No pickle is written or read: tensors are safetensors, the rest is JSON.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,32 +18,42 @@ from typing import Any
 from qwenvl_ft.errors import Problem, UserError
 
 MANIFEST = "MANIFEST.json"
+PROCESSOR = "processor_config.json"
 INCOMING = ".incoming"
 NAME = re.compile(r"checkpoint-(\d+)$")
 
 
-def write_whole(folder: Path, write: Callable[[Path], dict[str, str] | None]) -> None:
-    """Calls `write` with a folder beside `folder`, then gives it that name. An older `folder` is replaced at the end.
+def write_whole(folder: Path, write: Callable[[Path], dict[str, str] | None], replace: bool = True) -> None:
+    """Calls `write` with a folder beside `folder`, then gives it that name. An older `folder` is replaced at the end, or refused.
 
-    `write` may return the sha256 of files by name, where it knows them: gigabytes need not be read again.
+    `write` may return the sha256 of files by name, where it knows them: gigabytes need not be read again. Raises UserError
+    if another process writes the same folder, or if the disk refuses.
     """
     incoming = folder.parent / INCOMING / folder.name
-    shutil.rmtree(incoming, ignore_errors=True)
-    incoming.mkdir(parents=True)
-    try:
-        seal(incoming, write(incoming) or {})
-    except OSError as error:
-        _discard(incoming)
-        free = shutil.disk_usage(folder.parent).free
-        raise UserError(Problem(str(folder), f"could not be written ({error.strerror}; {free / 2**30:.1f} GiB free)",
-                                "free some space and start again with resume=true")) from error  # fmt: skip
-    except BaseException:
-        _discard(incoming)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    incoming.rename(folder)
-    _discard(incoming)
-    _flush(folder.parent)
+    incoming.parent.mkdir(parents=True, exist_ok=True)
+    lock = incoming.with_name(f"{folder.name}.lock")
+    with lock.open("w") as held:  # the system lets go of it when this process ends, however it does
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(Problem(str(folder), "is being written by another process", "wait for it")) from None
+        try:
+            shutil.rmtree(incoming, ignore_errors=True)
+            incoming.mkdir()
+            seal(incoming, write(incoming) or {})
+            if replace:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif folder.exists():
+                raise UserError(Problem(str(folder), "exists already", "choose another folder, or delete it"))
+            incoming.rename(folder)
+            _flush(folder.parent)
+        except OSError as error:
+            free = shutil.disk_usage(folder.parent).free
+            raise UserError(Problem(str(error.filename or folder), f"{error.strerror} ({free / 2**30:.1f} GiB free)",
+                                    "mend that and run it again, a training with resume=true")) from error  # fmt: skip
+        finally:
+            lock.unlink(missing_ok=True)
+            _discard(incoming)
 
 
 def seal(folder: Path, known: dict[str, str]) -> None:
@@ -92,6 +103,12 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """The folders named checkpoint-N, oldest step first."""
     folders = [path for path in output_dir.glob("checkpoint-*") if NAME.search(path.name)]
     return sorted(folders, key=lambda path: int(NAME.search(path.name)[1]))  # type: ignore[index]
+
+
+def home(adapter: Path) -> Path:
+    """Where an adapter's processor and settings are: in its folder, or for a checkpoint in that of its run."""
+    of_run = NAME.search(adapter.name) and not (adapter / PROCESSOR).is_file() and (adapter.parent / PROCESSOR).is_file()
+    return adapter.parent if of_run else adapter
 
 
 def rotate(output_dir: Path, keep: int) -> None:

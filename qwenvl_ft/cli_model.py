@@ -86,7 +86,8 @@ def export(
 ) -> None:
     """Merge an adapter into its base and prove that the merged model says what base and adapter say.
 
-    The merge streams: memory does not grow with the model. What cannot be proven is not written.
+    The merge streams: memory does not grow with the model. The proof loads it, once with the adapter and once merged; what
+    cannot be proven is not written.
 
     Example: qwenvl-ft export --adapter runs/demo --out runs/demo-merged
     """

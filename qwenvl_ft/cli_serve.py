@@ -104,6 +104,7 @@ def _upstream(
     """vLLM at `url`, or started for `model`."""
     if not find_spec("httpx"):
         raise UserError(Problem("--engine vllm", "needs httpx", "pip install 'qwenvl-ft[serve]'"))
+    from qwenvl_ft.checkpoint import PROCESSOR, home
     from qwenvl_ft.geometry import read_limits
     from qwenvl_ft.merge import check_adapter
     from qwenvl_ft.upstream import Upstream, start_vllm
@@ -114,7 +115,7 @@ def _upstream(
         check_adapter(folder)
     limits = dict.fromkeys(names, read_limits(model))
     limits |= {
-        name: read_limits(folder if (folder / "processor_config.json").is_file() else model) for name, folder in adapters.items()
+        name: read_limits(own if ((own := home(folder)) / PROCESSOR).is_file() else model) for name, folder in adapters.items()
     }
     with _bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]

@@ -19,6 +19,7 @@ from transformers import AutoProcessor, TextIteratorStreamer
 from transformers.video_utils import VideoMetadata
 
 from qwenvl_ft.chat import Chat, open_chat
+from qwenvl_ft.checkpoint import PROCESSOR, home
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.geometry import Limits
 from qwenvl_ft.media import load
@@ -28,6 +29,8 @@ from qwenvl_ft.meta import Media, Turn
 from qwenvl_ft.model import load_base
 from qwenvl_ft.modeldir import broken_weights, pointers
 
+# Of adapters that were trained with transformers 4, behind PEFT's own prefix; as merge.module_of reads them in a base.
+OLD_KEYS = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\.)": "model.language_model."}
 MAX_NEW_TOKENS = 512
 Conversation = Sequence[Turn | Message | dict[str, Any]]
 
@@ -56,7 +59,7 @@ class Engine:
         processor = _processor(model_dir, adapter)
         model = load_base(model_dir, "auto")
         if adapter:
-            model = PeftModel.from_pretrained(model, adapter)
+            model = _with_adapter(model, adapter, "default", model_dir)
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor, chat, blank)
 
     def limits(self, kind: str) -> Limits:
@@ -141,24 +144,29 @@ def open_beside(model_dir: Path, adapters: Mapping[str, Path]) -> dict[str | Non
     model, engines = base.model, {None: base}
     for number, (name, folder) in enumerate(adapters.items()):
         slot = f"adapter_{number}"  # PEFT takes no name with a dot
-        try:
-            if number:
-                model.load_adapter(folder, slot)
-            else:
-                model = PeftModel.from_pretrained(model, folder, adapter_name=slot)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                Problem(str(folder), f"does not fit the base {model_dir}", "give the base that it was trained on")
-            ) from error
+        model = _with_adapter(model, folder, slot, model_dir)
         engines[name] = replace(base, processor=_processor(model_dir, folder), adapter=slot)
     model = model.to(base.model.device).eval()
     return {name: replace(engine, model=model) for name, engine in engines.items()}
 
 
+def _with_adapter(model: Any, folder: Path, name: str, model_dir: Path) -> Any:
+    """The model with one more adapter. Raises UserError for one that does not fit."""
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, name, key_mapping=OLD_KEYS)
+            return model
+        return PeftModel.from_pretrained(model, folder, adapter_name=name, key_mapping=OLD_KEYS)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            Problem(str(folder), f"does not fit the base {model_dir}", "give the base that it was trained on")
+        ) from error
+
+
 def _processor(model_dir: Path, adapter: Path | None) -> Any:
-    """The adapter's own processor, if it has one: an adapter of another tool, or a checkpoint of ours, has none."""
-    own = adapter and (adapter / "processor_config.json").is_file()
-    processor = AutoProcessor.from_pretrained(adapter if own else model_dir)
+    """The adapter's own processor, if it has one: an adapter of another tool has none."""
+    own = adapter and home(adapter)
+    processor = AutoProcessor.from_pretrained(own if own and (own / PROCESSOR).is_file() else model_dir)
     processor.tokenizer.padding_side = "left"  # is not saved with a tokenizer; answers start at the right edge
     return processor
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -25,17 +25,25 @@ from qwenvl_ft.geometry import read_model_json
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight$")
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy knows no bfloat16: its bits
 BLOCK_BYTES = 1 << 19  # a block and its float32 stay in a core's cache
-NOT_PLAIN = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+# Settings of PEFT that make an adapter more than B @ A.
+NOT_PLAIN = (
+    "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "use_qalora", "use_bdlora",
+    "alora_invocation_tokens", "arrow_config", "layer_replication", "fan_in_fan_out", "trainable_token_indices",
+    "target_parameters",
+)  # fmt: skip
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # the others, PiSSA among them, change the base
 Floats = NDArray[np.float32]
-EMBEDDINGS = ("lm_head", "model.language_model.embed_tokens")
 
 
 def check_adapter(adapter: Path) -> None:
-    """Raises UserError unless the folder holds a PEFT adapter whose tensors can be read."""
-    weights = adapter / "adapter_model.safetensors"
-    if not (adapter / "adapter_config.json").is_file() or not weights.is_file():
+    """Raises UserError unless the folder holds a PEFT adapter whose settings and tensors can be read."""
+    weights, settings = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    if not settings.is_file() or not weights.is_file():
         raise UserError(Problem(str(adapter), "holds no adapter_config.json with adapter_model.safetensors",
                                 "give the output_dir of a finished run"))  # fmt: skip
+    said = read_model_json(settings)
+    if said.get("peft_type") != "LORA" or not all(isinstance(said.get(key), int | float) for key in ("r", "lora_alpha")):
+        raise UserError(Problem(str(settings), "names no LoRA with r and lora_alpha", "copy or train the adapter again"))
     read_header(weights)
 
 
@@ -56,10 +64,13 @@ class Deltas:
 
     def __init__(self, adapter: Path, base_config: dict[str, Any]):
         self.where = adapter / "adapter_model.safetensors"
+        check_adapter(adapter)
         settings = read_model_json(adapter / "adapter_config.json")
         more = [key for key in NOT_PLAIN if settings.get(key)]
-        if settings.get("bias", "none") != "none" or more or settings["peft_type"] != "LORA":
-            raise UserError(Problem(str(adapter), f"is no plain LoRA adapter ({', '.join(more) or settings['peft_type']})",
+        more += ["bias"] if settings.get("bias", "none") != "none" else []
+        more += ["init_lora_weights"] if settings.get("init_lora_weights") not in PLAIN_STARTS else []
+        if more:
+            raise UserError(Problem(str(adapter), f"is no plain LoRA adapter ({', '.join(more)})",
                                     "merge it with the tool that trained it"))  # fmt: skip
         rank = settings["r"]
         self.scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
@@ -74,12 +85,12 @@ class Deltas:
                         f"{self.where}: {tensor.key}", "is not a LoRA tensor that can be merged", "train it again with this tool"
                     )
                 )
-            self.places.setdefault(match[1], {})[match[2]] = tensor, offset
+            self.places.setdefault(module_of(match[1]), {})[match[2]] = tensor, offset
             offset += tensor.num_bytes
         self.left = set(self.places)
-        tied = [module for module in EMBEDDINGS if module in self.places]
-        if base_config.get("tie_word_embeddings") and len(tied) == 1:
-            raise UserError(Problem(f"{self.where}: {tied[0]}", "changes one side of embeddings that the base ties together",
+        tied = base_config.get("tie_word_embeddings") or base_config.get("text_config", {}).get("tie_word_embeddings")
+        if tied and "lm_head" in self.places:
+            raise UserError(Problem(f"{self.where}: lm_head", "changes one side of embeddings that the base ties together",
                                     "train without this module"))  # fmt: skip
 
     def of(self, key: str, shape: list[int]) -> tuple[Floats, Floats] | None:
@@ -93,6 +104,11 @@ class Deltas:
             )
             for side, (tensor, offset) in self.places[module].items()
         }
+        if len(shape) != 2:
+            raise UserError(Problem(f"{self.where}: {module}", "is LoRA on a convolution, which is not merged here",
+                                    "merge it with the tool that trained it"))  # fmt: skip
+        if not all(np.isfinite(matrix).all() for matrix in pair.values()):
+            raise UserError(Problem(f"{self.where}: {module}", "holds NaN or infinity", "take an earlier checkpoint"))
         if pair.keys() != {"A", "B"} or [pair["B"].shape[0], pair["A"].shape[1]] != shape:
             found = {side: tensor.shape for side, tensor in pair.items()}
             raise UserError(Problem(f"{self.where}: {module}", f"has shape {found}, the base {shape}",
@@ -125,14 +141,11 @@ def read_header(path: Path) -> tuple[bytes, list[Stored]]:
     return head, tensors
 
 
-def merge_files(base: Path, folder: Path, deltas: Deltas, on_bytes: Callable[[int, int], None]) -> dict[str, str]:
-    """Writes every safetensors file of `base`, merged, into `folder`; returns the sha256 of each by its name.
+def merge_files(shards: Sequence[Path], folder: Path, deltas: Deltas, on_bytes: Callable[[int, int], None]) -> dict[str, str]:
+    """Writes the safetensors files of a base, merged, into `folder`; returns the sha256 of each by its name.
 
     `on_bytes` is told (bytes done, bytes in all), from several threads. Raises UserError if an adapter tensor has no home.
     """
-    shards = sorted(base.glob("*.safetensors"))
-    if not shards:
-        raise UserError(Problem(str(base), "holds no safetensors", "download the model in its safetensors form"))
     headers = {shard: read_header(shard) for shard in shards}  # all of them first: a damaged last one would show after an hour
     total = sum(shard.stat().st_size for shard in shards)
     moved: list[int] = []
@@ -161,7 +174,7 @@ def merge_files(base: Path, folder: Path, deltas: Deltas, on_bytes: Callable[[in
             stop.set()
     if deltas.left:
         raise UserError(*(
-            Problem(f"{deltas.where}: {module}", f"has no home in {base}", "give the right base with --model DIR")
+            Problem(f"{deltas.where}: {module}", "has no home in the base", "give the right base with --model DIR")
             for module in sorted(deltas.left)
         ))  # fmt: skip
     return digests

@@ -12,10 +12,12 @@ from qwenvl_ft.chat import IGNORE, Chat, Script, open_chat
 from qwenvl_ft.config import Config
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.geometry import read_model_json, resized
+from qwenvl_ft.merge import read_header
 from qwenvl_ft.meta import Media, Record, num_records, read_meta
 from qwenvl_ft.plan import Plan, pack, steps
 
 OnRecord = Callable[[int, int], None]
+SAMPLE_BYTES = 4096
 BASE = "base_model.json"  # in an adapter's folder: the fingerprint of the base that it was trained on
 
 
@@ -133,15 +135,22 @@ def fingerprint(prepared: Prepared, config: Config) -> dict[str, str]:
 
 
 def base_fingerprint(model_dir: Path) -> dict[str, Any]:
-    """Names a base model without reading its weights: its config, and the size and header of each safetensors file."""
+    """Names a base model without reading it whole: its config, and the header and some of every tensor of its safetensors.
+
+    Of every tensor, because a merge changes only some. Raises UserError for a file that is not whole.
+    """
     config = read_model_json(model_dir / "config.json")
     config.pop("transformers_version", None)
     files = {}
     for path in sorted(model_dir.glob("*.safetensors")):
+        head, tensors = read_header(path)
+        digest, start = hashlib.sha256(head), len(head)
         with path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-            middle = file.read(65536)
-        files[path.name] = [path.stat().st_size, hashlib.sha256(header + middle).hexdigest()]
+            for tensor in tensors:
+                file.seek(start + max(0, tensor.num_bytes // 2 - SAMPLE_BYTES))
+                digest.update(file.read(min(SAMPLE_BYTES, tensor.num_bytes)))
+                start += tensor.num_bytes
+        files[path.name] = [path.stat().st_size, digest.hexdigest()]
     return {"config": _hash(config), "weights": files}
 
 

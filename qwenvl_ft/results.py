@@ -18,21 +18,34 @@ from qwenvl_ft.show import print_line
 METRICS = "metrics.jsonl"
 
 
-def write_results(config: Config, prepared: Prepared, model: Any, state: dict[str, torch.Tensor], processor: Any) -> None:
-    """Writes adapter, processor (with the limits that training used), settings, plan and results; prints what to do next.
+def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
+    """Writes what belongs to every adapter of the run, before its first step: processor (with the limits that training
+    uses), settings with whole paths, plan, and which base it is."""
+    out = config.output_dir
+    processor.save_pretrained(out)
+    settings = {
+        key: str(value.resolve()) if isinstance(value, Path) else value
+        for key, value in config.model_dump().items()
+    }  # fmt: skip
+    with (out / "config.yaml").open("w", encoding="utf-8") as file:
+        YAML().dump(settings, file)
+    checkpoint.write_json(out / "plan.json", prepared.summary(config) | {"packed": prepared.plan.rows})
+    checkpoint.write_json(out / BASE, base_fingerprint(config.model))
 
-    Adapter and processor appear together or not at all: they are written aside and moved, the adapter's weights last.
+
+def write_results(config: Config, model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Writes the adapter and the run's results; prints what to do next.
+
+    The adapter is written aside and moved, its weights last.
     """
     out = config.output_dir
     aside = out / checkpoint.INCOMING / "final"
 
     def write(folder: Path) -> None:
-        processor.save_pretrained(folder)
         lora = model.peft_config["default"]
         lora.base_model_name_or_path = str(config.model)
         lora.inference_mode = True
         lora.save_pretrained(folder)
-        checkpoint.write_json(folder / BASE, base_fingerprint(config.model))
         save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
 
     checkpoint.write_whole(aside, write)
@@ -40,9 +53,6 @@ def write_results(config: Config, prepared: Prepared, model: Any, state: dict[st
     for path in sorted(aside.iterdir(), key=lambda path: path.name.startswith("adapter_model")):
         path.replace(out / path.name)
     shutil.rmtree(out / checkpoint.INCOMING)  # with the folder that is empty now
-    with (out / "config.yaml").open("w", encoding="utf-8") as file:
-        YAML().dump(config.model_dump(mode="json"), file)
-    checkpoint.write_json(out / "plan.json", prepared.summary(config) | {"packed": prepared.plan.rows})
     metrics = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
     evaluations = {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line}
     results = {"steps": len(metrics), "train_loss": metrics[-1]["loss"], "eval_losses": evaluations}

@@ -23,7 +23,7 @@ from qwenvl_ft.dataset import open_image_processor
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.model import add_lora, load_base, trainable
 from qwenvl_ft.prepare import fingerprint, prepare, schedule
-from qwenvl_ft.results import METRICS, write_results
+from qwenvl_ft.results import METRICS, write_results, write_settings
 from qwenvl_ft.run import ADAPTER, STATE, Run, Signals, load_file_into
 from qwenvl_ft.show import Display, counting, draw_plan, print_drawing, print_line, print_problems
 
@@ -65,6 +65,7 @@ def train(config: Config) -> None:
     run = Run(config, accelerator, *accelerator.prepare(model, optimizer), prepared, image_processor, bf16)
     done = run.load(resume) if resume else 0
     if main:
+        write_settings(config, prepared, processor)
         report_start(config, run, sizes, resume)
     settings = {
         key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.model_dump(mode="json").items()
@@ -109,7 +110,7 @@ def train(config: Config) -> None:
     model = accelerator.unwrap_model(run.model)
     state = run.adapter_state()
     if main:
-        write_results(config, prepared, model, state, processor)
+        write_results(config, model, state)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

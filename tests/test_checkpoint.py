@@ -88,9 +88,22 @@ def test_a_full_disk_is_said_in_words_and_leaves_nothing(tmp_path):
         (folder / "half").write_bytes(b"x")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=r"No space left on device; .* GiB free"):
+    with pytest.raises(UserError, match=r"No space left on device .*GiB free"):
         checkpoint.write_whole(tmp_path / "checkpoint-1", write)
     assert not list(tmp_path.glob("**/half"))
+
+
+def test_two_that_write_the_same_folder_do_not_mix(tmp_path):
+    def write(folder):
+        (folder / "file").write_text("first")
+        with pytest.raises(UserError, match="is being written by another process"):
+            checkpoint.write_whole(tmp_path / "out", lambda folder: None)
+
+    checkpoint.write_whole(tmp_path / "out", write)
+    assert checkpoint.damage(tmp_path / "out") is None and (tmp_path / "out" / "file").read_text() == "first"
+    with pytest.raises(UserError, match="exists already"):
+        checkpoint.write_whole(tmp_path / "out", lambda folder: None, replace=False)
+    assert (tmp_path / "out" / "file").read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_oldest_go_and_order_is_by_number(tmp_path):

@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwenvl_ft import export as export_module
 from qwenvl_ft import merge
 from qwenvl_ft.checkpoint import damage
 from qwenvl_ft.engine import Engine
 from qwenvl_ft.errors import UserError
+from qwenvl_ft.export import _copy_settings as export_settings
 from qwenvl_ft.export import export
 from qwenvl_ft.merge import module_of
 from qwenvl_ft.meta import Turn, read_meta
@@ -74,14 +76,75 @@ def test_the_resolution_of_training_goes_with_adapter_and_merged_model(trained, 
     assert grid <= 16 * 4 < Engine.open(TINY).inputs([question])["image_grid_thw"].prod().item()
 
 
-def test_the_proof_refuses_a_merge_with_another_scale(trained, tmp_path, monkeypatch):
-    """alpha / rank forgotten or applied twice is the classical wrong merge."""
-    monkeypatch.setattr(
-        merge.Deltas, "of", lambda self, key, shape, of=merge.Deltas.of: (p := of(self, key, shape)) and (p[0] * 1.5, p[1])
+def converted(folder, dtype, base=TINY):
+    """The base in another dtype; its config does not say which, as some released ones do not."""
+    shutil.copytree(base, folder)
+    weights = {key: tensor.to(dtype) for key, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: config[key] for key in config if key not in ("dtype", "torch_dtype")}))
+    return folder
+
+
+@pytest.mark.parametrize("factor", [0, 0.9, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_proof_refuses_a_merge_with_another_scale(trained, tmp_path, monkeypatch, factor, dtype):
+    """alpha / rank forgotten or applied twice is the classical wrong merge; of a small adapter the logits hardly show it."""
+    base = converted(tmp_path / "base", dtype)
+    adapter = changed_adapter(
+        trained, tmp_path / "adapter", lambda t: t.update({key: t[key] * 0.3 for key in t if "lora_B" in key})
     )
-    with pytest.raises(UserError, match="differs from base and adapter"):
+    (adapter / "base_model.json").unlink()
+    export(adapter, tmp_path / "right", base, 1, lambda done, total: None)
+    monkeypatch.setattr(
+        merge.Deltas, "of", lambda self, key, shape, of=merge.Deltas.of: (p := of(self, key, shape)) and (p[0] * factor, p[1])
+    )
+    with pytest.raises(UserError, match="weights are not PEFT's sum"):
+        export(adapter, tmp_path / "merged", base, 1, lambda done, total: None)
+    assert not (tmp_path / "merged").exists() and not list(tmp_path.glob("**/.incoming"))
+
+
+def test_the_proof_refuses_a_folder_that_reads_pictures_otherwise(trained, tmp_path, monkeypatch):
+    """Right weights beside a wrong processor: only the logits show it."""
+    monkeypatch.setattr(export_module, "_copy_settings", lambda folder, run, base: export_settings(folder, base, base))
+    with pytest.raises(UserError, match="tokens where base and adapter read"):
         export(trained, tmp_path / "merged", None, 1, lambda done, total: None)
-    assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_the_adapter_was_merged_into_already_is_another_base(trained, merged, tmp_path):
+    with pytest.raises(UserError, match="not the base that this adapter was trained on"):
+        export(trained, tmp_path / "twice", merged, 0, lambda done, total: None)
+
+
+def test_a_checkpoint_is_exported_with_what_its_run_has(trained, tmp_path):
+    (found,) = trained.glob("checkpoint-*")
+    proofs = export(found, tmp_path / "out", None, 1, lambda done, total: None)
+    assert proofs[0]["where"] == "few.json[0]" and "lora_rank: " in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "processor_config.json").read_text() == (trained / "processor_config.json").read_text()
+    with pytest.raises(UserError, match="not the base"):
+        export(found, tmp_path / "twice", tmp_path / "out", 0, lambda done, total: None)
+
+
+def test_without_the_records_the_proof_is_on_a_picture(trained, tmp_path):
+    adapter = changed_adapter(trained, tmp_path / "adapter", lambda t: None)
+    (adapter / "config.yaml").unlink()
+    (proof,) = export(adapter, tmp_path / "out", None, 3, lambda done, total: None)
+    assert proof["where"].startswith("a made-up picture")
+
+
+def test_an_adapter_of_transformers_4_merges_and_answers(trained, merged, tmp_path, question):
+    def rename(tensors):
+        for key in list(tensors):
+            tensors[key.replace("model.model.visual.", "model.visual.").replace("model.language_model.", "model.")] = tensors.pop(
+                key
+            )
+
+    adapter = changed_adapter(trained, tmp_path / "adapter", rename)
+    assert any(key.startswith("base_model.model.visual.") for key in load_file(adapter / "adapter_model.safetensors"))
+    export(adapter, tmp_path / "out", None, 1, lambda done, total: None)
+    ours, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", merged))
+    assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
+    assert torch.equal(logits(TINY, adapter, question), logits(TINY, trained, question))
 
 
 def test_the_proof_is_on_training_records(trained, merged, tmp_path):
@@ -121,10 +184,8 @@ def test_numbers_are_widened_and_rounded_as_torch_does(dtype):
 
 def test_a_bfloat16_base_takes_a_bfloat16_adapter(trained, tmp_path):
     """The usual case: the sum is made in float32 and rounded once."""
-    base = tmp_path / "base"
-    shutil.copytree(TINY, base)
-    halves = {key: tensor.bfloat16() for key, tensor in load_file(base / "model.safetensors").items()}
-    save_file(halves, base / "model.safetensors", {"format": "pt"})
+    base = converted(tmp_path / "base", torch.bfloat16)
+    halves = load_file(base / "model.safetensors")
     adapter = changed_adapter(trained, tmp_path / "adapter", lambda t: t.update({key: t[key].bfloat16() for key in t}))
     (adapter / "base_model.json").unlink()
     export(adapter, tmp_path / "out", base, 0, lambda done, total: None)
@@ -146,7 +207,7 @@ def test_shards_and_their_index_are_kept(trained, merged, tmp_path, question):
 
     sharded = tmp_path / "sharded"
     AutoModelForImageTextToText.from_pretrained(TINY).save_pretrained(sharded, max_shard_size="2MB")
-    for path in TINY.glob("*.json*"):
+    for path in [*TINY.glob("*.json"), TINY / "chat_template.jinja"]:
         if not (sharded / path.name).exists():
             shutil.copy(path, sharded)
     adapter = changed_adapter(trained, tmp_path / "adapter", lambda tensors: None)
@@ -173,6 +234,13 @@ def changed_adapter(trained, folder, change):
             "has no home",
         ),
         (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(1)}), "not a LoRA tensor"),
+        (lambda t: t.update({key: t[key] / 0 for key in t}), "NaN or infinity"),
+        (
+            lambda t: t.update(
+                {f"base_model.model.model.visual.patch_embed.proj.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+            ),
+            "LoRA on a convolution",
+        ),
         (lambda t: t.update({key: torch.ones(t[key].shape[0] + 1, t[key].shape[1]) for key in t if "lora_B" in key}), "has shape"),
     ],
 )
@@ -186,8 +254,8 @@ def test_an_adapter_tensor_that_does_not_land_is_an_error_and_nothing_is_left(tr
 def test_another_base_is_refused(trained, tmp_path):
     shutil.copytree(TINY, tmp_path / "other")
     weights = load_file(tmp_path / "other" / "model.safetensors")
-    first = next(iter(weights))
-    save_file({**weights, first: weights[first] + 1}, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    one = sorted(weights)[len(weights) // 2]
+    save_file({**weights, one: weights[one] + 1}, tmp_path / "other" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="not the base that this adapter was trained on"):
         export(trained, tmp_path / "out", tmp_path / "other", 0, lambda done, total: None)
 
@@ -195,6 +263,42 @@ def test_another_base_is_refused(trained, tmp_path):
 def test_an_existing_folder_is_not_written_into(trained, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         export(trained, tmp_path, None, 0, lambda done, total: None)
+
+
+SETTINGS = "adapter_config.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        (SETTINGS, {"base_model_name_or_path": None}, "is not a model's folder"),
+        (SETTINGS, {"r": None}, "names no LoRA with r and lora_alpha"),
+        (SETTINGS, {"init_lora_weights": "pissa"}, "is no plain LoRA adapter .init_lora_weights."),
+        (SETTINGS, {"use_dora": True, "bias": "all"}, "is no plain LoRA adapter .use_dora, bias."),
+        ("base_model.json", "{", "is not JSON|not valid JSON|base_model.json"),
+    ],
+)
+def test_an_adapter_that_is_damaged_or_more_than_lora_is_named(trained, tmp_path, name, content, complaint):
+    adapter = changed_adapter(trained, tmp_path / "adapter", lambda tensors: None)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((adapter / name).read_text()) | content)
+    (adapter / name).write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        export(adapter, tmp_path / "out", None, 0, lambda done, total: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid", "git-lfs"),
+        ("tokenizer.json", "{}", "is not a tokenizer"),
+    ],
+)
+def test_a_base_that_is_damaged_is_named_before_the_merge(trained, tmp_path, name, content, complaint):
+    shutil.copytree(TINY, tmp_path / "base")
+    (tmp_path / "base" / name).write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        export(trained, tmp_path / "out", tmp_path / "base", 0, lambda done, total: None)
 
 
 def test_the_keys_of_transformers_4_checkpoints_are_understood():
@@ -255,7 +359,7 @@ def test_a_quantized_base_is_refused(trained, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git-lfs pointer"), (b"", "not a whole"),
+    [(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git-lfs"), (b"", "not a whole"),
      (b"\x10\0\0\0\0\0\0\0{'what': 'is it'}", "not a whole")],
 )  # fmt: skip
 def test_a_shard_that_is_not_whole_is_named(trained, tmp_path, content, complaint):
@@ -273,5 +377,7 @@ def test_one_side_of_tied_embeddings_is_refused(trained, tmp_path):
         for side, shape in (("A", (2, 128)), ("B", (1472, 2))):
             tensors[f"base_model.model.lm_head.lora_{side}.weight"] = torch.ones(shape)
 
-    with pytest.raises(UserError, match="one side of embeddings"):
-        export(changed_adapter(trained, tmp_path / "adapter", add), tmp_path / "out", None, 0, lambda done, total: None)
+    adapter = changed_adapter(trained, tmp_path / "adapter", add)
+    for place in ({"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}):
+        with pytest.raises(UserError, match="one side of embeddings"):
+            merge.Deltas(adapter, place)
