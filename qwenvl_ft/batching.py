@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 class Request:
     """One answer under way. `on_piece(text, finish)` is called in the batch's thread: finish is None until the last piece.
 
-    finish: stop, length, or error. Setting `cancelled` ends it at the next token, without a last piece. `ids` grows by a token
-    at a time, the end's own left out.
+    finish: stop, length, or error. `ids` grows by a token at a time, the end's own left out.
     """
 
     inputs: Any
@@ -41,6 +40,11 @@ class Request:
     sent: int = 0  # characters of the text
     window: tuple[int, int] = (0, 0)  # of ids: those in the text that the next ones are decoded with, those in the text
     rng: torch.Generator | None = None
+
+    def cancel(self) -> None:
+        """Ends it at the next token, without a last piece; its pixels are let go of now."""
+        self.cancelled.set()
+        self.inputs = None
 
 
 class _Batch:
@@ -163,7 +167,7 @@ class Batcher:
         """Runs `act`; an error of the model (a lack of memory, a shape) ends the requests that it concerns and no other."""
         try:
             act()
-        except (RuntimeError, ValueError, IndexError, MemoryError):
+        except (RuntimeError, ValueError, IndexError, MemoryError, TypeError, KeyError, AttributeError):
             log.exception("the model failed on %s", ", ".join(request.name for request in requests))
             self.adapter = ""
             concerned = list(requests)
@@ -184,10 +188,12 @@ class Batcher:
 
     def _read(self, request: Request) -> None:
         """The first token: all of the request's own."""
-        out = self._forward(request.adapter, {**request.inputs, "use_cache": True, "logits_to_keep": 1})
-        length = request.inputs["input_ids"].shape[1]
+        if (inputs := request.inputs) is None:
+            return
+        out = self._forward(request.adapter, {**inputs, "use_cache": True, "logits_to_keep": 1})
+        length = inputs["input_ids"].shape[1]
         # The model leaves behind by how much its positions differ from counting tokens: a picture takes fewer than it has.
-        pictures = "image_grid_thw" in request.inputs or "video_grid_thw" in request.inputs
+        pictures = "image_grid_thw" in inputs or "video_grid_thw" in inputs
         position = length + (int(self.inner.rope_deltas) if pictures else 0)
         if request.sampling.seed is not None:
             request.rng = torch.Generator(self.model.device).manual_seed(request.sampling.seed)

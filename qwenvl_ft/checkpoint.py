@@ -18,7 +18,7 @@ from typing import Any
 from qwenvl_ft.errors import Problem, UserError
 
 MANIFEST = "MANIFEST.json"
-PROCESSOR = "processor_config.json"
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # written by transformers 5 and by 4
 INCOMING = ".incoming"
 NAME = re.compile(r"checkpoint-(\d+)$")
 
@@ -57,11 +57,15 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, str] | None], re
 
 
 def seal(folder: Path, known: dict[str, str]) -> None:
-    """Flushes every file of the folder to the disk and writes the manifest of their sizes and hashes."""
+    """Flushes every file of the folder to the disk and writes the manifest of their sizes and hashes.
+
+    Some libraries write files that only their owner may read: here they get the folder's rights.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     manifest = {}
     for path in files:
         name = str(path.relative_to(folder))
+        path.chmod(folder.stat().st_mode & 0o666)
         manifest[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or sha256(path)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*files, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
@@ -107,8 +111,13 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 def home(adapter: Path) -> Path:
     """Where an adapter's processor and settings are: in its folder, or for a checkpoint in that of its run."""
-    of_run = NAME.search(adapter.name) and not (adapter / PROCESSOR).is_file() and (adapter.parent / PROCESSOR).is_file()
+    of_run = NAME.search(adapter.name) and not holds_processor(adapter) and holds_processor(adapter.parent)
     return adapter.parent if of_run else adapter
+
+
+def holds_processor(folder: Path) -> bool:
+    """Whether a processor's settings are there."""
+    return any((folder / name).is_file() for name in PROCESSORS)
 
 
 def rotate(output_dir: Path, keep: int) -> None:

@@ -3,13 +3,16 @@
 Exit code 0: fine. 1: problems, each printed with where, what and fix. 2: wrong usage.
 """
 
+import os
 import sys
+from typing import Annotated
 
 import typer
 
+import qwenvl_ft
 from qwenvl_ft import cli_data, cli_hub, cli_model, cli_serve
 from qwenvl_ft.errors import UserError
-from qwenvl_ft.show import print_problems
+from qwenvl_ft.show import print_line, print_problems
 
 app = typer.Typer(
     name="qwenvl-ft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -18,15 +21,33 @@ app = typer.Typer(
 for command in (cli_data.validate_meta, cli_data.show, cli_data.plan,
                 cli_model.train, cli_model.evaluate, cli_model.export, cli_model.ask, cli_hub.download, cli_hub.doctor,
                 cli_serve.serve):  # fmt: skip
-    app.command("eval" if command is cli_model.evaluate else None)(command)
+    # Of `--learning_rate 1e-4` the config says what to write; click would say "no such option".
+    lenient = {"ignore_unknown_options": True} if command in (cli_data.plan, cli_model.train) else None
+    app.command("eval" if command is cli_model.evaluate else None, context_settings=lenient)(command)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print_line(f"qwenvl-ft {qwenvl_ft.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which one this is.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The console script `qwenvl-ft`."""
+    """The console script `qwenvl-ft`, and under that name what scripts start."""
     try:
-        app(arguments)
+        app(arguments, prog_name="qwenvl-ft")
     except UserError as error:
-        print_problems(error.problems)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a run on this machine find the same
+            print_problems(error.problems)
         sys.exit(1)
 
 

@@ -114,9 +114,10 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
     """
     from qwenvl_ft.config import load_config
     from qwenvl_ft.download import with_local_model
-    from qwenvl_ft.prepare import prepare
+    from qwenvl_ft.prepare import check_output_dir, prepare
 
     settings = with_local_model(load_config(config, overrides or []), (lambda line: None) if as_json else print_line)
+    check_output_dir(settings.output_dir)
     with counting("reading records") as on_record:
         prepared = prepare(settings, on_record=on_record)
     summary = prepared.summary(settings)

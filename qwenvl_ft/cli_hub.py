@@ -18,7 +18,7 @@ def download(
         str | None, typer.Option("--revision", help="Branch, tag or commit; default: the commit that is here, or the newest.")
     ] = None,
 ) -> None:
-    """Bring a model from a hub, every file checked by size and hash; a second run brings what is missing or damaged.
+    """Bring a model or an adapter from a hub, every file checked by size and hash; a second run brings what is missing or damaged.
 
     The commit is pinned and recorded in .download/manifest.json. HF_ENDPOINT, MODELSCOPE_ENDPOINT and HF_HUB_OFFLINE count.
 
@@ -30,10 +30,12 @@ def download(
 
     source = read_source(f"{hub}:{model}")
     assert source
-    with alone(local_dir):
+    with alone(local_dir, print_line):
         manifest = run(source._replace(revision=revision or source.revision), local_dir, file or (), print_line)
     whole = "complete" if manifest["complete"] else "these files are right; leave --file out for the whole model"
-    print_line(f"{local_dir}: {whole}, at {manifest['commit']}")
+    if by_size := sum(of.get("checked") == "size" for of in manifest["files"].values()):
+        whole += f", {by_size} of {len(manifest['files'])} files by size only: the hub lists no hash of them"
+    print_line(f"{local_dir}: {whole}, at {manifest['commit'] or 'a revision that is not recorded'}")
 
 
 def doctor(
@@ -61,7 +63,8 @@ def doctor(
         print_json({**facts, "problems": [vars(problem) for problem in problems]})
     else:
         for title, rows in facts.items():
-            drawn = [(name, _text(value)) for name, value in rows.items() if name != "vLLM"]
+            lacking = "not told" if title == "folder" else "not installed"
+            drawn = [(name, _text(value, lacking)) for name, value in rows.items() if name != "vLLM"]
             print_drawing(draw_counts(str(path) if title == "folder" else "This machine", drawn))
             if "vLLM" in rows:
                 print_line(f"  vLLM: {rows['vLLM']}")  # a command to copy: no table's line breaks
@@ -71,5 +74,5 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _text(value: Any) -> str:
-    return "\n".join(map(str, value)) if isinstance(value, list) else "not installed" if value is None else str(value)
+def _text(value: Any, lacking: str) -> str:
+    return "\n".join(map(str, value)) if isinstance(value, list) else lacking if value is None else str(value)

@@ -32,7 +32,8 @@ def evaluate(
     data_dir: DataDir,
     adapter: Adapter = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Where every prediction goes; default predictions.json beside the adapter or here.")
+        Path | None,
+        typer.Option("--out", help="Where every prediction goes; default predictions-META.json beside the adapter or here."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer is cut here.")] = 128,
@@ -51,6 +52,7 @@ def evaluate(
     from qwenvl_ft.checkpoint import write_json
     from qwenvl_ft.meta import read_meta
 
+    check_paths(model, adapter)
     records, problems = read_meta(meta, data_dir)
     if problems:
         raise UserError(*problems)
@@ -60,7 +62,7 @@ def evaluate(
     engine = Engine.open(model, adapter, blank)
     with counting("answering") as on_answer:
         scores, predictions = run(engine, records, batch_size, max_new_tokens, on_answer)
-    target = out or (adapter or Path()) / ("predictions_blank.json" if blank else "predictions.json")
+    target = out or (adapter or Path()) / f"predictions-{meta.stem}{'-blank' if blank else ''}.json"
     write_json(target, predictions)
     scores["predictions"] = str(target)
     if as_json:
@@ -132,17 +134,19 @@ def ask(
         raise typer.BadParameter("it takes --out, and no question, --image or --video", param_hint="--jsonl")
     if out and not questions:
         raise typer.BadParameter("it is where the answers to --jsonl go", param_hint="--out")
+    check_paths(model, adapter)
     if questions:
         from qwenvl_ft.answers import answer_file, read_questions
 
         lines = read_questions(questions)
         from qwenvl_ft.engine import Engine
 
+        who = f"{model.resolve()} {adapter.resolve() if adapter else ''}"
         with counting("answering") as on_answer:
-            problems = answer_file(Engine.open(model, adapter), lines, out, batch_size, max_new_tokens, on_answer)
+            before, problems = answer_file(Engine.open(model, adapter), lines, out, batch_size, max_new_tokens, on_answer, who)
         if problems:
             raise UserError(*problems)
-        print_line(f"{len(lines)} answers in {out}")
+        print_line(f"{len(lines)} answers in {out}" + (f", {before} of them from before" if before else ""))
         return
     from qwenvl_ft.engine import Engine
 
@@ -161,8 +165,20 @@ def ask(
         talk.append({"role": "assistant", "content": answer})
 
 
+def check_paths(model: Path, adapter: Path | None) -> None:
+    """Says what is wrong with the folders before torch is imported, which takes seconds."""
+    from qwenvl_ft.chat import open_chat
+    from qwenvl_ft.merge import check_adapter
+
+    open_chat(model)
+    if adapter:
+        check_adapter(adapter)
+
+
 def chat_lines() -> Iterator[str]:
     """What the user types, a line at a time, until an empty one or the end of the input."""
+    if sys.stdin.isatty():
+        print_line("Ask; an empty line ends the chat.")
     while True:
         sys.stdout.write("> " if sys.stdin.isatty() else "")
         sys.stdout.flush()

@@ -1,21 +1,18 @@
-"""The command `serve`. Whatever needs torch or the extra `serve` is imported inside it."""
+"""The command `serve`. Whatever needs torch or a server is imported inside it."""
 
-import ipaddress
 import logging
 import os
 import socket
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.gate import SPARE_CONNECTIONS, is_loopback
 from qwenvl_ft.reply import Backend
 from qwenvl_ft.show import print_line
 from qwenvl_ft.wire import Bounds
-
-CONNECTIONS = 1024  # more are answered with 503
 
 
 def serve(
@@ -57,8 +54,6 @@ def serve(
 
     Example: qwenvl-ft serve data/tiny --adapter demo=runs/demo --port 8000
     """
-    if missing := [module for module in ("starlette", "uvicorn") if not find_spec(module)]:
-        raise UserError(Problem("qwenvl-ft serve", f"needs {' and '.join(missing)}", "pip install 'qwenvl-ft[serve]'"))
     key = _key(api_key_env, host)
     listening = _bind(host, port)
     bounds = Bounds(
@@ -88,8 +83,9 @@ def serve(
     from qwenvl_ft.server import make_app
 
     root = "/" + root_path.strip("/") if root_path.strip("/") else ""
-    app = make_app(backend, bounds, sources.uploads, max_batch + max_waiting, key, root, public_url)
-    _run(app, listening, timeout, list(backend.names))
+    places = max_batch + max_waiting
+    app = make_app(backend, bounds, sources.uploads, places, key, root, public_url)
+    _run(app, listening, timeout, list(backend.names), places)
 
 
 def _upstream(
@@ -102,9 +98,7 @@ def _upstream(
     sources: Any,
 ) -> Any:
     """vLLM at `url`, or started for `model`."""
-    if not find_spec("httpx"):
-        raise UserError(Problem("--engine vllm", "needs httpx", "pip install 'qwenvl-ft[serve]'"))
-    from qwenvl_ft.checkpoint import PROCESSOR, home
+    from qwenvl_ft.checkpoint import holds_processor, home
     from qwenvl_ft.geometry import read_limits
     from qwenvl_ft.merge import check_adapter
     from qwenvl_ft.upstream import Upstream, start_vllm
@@ -114,20 +108,14 @@ def _upstream(
     for folder in adapters.values():
         check_adapter(folder)
     limits = dict.fromkeys(names, read_limits(model))
-    limits |= {
-        name: read_limits(own if ((own := home(folder)) / PROCESSOR).is_file() else model) for name, folder in adapters.items()
-    }
+    limits |= {name: read_limits(own if holds_processor(own := home(folder)) else model) for name, folder in adapters.items()}
     with _bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     process = start_vllm(model, names, adapters, port, arguments)
-    try:
-        return Upstream(f"http://127.0.0.1:{port}", bounds, sources, process, limits)
-    except UserError:
-        process.terminate()
-        raise
+    return Upstream(f"http://127.0.0.1:{port}", bounds, sources, process, limits)
 
 
-def _run(app: Any, listening: socket.socket, timeout: float, names: list[str]) -> None:
+def _run(app: Any, listening: socket.socket, timeout: float, names: list[str], places: int) -> None:
     """Serves until SIGTERM or SIGINT; then what has begun is finished, and nothing else begins."""
     import uvicorn
 
@@ -136,7 +124,7 @@ def _run(app: Any, listening: socket.socket, timeout: float, names: list[str]) -
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     config = uvicorn.Config(
         app, http=Impatient, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
-        limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=int(timeout) + 15,
+        limit_concurrency=places + 2 * SPARE_CONNECTIONS, timeout_graceful_shutdown=int(timeout) + 15,
     )  # fmt: skip
     host, port = listening.getsockname()[:2]
     print_line(f"{', '.join(names)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 and /api/v1; stop with Ctrl-C")
@@ -154,19 +142,17 @@ def _key(variable: str | None, host: str) -> str | None:
     """The key that callers must have. Raises UserError where one is needed and there is none."""
     if variable:
         if key := os.environ.get(variable, "").strip():
+            if not (key.isascii() and key.isprintable()):
+                what = "has letters that no header can carry"
+                raise UserError(
+                    Problem(f"--api-key-env {variable}", what, "use a key of printable ASCII, such as `openssl rand -hex 32`")
+                )
             return key
         raise UserError(Problem(f"--api-key-env {variable}", "is not set, or empty", f"export {variable}=... first"))
-    if not _is_loopback(host):
+    if not is_loopback(host):
         what = "would answer everyone who reaches this machine, without a key"
         raise UserError(Problem(f"--host {host}", what, "put a key into the environment and name it with --api-key-env VAR"))
     return None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -6,10 +6,21 @@ what each does. An unknown key is an error that names the right one; a peer's ke
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -22,8 +33,16 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _area(value: int) -> int:
+    if value < FOUR_TOKENS:  # a side in px or a number of tokens was meant, and no picture would be seen
+        raise ValueError(f"it is an area, height x width in px: write at least {FOUR_TOKENS}, four tokens of 28 x 28 px")
+    return value
+
+
+FOUR_TOKENS = 4 * 28 * 28
 Number = Annotated[int, BeforeValidator(_number)]
 Positive = Annotated[Number, Field(gt=0)]
+Area = Annotated[Number, AfterValidator(_area)]
 Count = Annotated[Number, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -42,8 +61,8 @@ class Config(BaseModel):
     eval_meta_file: Path | None = None
     eval_data_dir: Path | None = None
 
-    min_pixels: Positive | None = None
-    max_pixels: Annotated[Positive, Field(validate_default=True)] = 1280 * 28 * 28
+    min_pixels: Area | None = None
+    max_pixels: Annotated[Area, Field(validate_default=True)] = 1280 * 28 * 28
     row_tokens: Positive = 4096
     on_bad_record: Literal["error", "skip"] = "error"
     dataloader_num_workers: Count = 2
@@ -98,7 +117,7 @@ PEERS = {
     "dataset": "train_meta_file", "data_path": "train_meta_file", "train_file": "train_meta_file", "datasets": "train_meta_file",
     "dataset_dir": "train_data_dir", "image_folder": "train_data_dir", "media_dir": "train_data_dir",
     "image_root": "train_data_dir",
-    "eval_dataset": "eval_meta_file", "val_dataset": "eval_meta_file", "eval_path": "eval_meta_file",
+    "val_size": "eval_meta_file", "eval_dataset": "eval_meta_file", "val_dataset": "eval_meta_file", "eval_path": "eval_meta_file",
     "image_max_pixels": "max_pixels", "image_min_pixels": "min_pixels", "max_image_pixels": "max_pixels",
     "image_resolution": "max_pixels",
     "cutoff_len": "row_tokens", "max_length": "row_tokens", "max_seq_length": "row_tokens", "model_max_length": "row_tokens",
@@ -122,7 +141,19 @@ PEERS = {
     "evaluation_strategy": "eval_steps", "eval_strategy": "eval_steps", "save_strategy": "save_steps",
     "resume_from_checkpoint": "resume", "overwrite_output_dir": "resume", "use_wandb": "report_to", "wandb_project": "report_to",
 }  # fmt: skip
+# What has to be known besides the name, by our key.
+REMARKS = {
+    "lora_on": "[language] to keep the vision tower and the merger frozen, [language, vision, merger] to train them, too",
+    "rows_per_step": "another number, the rows of one step over all processes together",
+    "row_tokens": "records share rows of so many tokens, and a longer one is reported, never cut",
+    "eval_meta_file": "a file of held-out records; none are split off",
+}
+FOUR_BIT = (
+    "training in 4 or 8 bits is not offered; for less memory lower max_pixels and row_tokens, with gradient_checkpointing: true"
+)
 NOT_NEEDED = {
+    "load_in_4bit": FOUR_BIT, "load_in_8bit": FOUR_BIT, "quantization_bit": FOUR_BIT, "quant_bits": FOUR_BIT, "bits": FOUR_BIT,
+    "use_dora": "DoRA is not offered; for more than LoRA learns raise lora_rank",
     "finetuning_type": "this tool trains LoRA and nothing else", "train_type": "this tool trains LoRA and nothing else",
     "tuner_type": "this tool trains LoRA and nothing else", "lora_enable": "this tool trains LoRA and nothing else",
     "stage": "this tool does supervised fine-tuning and nothing else", "do_train": "`qwenvl-ft train` trains",
@@ -141,17 +172,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The settings of a YAML file, `key=value` overrides on top. Raises UserError with every problem of both."""
     values, lines = _read(path)
     problems = []
-    for override in overrides:
-        key, equals, text = override.removeprefix("--").partition("=")
-        if not equals:
-            problems.append(Problem(override, "is not an override", "write key=value"))
+    for whole, group in groupby(overrides, lambda word: "=" in word and word != "="):
+        words = list(group)
+        if not whole:  # learning_rate 1e-4 is one mistake, not two
+            pair = [word for word in words if word != "="]
+            fix = f"write {pair[0].lstrip('-').replace('-', '_')}={pair[1]}" if len(pair) == 2 else "write key=value"
+            problems.append(Problem(" ".join(words), "is not an override", fix))
             continue
-        try:
-            values[key] = YAML(typ="safe").load(text)
-        except (YAMLError, ValueError, RecursionError):
-            problems.append(Problem(override, "its value is not YAML", f"""quote it: '{key}="..."'"""))
-            continue
-        lines[key] = f"command line, {override}"
+        for override in words:
+            key, _, text = override.removeprefix("--").partition("=")
+            try:
+                values[key] = YAML(typ="safe").load(text)
+            except (YAMLError, ValueError, RecursionError):
+                problems.append(Problem(override, "its value is not YAML", f"""quote it: '{key}="..."'"""))
+                continue
+            lines[key] = f"command line, {override}"
     for key in [key for key in values if key not in Config.model_fields]:
         problems.append(Problem(lines[key], f"unknown key {key}", _right_key(key)))
         del values[key]
@@ -189,8 +224,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _right_key(key: str) -> str:
     word = key.lower().replace("-", "_")
-    if word in PEERS:
-        return f"write {PEERS[word]} (see configs/lora.yaml)"
+    if ours := PEERS.get(word):
+        return f"write {ours}: {REMARKS[ours]}" if ours in REMARKS else f"write {ours} (see configs/lora.yaml)"
     if word in NOT_NEEDED:
         return f"delete it: {NOT_NEEDED[word]}"
     close = get_close_matches(word, [*Config.model_fields, *PEERS], 1, cutoff=0.6)
@@ -201,7 +236,11 @@ def _problem(detail: Any, path: Path, lines: dict[str, str]) -> Problem:
     key = str(detail["loc"][0])
     if detail["type"] == "missing":
         return Problem(str(path), f"has no key {key}", f"write {key}: ...")
+    if detail["input"] is None:
+        return Problem(lines.get(key, str(path)), f"{key} is empty", "give it a value")
     shown = detail["input"] if not isinstance(detail["input"], dict) else "an object"
     fix = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "path_type":
+        fix = "it should be a path, a text"
     fix = fix[0].lower() + fix[1:]
     return Problem(lines.get(key, f"{path}, the default"), f"{key} is {shown}", fix.replace("input should be", "it should be"))

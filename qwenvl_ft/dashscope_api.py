@@ -9,9 +9,9 @@ from typing import Any
 
 from qwenvl_ft.wire import ApiError, Ask, Usage, read_sampling
 
-CODES = {
+CODES: dict[int | str, str] = {  # by status, and where that says too little by our own code
     400: "InvalidParameter", 401: "InvalidApiKey", 403: "AccessDenied", 404: "ModelNotFound", 408: "RequestTimeOut",
-    429: "Throttling", 503: "ServiceUnavailable", 504: "RequestTimeOut",
+    429: "Throttling", 503: "ServiceUnavailable", 504: "RequestTimeOut", "not_found": "InvalidURL",
 }  # fmt: skip
 
 
@@ -19,15 +19,17 @@ def read_generation(body: Any, most_tokens: int, stream: bool) -> Ask:
     """The request; raises ApiError."""
     if not isinstance(body, dict) or not isinstance(body.get("input"), dict) or not isinstance(body.get("model"), str):
         raise ApiError(400, "invalid_request", 'the body must be {"model": "...", "input": {"messages": [...]}}')
-    parameters = body.get("parameters") or {}
+    parameters = {} if body.get("parameters") is None else body["parameters"]
     if not isinstance(parameters, dict):
         raise ApiError(400, "invalid_parameter", "parameters must be an object")
+    if not isinstance(increments := parameters.get("incremental_output"), bool | None):
+        raise ApiError(400, "invalid_parameter", "incremental_output must be true or false")
     return Ask(
         model=body["model"],
         messages=body["input"].get("messages"),
         sampling=read_sampling(parameters, ("max_tokens",), most_tokens),
         stream=stream,
-        increments=parameters.get("incremental_output") is True,
+        increments=increments is True,
     )
 
 
@@ -91,5 +93,5 @@ def write_policy(upload_host: str, folder: str, policy: str, signature: str, req
 
 def write_error(error: ApiError, request_id: str) -> dict[str, Any]:
     """The body of a refusal; the id is in the server's log, too."""
-    code = CODES.get(error.status, "InvalidParameter" if error.status < 500 else "InternalError")
+    code = CODES.get(error.code) or CODES.get(error.status, "InvalidParameter" if error.status < 500 else "InternalError")
     return {"code": code, "message": error.message, "request_id": request_id}

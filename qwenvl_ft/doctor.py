@@ -1,9 +1,12 @@
 """Looks at a model's or an adapter's folder: what is wrong with it, and how vLLM can serve it. Never imports torch."""
 
+import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import numpy as np
 
 from qwenvl_ft.checkpoint import MANIFEST, checkpoints, damage
 from qwenvl_ft.download import damaged
@@ -11,13 +14,15 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.families import family_of
 from qwenvl_ft.geometry import read_limits, read_model_json
 from qwenvl_ft.machine import Report
-from qwenvl_ft.modeldir import is_pointer, lacks_to_talk, model_problems, pointers, unreadable
+from qwenvl_ft.merge import DTYPES, LORA_KEY, Stored, as_float32, module_of, read_header
+from qwenvl_ft.modeldir import CONFIG, WEIGHTS, adapter_problems, is_pointer, lacks_to_talk, model_problems, unreadable
 from qwenvl_ft.prepare import BASE, base_fingerprint
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOP = "base_model.model."
 OLD = (f"{TOP}visual.", f"{TOP}model.layers.")  # transformers 4 before 4.52: without `model.` and `language_model.`
 VISION = "visual."
+HEAD, EMBEDDINGS = "lm_head", "model.language_model.embed_tokens"
+ON_A_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes; source: vllm/config/lora.py, MaxLoRARanks
 MORE_THAN_LORA = ("use_dora", "modules_to_save", "lora_bias")
 
@@ -53,44 +58,36 @@ def _model(folder: Path) -> Report:
         problems.append(Problem(str(folder), reason, "export or copy it again"))
     problems += [Problem(str(folder / name), "is not as it was downloaded", "run the same `qwenvl-ft download` again")
                  for name in damaged(folder)]  # fmt: skip
-    facts["vLLM"] = "mend the problems first" if problems else f"vllm serve {folder}"
+    facts["vLLM"] = "mend the problems first" if problems else shlex.join(["vllm", "serve", str(folder)])
     return Report(facts, problems)
 
 
 def _adapter(folder: Path) -> Report:
-    problems = pointers(folder)
-    if not (folder / CONFIG).is_file():
-        problems.append(Problem(str(folder), f"{CONFIG} is missing", "copy it from the run's output_dir"))
+    problems = adapter_problems(folder)
     settings = _json(folder / CONFIG)
-    if (folder / CONFIG).is_file() and not settings and not is_pointer(folder / CONFIG):
-        problems.append(Problem(str(folder / CONFIG), "is no JSON object", "copy it again"))
     shapes: dict[str, list[int]] = {}
-    if not (folder / WEIGHTS).is_file():
-        pickle = (folder / "adapter_model.bin").is_file()
-        what = "its weights are a pickle" if pickle else f"{WEIGHTS} is missing"
-        problems.append(
-            Problem(str(folder), what, "save it again as safetensors" if pickle else "copy it from the run's output_dir")
-        )
-    elif is_pointer(folder / WEIGHTS):
-        pass  # told already
-    elif reason := unreadable(folder / WEIGHTS):
-        problems.append(Problem(str(folder / WEIGHTS), f"is not a whole safetensors file ({reason})", "copy it again"))
-    else:
-        with safe_open(folder / WEIGHTS, "np") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - a safetensors file is no dict
-        problems += _tensors(folder, settings, shapes)
+    weights = folder / WEIGHTS
+    if weights.is_file() and not is_pointer(weights) and not unreadable(weights):
+        head, tensors = read_header(weights)
+        shapes = {tensor.key: tensor.shape for tensor in tensors}
+        problems += _tensors(folder, settings, shapes) + _not_finite(weights, len(head), tensors)
     if (folder / MANIFEST).is_file() and (reason := damage(folder)):
         problems.append(Problem(str(folder), reason, "copy it again"))
     base_problems, base = _base(folder, settings)
     problems += base_problems
-    facts = {"is": "an adapter", "base": base, "tensors": len(shapes)}
+    base_is_here = base is not None and Path(base).is_dir()
+    if base_is_here and not base_problems:
+        problems += _fit(folder, shapes, Path(str(base)))
+    facts: dict[str, Any] = {"is": "an adapter", "base": base, "tensors": len(shapes)}
+    if base and not base_is_here:
+        facts["base"] = f"{base}, which is not here" + ("" if base_problems else ": taken for a hub's name, and not looked at")
     if shapes:
         facts["on"] = ", ".join(_towers(shapes))
         facts["vLLM"] = _serving(folder, settings, shapes, base)
     lacking = lacks_to_talk(folder)
     if lacking:
         facts["processor"] = "the base's own, at the base's resolution: the folder holds none from training"
-        if not base:
+        if not base or (base_problems and not base_is_here):
             problems += lacking
     return Report(facts, problems)
 
@@ -102,7 +99,7 @@ def _tensors(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]
     if old:
         what = f"{len(old)} tensors have the names of transformers 4 ({old[0]}): transformers 5 loads the model without them"
         problems.append(Problem(where, what, "merge it with the transformers that trained it, or train again with this tool"))
-    strange = [key for key in shapes if not key.startswith(f"{TOP}model.") and key not in old]
+    strange = [key for key in shapes if not key.startswith((f"{TOP}model.", f"{TOP}{HEAD}.")) and key not in old]
     if strange:
         what = f"{len(strange)} tensors belong to no module of a Qwen-VL model ({strange[0]})"
         problems.append(Problem(where, what, "give the adapter of a Qwen-VL model as PEFT saves it"))
@@ -121,18 +118,54 @@ def _tensors(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]
     return problems
 
 
+def _not_finite(weights: Path, offset: int, tensors: list[Stored]) -> list[Problem]:
+    """A NaN or an infinity, of which a single one spoils every answer. The tensors lie from `offset` on."""
+    found = []
+    for tensor in tensors:
+        if tensor.dtype in DTYPES:
+            values = np.fromfile(weights, DTYPES[tensor.dtype], math.prod(tensor.shape), offset=offset)
+            found += [tensor.key] if not np.isfinite(as_float32(values)).all() else []
+        offset += tensor.num_bytes
+    what = f"{len(found)} tensors hold NaN or infinity ({', '.join(found[:1])})"
+    return [Problem(str(weights), what, "take an earlier checkpoint, and train with a lower learning_rate")] if found else []
+
+
+def _fit(folder: Path, shapes: dict[str, list[int]], base: Path) -> list[Problem]:
+    """Tensors for modules that the base has not, or has in another size."""
+    if "quantization_config" in _json(base / "config.json"):
+        return []  # whose files have other keys and shapes
+    stored = {module_of(of.key): of.shape for path in sorted(base.glob("*.safetensors")) for of in read_header(path)[1]}
+    stored.setdefault(HEAD, stored.get(EMBEDDINGS, []))  # tied: stored once
+    homeless, unlike = [], []
+    for key, shape in shapes.items():
+        if key.startswith(OLD) or not (match := LORA_KEY.match(key)):
+            continue  # told already
+        wanted = stored.get(module_of(match[1]))
+        if not wanted:
+            homeless.append(key)
+        elif shape[1:] != wanted[1:] if match[2] == "A" else shape[0] != wanted[0]:
+            unlike.append(key)
+    where, fix = str(folder / WEIGHTS), "bring the base that it was trained on, or export with --model DIR"
+    problems = []
+    if homeless:
+        problems.append(Problem(where, f"{len(homeless)} tensors have no module in {base} ({homeless[0]})", fix))
+    if unlike:
+        problems.append(Problem(where, f"{len(unlike)} tensors do not fit the sizes of {base} ({unlike[0]})", fix))
+    return problems
+
+
 def _base(folder: Path, settings: dict[str, Any]) -> tuple[list[Problem], str | None]:
-    """Problems of the base that the adapter names, and its folder if that is here."""
+    """Problems of the base that the adapter names, and that name: a folder, or a hub's ORG/NAME, which vLLM takes as well."""
+    if not settings:
+        return [], None
     named = settings.get("base_model_name_or_path")
-    if not settings or not named:
-        return (
-            [Problem(str(folder / CONFIG), "names no base model", "give the base with --model DIR when you export")]
-            if settings
-            else []
-        ), None
+    if not isinstance(named, str) or not named:
+        return [Problem(str(folder / CONFIG), "names no base model", "give the base with --model DIR when you export")], None
     base = Path(named)
     if not base.is_dir():
-        return [Problem(str(folder / CONFIG), f"its base {named} is not here", "bring it there, or export with --model DIR")], None
+        if ON_A_HUB.fullmatch(named) and not (folder / BASE).is_file():  # which training here writes, of a folder
+            return [], named
+        return [Problem(str(folder / CONFIG), f"its base {named} is not here", "bring it there, or export with --model DIR")], named
     problems = model_problems(base)
     recorded = _json(folder / BASE)
     if not problems and recorded and recorded != base_fingerprint(base):
@@ -144,22 +177,26 @@ def _base(folder: Path, settings: dict[str, Any]) -> tuple[list[Problem], str | 
 
 def _towers(shapes: dict[str, list[int]]) -> list[str]:
     """The parts of the model that the adapter changes."""
-    names = {"merger" if "merger" in key else "vision" if VISION in key else "language" for key in shapes}
-    return [name for name in ("language", "vision", "merger") if name in names]
+    names = {
+        HEAD if f"{HEAD}." in key else "embed_tokens" if "embed_tokens." in key
+        else "merger" if "merger" in key else "vision" if VISION in key else "language" for key in shapes
+    }  # fmt: skip
+    return [name for name in ("language", "vision", "merger", "embed_tokens", HEAD) if name in names]
 
 
 def _serving(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]], base: str | None) -> str:
     """How vLLM can serve it: as it is only if nothing but the language model's linear layers is changed."""
-    merge = f"; merge first: qwenvl-ft export --adapter {folder} --out {folder}-merged"
-    beyond = [tower for tower in _towers(shapes) if tower != "language"]
-    if beyond:
-        return f"leaves out LoRA on {' and '.join(beyond)}{merge}"
-    more = [key for key in MORE_THAN_LORA if settings.get(key)]
+    merge = "; merge first: " + shlex.join(["qwenvl-ft", "export", "--adapter", str(folder), "--out", f"{folder}-merged"])
+    beyond = _towers(shapes)
+    if unseen := [tower for tower in beyond if tower in ("vision", "merger")]:
+        return f"leaves out LoRA on {' and '.join(unseen)}{merge}"
+    more = [key for key in MORE_THAN_LORA if settings.get(key)] + [f"LoRA on {tower}" for tower in beyond if tower != "language"]
     rank = max((shape[0] for key, shape in shapes.items() if ".lora_A." in key), default=0)
     fitting = [allowed for allowed in VLLM_RANKS if allowed >= rank]
     if more or not fitting:
         return f"does not take {', '.join(more) or f'rank {rank}'}{merge}"
-    return f"vllm serve {base or 'BASE'} --enable-lora --lora-modules NAME={folder} --max-lora-rank {fitting[0]}"
+    command = ["vllm", "serve", base or "BASE", "--enable-lora", "--lora-modules", f"NAME={folder}"]
+    return shlex.join([*command, "--max-lora-rank", str(fitting[0])])
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     engine = Engine.open(Path("data/tiny"))
     engine.ask([{"role": "user", "content": [{"type": "image", "image": "chart.png"}, {"type": "text", "text": "read"}]}])
 
-A conversation is a list of messages as messages.py reads them, or a list of Turns as meta.py does.
+A conversation is a question, a list of messages as messages.py reads them, or a list of Turns as meta.py does.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,20 +19,22 @@ from transformers import AutoProcessor, TextIteratorStreamer
 from transformers.video_utils import VideoMetadata
 
 from qwenvl_ft.chat import Chat, open_chat
-from qwenvl_ft.checkpoint import PROCESSOR, home
+from qwenvl_ft.checkpoint import holds_processor, home
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.films import Film, Picture, bounded
 from qwenvl_ft.geometry import Limits
 from qwenvl_ft.media import load
 from qwenvl_ft.merge import check_adapter
-from qwenvl_ft.messages import Film, Message, Picture, bounded, read_messages
+from qwenvl_ft.messages import Message, read_messages
 from qwenvl_ft.meta import Media, Turn
 from qwenvl_ft.model import load_base
 from qwenvl_ft.modeldir import broken_weights, pointers
+from qwenvl_ft.prepare import check_base
 
 # Of adapters that were trained with transformers 4, behind PEFT's own prefix; as merge.module_of reads them in a base.
 OLD_KEYS = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\.)": "model.language_model."}
 MAX_NEW_TOKENS = 512
-Conversation = Sequence[Turn | Message | dict[str, Any]]
+Conversation = str | Sequence[Turn | Message | dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class Engine:
     adapter: str | None = None
 
     @classmethod
-    def open(cls, model_dir: Path, adapter: Path | None = None, blank: bool = False) -> "Engine":
+    def open(cls, model_dir: Path | str, adapter: Path | str | None = None, blank: bool = False) -> "Engine":
         """Loads model and adapter. With an adapter its own processor is used, with the limits that training used."""
+        model_dir, adapter = Path(model_dir), Path(adapter) if adapter else None
         chat = open_chat(model_dir)
         if problems := [*pointers(model_dir), *broken_weights(model_dir)]:
             raise UserError(*problems)
@@ -151,7 +154,8 @@ def open_beside(model_dir: Path, adapters: Mapping[str, Path]) -> dict[str | Non
 
 
 def _with_adapter(model: Any, folder: Path, name: str, model_dir: Path) -> Any:
-    """The model with one more adapter. Raises UserError for one that does not fit."""
+    """The model with one more adapter. Raises UserError for one that does not fit or was trained on another base."""
+    check_base(folder, model_dir)
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(folder, name, key_mapping=OLD_KEYS)
@@ -166,13 +170,17 @@ def _with_adapter(model: Any, folder: Path, name: str, model_dir: Path) -> Any:
 def _processor(model_dir: Path, adapter: Path | None) -> Any:
     """The adapter's own processor, if it has one: an adapter of another tool has none."""
     own = adapter and home(adapter)
-    processor = AutoProcessor.from_pretrained(own if own and (own / PROCESSOR).is_file() else model_dir)
+    processor = AutoProcessor.from_pretrained(own if own and holds_processor(own) else model_dir)
+    if hasattr(processor.video_processor, "cap_pixels_per_frame"):
+        processor.video_processor.cap_pixels_per_frame = True  # as qwen_vl_utils does; unset, it is a warning and no bound
     processor.tokenizer.padding_side = "left"  # is not saved with a tokenizer; answers start at the right edge
     return processor
 
 
 def opened_messages(conversation: Conversation) -> Sequence[Turn | Message]:
-    """Messages as they were sent are read and their media opened; Turns and Messages stay."""
+    """Messages as they were sent are read and their media opened, a text alone is the user's; Turns and Messages stay."""
+    if isinstance(conversation, str):
+        return [Message("user", (conversation,))]
     turns = [turn for turn in conversation if not isinstance(turn, dict)]
     return turns if turns and len(turns) == len(conversation) else read_messages(conversation)
 

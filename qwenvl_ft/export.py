@@ -15,17 +15,16 @@ from qwenvl_ft import checkpoint
 from qwenvl_ft.chat import open_chat
 from qwenvl_ft.config import load_config
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.geometry import read_model_json
+from qwenvl_ft.geometry import read_limits, read_model_json
 from qwenvl_ft.merge import Deltas, check_adapter, merge_files, module_of, read_header
 from qwenvl_ft.meta import read_meta
 from qwenvl_ft.modeldir import INDEX, model_problems
-from qwenvl_ft.prepare import BASE, base_fingerprint
+from qwenvl_ft.prepare import check_base
 
-PROCESSORS = (checkpoint.PROCESSOR, "preprocessor_config.json")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 COPIED = (
-    "config.json", "generation_config.json", INDEX, "configuration.json", *TOKENIZER, "chat_template.json", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "LICENSE", "NOTICE",
+    "config.json", "generation_config.json", "configuration.json", INDEX, "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "video_preprocessor_config.json", *checkpoint.PROCESSORS, "LICENSE", "NOTICE",
 )  # fmt: skip
 HALF_ULP = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # of a number: what storing it may change
 REPORT = "nothing was written; report this with the adapter's adapter_config.json"
@@ -54,8 +53,7 @@ def export(
     if "quantization_config" in config:
         raise UserError(Problem(str(base), "is quantized", "merge into the same model in its full precision, with --model DIR"))
     run = checkpoint.home(adapter)
-    if (run / BASE).is_file() and read_model_json(run / BASE) != base_fingerprint(base):
-        raise UserError(Problem(str(base), "is not the base that this adapter was trained on", "give that base with --model DIR"))
+    check_base(adapter, base)
     deltas = Deltas(adapter, config)
     records = _sample(run, verify)
     proofs: list[dict[str, Any]] = []
@@ -80,14 +78,23 @@ def weights_of(model_dir: Path) -> list[Path]:
 
 
 def _copy_settings(folder: Path, run: Path, base: Path) -> None:
-    """Config, tokenizer and the like of the base; the run's processor, with the limits that training used."""
+    """Config, tokenizer, processor and the like as the base has them, so that whatever reads the base reads this, too; in the
+    processor the limits that training used."""
     for name in COPIED:
         if (base / name).is_file():
             shutil.copy(base / name, folder / name)
-    source = next((source for source in (run, base) if any((source / name).is_file() for name in PROCESSORS)), base)
-    for name in (*PROCESSORS, *TOKENIZER):
-        if (source / name).is_file():
-            shutil.copy(source / name, folder / name)
+    if not checkpoint.holds_processor(run):
+        return
+    limits = read_limits(run)
+    values = dict.fromkeys(("min_pixels", "shortest_edge"), limits.min_pixels)
+    values |= dict.fromkeys(("max_pixels", "longest_edge"), limits.max_pixels)
+    for path in (folder / name for name in checkpoint.PROCESSORS if (folder / name).is_file()):
+        content = read_model_json(path)
+        settings = content.get("image_processor", content)
+        if "patch_size" in settings:
+            for place in (settings, settings.get("size") or {}):
+                place |= {key: value for key, value in values.items() if place.get(key) is not None}
+            checkpoint.write_json(path, content)
 
 
 def _sample(run: Path, number: int) -> list[tuple[str, Any]]:

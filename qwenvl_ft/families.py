@@ -52,9 +52,10 @@ def family_of(model_dir: Path) -> Family:
     """The family of the model in this folder. Raises UserError where there is none or it is not known."""
     config = model_dir / "config.json"
     if not config.is_file():
-        raise UserError(
-            Problem(str(model_dir), "holds no config.json, so it is not a model's folder", "give the folder of a downloaded model")
-        )
+        if (model_dir / "adapter_config.json").is_file():
+            raise UserError(Problem(str(model_dir), "is an adapter, not a model", "give its base, and this folder with --adapter"))
+        fix = "download one: qwenvl-ft download Qwen/Qwen2-VL-7B-Instruct --hub modelscope --local-dir DIR"
+        raise UserError(Problem(str(model_dir), "holds no config.json, so it is not a model's folder", fix))
     model_type = read_model_json(config).get("model_type")
     if model_type not in FAMILIES:
         raise UserError(

@@ -18,6 +18,8 @@ from qwenvl_ft.errors import Problem, UserError
 
 MAX_BYTES = 200 << 20
 MAX_REDIRECTS = 5
+# What Python's tables count as the internet's: site-local addresses, documentation's newer ones, the old relays of 6to4.
+PRIVATE_TOO = tuple(map(ipaddress.ip_network, ("fec0::/10", "3fff::/20", "192.88.99.0/24")))
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the internet's IPv4 addresses behind a translator; its last 32 bits are one
 
 
@@ -97,7 +99,7 @@ def is_public(address: str) -> bool:
         if ip in NAT64:
             inside = ipaddress.IPv4Address(ip.packed[-4:])
         ip = inside or ip
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not any(ip in network for network in PRIVATE_TOO)
 
 
 class _Pinned(http.client.HTTPConnection):

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.fetch import fetch
-from qwenvl_ft.messages import Allowance, Message, Picture, read_messages
+from qwenvl_ft.films import Allowance, Picture
+from qwenvl_ft.messages import Message, read_messages
 from qwenvl_ft.uploads import Uploads
 from qwenvl_ft.wire import ApiError, Ask, Bounds
 

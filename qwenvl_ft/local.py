@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,10 @@ from typing import Any
 from qwenvl_ft.batching import Batcher, Request
 from qwenvl_ft.engine import Engine
 from qwenvl_ft.errors import UserError
+from qwenvl_ft.films import Picture
+from qwenvl_ft.geometry import Limits, grid_of, tokens_of
 from qwenvl_ft.intake import Sources, open_ask, refusal
+from qwenvl_ft.messages import Message
 from qwenvl_ft.reply import Reply
 from qwenvl_ft.wire import ApiError, Ask, Bounds, Usage
 
@@ -33,18 +36,25 @@ class Local:
     async def begin(self, ask: Ask, request_id: str, until: float) -> Reply:
         """Opens the pictures and puts the request into the batch."""
         if (engine := self.engines.get(ask.model)) is None:
-            raise ApiError(404, "model_not_found", "no model of this name is served here: /v1/models lists them")
+            raise ApiError(404, "model_not_found", f"no model of this name is served here, but {', '.join(self.names)}")
         if not self.batcher.alive:
             raise ApiError(503, "unavailable", "the model has stopped")
         await self.opened.acquire()
+        held = [ask]
         try:
             loop = asyncio.get_running_loop()
             seconds = until - loop.time()
-            inputs, usage = await loop.run_in_executor(self.openers, self._inputs, engine, ask, time.monotonic() + seconds)
+            inputs, usage = await loop.run_in_executor(self.openers, self._inputs, engine, held, time.monotonic() + seconds)
         except BaseException:
+            held.clear()  # the thread's queue keeps what it was given, also where nobody waits any more
             self.opened.release()
             raise
-        reply = Reply(lambda: (request.cancelled.set(), self.opened.release()))
+
+        def cancel() -> None:
+            request.cancel()
+            self.opened.release()
+
+        reply = Reply(cancel)
         request = Request(
             inputs,
             engine.adapter,
@@ -55,11 +65,14 @@ class Local:
         self.batcher.submit(request)
         return reply
 
-    def _inputs(self, engine: Engine, ask: Ask, until: float) -> tuple[Any, Usage]:
-        messages = open_ask(ask, self.sources, self.bounds, until - time.monotonic())
+    def _inputs(self, engine: Engine, held: list[Ask], until: float) -> tuple[Any, Usage]:
+        messages = open_ask(held.pop(), self.sources, self.bounds, until - time.monotonic())
         try:
+            self._check_pictures(messages, engine.limits("image"))
             with self.processing:
                 inputs = engine.inputs([messages])
+        except ValueError as error:
+            raise ApiError(400, "invalid_messages", "the model's processor refuses these messages") from error
         except UserError as error:  # the template refuses this order of roles, or the processor these bounds
             raise refusal(error) from error
         ids, config = inputs["input_ids"], engine.model.config
@@ -68,6 +81,16 @@ class Local:
             what = f"the prompt has {usage.input} tokens, {usage.image + usage.video} of them of pictures"
             raise ApiError(400, "prompt_too_long", f"{what}; at most {self.bounds.prompt_tokens} are taken")
         return inputs, usage
+
+    def _check_pictures(self, messages: Sequence[Message], limits: Limits) -> None:
+        """Raises ApiError for more tokens of pictures than a prompt may have, before gigabytes are made of them."""
+        tokens = 0
+        for picture in (part for message in messages for part in message.parts if isinstance(part, Picture)):
+            own = replace(limits, max_pixels=min(picture.max_pixels or limits.max_pixels, limits.max_pixels))
+            tokens += tokens_of(grid_of(picture.image.height, picture.image.width, own), limits.merge_size)
+        if tokens > self.bounds.prompt_tokens:
+            what = f"the pictures have {tokens} tokens; a prompt may have {self.bounds.prompt_tokens}"
+            raise ApiError(400, "prompt_too_long", what)
 
     async def close(self) -> None:
         """Finishes what has begun."""

@@ -30,18 +30,21 @@ def machine(folder: Path) -> Report:
     facts: dict[str, Any] = {"python": platform.python_version(), **versions}
     problems = wrong_versions()
     cards = gpus()
-    facts["GPUs"] = [f"{card['name']}, {card['memory']}, {'bf16' if card['bf16'] else 'no bf16'}" for card in cards] or "none"
+    facts["GPUs"] = [f"{card['name']}, {card['memory']}, {card['bf16']}" for card in cards] or "none"
     if cards and versions["torch"]:
         import torch
 
         if torch.cuda.device_count() < len(cards):
             problems.append(Problem("torch", f"sees {torch.cuda.device_count()} of {len(cards)} GPUs ({torch.__version__})",
                                     "install the torch that fits the driver; look at CUDA_VISIBLE_DEVICES"))  # fmt: skip
-    disk = folder if folder.exists() else Path()
+    disk = folder if folder.is_dir() else Path()
     for name, place, least, fix in (
         ("free disk", disk, MIN_DISK, "free some space, or write elsewhere"),
         ("/dev/shm", SHM, MIN_SHM, "start the container with --shm-size=8g, or set dataloader_num_workers: 0"),
     ):
+        if not place.is_dir() and platform.system() != "Linux":  # macOS shares memory without such a folder
+            facts[name] = "not needed"
+            continue
         free = shutil.disk_usage(place).free if place.is_dir() else 0
         facts[name] = f"{free / 2**30:.1f} GiB"
         if free < least:
@@ -74,8 +77,8 @@ def wrong_versions() -> list[Problem]:
     return problems
 
 
-def gpus() -> list[dict[str, Any]]:
-    """name, memory and bf16 of every NVIDIA card that the driver shows."""
+def gpus() -> list[dict[str, str]]:
+    """name, memory and bf16, in words, of every NVIDIA card that the driver shows."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,compute_cap", "--format=csv,noheader"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
@@ -83,6 +86,11 @@ def gpus() -> list[dict[str, Any]]:
         return []
     cards = []
     for line in lines:
-        name, total, free, capability = (part.strip() for part in line.rsplit(",", 3))
-        cards.append({"name": name, "memory": f"{total}, {free} free", "bf16": float(capability) >= BF16_CAPABILITY})
+        name, *values = (part.strip() for part in line.rsplit(",", 3))
+        if len(values) < 3:  # "No devices were found"
+            continue
+        total, free, capability = (value if value[:1].isdecimal() else None for value in values)  # else [N/A] and the like
+        memory = f"{total}, {free} free" if total and free else "memory not told"  # where the GPU shares the machine's
+        bf16 = "bf16 not told" if capability is None else "bf16" if float(capability) >= BF16_CAPABILITY else "no bf16"
+        cards.append({"name": name, "memory": memory, "bf16": bf16})
     return cards

@@ -6,17 +6,23 @@ Stock loaders leave phone photos lying on their side and turn 16-bit pictures wh
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.geometry import MAX_ASPECT
 
 MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
+LARGE_PIXELS = 16_000_000  # of which one at a time is opened for others: its copies take a gigabyte
+LARGE = Lock()
+STRIP_ROWS = 256  # of a 16-bit picture that are in memory as float64
 ORIENTATION = 0x0112
 TURN = Image.Transpose
 TURNS = {  # by EXIF orientation, as PIL.ImageOps.exif_transpose has them
@@ -62,7 +68,8 @@ def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image
                 if width * height > max_pixels:
                     raise UserError(Problem(where, f"has {width} x {height} px, more than {max_pixels:,}", "make it smaller"))
                 check_aspect(width, height, where)
-                return as_seen(picture)
+                with LARGE if width * height > LARGE_PIXELS else nullcontext():
+                    return as_seen(picture)
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise UserError(Problem(where, "is not a picture that can be read", "send a PNG or a JPEG")) from error
 
@@ -84,14 +91,23 @@ def as_seen(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16"):
         picture = picture.convert("I")
     if picture.mode in ("I", "F"):
-        values = np.nan_to_num(np.asarray(picture, dtype=np.float64), posinf=0, neginf=0)  # one NaN would turn all of it black
-        top = 65535.0 if picture.mode == "I" else max(float(values.max()), 1e-9)
-        picture = Image.fromarray(np.clip(values * (255 / top), 0, 255).round().astype(np.uint8))
+        values = np.asarray(picture)
+        grey = np.empty(values.shape, np.uint8)
+        rows = [slice(start, start + STRIP_ROWS) for start in range(0, len(values), STRIP_ROWS)]
+        top = 65535.0 if picture.mode == "I" else max(1e-9, *(float(_finite(values[some]).max()) for some in rows))
+        for some in rows:
+            grey[some] = np.clip(_finite(values[some]) * (255 / top), 0, 255).round()
+        picture = Image.fromarray(grey)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         paper = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(paper, picture)
     return picture.convert("RGB")
+
+
+def _finite(values: NDArray[Any]) -> NDArray[np.float64]:
+    """In float64; one NaN would turn all of a picture black."""
+    return np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from qwenvl_ft import checkpoint
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.geometry import read_model_json
 
@@ -39,8 +40,12 @@ def check_adapter(adapter: Path) -> None:
     """Raises UserError unless the folder holds a PEFT adapter whose settings and tensors can be read."""
     weights, settings = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
     if not settings.is_file() or not weights.is_file():
-        raise UserError(Problem(str(adapter), "holds no adapter_config.json with adapter_model.safetensors",
-                                "give the output_dir of a finished run"))  # fmt: skip
+        found = checkpoint.checkpoints(adapter)
+        fix = f"give its newest checkpoint, {found[-1]}" if found else "give the output_dir of a finished run"
+        what = "holds no adapter_config.json with adapter_model.safetensors"
+        if (adapter / "config.json").is_file():
+            what, fix = "is a whole model, not an adapter", "give it as the model, without --adapter"
+        raise UserError(Problem(str(adapter), what, fix))
     said = read_model_json(settings)
     if said.get("peft_type") != "LORA" or not all(isinstance(said.get(key), int | float) for key in ("r", "lora_alpha")):
         raise UserError(Problem(str(settings), "names no LoRA with r and lora_alpha", "copy or train the adapter again"))

@@ -7,83 +7,32 @@ A picture is a path, file://, data:, http(s) or a PIL image; a video a file of t
 
 import base64
 import binascii
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import av
 from PIL import Image
-from qwen_vl_utils.vision_process import FPS, FPS_MAX_FRAMES, smart_nframes
+from qwen_vl_utils.vision_process import FPS, FPS_MAX_FRAMES
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.fetch import fetch
-from qwenvl_ft.geometry import Limits, resized
-from qwenvl_ft.media import MAX_PIXELS, as_seen, check_aspect, decode
+from qwenvl_ft.films import Allowance, Film, Part, Picture, read_film
+from qwenvl_ft.media import as_seen, check_aspect, decode
 
+MOST_MESSAGES, MOST_PARTS = 1000, 10_000
 ROLES = ("system", "user", "assistant")
-Fetch = Callable[[str], bytes]
-# The demuxers that may open a video. Others open further files and URLs that a file names: a playlist, a list of parts.
-CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,asf,flv,ogg,gif"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture in memory; the bounds, in px, replace the processor's own for it."""
-
-    image: Image.Image
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    kind: ClassVar[str] = "image"
-
-
-@dataclass(frozen=True)
-class Film:
-    """Frames of one size, drawn from `num_frames` at `fps` a second; `indices` are their places there.
-
-    The bounds, in px of a frame, replace the processor's own for it.
-    """
-
-    frames: tuple[Image.Image, ...]
-    fps: float
-    indices: tuple[int, ...]
-    num_frames: int
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    kind: ClassVar[str] = "video"
-
-
 FRAMES = "data:video/jpeg;base64,"
-Part = str | Picture | Film
-
-
-@dataclass
-class Allowance:
-    """What the media of a conversation may still cost: it counts down as they are opened. `until` is of time.monotonic."""
-
-    pictures: float = math.inf
-    picture_pixels: int = MAX_PIXELS
-    pixels: float = math.inf
-    until: float = math.inf
-
-    def take(self, place: str, pictures: int = 0, pixels: int = 0) -> None:
-        """Raises UserError where it does not suffice."""
-        self.pictures, self.pixels = self.pictures - pictures, self.pixels - pixels
-        if self.pictures < 0:
-            raise UserError(Problem(place, "is one picture or frame too many", "send fewer"))
-        if self.pixels < 0:
-            raise UserError(Problem(place, "brings more pixels than all pictures together may have", "send smaller ones"))
-        if time.monotonic() > self.until:
-            raise UserError(Problem(place, "takes too long to open", "send less"))
+Fetch = Callable[[str], bytes]
 
 
 @dataclass(frozen=True)
 class Message:
-    """A turn whose media are open: what the engine takes. `role` is system, user or assistant."""
+    """A turn whose media are open: what the engine takes. `role` is system, user or assistant.
+
+    Neighbouring texts are one part: a control token in halves would be whole again once a template has joined them.
+    """
 
     role: str
     parts: tuple[Part, ...]
@@ -110,6 +59,9 @@ def read_messages(messages: Sequence[Any], open_source: Fetch = open_anywhere, a
     found = []
     if not isinstance(messages, list | tuple) or not messages:
         raise UserError(Problem("messages", "is no list of messages", 'send [{"role": "user", "content": "..."}]'))
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    if len(messages) > MOST_MESSAGES or sum(len(content) for content in contents if isinstance(content, list)) > MOST_PARTS:
+        raise UserError(Problem("messages", f"are more than {MOST_MESSAGES}, or have over {MOST_PARTS} parts", "send fewer"))
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         role = message.get("role") if isinstance(message, dict) else None
@@ -123,12 +75,22 @@ def read_messages(messages: Sequence[Any], open_source: Fetch = open_anywhere, a
             continue
         if role != "user" and not all(isinstance(part, str) for part in parts):
             problems.append(Problem(f"{where}.content", f"shows a picture to the {role}", "show it in a message of the user"))
-        found.append(Message(role, parts))
+        found.append(Message(role, _joined(parts)))
     if problems:
         raise UserError(*problems)
     if found[-1].role == "assistant":
         raise UserError(Problem("messages", "end with the assistant", "end with a message of the user"))
     return found
+
+
+def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
+    found: list[Part] = []
+    for part in parts:
+        if found and isinstance(part, str) and isinstance(before := found[-1], str):
+            found[-1] = before + part
+        else:
+            found.append(part)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -162,9 +124,9 @@ class _Opening:
                 continue
             bounds = {key: _count(part, key, place) for key in ("min_pixels", "max_pixels")}
             if kind.startswith("image"):
-                yield Picture(self.picture(source, place), **bounds)
+                yield Picture(self.picture(source, _named(place, source)), **bounds)
             else:
-                yield replace(self.film(part, source, place), **bounds)
+                yield replace(self.film(part, source, _named(place, source)), **bounds)
 
     def picture(self, source: Any, place: str) -> Image.Image:
         self.allowance.take(place, pictures=1)
@@ -209,6 +171,11 @@ class _Opening:
         return Film(frames, float(fps or FPS), tuple(range(len(frames))), len(frames))
 
 
+def _named(place: str, source: Any) -> str:
+    """The place, with the name that the caller gave."""
+    return f"{place} ({source})" if isinstance(source, str | Path) and len(str(source)) < 200 else place
+
+
 def _kind(part: Any, place: str) -> str:
     kinds = [key for key in ("text", "image", "image_url", "video", "video_url") if isinstance(part, dict) and key in part]
     if len(kinds) != 1:
@@ -221,63 +188,3 @@ def _count(part: dict[str, Any], key: str, place: str) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise UserError(Problem(f"{place}.{key}", f"is {value!r}", "send a whole number of pixels"))
     return value
-
-
-def read_film(data: bytes, where: str, wanted: dict[str, float], allowance: Allowance | None = None) -> Film:
-    """Decodes the frames that are wanted, `fps` or `nframes` by Qwen's rule, evenly spread from first to last."""
-    allowance = allowance or Allowance()
-    try:
-        with av.open(BytesIO(data), options={"format_whitelist": CONTAINERS}) as container:
-            stream = container.streams.video[0]
-            check_aspect(stream.width, stream.height, where)
-            size = stream.width * stream.height
-            if size > allowance.picture_pixels:
-                raise UserError(Problem(where, f"has frames of {stream.width} x {stream.height} px", "make it smaller"))
-            rate = float(stream.average_rate or 24)
-            total = sum(packet.size > 0 for packet in container.demux(stream))
-            if total < 2:
-                raise UserError(Problem(where, f"has {total} frames", "send it as a picture"))
-            number = smart_nframes(wanted, total, rate)
-            allowance.take(where, number, number * size)
-            indices = [round(step * (total - 1) / (number - 1)) for step in range(number)]
-            container.seek(0)
-            keep = set(indices)
-            frames = {at: frame.to_image() for at, frame in _frames(container, stream, allowance, where) if at in keep}
-    except (av.FFmpegError, IndexError, ValueError) as error:
-        raise UserError(Problem(where, "is not a video that can be read", "send an MP4 of at least two frames")) from error
-    kept = [at for at in indices if at in frames]  # the last packets of a damaged file give no frame
-    if len(kept) < len(indices):
-        raise UserError(Problem(where, f"ends after {len(frames)} of {len(indices)} frames", "send a whole file"))
-    return Film(tuple(frames[at] for at in kept), rate, tuple(kept), total)
-
-
-def _frames(container: Any, stream: Any, allowance: Allowance, where: str) -> Iterator[tuple[int, Any]]:
-    """(number, frame) of each; raises UserError where one is larger than the stream said, or the time is up."""
-    for at, frame in enumerate(container.decode(stream)):
-        allowance.take(where)
-        if frame.width * frame.height > allowance.picture_pixels:
-            raise UserError(Problem(where, f"has frames of {frame.width} x {frame.height} px", "make it smaller"))
-        yield at, frame
-
-
-def bounded(part: Picture | Film, limits: Limits) -> Picture | Film:
-    """What has bounds of its own, at the size that they give it: whole units, which the processor then leaves alone.
-
-    Raises UserError for bounds that the processor would not leave alone.
-    """
-    if not (part.min_pixels or part.max_pixels):
-        return part
-    if part.max_pixels and part.max_pixels < max(limits.min_pixels, part.min_pixels or 0):
-        raise UserError(
-            Problem(
-                f"a {part.kind}'s max_pixels",
-                f"is {part.max_pixels}, below the least that it may have, {max(limits.min_pixels, part.min_pixels or 0)}",
-                "raise it, or leave it out",
-            )
-        )
-    most = min(part.max_pixels or limits.max_pixels, limits.max_pixels)
-    own = Limits(limits.patch_size, limits.merge_size, min(max(part.min_pixels or 0, limits.min_pixels), most), most)
-    frames = [part.image] if isinstance(part, Picture) else part.frames
-    height, width = resized(frames[0].height, frames[0].width, own)
-    frames = tuple(frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames)
-    return Picture(*frames) if isinstance(part, Picture) else replace(part, frames=frames)

@@ -25,7 +25,10 @@ OPEN, CLOSE = "<img>", "</img>"
 RECORD = re.compile(r"(\[\d+\]|:\d+)(?:\.conversations.*)?$")  # how a place inside a record ends, after the file's name
 # Boxes and references (<|box_start|> ...) are left alone: they are part of what Qwen2-VL reads and says.
 CONTROL_TOKEN = re.compile(r"<\|(?:endoftext|im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
+# Tags that peers read, and <img> in another case: what a user meant as a picture would train as text. HTML's have attributes.
+FOREIGN_TAG = re.compile(r"<(?:(?i:image|video|audio)|(?!img)(?i:img))>")
 MAX_COMPARED = 200_000  # file names that missing ones are compared with, 50 µs each: a folder of them must not take hours
+FOLDER_KEYS = "(train_data_dir, --data-dir)"  # what a config calls it, and the commands without one
 MISPLACED_KEYS = {
     "image": "name the picture inside the user's value: <img>file.png</img>",
     "images": "name the pictures inside the user's values: <img>file.png</img>",
@@ -75,7 +78,7 @@ def read_meta(
     entries, problems = entries_of(meta_file)
     pictures = _Pictures(data_dir)
     if not data_dir.is_dir():
-        problems = [*problems, Problem(str(data_dir), "is not a folder", "set train_data_dir to the folder of the pictures")]
+        problems = [*problems, Problem(str(data_dir), "is not a folder", f"give the folder of the pictures {FOLDER_KEYS}")]
         entries = []
     records = []
     for done, (where, entry) in enumerate(entries, start=1):
@@ -85,7 +88,7 @@ def read_meta(
         if not found:
             records.append(Record(where, turns))
         on_record(done, len(entries))
-    return records, problems
+    return records, pictures.none_is_there(problems)
 
 
 def _turns(entry: Any, where: str, pictures: "_Pictures", problems: list[Problem]) -> Iterator[Turn]:
@@ -161,6 +164,8 @@ def _parts(text: str, role: str, place: str, pictures: "_Pictures", problems: li
         if text.strip():
             yield text
         return
+    if match := FOREIGN_TAG.search(text):
+        complain(f"holds {match[0]}, which is no tag here: it would be read as text", "write <img>file.png</img>")
     at = 0
     while at < len(text):
         start = text.find(OPEN, at)
@@ -188,8 +193,11 @@ def _parts(text: str, role: str, place: str, pictures: "_Pictures", problems: li
 
 def num_records(meta_file: Path, records: Sequence[Record], problems: Sequence[Problem]) -> int:
     """How many records the file holds: the good ones, and those that problems stand in. A problem of the whole file is in none."""
-    ends = (RECORD.match(problem.where.removeprefix(meta_file.name)) for problem in problems)
-    return len(records) + len({end[1] for end in ends if end})
+    places = [*(record.where for record in records), *(problem.where for problem in problems)]
+    if not all(place.startswith(meta_file.name) for place in places):  # of the folder: many records may share that problem
+        places += [where for where, _ in entries_of(meta_file)[0]]
+    ends = (RECORD.match(place.removeprefix(meta_file.name)) for place in places)
+    return len({end[1] for end in ends if end})
 
 
 class _Pictures:
@@ -199,6 +207,8 @@ class _Pictures:
         self.folder = folder
         self.root = folder.resolve()
         self.seen: dict[str, Media] = {}
+        self.one_is_there = False
+        self.missing: dict[Problem, str] = {}  # of each its name
         self.compared = 0
 
     @cached_property
@@ -208,7 +218,18 @@ class _Pictures:
     def close_to(self, name: str) -> list[str]:
         """The file that was meant, perhaps; of the first missing ones only, see MAX_COMPARED."""
         self.compared += len(self.names)
-        return get_close_matches(name, self.names, 1) if self.compared <= MAX_COMPARED else []
+        return get_close_matches(name, self.names, 1, cutoff=0.8) if self.compared <= MAX_COMPARED else []
+
+    def none_is_there(self, problems: list[Problem]) -> list[Problem]:
+        """The problems, with one in place of each picture's where none was found: the folder is the wrong one."""
+        names = list(dict.fromkeys(self.missing.values()))
+        if self.one_is_there or len(names) < 2:
+            return problems
+        what = f"none of the {len(names):,} pictures is in this folder, {names[0][:120]} for one"
+        fix = f"is it the right folder {FOLDER_KEYS}?"
+        if (first := next(iter(self.missing))).fix.startswith("did you mean"):
+            fix += f" For that one: {first.fix}"
+        return [Problem(str(self.folder), what, fix), *(problem for problem in problems if problem not in self.missing)]
 
     def find(self, name: str, where: str) -> Media:
         """Raises UserError where the name is no readable picture inside the folder."""
@@ -232,11 +253,14 @@ class _Pictures:
         except (OSError, ValueError, RuntimeError):  # a NUL, a name too long, a loop of links
             inside, there = True, False
         if not inside:
-            raise UserError(Problem(where, f"{name} lies outside {self.folder}", "copy it into train_data_dir"))
+            raise UserError(Problem(where, f"{name} lies outside {self.folder}", "copy it into that folder"))
         if not there:
             close = self.close_to(name)
-            fix = f"did you mean {close[0]}?" if close else "copy it there or set train_data_dir"
-            raise UserError(Problem(where, f"{name[:120]!s} is not in {self.folder}", fix))
+            fix = f"did you mean {close[0]}?" if close else f"copy it there, or give the right folder {FOLDER_KEYS}"
+            problem = Problem(where, f"{name[:120]!s} is not in {self.folder}", fix)
+            self.missing[problem] = name
+            raise UserError(problem)
+        self.one_is_there = True
         if not path.is_file():
             raise UserError(Problem(where, f"{name} is not a regular file", "name a picture file"))
         height, width = size_of(path, where)

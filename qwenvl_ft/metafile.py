@@ -15,7 +15,9 @@ def entries_of(meta_file: Path) -> tuple[list[tuple[str, Any]], list[Problem]]:
     try:
         raw = meta_file.read_bytes()
     except OSError:
-        return [], [Problem(str(meta_file), "cannot be read as a file", "set train_meta_file to the JSON of conversations")]
+        return [], [
+            Problem(str(meta_file), "cannot be read as a file", "give the JSON file of conversations (a config's train_meta_file)")
+        ]
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -46,13 +48,20 @@ def _lines(text: str, name: str) -> tuple[list[tuple[str, Any]], list[Problem]]:
             entries.append((f"{name}:{number}", _parse(line)))
         except ValueError as error:
             problems.append(_not_json(error, name, number))
-    if problems:
+    if problems or len(entries) == 1:
         try:  # one object over several lines is not JSON lines: say the one thing that is wrong
-            _parse(text)
-            return [], [Problem(name, "holds an object, not a list", "put [ before it and ] after it")]
+            value = _parse(text)
+            for key in [key for key, held in value.items() if isinstance(held, list) and held and _is_record(held[0])]:
+                return [], [Problem(name, f'its list of records is under "{key}"', "save that list alone as the file")]
+            if problems:
+                return [], [Problem(name, "holds an object, not a list", "put [ before it and ] after it")]
         except ValueError:
             pass
     return entries, problems
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and "conversations" in value
 
 
 class _Repeated(ValueError):

@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 from transformers.utils import is_flash_attn_2_available
 
+from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.families import Family
 
 
@@ -37,13 +38,19 @@ def load_base(model_dir: Path, dtype: str, attention: str = "auto") -> Any:
     """The model of any family, on the CPU, in `dtype` (auto, bfloat16, float32).
 
     auto is bfloat16 where a GPU has it and float32 elsewhere; attention auto is flash_attention_2 where it is installed.
+    Raises UserError for an attention that is not installed.
     """
     gpu = torch.cuda.is_available()
     if dtype == "auto":
         dtype = "bfloat16" if gpu and torch.cuda.is_bf16_supported() else "float32"
     if attention == "auto":
         attention = "flash_attention_2" if gpu and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
-    model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=getattr(torch, dtype), attn_implementation=attention)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=getattr(torch, dtype), attn_implementation=attention)
+    except ImportError as error:  # raised before the weights are read
+        what = str(error).strip().splitlines()[0]
+        fix = "set attn_implementation=auto, which takes what is installed"
+        raise UserError(Problem(f"attn_implementation: {attention}", f"cannot run here: {what}", fix)) from error
     patch_embed = model.model.visual.patch_embed
     patch_embed.proj = PatchEmbedding.like(patch_embed.proj)
     return model

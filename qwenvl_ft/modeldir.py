@@ -1,4 +1,4 @@
-"""What is missing from a model's folder or broken in it, without torch: git-lfs pointers, shards of the index, cut files."""
+"""What is missing from a model's or an adapter's folder or broken in it, without torch: git-lfs pointers, shards, cut files."""
 
 import json
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.geometry import read_model_json
 
 INDEX = "model.safetensors.index.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 AGAIN = "download the model again: `qwenvl-ft download` brings what is missing or damaged"
 
 
@@ -32,20 +33,30 @@ def pointers(folder: Path) -> list[Problem]:
 
 
 def broken_weights(folder: Path) -> Iterator[Problem]:
-    """Shards that the index names and the folder lacks; safetensors that are cut. Pointers are not told again."""
+    """Shards or tensors that the index names and the folder lacks; safetensors that are cut. Pointers are not told again."""
     index = folder / INDEX
-    named: set[str] = set()
+    placed: dict[str, str] = {}
     if index.is_file() and not is_pointer(index):
         try:
-            named = set(read_model_json(index)["weight_map"].values())
+            placed = read_model_json(index)["weight_map"]
+            if not all(isinstance(name, str) for name in placed.values()):
+                raise TypeError
         except (UserError, KeyError, AttributeError, TypeError):
+            placed = {}
             yield Problem(str(index), "is no index of safetensors", AGAIN)
-    for name in sorted(named):
+    for name in sorted(set(placed.values())):
         if not (folder / name).is_file():
             yield Problem(str(folder), f"{name} is missing: {INDEX} names it", AGAIN)
     for path in sorted(folder.glob("*.safetensors")):
-        if not is_pointer(path) and (reason := unreadable(path)):
+        if is_pointer(path):
+            continue
+        if reason := unreadable(path):
             yield Problem(str(path), f"is not a whole safetensors file ({reason})", AGAIN)
+            continue
+        with safe_open(path, "np") as file:
+            lost = sorted({key for key, name in placed.items() if name == path.name} - set(file.keys()))
+        if lost:
+            yield Problem(str(path), f"lacks {len(lost)} tensors that {INDEX} names, such as {lost[0]}", AGAIN)
 
 
 def unreadable(path: Path) -> str | None:
@@ -55,6 +66,33 @@ def unreadable(path: Path) -> str | None:
             return None
     except (SafetensorError, OSError) as error:
         return str(error).rsplit(": ", 1)[-1]
+
+
+def whole_problems(folder: Path) -> list[Problem]:
+    """What a download must end without: what keeps the folder from being a whole model, or a whole adapter."""
+    if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
+        return adapter_problems(folder)
+    return model_problems(folder)
+
+
+def adapter_problems(folder: Path) -> list[Problem]:
+    """Which of an adapter's two files is missing or broken."""
+    found = pointers(folder)
+    again = "download it again, or copy it from the run's output_dir"
+    if not (folder / CONFIG).is_file():
+        found.append(Problem(str(folder), f"{CONFIG} is missing", again))
+    elif not is_pointer(folder / CONFIG):
+        try:
+            read_model_json(folder / CONFIG)
+        except UserError:
+            found.append(Problem(str(folder / CONFIG), "is no JSON object", again))
+    if not (folder / WEIGHTS).is_file():
+        pickle = (folder / "adapter_model.bin").is_file()
+        what = "its weights are a pickle" if pickle else f"{WEIGHTS} is missing"
+        found.append(Problem(str(folder), what, "save it again as safetensors" if pickle else again))
+    elif not is_pointer(folder / WEIGHTS) and (reason := unreadable(folder / WEIGHTS)):
+        found.append(Problem(str(folder / WEIGHTS), f"is not a whole safetensors file ({reason})", again))
+    return found
 
 
 def model_problems(folder: Path) -> list[Problem]:

@@ -18,12 +18,12 @@ def read_chat(body: Any, most_tokens: int) -> Ask:
     model, stream = body.get("model"), body.get("stream")
     if model is not None and not isinstance(model, str):
         raise ApiError(400, "invalid_parameter", "model must be a string")
-    if stream not in (None, False, True):
+    if not isinstance(stream, bool | None):  # 1 equals True
         raise ApiError(400, "invalid_parameter", "stream must be true or false")
-    options = body.get("stream_options")
+    options, messages = body.get("stream_options"), body.get("messages")
     return Ask(
         model=model or "",
-        messages=body.get("messages"),
+        messages=[*map(_message, messages)] if isinstance(messages, list) else messages,
         sampling=read_sampling(body, MAX_TOKENS_KEYS, most_tokens),
         stream=stream is True,
         usage_in_stream=isinstance(options, dict) and options.get("include_usage") is True,
@@ -85,13 +85,31 @@ def write_usage(usage: Usage) -> dict[str, Any]:
 
 def write_models(names: Sequence[str]) -> dict[str, Any]:
     """The body of /v1/models."""
-    return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "qwenvl_ft"} for name in names]}
+    return {"object": "list", "data": [*map(write_model, names)]}
+
+
+def write_model(name: str) -> dict[str, Any]:
+    """The body of /v1/models/NAME."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "qwenvl_ft"}
 
 
 def write_error(error: ApiError, request_id: str) -> dict[str, Any]:
     """The body of a refusal; the id is in the server's log, too."""
     kind = TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     return {"error": {"message": f"{error.message} (request {request_id})", "type": kind, "param": None, "code": error.code}}
+
+
+def _message(message: Any) -> Any:
+    """A message in the words of before: `developer` is OpenAI's newer name of the system, null an assistant's empty text."""
+    if not isinstance(message, dict):
+        return message
+    if message.get("tool_calls"):
+        raise ApiError(400, "unsupported_parameter", "tool_calls are not supported here: leave them out")
+    if message.get("role") == "developer":
+        return message | {"role": "system"}
+    if message.get("role") == "assistant" and message.get("content") is None:
+        return message | {"content": ""}
+    return message
 
 
 def _head(ask: Ask, request_id: str, kind: str) -> dict[str, Any]:

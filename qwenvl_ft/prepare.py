@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from qwenvl_ft.chat import IGNORE, Chat, Script, open_chat
+from qwenvl_ft.checkpoint import home
 from qwenvl_ft.config import Config
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.geometry import read_model_json, resized
@@ -17,7 +21,10 @@ from qwenvl_ft.meta import Media, Record, num_records, read_meta
 from qwenvl_ft.plan import Plan, pack, steps
 
 OnRecord = Callable[[int, int], None]
+FEW_STEPS = 20  # optimizer steps; LoRA has hardly left its zeros after fewer
 SAMPLE_BYTES = 4096
+# What train writes there, its trackers' folder among it, and eval, which may come first.
+OF_A_RUN = re.compile(r"(?:config\.yaml|plan\.json|metrics\.jsonl|checkpoint-\d+|qwenvl_ft|predictions.*\.json)$")
 BASE = "base_model.json"  # in an adapter's folder: the fingerprint of the base that it was trained on
 
 
@@ -42,6 +49,7 @@ class Prepared:
 
     def summary(self, config: Config) -> dict[str, Any]:
         """What `qwenvl-ft plan --json` prints and `plan.json` keeps; tokens are those of the packed records."""
+        num_steps = len(schedule(self, config))
         used = [index for row in self.plan.rows for index in row]
         pictures = {picture for record in self.records for picture in record.pictures}
         return {
@@ -56,7 +64,8 @@ class Prepared:
             "row_tokens": self.plan.row_tokens,
             "fill": round(self.plan.fill, 4),
             "steps_per_epoch": len(steps(len(self.plan.rows), config.rows_per_step, config.seed, 0)),
-            "steps": len(schedule(self, config)),
+            "steps": num_steps,
+            "notes": notes(len(self.plan.rows), num_steps, config),
         }
 
 
@@ -68,16 +77,19 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     meta_file = config.eval_meta_file if evaluation and config.eval_meta_file else config.train_meta_file
     data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
     chat = open_chat(config.model, config.min_pixels, config.max_pixels)
+    if chat.limits.min_pixels > chat.limits.max_pixels:
+        raise UserError(Problem("max_pixels", f"is {chat.limits.max_pixels}, less than the model's own min_pixels, "
+                                f"{chat.limits.min_pixels}", "raise it, or set min_pixels, too"))  # fmt: skip
     records, problems = read_meta(meta_file, data_dir, on_record)
     total = num_records(meta_file, records, problems)
     scripts = write_scripts(chat, records, problems)
     plan = pack([script.length for script in scripts], config.row_tokens, share=chat.family.packs)
-    for index in plan.too_long:
-        fix = "raise row_tokens, lower max_pixels, or shorten the record"
-        problems.append(Problem(scripts[index].where, f"{scripts[index].length} tokens, a row holds {config.row_tokens}", fix))
-    if problems and (config.on_bad_record == "error" or not plan.rows):
+    stops = config.on_bad_record == "error" or not plan.rows
+    problems += too_long(scripts, plan, meta_file.name, as_one=stops)  # a run that skips them keeps the list of them
+    if problems and stops:
         if config.on_bad_record == "error" and plan.rows:
-            problems.append(Problem("on_bad_record", f"is error, and {len(problems)} problems were found",
+            found = "1 problem was" if len(problems) == 1 else f"{len(problems)} problems were"
+            problems.append(Problem("on_bad_record", f"is error, and {found} found",
                                     "mend them, or set on_bad_record: skip to train without these records"))  # fmt: skip
         raise UserError(*problems)
     return Prepared(total, records, scripts, plan, problems, chat)
@@ -92,6 +104,50 @@ def write_scripts(chat: Chat, records: Sequence[Record], problems: list[Problem]
         except UserError as error:
             problems += [Problem(record.where, problem.what, problem.fix) for problem in error.problems]
     return scripts
+
+
+def too_long(scripts: Sequence[Script], plan: Plan, name: str, as_one: bool) -> list[Problem]:
+    """A problem for each record that no row holds; as one of the file `name`, if they are several."""
+    lengths: dict[str, int] = {}  # by record: one whose template rewrites turns has several scripts
+    for script in (scripts[index] for index in plan.too_long):
+        lengths[script.where] = max(script.length, lengths.get(script.where, 0))
+    if as_one and len(lengths) > 1:
+        longest = max(lengths, key=lambda where: lengths[where])
+        what = f"{len(lengths):,} records are too long for a row of {plan.row_tokens} tokens; {longest} is the longest, "
+        fix = f"raise row_tokens to {lengths[longest]}, lower max_pixels, or shorten them"
+        return [Problem(name, f"{what}{lengths[longest]} tokens", fix)]
+    fix = "raise row_tokens to {}, lower max_pixels, or shorten the record"
+    return [
+        Problem(where, f"{length} tokens, a row holds {plan.row_tokens}", fix.format(length)) for where, length in lengths.items()
+    ]
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raises UserError where a run would mix its files with others: only a new, an empty or a run's folder is written to."""
+    place = f"output_dir: {folder}"
+    try:
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(Problem(place, f"is no folder to write to ({error.strerror})", "give another folder")) from None
+    if names and not any(OF_A_RUN.match(name) for name in names):
+        raise UserError(Problem(place, "holds files and none of a run", "give a new folder, or an empty one"))
+
+
+def notes(num_rows: int, num_steps: int, config: Config) -> list[str]:
+    """What is allowed and probably not meant."""
+    found = []
+    if num_rows < config.rows_per_step:
+        found.append(f"{num_rows} rows are fewer than rows_per_step, {config.rows_per_step}: every step takes them all; lower it")
+    if num_steps < FEW_STEPS:
+        more = "raise max_steps" if config.max_steps else "lower rows_per_step or row_tokens, or raise num_train_epochs"
+        found.append(f"{num_steps} optimizer steps teach little: {more}")
+    if config.attn_implementation == "flash_attention_2" and not (find_spec("flash_attn") or find_spec("kernels")):
+        found.append(
+            "flash_attention_2 is not installed here, where train would stop; attn_implementation: auto takes what there is"
+        )
+    return found
 
 
 def schedule(prepared: Prepared, config: Config) -> list[tuple[int, list[int]]]:
@@ -134,6 +190,29 @@ def fingerprint(prepared: Prepared, config: Config) -> dict[str, str]:
     }
 
 
+def differences(before: dict[str, str], now: dict[str, str], plan: dict[str, Any], prepared: Prepared) -> list[str]:
+    """What two fingerprints differ in, in words and each cause once: other records have other pictures and rows, too.
+
+    `plan` is the summary of the run before, as far as it is known.
+    """
+    changed = [key for key, value in now.items() if before.get(key) != value]
+    said = [f"{key} was {before.get(key)} and is now {now[key]}" for key in changed if key in Config.model_fields]
+    if "base model" in changed:
+        said.append("the base model changed: its config.json or its weights")
+    if "training records" in changed:
+        was, count = plan.get("records", prepared.num_records), prepared.num_records
+        said.append("the training records changed" + (f": {was:,} before, {count:,} now" if was != count else ""))
+    elif "pictures" in changed:
+        said.append("the pictures changed: their folder, names or sizes")
+    elif "packed rows" in changed:
+        was, room = plan.get("row_tokens", prepared.plan.row_tokens), prepared.plan.row_tokens
+        if was != room:
+            said.append(f"row_tokens was {was} and is now {room}")
+        else:
+            said.append("the rows are packed in another way: min_pixels or max_pixels changed")
+    return said
+
+
 def base_fingerprint(model_dir: Path) -> dict[str, Any]:
     """Names a base model without reading it whole: its config, and the header and some of every tensor of its safetensors.
 
@@ -152,6 +231,14 @@ def base_fingerprint(model_dir: Path) -> dict[str, Any]:
                 start += tensor.num_bytes
         files[path.name] = [path.stat().st_size, digest.hexdigest()]
     return {"config": _hash(config), "weights": files}
+
+
+def check_base(adapter: Path, model_dir: Path) -> None:
+    """Raises UserError if the adapter says that it was trained on another base."""
+    said = home(adapter) / BASE
+    if said.is_file() and read_model_json(said) != base_fingerprint(model_dir):
+        raise UserError(Problem(str(model_dir), f"is not the base that {adapter} was trained on",
+                                f"give that base; if it is the same, saved anew, delete {said}"))  # fmt: skip
 
 
 def _hash(value: Any) -> str:

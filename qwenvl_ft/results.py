@@ -67,5 +67,6 @@ def print_next(config: Config) -> None:
     data = (config.eval_data_dir if config.eval_meta_file else None) or config.train_data_dir
     print_line(f"\nThe adapter is in {config.output_dir}. Next:", "bold")
     print_line(f'  qwenvl-ft ask {base} --adapter {adapter} --image PICTURE "QUESTION"')
-    print_line(f"  qwenvl-ft eval {base} {shlex.quote(str(meta))} --data-dir {shlex.quote(str(data))} --adapter {adapter}")
+    seen = "" if config.eval_meta_file else "  # the training records: how it does on others it does not say"
+    print_line(f"  qwenvl-ft eval {base} {shlex.quote(str(meta))} --data-dir {shlex.quote(str(data))} --adapter {adapter}{seen}")
     print_line(f"  qwenvl-ft export --adapter {adapter} --out {shlex.quote(str(config.output_dir) + '-merged')}")

@@ -86,7 +86,7 @@ class Run:
         self.model.train()
         mine = self.mine(rows)
         taught = sum(self.prepared.taught_tokens(row) for row in rows)
-        total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        total = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)  # the loss, who got SIGINT, who SIGTERM
         for number, row in enumerate(mine):
             torch.manual_seed(draw_seed(self.config.seed, epoch, row))
             loss = self.row_loss(next(loader)) * (row is not None)
@@ -100,13 +100,15 @@ class Run:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             if not torch.isfinite(norm):
                 places = "; ".join(self.prepared.places(row) for row in rows)
+                if not self.accelerator.is_local_main_process:
+                    raise SystemExit(1)  # every process has this norm, and one of them says so
                 raise NonFiniteLoss(Problem(places, f"the gradient's norm is {norm.item()}", "lower learning_rate"))
             self.optimizer.step()
             self.optimizer.zero_grad()
-        total[1] = signals.received
+        total[1:] = torch.tensor([signals.received == number for number in (signal.SIGINT, signal.SIGTERM)])
         total = self.accelerator.reduce(total)
-        stop = int(total[1].item())
-        return total[0].item() / taught, stop if stop < signal.NSIG else int(signal.SIGTERM)
+        stop = signal.SIGTERM if total[2] else signal.SIGINT if total[1] else 0
+        return total[0].item() / taught, int(stop)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Adds the gradients of one row; the processes exchange theirs with the last row of a step."""

@@ -22,11 +22,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from qwenvl_ft import dashscope_api, openai_api
-from qwenvl_ft.gate import Gate, write_error
+from qwenvl_ft.gate import SPARE_CONNECTIONS, Gate, host_of, write_error
 from qwenvl_ft.gauges import Gauges
 from qwenvl_ft.reply import Backend, Reply, out_of_time
 from qwenvl_ft.uploads import Uploads, read_form
-from qwenvl_ft.wire import ApiError, Ask, Bounds, Usage, read_json
+from qwenvl_ft.wire import ApiError, Ask, Bounds, Usage, read_json, unknown_model
 
 CHAT = ("/", "/v1/chat/completions", "/compatible-mode/v1/chat/completions")
 MODELS = ("/v1/models", "/compatible-mode/v1/models")
@@ -35,6 +35,7 @@ PERMIT, UPLOAD = "/api/v1/uploads", "/api/v1/uploads/files"
 GENERATION = "/api/v1/services/aigc/multimodal-generation/generation"
 HELD_BODIES = 16  # bodies of the largest size, all together, that are in memory at a time
 GRACE_SECONDS = 10  # for sending what is ready
+EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}  # nginx's
 log = logging.getLogger("qwenvl_ft.server")
 
 
@@ -110,7 +111,7 @@ class Chat:
         try:
             async for text, finish, usage in reply.pieces(until):
                 if not begun:
-                    headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+                    headers = [(name.encode(), value.encode()) for name, value in EVENTS.items()]
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                     await send_events(send, stream.begin())
                     begun = True
@@ -195,6 +196,11 @@ def make_app(
     async def models(request: Request) -> Response:
         return write_json(openai_api.write_models(backend.names))
 
+    async def model(request: Request) -> Response:
+        if (name := request.path_params["name"]) not in backend.names:
+            raise unknown_model(backend.names)
+        return write_json(openai_api.write_model(name))
+
     async def metrics(request: Request) -> Response:
         return PlainTextResponse(state.gauges.write({**backend.now(), "requests_now": state.taken}))
 
@@ -222,6 +228,7 @@ def make_app(
     for start in {"", prefix}:
         routes += [Route(start + path, openai, methods=["POST"]) for path in CHAT]
         routes += [Route(start + path, health) for path in HEALTH] + [Route(start + path, models) for path in MODELS]
+        routes += [Route(f"{start}{path}/{{name:path}}", model) for path in MODELS]
         routes += [Route(start + "/metrics", metrics), Route(start + GENERATION, dashscope, methods=["POST"])]
         routes += [Route(start + PERMIT, permit), Route(start + UPLOAD, upload, methods=["POST"])]
     if prefix:
@@ -235,12 +242,19 @@ def make_app(
         yield
         await backend.close()
 
-    return Starlette(
-        routes=routes,
-        lifespan=lifespan,
-        middleware=[Middleware(Gate, key=key, free=free, gauges=state.gauges, refuse=refused)],
-        exception_handlers={ApiError: _told, HTTPException: _told, ClientDisconnect: _gone, Exception: _told},
+    gate = Middleware(
+        Gate,
+        key=key,
+        free=free,
+        gauges=state.gauges,
+        refuse=refused,
+        host=host_of(public_url),
+        connections=places + SPARE_CONNECTIONS,
     )
+    told = {ApiError: _told, HTTPException: _told, ClientDisconnect: _gone}
+    app = Starlette(routes=routes, lifespan=lifespan, middleware=[gate], exception_handlers=told)
+    app.router.redirect_slashes = False  # it would lead to whatever the client calls its Host
+    return app
 
 
 def refused(error: ApiError, scope: Any) -> Callable[[Any, Any, Any], Awaitable[None]]:
@@ -252,15 +266,12 @@ def refused(error: ApiError, scope: Any) -> Callable[[Any, Any, Any], Awaitable[
 
 
 async def _told(request: Request, error: Exception) -> Any:
-    """Any error, in the caller's dialect. What nobody foresaw is a 500 with an id, never with its own text."""
+    """A refusal, in the caller's dialect."""
     if isinstance(error, HTTPException):
         codes = {404: "not_found", 405: "method_not_allowed"}
         error = ApiError(
             error.status_code, codes.get(error.status_code, "refused"), "there is nothing at this path for this method"
         )
-    elif not isinstance(error, ApiError):
-        log.error("%s failed: %s", request.scope.get("request_id"), type(error).__name__)
-        error = ApiError(500, "internal_error", "the server failed on this request")
     return refused(error, request.scope)
 
 

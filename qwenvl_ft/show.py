@@ -119,6 +119,7 @@ def draw_plan(summary: dict[str, Any]) -> Table:
             ("taught", f"{summary['taught_tokens']:,} tokens"),
             ("rows", f"{summary['rows']:,} of {summary['row_tokens']:,} tokens, {summary['fill']:.1%} full"),
             ("steps", f"{summary['steps']:,} ({summary['steps_per_epoch']:,} an epoch)"),
+            *(("note", note) for note in summary["notes"]),
         ],
     )
 

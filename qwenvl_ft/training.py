@@ -8,6 +8,7 @@ from what ran before, so a run that goes on from a checkpoint ends where the uni
 import json
 import math
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.dataset import open_image_processor
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.model import add_lora, load_base, trainable
-from qwenvl_ft.prepare import fingerprint, prepare, schedule
+from qwenvl_ft.prepare import Prepared, check_output_dir, differences, fingerprint, prepare, schedule
 from qwenvl_ft.results import METRICS, write_results, write_settings
 from qwenvl_ft.run import ADAPTER, STATE, Run, Signals, load_file_into
 from qwenvl_ft.show import Display, counting, draw_plan, print_drawing, print_line, print_problems
@@ -33,6 +34,7 @@ def train(config: Config) -> None:
 
     Raises UserError; exits with 128 + signal after SIGTERM or SIGINT, the work so far saved.
     """
+    check_output_dir(config.output_dir)
     accelerator = start(config)
     main = accelerator.is_main_process
     with counting("reading records") as on_record:
@@ -40,11 +42,12 @@ def train(config: Config) -> None:
         held_out = prepare(config, evaluation=True) if config.eval_meta_file else None
     steps = schedule(prepared, config)
     same = fingerprint(prepared, config)
-    resume = find_resume(config, same)
+    resume = find_resume(config, same, prepared)
     if main:
         print_drawing(draw_plan(prepared.summary(config)))
         if prepared.problems:
             print_problems(prepared.problems)
+    open_trackers(accelerator, config)
 
     processor = AutoProcessor.from_pretrained(config.model)
     image_processor = open_image_processor(processor, prepared.chat)
@@ -67,10 +70,6 @@ def train(config: Config) -> None:
     if main:
         write_settings(config, prepared, processor)
         report_start(config, run, sizes, resume)
-    settings = {
-        key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.model_dump(mode="json").items()
-    }
-    accelerator.init_trackers("qwenvl_ft", settings, {"wandb": {"name": config.run_name}})
     display = Display(len(steps), done, config.logging_steps, quiet=not main)
     metrics = open_metrics(config.output_dir, done) if main else None
     loader = iter(run.loader(steps[done:]))
@@ -100,9 +99,14 @@ def train(config: Config) -> None:
                 if stop or step % config.save_steps == 0 or step == len(steps):
                     run.save(step, same)
                 if stop:
-                    display.say(f"stopped by signal {stop} after step {step}; go on with resume=true")
+                    by = "Ctrl-C (SIGINT)" if stop == signal.SIGINT else "SIGTERM"
+                    display.say(f"stopped by {by} after step {step}; go on with resume=true")
                     accelerator.end_training()
                     raise SystemExit(128 + stop)
+    except UserError as error:
+        if not accelerator.is_local_main_process:  # the command line prints the first one's, which knows nothing of this row
+            print_problems(error.problems)
+        raise
     finally:
         display.stop()
         if metrics:
@@ -135,11 +139,30 @@ def start(config: Config) -> Accelerator:
     if plugin := accelerator.state.deepspeed_plugin:
         rows = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": config.max_grad_norm}
         plugin.deepspeed_config.update(rows)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    if missing := [name for name in config.report_to if name not in map(str, accelerator.log_with)]:
+        raise UserError(*(Problem("report_to", f"{name} is not installed", f"pip install {name}") for name in missing))
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(Problem(f"output_dir: {config.output_dir}", f"{error.strerror}", "choose another folder")) from error
     return accelerator
 
 
-def find_resume(config: Config, same: dict[str, str]) -> Path | None:
+def open_trackers(accelerator: Accelerator, config: Config) -> None:
+    """Opens what `report_to` names, before the model is loaded: wandb wants a key and its server."""
+    settings = {
+        key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.model_dump(mode="json").items()
+    }
+    try:
+        accelerator.init_trackers("qwenvl_ft", settings, {"wandb": {"name": config.run_name}})
+    except Exception as error:
+        if type(error).__module__.split(".")[0] != "wandb":  # which is installed where it is wanted only
+            raise
+        fix = "run `wandb login`, or set WANDB_MODE=offline in the environment, or report_to=none"
+        raise UserError(Problem("report_to: wandb", str(error).splitlines()[0], fix)) from error
+
+
+def find_resume(config: Config, same: dict[str, str], prepared: Prepared) -> Path | None:
     """The checkpoint to go on from. Raises UserError if there is one that was not asked for, or that is of another run."""
     if not config.resume:
         if found := checkpoint.checkpoints(config.output_dir):
@@ -151,11 +174,11 @@ def find_resume(config: Config, same: dict[str, str]) -> Path | None:
         print_line(f"passed over {reason}", "yellow")
     if folder:
         before = json.loads((folder / STATE).read_text())["same"]
-        fix = "set it back, or choose another output_dir"
-        changed = [Problem(str(folder), f"{key} was {before.get(key)} and is now {value}", fix)
-                   for key, value in same.items() if before.get(key) != value]  # fmt: skip
+        plan = config.output_dir / "plan.json"
+        changed = differences(before, same, json.loads(plan.read_text()) if plan.is_file() else {}, prepared)
         if changed:
-            raise UserError(*changed)
+            fix = "set it back, or choose another output_dir"
+            raise UserError(*(Problem(str(folder), what, fix) for what in changed))
     return folder
 
 

@@ -4,9 +4,11 @@ Pictures are opened here, within our bounds, and go on as PNG: upright, on white
 """
 
 import asyncio
+import atexit
 import base64
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -25,17 +27,19 @@ import httpx
 from PIL import Image
 
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.films import Film, Part, Picture, bounded
 from qwenvl_ft.geometry import Limits, read_model_json
 from qwenvl_ft.intake import Sources, open_ask, refusal
-from qwenvl_ft.messages import Film, Message, Part, Picture, bounded
+from qwenvl_ft.messages import Message
 from qwenvl_ft.reply import Reply
-from qwenvl_ft.wire import ApiError, Ask, Bounds, Usage
+from qwenvl_ft.wire import ApiError, Ask, Bounds, Usage, unknown_model
 
 log = logging.getLogger(__name__)
 CONTROL_TOKEN = re.compile(r"<\|(?=\w+\|>)")
 OPENERS = 4
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 START_SECONDS = 1800  # a large model is read from a slow disk
+STOP_SECONDS = 15
 DEAD = "the engine behind this server does not answer"
 
 
@@ -55,19 +59,22 @@ class Upstream:
     ):
         self.url, self.bounds, self.sources, self.process, self.limits = url.rstrip("/"), bounds, sources, process, limits
         try:
-            listed = httpx.get(f"{self.url}/v1/models", timeout=10).raise_for_status().json()
+            # Not by a proxy that the environment names for the internet, here as below.
+            listed = httpx.get(f"{self.url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()
             self.names = [model["id"] for model in listed["data"]]
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
             fix = "start it first: vllm serve MODEL --port 8001"
             raise UserError(Problem(f"{url}/v1/models", "does not list models", fix)) from error
-        self.client = httpx.AsyncClient(timeout=httpx.Timeout(bounds.seconds, connect=5), limits=httpx.Limits(max_connections=None))
+        self.client = httpx.AsyncClient(
+            timeout=httpx.Timeout(bounds.seconds, connect=5), limits=httpx.Limits(max_connections=None), trust_env=False
+        )
         self.openers = ThreadPoolExecutor(OPENERS, "opener")
         self.active = 0
 
     async def begin(self, ask: Ask, request_id: str, until: float) -> Reply:
         """Opens the pictures and asks the other server."""
         if ask.model not in self.names:
-            raise ApiError(404, "model_not_found", "no model of this name is served here: /v1/models lists them")
+            raise unknown_model(self.names)
         loop = asyncio.get_running_loop()
         body = await loop.run_in_executor(self.openers, self._body, ask, until - loop.time())
         request = self.client.build_request("POST", f"{self.url}/v1/chat/completions", json=body)
@@ -126,10 +133,10 @@ class Upstream:
     async def close(self) -> None:
         """Ends the connections, and the engine if it was started here."""
         await self.client.aclose()
-        self.openers.shutdown()
+        self.openers.shutdown(wait=False, cancel_futures=True)
         if self.process:
-            self.process.terminate()
-            await asyncio.to_thread(self.process.wait)
+            await asyncio.to_thread(end, self.process)
+            atexit.unregister(end)
 
     def now(self) -> dict[str, float]:
         """Requests under way there, from here."""
@@ -160,6 +167,7 @@ def write_message(message: Message) -> dict[str, Any]:
         elif isinstance(part, Film):
             frames = ",".join(map(_png, part.frames))
             rate = part.fps * len(part.frames) / part.num_frames
+            # jpeg is vLLM's only word for a list of frames; it reads what a frame is from its bytes, and PNG loses nothing.
             parts.append({"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}, "fps": rate})
     if message.role != "user":  # some templates want these turns as one text
         return {"role": message.role, "content": "".join(part["text"] for part in parts)}
@@ -213,7 +221,10 @@ def read_usage(usage: Mapping[str, Any]) -> Usage:
 def start_vllm(
     model: Path, names: Sequence[str], adapters: Mapping[str, Path], port: int, arguments: Sequence[str]
 ) -> subprocess.Popen[bytes]:
-    """Starts `vllm serve` on loopback and waits until it is up. Raises UserError where it is not installed or ends."""
+    """Starts `vllm serve` on loopback and waits until it is up. It ends with this process, however that ends but by SIGKILL.
+
+    Raises UserError where it is not installed or ends.
+    """
     if not (program := shutil.which("vllm")):
         raise UserError(
             Problem("--engine vllm", "vllm is not installed", "install it in an environment of its own: pip install vllm")
@@ -223,19 +234,32 @@ def start_vllm(
         rank = max(int(read_model_json(folder / "adapter_config.json")["r"]) for folder in adapters.values())
         command += ["--enable-lora", "--max-lora-rank", str(next((r for r in VLLM_RANKS if r >= rank), rank))]
         command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
-    signal.signal(signal.SIGTERM, _stop)  # until the server runs, which has its own
-    process = subprocess.Popen([*command, *arguments])
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one; the server has its own SIGTERM once it runs
+            signal.signal(number, _stop)
+    # In a session of its own Ctrl-C does not end it before the answers that have begun.
+    process = subprocess.Popen([*command, *arguments], start_new_session=True)
+    atexit.register(end, process)
+    until = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < until:
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5, trust_env=False).status_code == 200:
+                return process
+        time.sleep(0.5)
+    raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the engine with all that it started: it is asked to, then killed, at once where a second signal comes meanwhile."""
     try:
-        until = time.monotonic() + START_SECONDS
-        while process.poll() is None and time.monotonic() < until:
-            with suppress(httpx.HTTPError):
-                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
-                    return process
-            time.sleep(0.5)
-        raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))
-    except BaseException:
         process.terminate()
-        raise
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        log.warning("the engine did not end within %d s and is killed", STOP_SECONDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _stop(number: int, frame: Any) -> None:

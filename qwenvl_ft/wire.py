@@ -5,17 +5,21 @@ Nothing here opens a picture or knows a model.
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 DEFAULT_TOKENS = 1024  # of an answer whose request names no bound
 MESSAGE_CHARS = 1000  # of an error's message; a caller's own text may be part of it
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+JSON_VALUES = 200_000  # a body of millions of [] keeps every other request waiting for seconds while it is read
 # What would change an answer and is not done here, with the values that ask for nothing.
 NOT_DONE = {
     "n": (None, 1), "tools": (None, []), "functions": (None, []), "response_format": (None, {"type": "text"}),
     "logit_bias": (None, {}), "logprobs": (None, False), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
+    "repetition_penalty": (None, 1), "min_p": (None, 0), "stop_token_ids": (None, []), "guided_json": (None,),
+    "tool_choice": (None, "none", "auto"), "modalities": (None, ["text"]), "top_logprobs": (None, 0), "echo": (None, False),
+    "enable_thinking": (None, False), "vl_high_resolution_images": (None, False),
 }  # fmt: skip
 
 
@@ -81,8 +85,15 @@ class ApiError(Exception):
         self.status, self.code, self.message = status, code, message[:MESSAGE_CHARS]
 
 
+def unknown_model(names: Sequence[str]) -> ApiError:
+    """What is said to whoever asks for a model that is not here."""
+    return ApiError(404, "model_not_found", f"no model of this name is served here, but {', '.join(names)}")
+
+
 def read_json(body: bytes) -> Any:
-    """The JSON of a request's body. Raises ApiError for what is none, nests too deep or holds half a character."""
+    """The JSON of a request's body. Raises ApiError for what is none, nests too deep, is too much or holds half a character."""
+    if sum(map(body.count, (b"[", b"{", b","))) > JSON_VALUES:  # those in texts, too: no text that a model reads has so many
+        raise ApiError(400, "invalid_json", f"the body has more than {JSON_VALUES} values")
     try:
         value = json.loads(body.decode("utf-8-sig"))
         if SURROGATE.search(body):  # alone, in JSON it is fine, but it is no text: tokenizers and answers would break
@@ -99,7 +110,7 @@ def read_sampling(values: dict[str, Any], max_tokens_keys: tuple[str, ...], most
             raise ApiError(400, "unsupported_parameter", f"{key} is not supported here: leave it out")
     tokens = [read_number(values, key, 1, most, whole=True) for key in max_tokens_keys]
     stop = values.get("stop")
-    words = [stop] if isinstance(stop, str) else stop or []
+    words = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(words, list) or len(words) > 16 or not all(isinstance(word, str) and 0 < len(word) <= 256 for word in words):
         raise ApiError(400, "invalid_parameter", "stop must be a string or a list of at most 16 strings")
     top_p = read_number(values, "top_p", 0, 1)
@@ -118,6 +129,8 @@ def read_number(values: dict[str, Any], key: str, low: float, high: float, whole
     value = values.get(key)
     if value is None:
         return None
+    if whole and isinstance(value, float) and value.is_integer():
+        value = int(value)  # JavaScript and some JSON writers know no other numbers
     right = isinstance(value, int) if whole else isinstance(value, int | float)
     if isinstance(value, bool) or not right or not low <= value <= high:
         kind = "a whole number" if whole else "a number"

@@ -1,4 +1,4 @@
-"""A hub on loopback that speaks both hubs' dialects, as their real clients were seen to; it can cut, flip and forget.
+"""A hub on loopback that speaks both hubs' dialects, as their real clients were seen to; it can cut, flip, forget and refuse.
 
 What it says of the protocols was read from modelscope_hub 0.5 and huggingface_hub 2.4; no real hub was reached.
 """
@@ -22,7 +22,13 @@ class FakeHub:
         self.branch = FIRST
         self.cut: dict[str, int] = {}  # name -> bytes after which the connection breaks, every time
         self.flipped: set[str] = set()  # names that arrive with another byte
+        self.unhashed: set[str] = set()  # names that ModelScope lists without a Sha256
         self.asked: list[tuple[str, str | None]] = []  # (name, Range header) of every file request
+        self.refusal: tuple[int, dict[str, str]] | None = None  # (status, headers) of every file request
+        self.elsewhere = False  # whether files come by way of a redirect to another host, as from a CDN
+        self.secrets: list[str | None] = []  # Authorization or Cookie of every request to that other host
+        self.writer = "writer"  # the token that may write; others meet 403, none 401
+        self.taken = False  # whether the repository is there before an upload
         self.made_private: bool | None = None
         self.pushed: dict[str, bytes] = {}
         self.lfs: dict[str, bytes] = {}
@@ -61,6 +67,14 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
         path = unquote(url.path)
+        if path.startswith("/cdn/"):
+            self.hub.secrets.append(self.headers.get("Authorization") or self.headers.get("Cookie"))
+            return self.content(path.removeprefix("/cdn/"), self.hub.files)
+        if path in ("/api/whoami-v2", "/openapi/v1/users/me"):
+            me = {"name": "org", "username": "org"}
+            return self.json({**me, "data": me, "success": True}, 200 if self.token() else 401)
+        if path.endswith("/auth-check/write"):
+            return self.json({}, self.may_write())
         if path == "/api/v1/repos/internalAccelerationInfo":
             return self.json({"Code": 200, "Data": {"InternalRegionQueryAddress": ""}})
         if path.startswith("/api/v1/models/"):
@@ -78,7 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == "/files":
             entries = [
                 {"Path": name, "Name": name, "Type": "blob", "Size": len(content), "Revision": commit,
-                 "CommittedDate": 1700000000 + int(commit[0]), "Sha256": hashlib.sha256(content).hexdigest()}
+                 "CommittedDate": 1700000000 + int(commit[0]),
+                 "Sha256": "" if name in self.hub.unhashed else hashlib.sha256(content).hexdigest()}
                 for name, content in files.items()
             ]  # fmt: skip
             return self.json({"Code": 200, "Success": True, "Data": {"Files": entries, "LatestCommitter": {"Id": ""}}})
@@ -110,12 +125,24 @@ class _Handler(BaseHTTPRequestHandler):
     def file(self, name: str, files: dict[str, bytes]) -> None:
         asked = self.headers.get("Range")
         self.hub.asked.append((name, asked))
+        if self.hub.refusal:
+            status, headers = self.hub.refusal
+            return self.json({"error": "no", "Message": "no", "Code": status}, status, headers)
         if name not in files:
             return self.json({"error": "Entry not found", "Code": 404}, 404, {"X-Error-Code": "EntryNotFound"})
+        if self.hub.elsewhere:
+            port = self.hub.server.server_address[1]
+            return self.json({}, 302, {"Location": f"http://localhost:{port}/cdn/{name}?signed=1"})
+        self.content(name, files)
+
+    def content(self, name: str, files: dict[str, bytes]) -> None:
+        asked = self.headers.get("Range")
         whole = files[name]
         if name in self.hub.flipped:
             whole = whole[:-1] + bytes([whole[-1] ^ 1])
         start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
+        if asked and start >= len(whole):
+            return self.json({}, 416, {"Content-Range": f"bytes */{len(whole)}"})
         body = whole[start:]
         self.send_response(206 if asked else 200)
         self.send_header("Content-Length", str(len(body)))
@@ -125,12 +152,25 @@ class _Handler(BaseHTTPRequestHandler):
         left = self.hub.cut.get(name, len(whole))
         self.wfile.write(body[: max(0, left - start)])
 
+    def token(self) -> str | None:
+        """What the client logs in with: Hugging Face's in a header, ModelScope's as a cookie or in a header."""
+        given = self.headers.get("Authorization", "") + self.headers.get("Cookie", "")
+        return given.removeprefix("Bearer ").split("m_session_id=")[-1].split(";")[0] or None
+
+    def may_write(self) -> int:
+        return 401 if not self.token() else 200 if self.token() == self.hub.writer else 403
+
     def do_POST(self) -> None:
         """An upload: make the repository, say which files are large, LFS batch, commit."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = urlsplit(self.path).path
+        status = self.may_write()
+        if status != 200 and "/lfs/" not in path:
+            return self.json({"error": "no right to write", "Message": "no right to write", "Code": status}, status)
         if path == "/api/v1/models":
-            if self.hub.made_private is not None:  # the client asks a second time itself, for one that all may see
+            if (
+                self.hub.taken or self.hub.made_private is not None
+            ):  # the client asks a second time itself, for one that all may see
                 return self.json({"Code": 10010201001, "Message": "already exists"}, 400)
             self.hub.made_private = json.loads(body)["Visibility"] == 1
             return self.json({"Code": 200, "Success": True, "Data": {"Path": "org", "Name": "tiny"}})

@@ -71,7 +71,7 @@ def hostile(secret: Path, port: int) -> dict[str, object]:
         "stops without end": hello | {"stop": ["a"] * 1000}, "an empty stop": hello | {"stop": [""]}, "many answers": hello | {"n": 100},
         "tools": hello | {"tools": [{"type": "function"}]}, "a seed of 1,000 digits": b'{"seed": ' + b"9" * 1000 + b"}",
         "a number of 10,000 digits": b'{"seed": ' + b"9" * 10_000 + b"}", "broken JSON": b'{"messages": [', "nothing": b"",
-        "a list": b"[]", "deep JSON": b"[" * 200_000, "half a character": b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        "a list": b"[]", "millions of lists": b'{"x": [' + b"[]," * 10_000_000 + b"0]}", "deep JSON": b"[" * 200_000, "half a character": b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
         "no UTF-8": b'{"messages": "\xff\xfe"}', "surrogates in bytes": b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
         "another model": hello | {"model": "../../etc/passwd"}, "a body of 100 MB": b'{"messages": "' + b"x" * 100_000_000 + b'"}',
     }  # fmt: skip

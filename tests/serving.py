@@ -75,11 +75,11 @@ class Served:
 
 
 @contextmanager
-def serving(engines, key=None, bounds=BOUNDS, max_batch=16, max_waiting=64, hosts=(), prefix="") -> Iterator[Served]:
+def serving(engines, key=None, bounds=BOUNDS, max_batch=16, max_waiting=64, hosts=(), prefix="", public_url="") -> Iterator[Served]:
     """A server over these engines, stopped at the end."""
     sources = Sources(Uploads(), frozenset(hosts))
     backend = Local(engines, bounds, sources, max_batch)
-    served = Served(make_app(backend, bounds, sources.uploads, max_batch + max_waiting, key, prefix), backend)
+    served = Served(make_app(backend, bounds, sources.uploads, max_batch + max_waiting, key, prefix, public_url), backend)
     try:
         yield served
     finally:

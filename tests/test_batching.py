@@ -116,6 +116,22 @@ def test_base_and_adapters_take_turns_on_one_model(tmp_path):
     assert all(request.ids == expected[name][number] for name, number, (request, _) in asked)
 
 
+def test_a_cancelled_request_lets_go_of_its_pixels_while_it_still_waits(engine):
+    """A full batch looks at those who wait only when one of its own is done."""
+    batcher = Batcher(engine, 1)
+    heard, never = Heard(), Heard()
+    first, second = (
+        Request(engine.inputs([talk]), None, Sampling(40), on_piece)
+        for talk, on_piece in zip(mixed(2), (heard, never), strict=True)
+    )
+    batcher.submit(first)
+    batcher.submit(second)
+    second.cancel()
+    assert second.inputs is None
+    batcher.close()
+    assert heard.finish and not never.pieces
+
+
 def test_a_cancelled_request_stops_at_the_next_token_and_others_go_on(engine):
     engine = Engine(engine.model, engine.processor, engine.chat)
     talks = mixed(3)
@@ -125,7 +141,7 @@ def test_a_cancelled_request_stops_at_the_next_token_and_others_go_on(engine):
     first, _ = submit(batcher, engine, talks[0], 100_000)
     second, heard = submit(batcher, engine, talks[2], 60)
     wait_for(lambda: first.ids)
-    first.cancelled.set()
+    first.cancel()
     assert heard.done.wait(30)
     said = len(first.ids)
     batcher.close()

@@ -93,6 +93,15 @@ def test_a_full_disk_is_said_in_words_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.glob("**/half"))
 
 
+def test_files_that_a_library_writes_for_their_owner_alone_get_the_folders_rights(tmp_path):
+    def write(folder):
+        (folder / "secret").write_text("")
+        (folder / "secret").chmod(0o600)
+
+    checkpoint.write_whole(tmp_path / "out", write)
+    assert (tmp_path / "out" / "secret").stat().st_mode & 0o777 == (tmp_path / "out").stat().st_mode & 0o666
+
+
 def test_two_that_write_the_same_folder_do_not_mix(tmp_path):
     def write(folder):
         (folder / "file").write_text("first")

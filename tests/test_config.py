@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenvl_ft.config import NOT_NEEDED, PEERS, Config, load_config
+from qwenvl_ft.config import NOT_NEEDED, PEERS, REMARKS, Config, load_config
 from qwenvl_ft.errors import Problem, UserError
 
 REQUIRED = "model: m\ntrain_meta_file: train.json\ntrain_data_dir: images\noutput_dir: runs/a\n"
@@ -123,11 +123,42 @@ def test_a_file_without_settings_and_no_file_are_named(complaints, tmp_path):
 
 def test_every_key_of_a_peer_is_answered_with_ours(complaints):
     found = complaints("".join(f"{key}: 1\n" for key in PEERS))
-    wanted = [
-        (f"a.yaml:{5 + i}", f"unknown key {key}", f"write {PEERS[key]} (see configs/lora.yaml)") for i, key in enumerate(PEERS)
-    ]
-    assert found == wanted
+    fixes = {ours: f"write {ours}: {REMARKS[ours]}" if ours in REMARKS else f"write {ours} (see configs/lora.yaml)"
+             for ours in PEERS.values()}  # fmt: skip
+    assert found == [(f"a.yaml:{5 + i}", f"unknown key {key}", fixes[PEERS[key]]) for i, key in enumerate(PEERS)]
     assert set(PEERS.values()) <= set(KEYS.split()) and not PEERS.keys() & set(KEYS.split())
+
+
+def test_a_peer_s_key_with_another_meaning_is_answered_with_what_to_write(complaints):
+    keys = ["val_size", "freeze_vision_tower", "gradient_accumulation_steps", "max_length", "quantization_bit", "use_dora"]
+    answers = [
+        "a file of held-out records", "[language] to keep the vision tower", "the rows of one step over all processes",
+        "a longer one is reported, never cut", "lower max_pixels and row_tokens, with gradient_checkpointing: true", "raise lora_rank",
+    ]  # fmt: skip
+    for (_, _, fix), answer in zip(complaints("".join(f"{key}: 1\n" for key in keys)), answers, strict=True):
+        assert answer in fix
+    assert REMARKS.keys() <= set(PEERS.values())
+
+
+@pytest.mark.parametrize("words", ["learning_rate 1e-4", "--learning_rate 1e-4", "--learning-rate 1e-4", "learning_rate = 1e-4"])
+def test_a_forgotten_equals_sign_is_one_problem(words, complaints):
+    assert complaints("", "seed=1", *words.split(), "seed=2") == [(words, "is not an override", "write learning_rate=1e-4")]
+
+
+def test_an_empty_value_and_what_is_no_path_are_said_in_words(complaints):
+    """It said: input is not a valid path for <class 'pathlib.Path'>."""
+    assert complaints("seed:\n", "output_dir=") == [
+        ("command line, output_dir=", "output_dir is empty", "give it a value"), ("a.yaml:5", "seed is empty", "give it a value"),
+    ]  # fmt: skip
+    assert complaints("", "output_dir=7") == [("command line, output_dir=7", "output_dir is 7", "it should be a path, a text")]
+
+
+@pytest.mark.parametrize("key", ["min_pixels", "max_pixels"])
+def test_a_side_or_a_number_of_tokens_in_place_of_an_area_is_refused(key, load, complaints):
+    """max_pixels=1280 made every picture one token, without a word."""
+    fix = "it is an area, height x width in px: write at least 3136, four tokens of 28 x 28 px"
+    assert complaints(f"{key}: 1280\n") == [("a.yaml:5", f"{key} is 1280", fix)]
+    assert getattr(load(f"{key}: 3136\n"), key) == 3136
 
 
 def test_a_key_that_is_not_needed_is_to_be_deleted(complaints):
@@ -141,6 +172,7 @@ def test_a_key_that_is_not_needed_is_to_be_deleted(complaints):
     ("Learning-Rate", "did you mean learning_rate?"),
     ("cutof_len", "did you mean row_tokens?"),
     ("Lora-R", "write lora_rank (see configs/lora.yaml)"),
+    ("max_lenght", "did you mean row_tokens?"),
     ("zzz", "delete it; configs/lora.yaml lists every key"),
 ])  # fmt: skip
 def test_a_misspelt_key_names_the_nearest(key, fix, complaints):

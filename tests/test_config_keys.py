@@ -93,7 +93,7 @@ def test_evaluation_pictures_may_lie_elsewhere(tmp_path):
     few = few_records(tmp_path)
     (tmp_path / "nothing").mkdir()
     assert prepare(config(tmp_path, eval_meta_file=few), evaluation=True).records
-    with pytest.raises(UserError, match="is not in"):
+    with pytest.raises(UserError, match="pictures is in this folder"):
         prepare(config(tmp_path, eval_meta_file=few, eval_data_dir=tmp_path / "nothing"), evaluation=True)
 
 

@@ -1,14 +1,15 @@
 """Both dialects, word for word, without a model: what is read, what is written."""
 
 import json
+import time
 
 import pytest
 
 from qwenvl_ft import dashscope_api, openai_api
 from qwenvl_ft.gate import is_allowed
 from qwenvl_ft.gauges import Gauges
-from qwenvl_ft.uploads import Uploads, read_form
-from qwenvl_ft.wire import ApiError, Ask, Sampling, Usage, read_json
+from qwenvl_ft.uploads import FIELDS, FILE_BYTES, KEY_BYTES, Uploads, read_form
+from qwenvl_ft.wire import JSON_VALUES, ApiError, Ask, Sampling, Usage, read_json, unknown_model
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 USAGE = Usage(input=20, output=3, image=12, video=4)
@@ -55,12 +56,49 @@ def test_dashscope_is_read():
     ("max_tokens", 0), ("max_tokens", 101), ("max_tokens", True), ("max_tokens", 1.5), ("temperature", -1), ("temperature", "1"),
     ("temperature", float("nan")), ("top_p", 1.1), ("top_k", 0.5), ("seed", 1 << 63), ("stop", 1), ("stop", [""]), ("stop", [1]),
     ("n", 2), ("tools", [{}]), ("logprobs", True), ("presence_penalty", 0.1), ("repetition_penalty", 1.05), ("logit_bias", {"1": 2}),
+    ("min_p", 0.1), ("stop_token_ids", [5]), ("guided_json", {"type": "object"}), ("tool_choice", "required"), ("modalities", ["audio"]),
+    ("echo", True), ("enable_thinking", True), ("vl_high_resolution_images", True), ("top_logprobs", 2), ("stop", False), ("stop", {}),
+    ("max_tokens", 5.5), ("max_tokens", float("inf")),
 ])  # fmt: skip
 def test_a_wrong_parameter_is_named_in_both_dialects(key, value):
     first = refusal(lambda: openai_api.read_chat({"messages": MESSAGES, key: value}, 100))
     body = {"model": "tiny", "input": {"messages": MESSAGES}, "parameters": {key: value}}
     second = refusal(lambda: dashscope_api.read_generation(body, 100, False))
     assert first.status == second.status == 400 and key in first.message and key in second.message
+
+
+def test_what_asks_for_nothing_and_whole_numbers_with_a_point_are_taken():
+    idle = {"min_p": 0, "stop_token_ids": [], "guided_json": None, "tool_choice": "auto", "modalities": ["text"], "echo": False,
+            "enable_thinking": False, "vl_high_resolution_images": False, "top_logprobs": 0, "stop": None}  # fmt: skip
+    assert openai_api.read_chat({"messages": MESSAGES, "max_tokens": 5.0, **idle}, 100).sampling == Sampling(5)
+    body = {"model": "tiny", "input": {"messages": MESSAGES}, "parameters": {"max_tokens": 5.0, **idle}}
+    assert dashscope_api.read_generation(body, 100, False).sampling == Sampling(5)
+    assert "from 1 to 100" in refusal(lambda: openai_api.read_chat({"messages": MESSAGES, "max_tokens": 101}, 100)).message
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", []])
+def test_whether_to_stream_is_true_or_false(value):
+    """1 equals True, but was answered as if it were False."""
+    assert refusal(lambda: openai_api.read_chat({"messages": MESSAGES, "stream": value}, 100)).status == 400
+    body = {"model": "tiny", "input": {"messages": MESSAGES}, "parameters": {"incremental_output": value}}
+    assert refusal(lambda: dashscope_api.read_generation(body, 100, True)).status == 400
+
+
+@pytest.mark.parametrize("parameters", [[], 0, "", False])
+def test_dashscopes_parameters_are_an_object(parameters):
+    body = {"model": "tiny", "input": {"messages": MESSAGES}, "parameters": parameters}
+    assert refusal(lambda: dashscope_api.read_generation(body, 100, False)).status == 400
+
+
+def test_openais_newer_words_are_understood():
+    """`developer` is what OpenAI's newer clients call the system; null stands where an assistant said nothing."""
+    sent = [{"role": "developer", "content": "be brief"}, *MESSAGES, {"role": "assistant", "content": None, "tool_calls": []}, 5]
+    read = openai_api.read_chat({"messages": sent}, 100).messages
+    assert read[0] == {"role": "system", "content": "be brief"} and read[1:2] == MESSAGES
+    assert read[2]["content"] == "" and read[3] == 5 and sent[0]["role"] == "developer"
+    assert openai_api.read_chat({"messages": "hi"}, 100).messages == "hi"
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    assert "tool_calls" in refusal(lambda: openai_api.read_chat({"messages": [*MESSAGES, called]}, 100)).message
 
 
 def test_openai_is_written():
@@ -134,6 +172,12 @@ def test_errors_in_both_dialects(status, kind, code):
     assert dashscope_api.write_error(error, "id") == {"code": code, "message": "what is wrong", "request_id": "id"}
 
 
+def test_a_path_that_is_none_is_no_model_that_is_none():
+    wrong, unknown = ApiError(404, "not_found", "nothing here"), unknown_model(["tiny", "one"])
+    assert dashscope_api.write_error(wrong, "id")["code"] == "InvalidURL"
+    assert dashscope_api.write_error(unknown, "id")["code"] == "ModelNotFound" and "tiny, one" in unknown.message
+
+
 def test_models_are_listed():
     model = {"object": "model", "created": 0, "owned_by": "qwenvl_ft"}
     assert openai_api.write_models(["a", "b"]) == {"object": "list", "data": [{"id": "a", **model}, {"id": "b", **model}]}
@@ -142,6 +186,16 @@ def test_models_are_listed():
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 100_000, b'"\\ud800"', b'"\xed\xa0\x80"', b"9" * 10_000, b'{"a": 1}{'])
 def test_what_is_no_json_is_refused(body):
     assert refusal(lambda: read_json(body)).code == "invalid_json"
+
+
+def test_millions_of_values_are_not_even_read():
+    """A body of 32 MiB of [] kept every other request waiting for eight seconds: json holds the interpreter's lock."""
+    for value in (b"[]", b"{}", b"1", b'""'):
+        body = b"[" + b",".join([value] * 8_000_000) + b"]"
+        began = time.monotonic()
+        assert "values" in refusal(lambda body=body: read_json(body)).message
+        assert time.monotonic() - began < 0.5
+    assert len(read_json(b"[" + b",".join([b"1"] * (JSON_VALUES // 2)) + b"]")) == JSON_VALUES // 2
 
 
 def test_json_is_read():
@@ -166,12 +220,17 @@ def test_a_form_is_read_to_the_byte():
     content = b"\x89PNG\r\n\r\n--Y\r\n\x00"
     fields = read_form(form(key="uploads/图表.png".encode(), file=content) + b"--X--\r\n", 'multipart/form-data; boundary="X"')
     assert fields == {"key": "uploads/图表.png".encode(), "file": content}
+    assert read_form(form(file=content).replace(b'"file"', b"file") + b"--X--\r\n", "multipart/form-data; boundary=X") == {
+        "file": content
+    }
     assert refusal(lambda: read_form(b"", "application/json")).status == 400
+    many = form(**{f"f{number}": b"" for number in range(FIELDS)}) + b"--X--\r\n"
+    assert refusal(lambda: read_form(many, "multipart/form-data; boundary=X")).status == 400
 
 
 def test_uploads_are_kept_for_their_time_and_within_their_size():
     now = [0.0]
-    uploads = Uploads(max_bytes=10, seconds=100, clock=lambda: now[0])
+    uploads = Uploads(max_bytes=10 + 2 * (len("uploads//a") + 32 + FILE_BYTES), seconds=100, clock=lambda: now[0])
     folder, policy, signature = uploads.permit()
     assert uploads.check(policy, signature) == folder
     for name, size in (("a", 6), ("b", 3), ("c", 4)):
@@ -185,6 +244,30 @@ def test_uploads_are_kept_for_their_time_and_within_their_size():
     now[0] += 100
     assert refusal(lambda: uploads.check(policy, signature)).status == 403
     assert uploads.get(f"oss://{folder}/b") is None
+
+
+def test_keys_count_and_have_an_end():
+    """Sixty files of one byte, each with a key of 31 MiB, were 4.4 GB of memory: only the files' own bytes were counted."""
+    uploads = Uploads(max_bytes=50 * FILE_BYTES)
+    folder, _, _ = uploads.permit()
+    long = f"{folder}/{'x' * KEY_BYTES}".encode()
+    assert refusal(lambda: uploads.put(folder, {"key": long, "file": b"x"})).status == 400
+    assert refusal(lambda: uploads.put(folder, {"key": f"{folder}/{'图' * 200}".encode(), "file": b"x"})).status == 400
+    for number in range(200):
+        uploads.put(folder, {"key": f"{folder}/{number}".encode(), "file": b""})
+    assert 0 < len(uploads.files) < 50 and uploads.get(f"oss://{folder}/199") == b""
+    while uploads.files:
+        uploads.held_bytes -= len(key := next(iter(uploads.files))) + len(uploads.files.pop(key)[1]) + FILE_BYTES
+    assert uploads.held_bytes == 0
+
+
+def test_a_file_that_does_not_fit_is_refused_and_drives_no_other_out():
+    """It was answered with 200, and nothing was left, itself included."""
+    uploads = Uploads(max_bytes=10_000)
+    folder, _, _ = uploads.permit()
+    uploads.put(folder, {"key": f"{folder}/a".encode(), "file": b"a"})
+    assert refusal(lambda: uploads.put(folder, {"key": f"{folder}/b".encode(), "file": b"b" * 10_000})).status == 413
+    assert uploads.get(f"oss://{folder}/a") == b"a"
 
 
 def test_gauges_are_written_as_prometheus_reads_them():

@@ -1,6 +1,7 @@
 """What `qwenvl-ft doctor` finds, finding by finding, in folders of a few bytes; and what it says of the machine."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,15 @@ def lora(*modules: str, rank: int = 4) -> dict[str, np.ndarray]:
             for module in modules for side, shape in (("A", (rank, 6)), ("B", (6, rank)))}  # fmt: skip
 
 
+def save_base(folder) -> None:
+    """Two shards with the modules that the adapters here change, under the names of a released checkpoint."""
+    names = ("model.layers.0.self_attn.q_proj", "visual.blocks.0.attn.qkv"), ("visual.merger.mlp.0", "model.embed_tokens")
+    for number, modules in enumerate(names, 1):
+        save_file({f"{name}.weight": np.ones((6, 6), np.float32) for name in modules}, folder / f"model-{number}.safetensors")
+    index = {f"{name}.weight": f"model-{number}.safetensors" for number, modules in enumerate(names, 1) for name in modules}
+    write(folder, **{"model.safetensors.index__json": {"weight_map": index}})
+
+
 def write(folder, **files) -> None:
     """JSON files, `a__b` for a.b."""
     folder.mkdir(exist_ok=True)
@@ -41,9 +51,7 @@ def model(tmp_path):
     write(folder, config__json={"model_type": "qwen2_vl", "dtype": "bfloat16"}, tokenizer__json={},
           preprocessor_config__json={"patch_size": 14, "merge_size": 2, "size": size})  # fmt: skip
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    save_file({"a": np.ones(3, np.float32)}, folder / "model-1.safetensors")
-    save_file({"b": np.ones(3, np.float32)}, folder / "model-2.safetensors")
-    write(folder, **{"model.safetensors.index__json": {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}})
+    save_base(folder)
     return folder
 
 
@@ -71,6 +79,9 @@ MODEL_DAMAGE = {
     "is no JSON object": lambda folder: (folder / "config.json").write_text("[1"),
     "is not one of qwen2_vl": lambda folder: write(folder, config__json={"model_type": "llava"}),
     "model-2.safetensors is missing": lambda folder: (folder / "model-2.safetensors").unlink(),
+    "lacks 1 tensors that model.safetensors.index.json names, such as visual.blocks.0.attn.qkv.weight":
+        lambda folder: save_file({"model.layers.0.self_attn.q_proj.weight": np.ones(3, np.float32)}, folder / "model-1.safetensors"),
+    "index.json: is no index of": lambda folder: write(folder, **{"model.safetensors.index__json": {"weight_map": {"a": 1}}}),
     "is no index of safetensors": lambda folder: write(folder, **{"model.safetensors.index__json": {}}),
     "model-1.safetensors: is not a whole safetensors file": lambda folder: cut(folder / "model-1.safetensors"),
     "only a pointer stands for model-1.safetensors": lambda folder: (folder / "model-1.safetensors").write_bytes(POINTER),
@@ -160,6 +171,78 @@ def test_more_than_plain_lora_must_be_merged_first(adapter, model, settings, ran
     save_file(lora(LAYER, rank=rank), adapter / "adapter_model.safetensors")
     write(adapter, adapter_config__json={"r": rank, "base_model_name_or_path": str(model), **settings})
     assert "does not take" in examine(adapter).facts["vLLM"] and "merge first" in examine(adapter).facts["vLLM"]
+
+
+def put(folder, tensors) -> None:
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / BASE).unlink(missing_ok=True)  # a foreign one, which nothing else compares with the base
+
+
+MISFITS = {
+    "2 tensors have no module in": lambda folder: put(folder, lora(LAYER.replace("layers.0", "layers.33"))),
+    "1 tensors do not fit the sizes of": lambda folder: put(folder, lora(LAYER) | {f"{LAYER}.lora_B.weight": np.ones((7, 4), np.float32)}),
+    "1 tensors hold NaN or infinity": lambda folder: put(folder, lora(LAYER) | {f"{LAYER}.lora_A.weight": np.full((4, 6), np.nan, np.float32)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("complaint", MISFITS)
+def test_a_foreign_adapter_is_held_against_its_base(adapter, complaint):
+    MISFITS[complaint](adapter)
+    (only,) = complaints(adapter)
+    assert complaint in only and LAYER.split(".layers")[0] in only
+
+
+def test_an_infinity_in_bfloat16_is_found(adapter):
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    tensors = {key: torch.from_numpy(value).bfloat16() for key, value in lora(LAYER).items()}
+    save_torch(tensors, adapter / "adapter_model.safetensors")
+    assert complaints(adapter) == []
+    tensors[f"{LAYER}.lora_B.weight"][5, 3] = float("inf")
+    save_torch(tensors, adapter / "adapter_model.safetensors")
+    assert f"hold NaN or infinity ({LAYER}.lora_B.weight)" in complaints(adapter)[0]
+
+
+def test_a_quantized_base_is_not_compared(adapter, model):
+    """Its files hold other keys and shapes, and vLLM takes adapters on it."""
+    write(model, config__json={"model_type": "qwen2_vl", "quantization_config": {"bits": 4}})
+    put(adapter, lora(LAYER.replace("layers.0", "layers.33")))
+    assert complaints(adapter) == []
+
+
+def test_lora_on_lm_head_is_known(adapter):
+    """It was said to belong to no module; tied to the embeddings, it has no file of its own."""
+    put(adapter, lora(LAYER, "base_model.model.lm_head"))
+    found = examine(adapter)
+    assert found.problems == [] and found.facts["on"] == "language, lm_head"
+    assert found.facts["vLLM"].startswith("does not take LoRA on lm_head; merge first: ")
+
+
+def test_a_base_on_a_hub_is_no_problem(adapter, model, capsys, monkeypatch):
+    """vLLM fetches it; nothing here can be compared with it."""
+    monkeypatch.setattr(machine, "MIN_DISK", 0)
+    monkeypatch.setattr(machine, "MIN_SHM", 0)
+    shutil.rmtree(model)
+    settings = {"r": 4, "base_model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct"}
+    write(adapter, adapter_config__json=settings)
+    assert "its base Qwen/Qwen2-VL-2B-Instruct is not here" in complaints(adapter)[0], "trained here, on a folder"
+    (adapter / BASE).unlink()
+    main_exits(0, "doctor", str(adapter))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "taken for a hub's name" in out and "vllm serve Qwen/Qwen2-VL-2B-Instruct --enable-lora" in out
+    write(adapter, adapter_config__json={"r": 4})
+    main_exits(1, "doctor", str(adapter))
+    assert "base not told" in " ".join(capsys.readouterr().out.split())
+
+
+def test_printed_commands_can_be_pasted(adapter, model, tmp_path):
+    spaced = adapter.rename(tmp_path / "my adapter")
+    command = shlex.split(examine(spaced).facts["vLLM"])
+    assert command[:3] == ["vllm", "serve", str(model)] and f"NAME={spaced}" in command
+    save_file(lora(BLOCK), spaced / "adapter_model.safetensors")
+    assert shlex.split(examine(spaced).facts["vLLM"].split("merge first: ")[1])[3] == str(spaced)
+    assert shlex.split(examine(model.rename(tmp_path / "my base")).facts["vLLM"])[2] == str(tmp_path / "my base")
 
 
 def renamed(folder, change) -> None:
@@ -285,6 +368,30 @@ def test_gpus_are_read_from_the_driver(monkeypatch):
 
     missing = torch.cuda.device_count() < 2  # a torch for CPUs on a machine with GPUs trains on the CPU without a word
     assert any("of 2 GPUs" in problem.what for problem in found.problems) == missing
+
+
+@pytest.mark.parametrize(
+    ("said", "cards"),
+    [
+        ("NVIDIA GB10, [N/A], [N/A], [N/A]\n", ["NVIDIA GB10, memory not told, bf16 not told"]),
+        ("NVIDIA GB10, [N/A], [N/A], 12.1\n", ["NVIDIA GB10, memory not told, bf16"]),
+        ("No devices were found\n", "none"),
+    ],
+)
+def test_a_driver_that_tells_little_is_taken_at_its_word(monkeypatch, said, cards):
+    """`float("[N/A]")` ended in a traceback."""
+    monkeypatch.setattr(machine.subprocess, "run", lambda *of, **named: subprocess.CompletedProcess(of, 0, said, ""))
+    assert machine.machine(ROOT).facts["GPUs"] == cards
+
+
+@pytest.mark.parametrize(("system", "told"), [("Darwin", "not needed"), ("Linux", "0.0 GiB")])
+def test_only_linux_needs_its_shared_memory(monkeypatch, tmp_path, system, told):
+    monkeypatch.setattr(machine, "gpus", lambda: [])
+    monkeypatch.setattr(machine, "SHM", tmp_path / "none")
+    monkeypatch.setattr(machine.platform, "system", lambda: system)
+    found = machine.machine(ROOT)
+    assert found.facts["/dev/shm"] == told
+    assert ("/dev/shm" in {problem.where for problem in found.problems}) == (system == "Linux")
 
 
 def test_small_shared_memory_a_full_disk_and_old_packages_are_problems(monkeypatch):

@@ -15,6 +15,7 @@ from qwenvl_ft.engine import Engine
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.export import _copy_settings as export_settings
 from qwenvl_ft.export import export
+from qwenvl_ft.geometry import read_limits
 from qwenvl_ft.merge import module_of
 from qwenvl_ft.meta import Turn, read_meta
 from tests.conftest import SAMPLE, TINY
@@ -112,7 +113,7 @@ def test_the_proof_refuses_a_folder_that_reads_pictures_otherwise(trained, tmp_p
 
 
 def test_a_base_that_the_adapter_was_merged_into_already_is_another_base(trained, merged, tmp_path):
-    with pytest.raises(UserError, match="not the base that this adapter was trained on"):
+    with pytest.raises(UserError, match=r"is not the base that .* was trained on"):
         export(trained, tmp_path / "twice", merged, 0, lambda done, total: None)
 
 
@@ -120,8 +121,8 @@ def test_a_checkpoint_is_exported_with_what_its_run_has(trained, tmp_path):
     (found,) = trained.glob("checkpoint-*")
     proofs = export(found, tmp_path / "out", None, 1, lambda done, total: None)
     assert proofs[0]["where"] == "few.json[0]" and "lora_rank: " in (tmp_path / "out" / "README.md").read_text()
-    assert (tmp_path / "out" / "processor_config.json").read_text() == (trained / "processor_config.json").read_text()
-    with pytest.raises(UserError, match="not the base"):
+    assert read_limits(tmp_path / "out") == read_limits(trained) != read_limits(TINY)
+    with pytest.raises(UserError, match=r"is not the base that"):
         export(found, tmp_path / "twice", tmp_path / "out", 0, lambda done, total: None)
 
 
@@ -130,6 +131,22 @@ def test_without_the_records_the_proof_is_on_a_picture(trained, tmp_path):
     (adapter / "config.yaml").unlink()
     (proof,) = export(adapter, tmp_path / "out", None, 3, lambda done, total: None)
     assert proof["where"].startswith("a made-up picture")
+
+
+def test_a_base_in_transformers_4s_files_stays_in_them_with_trainings_resolution(trained, tmp_path, question):
+    """Engines of that time read the merged folder as they read the base: transformers 5 writes a tokenizer they cannot."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base)
+    settings = json.loads((base / "processor_config.json").read_text())["image_processor"]
+    size = settings.pop("size")
+    settings |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    (base / "preprocessor_config.json").write_text(json.dumps(settings))
+    (base / "processor_config.json").unlink()
+    export(trained, tmp_path / "out", base, 1, lambda done, total: None)
+    names = {path.name for path in base.iterdir()} - {"training.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"README.md", "MANIFEST.json"}
+    assert read_limits(tmp_path / "out") == read_limits(trained)
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == (base / "tokenizer_config.json").read_text()
 
 
 def test_an_adapter_of_transformers_4_merges_and_answers(trained, merged, tmp_path, question):
@@ -256,7 +273,7 @@ def test_another_base_is_refused(trained, tmp_path):
     weights = load_file(tmp_path / "other" / "model.safetensors")
     one = sorted(weights)[len(weights) // 2]
     save_file({**weights, one: weights[one] + 1}, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="not the base that this adapter was trained on"):
+    with pytest.raises(UserError, match=r"is not the base that .* was trained on"):
         export(trained, tmp_path / "out", tmp_path / "other", 0, lambda done, total: None)
 
 
@@ -346,6 +363,22 @@ def test_a_batch_answers_as_one_by_one_and_a_stream_as_a_whole(question):
     single = [engine.ask(turns, max_new_tokens=30) for turns in talks]
     assert engine.ask_many(talks, max_new_tokens=30) == single
     assert "".join(engine.stream(talks[2], max_new_tokens=30)) == single[2]
+
+
+def test_a_question_and_paths_may_be_plain_text(trained):
+    assert Engine.open(str(TINY), str(trained)).ask("say one", 5) == Engine.open(TINY, trained).ask([Turn("user", ("say one",))], 5)
+
+
+def test_folders_that_were_taken_for_each_other_are_named(trained, merged, tmp_path):
+    with pytest.raises(UserError, match=r"is an adapter, not a model\n  fix: give its base"):
+        Engine.open(trained)
+    with pytest.raises(UserError, match=r"is a whole model, not an adapter\n  fix: give it as the model"):
+        Engine.open(TINY, merged)
+    shutil.copytree(next(trained.glob("checkpoint-*")), tmp_path / "run" / "checkpoint-7")
+    with pytest.raises(UserError, match=r"give its newest checkpoint, .*checkpoint-7"):
+        Engine.open(TINY, tmp_path / "run")
+    with pytest.raises(UserError, match=r"is not the base that .* was trained on"):
+        Engine.open(merged, trained)
 
 
 def test_a_quantized_base_is_refused(trained, tmp_path):

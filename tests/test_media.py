@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from qwenvl_ft.errors import UserError
-from qwenvl_ft.media import load, size_of
+from qwenvl_ft.media import as_seen, load, size_of
 from qwenvl_ft.meta import read_meta
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -149,3 +150,14 @@ def test_a_named_pipe_in_the_folder_does_not_hang(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps([{"conversations": turns}]))
     records, (problem,) = read_meta(tmp_path / "train.json", tmp_path)
     assert (records, problem.what) == ([], "pipe.png is not a regular file")
+
+
+def test_a_large_picture_of_16_bits_is_scaled_in_strips():
+    """A hundred kilobytes of PNG can be fifty megapixels: several float64 of it would be gigabytes."""
+    picture = Image.fromarray(np.full((2000, 4000), 40_000, np.uint16))
+    tracemalloc.start()
+    seen = as_seen(picture)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seen.getpixel((3999, 1999)) == (156, 156, 156)
+    assert peak < 16 * 8_000_000, "one float64 of it has 64 MB, and there were five"

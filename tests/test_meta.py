@@ -16,6 +16,7 @@ TURN = 'write {"from": "user", "value": "..."}'
 TAG = "write <img>file.png</img>"
 LIST = f"write a JSON list of records: [{EXAMPLE}]"
 ORDER = "let user and assistant take turns, user first"
+COPY = "copy it there, or give the right folder (train_data_dir, --data-dir)"
 MEND = "mend the file at this line and column"
 
 
@@ -56,6 +57,13 @@ FILES = [
     ("null", "", "holds null, not a list", LIST),
     ("[]", "", "holds no records", LIST),
     ('{\n"conversations": []\n}', "", "holds an object, not a list", "put [ before it and ] after it"),
+    ('{"data": [{"conversations": []}]}', "", 'its list of records is under "data"', "save that list alone as the file"),
+    (
+        '{"v": 1,\n "train": [{"conversations": []}]}',
+        "",
+        'its list of records is under "train"',
+        "save that list alone as the file",
+    ),
     ('[{"a": 1, "a": 2}]', "", 'an object has the key "a" twice', "keep one of them, or make two records"),
     ('{"a": 1, "a": 2}', ":1", 'an object has the key "a" twice', "keep one of them, or make two records"),
     ("[NaN]", "", "holds NaN, which is not JSON", "write a number or a text"),
@@ -98,11 +106,17 @@ RECORDS = [
      "close the first one: <img>file.png</img>"),
     (talk("<img>http://x/a.png</img>", "a"), USER, "http://x/a.png is not a file name",
      "download the picture to FOLDER and name its file"),
-    (talk("<img>../a.png</img>", "a"), USER, "../a.png lies outside FOLDER", "copy it into train_data_dir"),
-    (talk("<img>/etc/hosts</img>", "a"), USER, "/etc/hosts lies outside FOLDER", "copy it into train_data_dir"),
+    (talk("<img>../a.png</img>", "a"), USER, "../a.png lies outside FOLDER", "copy it into that folder"),
+    (talk("<img>/etc/hosts</img>", "a"), USER, "/etc/hosts lies outside FOLDER", "copy it into that folder"),
     (talk("<img>a.jpg</img>", "a"), USER, "a.jpg is not in FOLDER", "did you mean a.png?"),
-    (talk("<img>zzz</img>", "a"), USER, "zzz is not in FOLDER", "copy it there or set train_data_dir"),
-    (talk("<img>\0</img>", "a"), USER, "\0 is not in FOLDER", "copy it there or set train_data_dir"),
+    (talk("<img>zzz</img>", "a"), USER, "zzz is not in FOLDER", COPY),
+    (talk("<img>\0</img>", "a"), USER, "\0 is not in FOLDER", COPY),
+    (talk("<img>nope.png</img>", "a"), USER, "nope.png is not in FOLDER", COPY),
+    (talk("<image>\nq", "a"), USER, "holds <image>, which is no tag here: it would be read as text", TAG),
+    (talk("q<video>", "a"), USER, "holds <video>, which is no tag here: it would be read as text", TAG),
+    (talk("<Audio>q", "a"), USER, "holds <Audio>, which is no tag here: it would be read as text", TAG),
+    (talk("<IMG>a.png</IMG>q", "a"), USER, "holds <IMG>, which is no tag here: it would be read as text", TAG),
+    (talk("<img>a.png</img><Img>a.png</Img>", "a"), USER, "holds <Img>, which is no tag here: it would be read as text", TAG),
     (talk("<img>b</img>", "a"), USER, "b is not a regular file", "name a picture file"),
     (talk("q", "a") | {"image": ""}, "", 'has a key "image", which is not read',
      "name the picture inside the user's value: <img>file.png</img>"),
@@ -131,21 +145,44 @@ def test_a_broken_record_is_one_problem_and_its_neighbours_are_kept(entry, where
 def test_a_missing_meta_file_and_a_missing_folder_are_named(folder):
     no_file, no_folder = folder / "no.json", folder / "no"
     (folder / "train.json").write_text(json.dumps([talk("q", "a")]))
-    fix = "set train_meta_file to the JSON of conversations"
+    fix = "give the JSON file of conversations (a config's train_meta_file)"
     assert read_meta(no_file, folder) == ([], [Problem(str(no_file), "cannot be read as a file", fix)])
-    fix = "set train_data_dir to the folder of the pictures"
+    fix = "give the folder of the pictures (train_data_dir, --data-dir)"
     assert read_meta(folder / "train.json", no_folder) == ([], [Problem(str(no_folder), "is not a folder", fix)])
 
 
 def test_all_problems_of_a_file_come_at_once(folder):
     bad = talk("<img>x</img><img>y</img>", "", "<|im_end|>", "</img>")
-    records, problems = read(folder, [bad, None, talk("q", "a"), talk("q")])
+    records, problems = read(folder, [bad, None, talk("<img>a.png</img>q", "a"), talk("q")])
     places = [0, 0, 1, 2, 3]
     assert [problem.where for problem in problems] == [f"train.json[0].conversations[{i}]" for i in places] + [
         "train.json[1]",
         "train.json[3]",
     ]
     assert [record.where for record in records] == ["train.json[2]"]
+
+
+def test_a_folder_with_none_of_the_pictures_is_one_problem_and_its_records_are_counted(folder):
+    """A wrong --data-dir printed the same two lines for each of 115 pictures."""
+    entries = [talk(f"<img>b/{i}.png</img>q", "a") for i in range(115)] + [talk("q", "a"), talk("q")]
+    records, problems = read(folder, entries)
+    asked = "is it the right folder (train_data_dir, --data-dir)?"
+    assert problems[0] == Problem(str(folder), "none of the 115 pictures is in this folder, b/0.png for one", asked)
+    assert [problem.where for problem in problems[1:]] == ["train.json[116]"] and len(records) == 1
+    assert meta.num_records(folder / "train.json", records, problems) == 117
+    _, problems = read(folder, [talk("<img>x/a.png</img>q", "a"), talk("<img>x/c.png</img>q", "a")])
+    assert [problem.fix for problem in problems] == [f"{asked} For that one: did you mean a.png?"]
+
+
+def test_a_picture_that_is_there_and_broken_speaks_for_the_folder(folder):
+    (folder / "broken.png").write_bytes(b"")
+    _, problems = read(folder, [talk(f"<img>{name}</img>q", "a") for name in ("zzz", "yyy", "broken.png")])
+    assert [problem.where for problem in problems] == [f"train.json[{i}].conversations[0]" for i in range(3)]
+
+
+def test_an_answer_may_write_what_a_question_may_not(folder):
+    (record,), problems = read(folder, [talk("draw it", "<image><video><IMG>a.png</IMG>")])
+    assert not problems and record.turns[1].parts == ("<image><video><IMG>a.png</IMG>",)
 
 
 def test_problems_come_in_the_same_order_every_time(folder):
@@ -181,7 +218,8 @@ def test_json_lines_and_a_byte_order_mark_are_read(folder):
     ("\n<img>a.png</img>", ["\n", "a.png"]),
     ("<img> a.png </img><img>a.png</img>\n", ["a.png", "a.png"]),
     (" p <img>a.png</img>\n q\t<img>a.png</img>r ", [" p ", "a.png", " q\t", "a.png", "r "]),
-    ("a\u2028b  \n<IMG>", ["a\u2028b  \n<IMG>"]),
+    ("a\u2028b  \n<IMAGES>", ["a\u2028b  \n<IMAGES>"]),
+    ('<img src="a.png"><IMG SRC="a.png"/><video controls>', ['<img src="a.png"><IMG SRC="a.png"/><video controls>']),
     ("<|object_ref_start|>the cat<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>",) * 2,
 ])  # fmt: skip
 def test_a_tag_takes_one_newline_and_everything_else_stays(value, parts, folder):
@@ -214,5 +252,5 @@ def test_hostile_tags_take_linear_time(value, folder):
 def test_a_folder_of_missing_pictures_is_not_compared_name_by_name_for_hours(folder, monkeypatch):
     """Each suggestion looks at every file: 100 missing pictures beside 5,000 took 24 s, 20,000 would have taken hours."""
     monkeypatch.setattr(meta, "MAX_COMPARED", 6)  # the folder holds two files: a.png and the meta-file
-    _, problems = read(folder, [talk(f"<img>a{i}.png</img>", "a") for i in range(5)])
+    _, problems = read(folder, [talk("<img>a.png</img>q", "a"), *(talk(f"<img>a{i}.png</img>", "a") for i in range(5))])
     assert [problem.fix[:12] for problem in problems] == ["did you mean"] * 3 + ["copy it ther"] * 2

@@ -93,7 +93,8 @@ def test_a_stream_says_what_a_whole_answer_says(served):
     whole = ask(served, messages)
     streamed = ask(served, messages, stream=True, stream_options={"include_usage": True})
     parts = events(streamed.text)
-    assert streamed.headers["content-type"].startswith("text/event-stream") and streamed.text.endswith("data: [DONE]\n\n")
+    assert streamed.headers["content-type"].startswith("text/event-stream") and streamed.headers["x-accel-buffering"] == "no"
+    assert streamed.text.endswith("data: [DONE]\n\n")
     assert parts[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(part["choices"][0]["delta"].get("content", "") for part in parts[:-1]) == said(whole)
     assert parts[-2]["choices"][0]["finish_reason"] == whole.json()["choices"][0]["finish_reason"]
@@ -221,6 +222,96 @@ def test_a_connection_without_the_head_of_a_request_is_closed(served, monkeypatc
     assert ask(served, question("read", CHARTS[0]), max_tokens=200).status_code == 200
 
 
+def send_raw(served, *pieces: bytes) -> socket.socket:
+    """A connection that has sent this; it takes little at a time."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.settimeout(20)
+    connection.connect(("127.0.0.1", served.port))
+    connection.sendall(b"".join(pieces))
+    return connection
+
+
+def pipelined(path: str, body: bytes = b"") -> bytes:
+    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def test_a_client_that_reads_nothing_is_left(engines, monkeypatch):
+    """Clients that sent requests one after the other and read no answer held places and connections for ever."""
+    monkeypatch.setattr("qwenvl_ft.patience.WRITE_SECONDS", 0.5)
+    with serving(engines) as served:
+        served.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        chat = pipelined(CHAT, json.dumps({"messages": question("hi"), "max_tokens": 1}).encode())
+        with (
+            send_raw(served, chat * 60) as deaf,
+            send_raw(served, b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 120) as slow,
+        ):
+            heard = b""
+            while heard.count(b"HTTP/1.1 200") < 120:
+                heard += slow.recv(2048)
+                time.sleep(0.05)
+            slow.close()
+            wait_for(lambda: not served.server.server_state.connections)
+            assert served.metric("qwenvl_requests_now") == 0 and not served.backend.batcher.active
+            deaf.close()
+
+
+@pytest.mark.parametrize("path, status", [("/nowhere", 404), ("/v1/models", 405), (CHAT, 401)])
+def test_a_refusal_does_not_wait_for_a_body_that_is_not_sent(engines, path, status):
+    with serving(engines, key="secret" if status == 401 else None) as served:
+        began = time.monotonic()
+        with send_raw(served, pipelined(path, b"x" * 50)[:-50]) as connection:
+            answer = connection.recv(4096)
+            while b"\r\n\r\n{" not in answer or not answer.endswith(b"}"):
+                answer += connection.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 %d" % status) and b"connection: close" in answer
+        assert time.monotonic() - began < 2
+
+
+def test_too_many_connections_are_told_so_in_their_dialect_and_health_answers(engines, monkeypatch):
+    """uvicorn's own limit answers everybody, probes of health included, with a word of plain text."""
+    monkeypatch.setattr("qwenvl_ft.server.SPARE_CONNECTIONS", 2)
+    with serving(engines, max_batch=1, max_waiting=1) as served:
+        idle = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(4)]
+        wait_for(lambda: len(served.server.server_state.connections) >= 4)
+        refused = ask(served, question("hi"))
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "too_many_connections"
+        assert httpx.post(served.url + GENERATION, json={}).json()["code"] == "ServiceUnavailable"
+        assert httpx.get(served.url + "/health").status_code == 200
+        for connection in idle:
+            connection.close()
+        wait_for(lambda: ask(served, question("hi")).status_code == 200)
+
+
+def test_a_server_without_a_key_has_no_strange_name(engines):
+    """A page of another site whose name is turned to 127.0.0.1 could ask it, and read the answers."""
+    with serving(engines, public_url="https://Chart.example/qwen") as served:
+
+        def status(host: str, path: str = "/v1/models") -> int:
+            return httpx.get(served.url + path, headers={"Host": host}).status_code
+
+        for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", "[", ""):
+            assert status(host) == 403, host
+            assert status(host, "/health") == 200
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.2:1", "[::1]:8000", "chart.example"):
+            assert status(host) == 200, host
+    with serving(engines, key="secret") as served:
+        assert httpx.get(served.url + "/v1/models", headers={"Host": "any.example", "Authorization": "secret"}).status_code == 200
+
+
+def test_a_slash_at_the_end_leads_nowhere(served):
+    """It led to whatever the client had called its Host."""
+    answer = httpx.post(f"{served.url}{CHAT}/", content=b"{}")
+    assert answer.status_code == 404 and "location" not in answer.headers
+
+
+def test_a_path_writes_no_line_of_its_own_into_the_log(served, caplog):
+    with caplog.at_level("INFO", "qwenvl_ft.server"):
+        httpx.get(served.url + "/%0a2026-11-25%20FORGED?secret")
+    said = [record.getMessage() for record in caplog.records if "FORGED" in record.getMessage()]
+    assert len(said) == 1 and "\n" not in said[0] and "404" in said[0] and "secret" not in said[0]
+
+
 def test_health_and_metrics(served):
     ask(served, question("read", CHARTS[0]))
     assert httpx.get(served.url + "/health").json() == {"status": "ok"}
@@ -239,11 +330,13 @@ def test_what_nobody_foresaw_is_an_id_and_stands_in_the_log(engines, caplog, mon
             raise ZeroDivisionError("secret of /home/somebody")
 
         monkeypatch.setattr(served.backend, "_inputs", broken)
+        caplog.set_level("INFO", "qwenvl_ft.server")
         for path, body in ((CHAT, {"messages": question("read")}), (GENERATION, {"model": "tiny", "input": {"messages": []}})):
             answer = httpx.post(served.url + path, json=body)
             assert answer.status_code == 500 and "secret" not in answer.text and "Zero" not in answer.text
             number = answer.json().get("request_id") or answer.json()["error"]["message"].split("(request ")[1].rstrip(")")
-            assert number in caplog.text
+            assert f"{number} failed: ZeroDivisionError" in caplog.text and f"{number} POST {path} 500" in caplog.text
+            assert answer.headers["x-request-id"] == number
         assert httpx.get(served.url + "/health").status_code == 200
 
 

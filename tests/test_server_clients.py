@@ -185,6 +185,13 @@ def test_openai_streams_with_usage(client):
     assert [model.id for model in client.models.list()] == ["tiny", "one", "two.b", "qwen-vl-max"]
 
 
+def test_openai_asks_for_one_model(client, served):
+    assert client.models.retrieve("two.b").id == "two.b"
+    with pytest.raises(openai.NotFoundError, match=r"tiny, one, two\.b"):
+        client.models.retrieve("qwen/three")
+    assert httpx.get(f"{served.url}/compatible-mode/v1/models/one", headers={"Authorization": KEY}).json()["id"] == "one"
+
+
 def test_openai_is_told_of_errors(client, served):
     with pytest.raises(openai.NotFoundError) as unknown:
         client.chat.completions.create(model="three", messages=question("hi"))

@@ -148,7 +148,8 @@ def test_uploads_need_a_permit_and_stay_in_their_folder(served):
     other = right.replace("signature=", "signature=0")
     unsigned, key = right.split("?")[0], {"key": f"{folder}/a"}
     cases = [(other, key, b"x"), (unsigned, key, b"x"), (right, {"key": "uploads/a"}, b"x"), (right, {"key": f"{folder}x/a"}, b"x"),
-             (right, key, None), (right, {}, b"x"), (right, {"key": folder}, b"x"), (right, key, b"x" * 40_000_000)]  # fmt: skip
+             (right, key, None), (right, {}, b"x"), (right, {"key": folder}, b"x"), (right, key, b"x" * 40_000_000),
+             (right, {"key": f"{folder}/{'x' * 10**6}"}, b"x")]  # fmt: skip
     for url, data, content in cases:
         answer = httpx.post(url, data=data, files={"file": ("a.png", content)} if content else None, timeout=60)
         assert refused(answer, "/api/v1/uploads"), (url, data, answer.text)
@@ -176,7 +177,7 @@ def raw(served, *pieces: bytes, pause: float = 0.0) -> bytes:
         return answer
 
 
-HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nAuthorization: {KEY}\r\n".encode()
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {KEY}\r\n".encode()
 
 
 def test_a_chunked_body_without_end_is_cut_off(served):
@@ -218,14 +219,15 @@ def test_slow_bodies_are_given_up_and_honest_clients_do_not_wait_for_them():
 
 @pytest.mark.parametrize("arguments, message", [
     (["--host", "0.0.0.0"], "without a key"), (["--host", "::"], "without a key"), (["--api-key-env", "NO_SUCH_KEY"], "is not set"),
-    (["--adapter", "a=data/nothing"], "adapter_config.json"), (["--adapter", "tiny=runs/x"], "names the base"),
+    (["--api-key-env", "ODD_KEY"], "no header"), (["--adapter", "a=data/nothing"], "adapter_config.json"), (["--adapter", "tiny=runs/x"], "names the base"),
 ])  # fmt: skip
-def test_a_server_that_would_be_open_or_wrong_does_not_start(arguments, message):
+def test_a_server_that_would_be_open_or_wrong_does_not_start(arguments, message, monkeypatch):
     from typer.testing import CliRunner
 
     from qwenvl_ft.cli import app
     from qwenvl_ft.errors import UserError
 
+    monkeypatch.setenv("ODD_KEY", "schlüssel")  # clients send it in one encoding or another, or not at all
     with pytest.raises(UserError, match=message):
         CliRunner().invoke(app, ["serve", "data/tiny", "--port", "0", *arguments], catch_exceptions=False)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from qwenvl_ft.intake import Sources
 from qwenvl_ft.messages import Message, read_messages
 from qwenvl_ft.server import make_app
 from qwenvl_ft.uploads import Uploads
-from qwenvl_ft.upstream import Upstream, sized, write_message
+from qwenvl_ft.upstream import Upstream, end, sized, write_message
 from qwenvl_ft.wire import ApiError, Bounds
 from tests.conftest import TINY
 from tests.serving import CHARTS, Running, Served, data_url, events, question, random_adapter, serving, tiny_engines, wait_for
@@ -72,7 +73,8 @@ def test_bounds_hold_before_the_other_server_is_asked(front, behind):
     asked = behind.metric('qwenvl_tokens_total{kind="input"}')
     for messages in (question("hi", *CHARTS[:5]), [{"role": "user", "content": [{"image": "/etc/passwd"}]}]):
         assert ask(front, messages).status_code == 400
-    assert ask(front, question("hi"), model="another").status_code == 404
+    unknown = ask(front, question("hi"), model="another")
+    assert unknown.status_code == 404 and "tiny, one, two.b" in unknown.json()["error"]["message"]
     assert behind.metric('qwenvl_tokens_total{kind="input"}') == asked
 
 
@@ -165,6 +167,7 @@ def stand_in(folder, text):
 def test_vllm_is_started_and_stopped_as_it_is_installed(tmp_path):
     environment, log = stand_in(tmp_path, STAND_IN), tmp_path / "log"
     adapter = random_adapter(TINY, tmp_path / "adapter", 1)
+    environment |= {"HTTP_PROXY": "http://127.0.0.1:1", "ALL_PROXY": "http://127.0.0.1:1"}  # for the internet, not for the engine
     arguments = ["--engine", "vllm", "--name", "chart", "--adapter", f"demo={adapter}", "--engine-arg=--enforce-eager"]
     with Running(*arguments, env=environment) as running:
         answer = httpx.post(running.url + CHAT, json={"messages": question("read", CHARTS[0]), "max_tokens": 4}, timeout=60).json()
@@ -179,14 +182,49 @@ def test_vllm_is_started_and_stopped_as_it_is_installed(tmp_path):
         wait_for(lambda: not Path(f"/proc/{process}").exists())
 
 
-def test_vllm_that_is_still_starting_ends_with_the_server(tmp_path):
-    environment, log = (
-        stand_in(tmp_path, "#!{python}\nimport os, time\nopen({log!r}, 'w').write(f'{{os.getpid()}} ')\ntime.sleep(600)\n"),
-        tmp_path / "log",
-    )
+STUBBORN = """#!{python}
+# Never comes up, and does not end when it is asked to.
+import os, signal, subprocess, time
+
+def asked(*_):
+    with open({log!r}, "a") as log:
+        log.write("asked ")
+
+signal.signal(signal.SIGTERM, asked)
+worker = subprocess.Popen(["sleep", "600"])
+with open({log!r}, "w") as log:
+    log.write(f"{{os.getpid()}} {{worker.pid}} ")
+while True:
+    time.sleep(0.1)
+"""
+
+
+def runs(process: str) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_vllm_that_is_still_starting_ends_with_the_server(tmp_path, number, code):
+    """It is asked first; a second signal does not leave it, or a worker of its, behind."""
+    environment, log = stand_in(tmp_path, STUBBORN), tmp_path / "log"
     command = [str(Path(sys.executable).parent / "qwenvl-ft"), "serve", "data/tiny", "--port", "0", "--engine", "vllm"]
     server = subprocess.Popen(command, env=os.environ | environment)
     wait_for(lambda: log.is_file() and log.read_text().endswith(" "), 60)
+    server.send_signal(number)
+    wait_for(lambda: "asked" in log.read_text())
     server.terminate()
-    assert server.wait(60) == 143
-    wait_for(lambda: not Path(f"/proc/{log.read_text().strip()}").exists())
+    assert server.wait(10) == code
+    wait_for(lambda: not any(map(runs, log.read_text().split()[:2])))
+
+
+def test_vllm_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    """The server waited for it without an end."""
+    monkeypatch.setattr("qwenvl_ft.upstream.STOP_SECONDS", 0.3)
+    stand_in(tmp_path, STUBBORN)
+    process = subprocess.Popen([tmp_path / "vllm"], start_new_session=True)
+    log = tmp_path / "log"
+    wait_for(lambda: log.is_file() and log.read_text().endswith(" "))
+    end(process)
+    assert "asked" in log.read_text() and process.returncode == -signal.SIGKILL
+    wait_for(lambda: not any(map(runs, log.read_text().split()[:2])))

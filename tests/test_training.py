@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
+import accelerate
 import pytest
 import torch
 from torch import nn
 
 from qwenvl_ft import run as run_module
+from qwenvl_ft import training
 from qwenvl_ft.errors import NonFiniteLoss, UserError
+from qwenvl_ft.results import print_next
 from qwenvl_ft.training import learning_rate
 from tests.runs import BASE, ROOT, adapter, config, difference, launch, metrics, run, same
 
@@ -85,19 +89,24 @@ def test_a_killed_run_goes_on_to_the_same_bits(plain, tmp_path):
     assert [line["loss"] for line in metrics(plain)] == [line["loss"] for line in metrics(tmp_path / "run")]
 
 
-def test_a_signal_saves_at_the_end_of_the_step_and_leaves_no_final_adapter(plain, tmp_path, monkeypatch):
-    backward = run_module.Run.backward
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C (SIGINT)")])
+def test_a_signal_saves_at_the_end_of_the_step_and_leaves_no_final_adapter(number, name, plain, tmp_path, monkeypatch, capsys):
+    """Ctrl-C reaches every process of a run: two SIGINT, 2 each, were summed up to signal 4."""
+    backward, reduce = run_module.Run.backward, accelerate.Accelerator.reduce
+    monkeypatch.setattr(accelerate.Accelerator, "reduce", lambda self, total: 2 * reduce(self, total))  # as two would
 
     def interrupted(self, loss, last):
-        os.kill(os.getpid(), signal.SIGTERM)
-        monkeypatch.undo()
-        os.chdir(ROOT)
+        os.kill(os.getpid(), number)
+        monkeypatch.setattr(run_module.Run, "backward", backward)
         return backward(self, loss, last)
 
     monkeypatch.setattr(run_module.Run, "backward", interrupted)
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, **SETTINGS)
-    assert stopped.value.code == 128 + signal.SIGTERM
+    assert stopped.value.code == 128 + number
+    assert f"stopped by {name} after step 1; go on with resume=true" in capsys.readouterr().out
+    monkeypatch.undo()
+    os.chdir(ROOT)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
     assert same(adapter(plain), run(tmp_path, **SETTINGS, resume=True))
@@ -110,6 +119,74 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_records(t
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+def test_what_one_process_alone_met_is_said_by_that_one(tmp_path, monkeypatch, capsys):
+    """The command line prints the problems of the first process of a machine only; this row was another's."""
+    monkeypatch.setattr(run_module, "summed_loss", lambda *args: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(accelerate.Accelerator, "is_local_main_process", False)
+    with pytest.raises(NonFiniteLoss):
+        run(tmp_path)
+    assert "few.json[" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("first", "error"), [(True, NonFiniteLoss), (False, SystemExit)])
+def test_what_all_processes_meet_is_said_by_the_first(first, error, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", lambda *args: torch.tensor(float("inf")))
+    monkeypatch.setattr(accelerate.Accelerator, "is_local_main_process", first)
+    with pytest.raises(error) as stopped:
+        run(tmp_path)
+    assert "few.json[" not in capsys.readouterr().err  # the command line prints it
+    assert getattr(stopped.value, "code", 1) == 1
+
+
+def test_an_output_dir_that_holds_something_else_is_refused_before_a_record_is_read(tmp_path):
+    """Records and model were read first, and then the run was mixed into the user's files."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="holds files and none of a run"):
+        run(tmp_path, train_meta_file=tmp_path / "no.json")
+    with pytest.raises(UserError, match="is no folder to write to"):
+        run(tmp_path, name="run/thesis.tex", train_meta_file=tmp_path / "no.json")
+    with pytest.raises(UserError, match="output_dir: /proc/run: "):
+        run(tmp_path, name="/proc/run")
+
+
+def test_an_attention_that_is_not_installed_is_said_in_words(tmp_path):
+    """It ended in transformers' ImportError."""
+    with pytest.raises(UserError, match=r"flash_attention_2: cannot run here: (.|\n)*attn_implementation=auto"):
+        run(tmp_path, attn_implementation="flash_attention_2")
+
+
+def test_wandb_without_a_key_is_said_before_the_model_is_loaded(tmp_path, monkeypatch):
+    """Its UsageError came after minutes of loading."""
+    import wandb
+
+    wandb.teardown()  # it keeps the environment that it met first, here and for the tests after this one
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "NETRC", "WANDB_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setattr(training, "load_base", None)
+    with pytest.raises(UserError, match=r"report_to: wandb: No API key(.|\n)*`wandb login`, or set WANDB_MODE=offline"):
+        run(tmp_path, report_to=["wandb"])
+    wandb.teardown()
+
+
+def test_a_tracker_that_is_not_installed_is_said(tmp_path, monkeypatch):
+    """accelerate leaves it out without a word."""
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
+    with pytest.raises(UserError, match="report_to: wandb is not installed"):
+        run(tmp_path, report_to=["wandb"])
+
+
+def test_without_held_out_records_the_proposed_eval_says_what_it_is_worth(tmp_path, capsys):
+    settings = config(tmp_path)
+    print_next(settings)
+    line = next(line for line in capsys.readouterr().out.splitlines() if " eval " in line)
+    assert line.endswith("  # the training records: how it does on others it does not say")
+    print_next(settings.model_copy(update={"eval_meta_file": settings.train_meta_file}))
+    assert "#" not in capsys.readouterr().out
+
+
 def test_a_folder_with_checkpoints_is_not_trained_into_unasked(plain, tmp_path):
     run(tmp_path, save_steps=1)
     with pytest.raises(UserError, match="resume=true"):
@@ -120,6 +197,29 @@ def test_resume_refuses_another_run_and_says_what_changed(tmp_path):
     run(tmp_path, save_steps=1)
     with pytest.raises(UserError, match=r"learning_rate was 0.001 and is now 0.002"):
         run(tmp_path, resume=True, learning_rate=2e-3)
+
+
+def test_resume_says_in_words_what_else_changed_and_each_cause_once(tmp_path):
+    """It said: training records was fc104f17 and is now b476d21a; and the same of the pictures and the packed rows."""
+
+    def said(**settings):
+        with pytest.raises(UserError) as refused:
+            run(tmp_path, resume=True, **settings)
+        return [problem.what for problem in refused.value.problems]
+
+    run(tmp_path, save_steps=1)
+    fewer = tmp_path / "fewer.json"
+    fewer.write_text(json.dumps(json.loads((tmp_path / "few.json").read_text())[:6]))
+    assert said(train_meta_file=fewer) == ["the training records changed: 8 before, 6 now"]
+    assert said(train_meta_file=fewer, seed=7) == ["seed was 42 and is now 7", "the training records changed: 8 before, 6 now"]
+    assert said(row_tokens=1400) == ["row_tokens was 700 and is now 1400"]
+    assert said(max_pixels=8 * 28 * 28) == ["the rows are packed in another way: min_pixels or max_pixels changed"]
+    shutil.copytree(ROOT / "data/sample/images", tmp_path / "images")
+    assert said(train_data_dir=tmp_path / "images") == ["the pictures changed: their folder, names or sizes"]
+    shutil.copytree(ROOT / "data/tiny", tmp_path / "model")
+    facts = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(facts | {"note": "another"}))
+    assert said(model=tmp_path / "model") == ["the base model changed: its config.json or its weights"]
 
 
 def test_resume_passes_over_a_damaged_checkpoint(tmp_path):
