@@ -41,7 +41,7 @@ from qwenvl_ft.cli import main
 main(["export", "--model", sys.argv[1], "--adapter", sys.argv[2], "--out", sys.argv[3], "--verify", "0"])
 """
 MAKE = """
-import sys, torch
+import shutil, sys, torch
 from pathlib import Path
 from transformers import AutoConfig, AutoModelForImageTextToText
 from qwenvl_ft.families import FAMILIES
@@ -57,6 +57,8 @@ config.vision_config.hidden_size = 1536
 torch.set_default_dtype(torch.bfloat16)
 model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
 model.save_pretrained(folder / "base", max_shard_size="1GB")
+for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json"):
+    shutil.copy(tiny / name, folder / "base")
 torch.set_default_dtype(torch.float32)
 adapted = add_lora(model, FAMILIES["qwen2_vl"], ["language"], 16, 32, 0.0, 0)
 with torch.no_grad():
