@@ -22,15 +22,16 @@ def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
     """Writes what belongs to every adapter of the run, before its first step: processor (with the limits that training
     uses), settings with whole paths, plan, and which base it is."""
     out = config.output_dir
-    processor.save_pretrained(out)
     settings = {
         key: str(value.resolve()) if isinstance(value, Path) else value
         for key, value in config.model_dump().items()
     }  # fmt: skip
+    # First of all the file that says whose folder this is: check_output_dir looks for it after a kill at any moment.
     with (out / "config.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(settings, file)
     checkpoint.write_json(out / "plan.json", prepared.summary(config) | {"packed": prepared.plan.rows})
     checkpoint.write_json(out / BASE, base_fingerprint(config.model))
+    processor.save_pretrained(out)
 
 
 def write_results(config: Config, model: Any, state: dict[str, torch.Tensor]) -> None:
