@@ -5,6 +5,7 @@ Exit code 0: fine. 1: problems, each printed with where, what and fix. 2: wrong 
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -43,6 +44,8 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> None:
     """The console script `qwenvl-ft`, and under that name what scripts start."""
+    # Of transformers, about names that peft and we call it by: nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app(arguments, prog_name="qwenvl-ft")
     except UserError as error:

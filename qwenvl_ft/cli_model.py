@@ -51,8 +51,9 @@ def evaluate(
     """
     from qwenvl_ft.checkpoint import write_json
     from qwenvl_ft.meta import read_meta
+    from qwenvl_ft.prepare import check_folders
 
-    check_paths(model, adapter)
+    check_folders(model, [adapter] if adapter else [])
     records, problems = read_meta(meta, data_dir)
     if problems:
         raise UserError(*problems)
@@ -94,8 +95,10 @@ def export(
     Example: qwenvl-ft export --adapter runs/demo --out runs/demo-merged
     """
     from qwenvl_ft import hubs
+    from qwenvl_ft.merge import check_adapter
 
     if push:
+        check_adapter(adapter)  # no repository is made for one that is not there
         hubs.pushable(push)  # what is wrong with it is said before the merge
     from qwenvl_ft.export import export as run
 
@@ -134,7 +137,9 @@ def ask(
         raise typer.BadParameter("it takes --out, and no question, --image or --video", param_hint="--jsonl")
     if out and not questions:
         raise typer.BadParameter("it is where the answers to --jsonl go", param_hint="--out")
-    check_paths(model, adapter)
+    from qwenvl_ft.prepare import check_folders
+
+    check_folders(model, [adapter] if adapter else [])
     if questions:
         from qwenvl_ft.answers import answer_file, read_questions
 
@@ -163,16 +168,6 @@ def ask(
             sys.stdout.flush()
         print_line("")
         talk.append({"role": "assistant", "content": answer})
-
-
-def check_paths(model: Path, adapter: Path | None) -> None:
-    """Says what is wrong with the folders before torch is imported, which takes seconds."""
-    from qwenvl_ft.chat import open_chat
-    from qwenvl_ft.merge import check_adapter
-
-    open_chat(model)
-    if adapter:
-        check_adapter(adapter)
 
 
 def chat_lines() -> Iterator[str]:

@@ -70,6 +70,10 @@ def serve(
     names = name or ([model.resolve().name] if model else [])
     if doubled := set(names) & set(folders):
         raise UserError(Problem("--adapter", f"{', '.join(doubled)} names the base, too", "give the adapter another name"))
+    if model:
+        from qwenvl_ft.prepare import check_folders
+
+        check_folders(model, folders.values())
     backend: Backend
     if model is None or engine == "vllm":
         backend = _upstream(model, engine_url, names, folders, engine_arg or [], bounds, sources)
@@ -100,13 +104,10 @@ def _upstream(
     """vLLM at `url`, or started for `model`."""
     from qwenvl_ft.checkpoint import holds_processor, home
     from qwenvl_ft.geometry import read_limits
-    from qwenvl_ft.merge import check_adapter
     from qwenvl_ft.upstream import Upstream, start_vllm
 
     if model is None:
         return Upstream(url or "", bounds, sources)
-    for folder in adapters.values():
-        check_adapter(folder)
     limits = dict.fromkeys(names, read_limits(model))
     limits |= {name: read_limits(own if holds_processor(own := home(folder)) else model) for name, folder in adapters.items()}
     with _bind("127.0.0.1", 0) as free:

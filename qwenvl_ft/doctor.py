@@ -14,7 +14,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.families import family_of
 from qwenvl_ft.geometry import read_limits, read_model_json
 from qwenvl_ft.machine import Report
-from qwenvl_ft.merge import DTYPES, LORA_KEY, Stored, as_float32, module_of, read_header
+from qwenvl_ft.merge import DTYPES, LORA_KEY, VLLM_RANKS, Stored, as_float32, module_of, read_header
 from qwenvl_ft.modeldir import CONFIG, WEIGHTS, adapter_problems, is_pointer, lacks_to_talk, model_problems, unreadable
 from qwenvl_ft.prepare import BASE, base_fingerprint
 
@@ -23,7 +23,6 @@ OLD = (f"{TOP}visual.", f"{TOP}model.layers.")  # transformers 4 before 4.52: wi
 VISION = "visual."
 HEAD, EMBEDDINGS = "lm_head", "model.language_model.embed_tokens"
 ON_A_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes; source: vllm/config/lora.py, MaxLoRARanks
 MORE_THAN_LORA = ("use_dora", "modules_to_save", "lora_bias")
 
 
@@ -51,7 +50,9 @@ def _model(folder: Path) -> Report:
                 problems += [problem for problem in error.problems if problem not in problems]
         settings = _json(config)
         facts["model_type"] = settings.get("model_type")
-        facts["stored as"] = settings.get("dtype") or settings.get("torch_dtype") or "not said"
+        inner = settings.get("text_config") or {}  # where some released configs say it
+        said = (of.get(key) for of in (settings, inner) for key in ("dtype", "torch_dtype"))
+        facts["stored as"] = next(filter(None, said), "not said")
         if "quantization_config" in settings:
             facts["training"] = "it is quantized: adapters merge into the same model in full precision only"
     if (folder / MANIFEST).is_file() and (reason := damage(folder)):
@@ -97,8 +98,8 @@ def _tensors(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]
     where, problems = str(folder / WEIGHTS), []
     old = [key for key in shapes if key.startswith(OLD)]
     if old:
-        what = f"{len(old)} tensors have the names of transformers 4 ({old[0]}): transformers 5 loads the model without them"
-        problems.append(Problem(where, what, "merge it with the transformers that trained it, or train again with this tool"))
+        what = f"{len(old)} tensors have the names of transformers 4 ({old[0]}): PEFT and vLLM may load the model without them"
+        problems.append(Problem(where, what, "merge it with `qwenvl-ft export`, which reads them, as ask, eval and serve do"))
     strange = [key for key in shapes if not key.startswith((f"{TOP}model.", f"{TOP}{HEAD}.")) and key not in old]
     if strange:
         what = f"{len(strange)} tensors belong to no module of a Qwen-VL model ({strange[0]})"

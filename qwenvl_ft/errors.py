@@ -27,6 +27,10 @@ class UserError(Exception):
         super().__init__("\n".join(map(str, problems)))
         self.problems: Sequence[Problem] = problems
 
+    def __reduce__(self) -> tuple[type, tuple[Problem, ...]]:
+        """Between processes it goes with its problems, not as their text."""
+        return type(self), tuple(self.problems)
+
 
 class NonFiniteLoss(UserError):
     """The loss or the gradient is NaN or infinite; raised before the optimizer's step."""

@@ -16,7 +16,7 @@ from qwenvl_ft.geometry import Limits, grid_of, tokens_of
 from qwenvl_ft.intake import Sources, open_ask, refusal
 from qwenvl_ft.messages import Message
 from qwenvl_ft.reply import Reply
-from qwenvl_ft.wire import ApiError, Ask, Bounds, Usage
+from qwenvl_ft.wire import ApiError, Ask, Bounds, Usage, unknown_model
 
 OPENERS = 4  # threads that open pictures
 AHEAD = 4  # requests opened while others are answered; more would only hold pictures in memory
@@ -36,7 +36,7 @@ class Local:
     async def begin(self, ask: Ask, request_id: str, until: float) -> Reply:
         """Opens the pictures and puts the request into the batch."""
         if (engine := self.engines.get(ask.model)) is None:
-            raise ApiError(404, "model_not_found", f"no model of this name is served here, but {', '.join(self.names)}")
+            raise unknown_model(self.names)
         if not self.batcher.alive:
             raise ApiError(503, "unavailable", "the model has stopped")
         await self.opened.acquire()

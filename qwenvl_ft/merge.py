@@ -26,6 +26,7 @@ from qwenvl_ft.geometry import read_model_json
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight$")
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy knows no bfloat16: its bits
 BLOCK_BYTES = 1 << 19  # a block and its float32 stay in a core's cache
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes; source: vllm/config/lora.py, MaxLoRARanks
 # Settings of PEFT that make an adapter more than B @ A.
 NOT_PLAIN = (
     "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "use_qalora", "use_bdlora",
@@ -69,7 +70,6 @@ class Deltas:
 
     def __init__(self, adapter: Path, base_config: dict[str, Any]):
         self.where = adapter / "adapter_model.safetensors"
-        check_adapter(adapter)
         settings = read_model_json(adapter / "adapter_config.json")
         more = [key for key in NOT_PLAIN if settings.get(key)]
         more += ["bias"] if settings.get("bias", "none") != "none" else []

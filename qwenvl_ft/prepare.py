@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from qwenvl_ft.checkpoint import home
 from qwenvl_ft.config import Config
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.geometry import read_model_json, resized
-from qwenvl_ft.merge import read_header
+from qwenvl_ft.merge import check_adapter, read_header
 from qwenvl_ft.meta import Media, Record, num_records, read_meta
 from qwenvl_ft.plan import Plan, pack, steps
 
@@ -239,6 +239,14 @@ def check_base(adapter: Path, model_dir: Path) -> None:
     if said.is_file() and read_model_json(said) != base_fingerprint(model_dir):
         raise UserError(Problem(str(model_dir), f"is not the base that {adapter} was trained on",
                                 f"give that base; if it is the same, saved anew, delete {said}"))  # fmt: skip
+
+
+def check_folders(model_dir: Path, adapters: Iterable[Path]) -> None:
+    """Says what is wrong with a model's folder and with adapters of it before torch is imported, which takes seconds."""
+    open_chat(model_dir)
+    for adapter in adapters:
+        check_adapter(adapter)
+        check_base(adapter, model_dir)
 
 
 def _hash(value: Any) -> str:

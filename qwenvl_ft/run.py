@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_ft import checkpoint
 from qwenvl_ft.config import Config
@@ -41,6 +41,22 @@ class Signals:
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+class _Told(Dataset[Row | UserError]):
+    """Rows, with what is wrong in place of one that cannot be built: what a worker raises loses its problems on the way."""
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row | UserError:
+        try:
+            return self.rows[index]
+        except UserError as error:
+            return error
 
 
 class Run:
@@ -72,7 +88,7 @@ class Run:
     def loader(self, steps: list[tuple[int, list[int]]]) -> DataLoader:
         """This process's rows in the order of the steps, built ahead by the workers."""
         order = [0 if row is None else row for _, rows in steps for row in self.mine(rows)]
-        rows = self.rows_of(self.prepared)
+        rows = _Told(self.rows_of(self.prepared))
         return DataLoader(rows, sampler=order, batch_size=None, num_workers=self.config.dataloader_num_workers)  # type: ignore[arg-type]
 
     def row_loss(self, row: Row) -> torch.Tensor:
@@ -89,7 +105,9 @@ class Run:
         total = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)  # the loss, who got SIGINT, who SIGTERM
         for number, row in enumerate(mine):
             torch.manual_seed(draw_seed(self.config.seed, epoch, row))
-            loss = self.row_loss(next(loader)) * (row is not None)
+            if isinstance(built := next(loader), UserError):
+                raise built
+            loss = self.row_loss(built) * (row is not None)
             if not torch.isfinite(loss):
                 raise NonFiniteLoss(Problem(self.prepared.places(row or 0), f"the loss is {loss.item()}",
                                             "lower learning_rate; look at this row's records with `qwenvl-ft show`"))  # fmt: skip

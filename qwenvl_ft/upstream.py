@@ -30,6 +30,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.films import Film, Part, Picture, bounded
 from qwenvl_ft.geometry import Limits, read_model_json
 from qwenvl_ft.intake import Sources, open_ask, refusal
+from qwenvl_ft.merge import VLLM_RANKS
 from qwenvl_ft.messages import Message
 from qwenvl_ft.reply import Reply
 from qwenvl_ft.wire import ApiError, Ask, Bounds, Usage, unknown_model
@@ -37,7 +38,6 @@ from qwenvl_ft.wire import ApiError, Ask, Bounds, Usage, unknown_model
 log = logging.getLogger(__name__)
 CONTROL_TOKEN = re.compile(r"<\|(?=\w+\|>)")
 OPENERS = 4
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 START_SECONDS = 1800  # a large model is read from a slow disk
 STOP_SECONDS = 15
 DEAD = "the engine behind this server does not answer"
@@ -76,7 +76,12 @@ class Upstream:
         if ask.model not in self.names:
             raise unknown_model(self.names)
         loop = asyncio.get_running_loop()
-        body = await loop.run_in_executor(self.openers, self._body, ask, until - loop.time())
+        held = [ask]
+        try:
+            body = await loop.run_in_executor(self.openers, self._body, held, time.monotonic() + until - loop.time())
+        except BaseException:
+            held.clear()  # the thread's queue keeps what it was given, also where nobody waits any more
+            raise
         request = self.client.build_request("POST", f"{self.url}/v1/chat/completions", json=body)
         try:
             response = await self.client.send(request, stream=True)
@@ -92,11 +97,12 @@ class Upstream:
         task = asyncio.create_task(self._relay(response, reply))
         return reply
 
-    def _body(self, ask: Ask, seconds: float) -> dict[str, Any]:
+    def _body(self, held: list[Ask], until: float) -> dict[str, Any]:
+        ask = held.pop()
         limits, base = self.limits.get(ask.model), next(iter(self.limits.values()), None)
         messages = [
             replace(message, parts=tuple(sized(part, limits, base) for part in message.parts))
-            for message in open_ask(ask, self.sources, self.bounds, seconds)
+            for message in open_ask(ask, self.sources, self.bounds, until - time.monotonic())
         ]
         return write_request(ask, messages)
 

@@ -81,3 +81,18 @@ def launch(
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 0, output[-4000:]
     return output
+
+
+def write_film(path: Path, width: int, height: int) -> Path:
+    """Twenty frames at 10 a second, each of its own shade of grey."""
+    import av
+    import numpy as np
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), 12 * number, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path

@@ -1,7 +1,6 @@
 """Both dialects, word for word, without a model: what is read, what is written."""
 
 import json
-import time
 
 import pytest
 
@@ -188,13 +187,13 @@ def test_what_is_no_json_is_refused(body):
     assert refusal(lambda: read_json(body)).code == "invalid_json"
 
 
-def test_millions_of_values_are_not_even_read():
+def test_millions_of_values_are_not_even_read(monkeypatch):
     """A body of 32 MiB of [] kept every other request waiting for eight seconds: json holds the interpreter's lock."""
     for value in (b"[]", b"{}", b"1", b'""'):
         body = b"[" + b",".join([value] * 8_000_000) + b"]"
-        began = time.monotonic()
+        monkeypatch.setattr("json.loads", None)
         assert "values" in refusal(lambda body=body: read_json(body)).message
-        assert time.monotonic() - began < 0.5
+        monkeypatch.undo()
     assert len(read_json(b"[" + b",".join([b"1"] * (JSON_VALUES // 2)) + b"]")) == JSON_VALUES // 2
 
 

@@ -23,6 +23,7 @@ from PIL import Image
 
 from qwenvl_ft.cli import main
 from tests.conftest import ROOT, SAMPLE, TINY
+from tests.runs import write_film
 from tests.serving import data_url
 
 READMES = ["README.md", "README_zh.md"]
@@ -58,20 +59,6 @@ def same_code(one: str, other: str) -> bool:
     return ast.dump(ast.parse(one)) == ast.dump(ast.parse(other))
 
 
-def film(path: Path) -> None:
-    """Two seconds of a chart that grows brighter."""
-    import av
-    import numpy as np
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 336, 252, "yuv420p"
-        for number in range(20):
-            frame = av.VideoFrame.from_ndarray(np.full((252, 336, 3), 12 * number, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A folder like the checkout, with the pictures that stand for the reader's own, after every command but `serve`."""
@@ -84,7 +71,7 @@ def checkout(tmp_path_factory):
     for name in ("picture.png", "1.png"):
         shutil.copy(CHART, folder / name)
     Image.open(CHART).convert("L").save(folder / "2.png")
-    film(folder / "film.mp4")
+    write_film(folder / "film.mp4", 336, 252)
     (folder / "questions.jsonl").write_text(blocks("README.md", "json")[1].splitlines()[0] + "\n")
     with contextlib.chdir(folder):
         ran = [run(command) for command in commands("README.md")]

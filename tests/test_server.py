@@ -257,15 +257,16 @@ def test_a_client_that_reads_nothing_is_left(engines, monkeypatch):
 
 
 @pytest.mark.parametrize("path, status", [("/nowhere", 404), ("/v1/models", 405), (CHAT, 401)])
-def test_a_refusal_does_not_wait_for_a_body_that_is_not_sent(engines, path, status):
-    with serving(engines, key="secret" if status == 401 else None) as served:
-        began = time.monotonic()
-        with send_raw(served, pipelined(path, b"x" * 50)[:-50]) as connection:
-            answer = connection.recv(4096)
-            while b"\r\n\r\n{" not in answer or not answer.endswith(b"}"):
-                answer += connection.recv(4096)
-            assert answer.startswith(b"HTTP/1.1 %d" % status) and b"connection: close" in answer
-        assert time.monotonic() - began < 2
+def test_a_refusal_does_not_wait_for_a_body_that_is_not_sent(engines, path, status, monkeypatch):
+    monkeypatch.setattr("qwenvl_ft.gate.DRAIN_SECONDS", 60)  # longer than the client has patience
+    with (
+        serving(engines, key="secret" if status == 401 else None) as served,
+        send_raw(served, pipelined(path, b"x" * 50)[:-50]) as connection,
+    ):
+        answer = connection.recv(4096)
+        while b"\r\n\r\n{" not in answer or not answer.endswith(b"}"):
+            answer += connection.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 %d" % status) and b"connection: close" in answer
 
 
 def test_too_many_connections_are_told_so_in_their_dialect_and_health_answers(engines, monkeypatch):

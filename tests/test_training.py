@@ -320,3 +320,19 @@ def test_held_out_loss_is_that_of_its_records(tmp_path):
     (line,) = metrics(tmp_path / "run")
     assert line["eval_loss"] == pytest.approx(line["loss"], rel=1e-5)  # one step over all rows, before it learnt anything
     assert BASE["max_steps"] == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_changes_during_a_run_is_named(workers, tmp_path, monkeypatch):
+    """From a worker it came as a text without problems, and the command line ended in a traceback."""
+    shutil.copytree(ROOT / "data/sample/images", tmp_path / "images")
+
+    def spoil(*_):
+        for path in (tmp_path / "images").iterdir():
+            path.write_bytes(b"")
+
+    monkeypatch.setattr(training, "write_settings", spoil)
+    with pytest.raises(UserError) as error:
+        run(tmp_path, train_data_dir=tmp_path / "images", dataloader_num_workers=workers)
+    (problem,) = error.value.problems
+    assert problem.where.startswith("few.json[") and problem.what.endswith("is empty")
