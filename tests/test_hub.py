@@ -24,6 +24,7 @@ from qwenvl_ft.errors import UserError
 from qwenvl_ft.hubs import push, pushable, read_source
 from tests.conftest import ROOT, SAMPLE, TINY
 from tests.fakehub import FIRST, SECOND, FakeHub
+from tests.serving import random_adapter
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 5\n"
 SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
@@ -615,13 +616,25 @@ def test_a_merged_folder_is_pushed(hub, kind, merged, monkeypatch, capsys, taken
     assert {name: hub.pushed.get(name) for name in hub.files} == hub.files and capsys.readouterr().out == ""
 
 
+@pytest.fixture(scope="module")
+def an_adapter(tmp_path_factory):
+    return str(random_adapter(TINY, tmp_path_factory.mktemp("adapter"), 0))
+
+
+def test_no_repository_is_made_for_an_adapter_that_is_not_there(hub, kind, monkeypatch, capsys):
+    log_in(monkeypatch, "writer")
+    with pytest.raises(SystemExit, match="1"):
+        main(["export", "--adapter", "nowhere", "--out", "nowhere-merged", "--push", f"{kind}:org/tiny"])
+    assert "holds no adapter_config.json" in capsys.readouterr().err and not hub.made_private
+
+
 @pytest.mark.parametrize("token", [None, "", "reader"])
-def test_who_may_not_write_is_told_before_the_merge(hub, kind, monkeypatch, capsys, token):
+def test_who_may_not_write_is_told_before_the_merge(hub, kind, monkeypatch, capsys, token, an_adapter):
     """Hours of merging ended with `the hub does not answer: 401`."""
     if token is not None:
         log_in(monkeypatch, token)
     with pytest.raises(SystemExit, match="1"):
-        main(["export", "--adapter", "nowhere", "--out", "nowhere-merged", "--push", f"{kind}:org/tiny"])
+        main(["export", "--adapter", an_adapter, "--out", "nowhere-merged", "--push", f"{kind}:org/tiny"])
     error = " ".join(capsys.readouterr().err.split())
     tool = {"hf": "hf auth login", "modelscope": "modelscope login"}[kind]
     assert "org/tiny: may not be written to" in error and f"a token that may write there (`{tool}`)" in error
@@ -663,9 +676,9 @@ def test_an_upload_that_breaks_says_how_to_go_on(hub, kind, merged, monkeypatch)
 
 
 @pytest.mark.parametrize("where", ["org/tiny", "hf:org/tiny@v1", "hf:tiny"])
-def test_a_place_that_nothing_can_be_pushed_to_is_refused_first(where, capsys):
+def test_a_place_that_nothing_can_be_pushed_to_is_refused_first(where, capsys, an_adapter):
     with pytest.raises(UserError, match="names no repository"):
         pushable(where)
     with pytest.raises(SystemExit, match="1"):
-        main(["export", "--adapter", "nowhere", "--out", "nowhere-merged", "--push", where])
+        main(["export", "--adapter", an_adapter, "--out", "nowhere-merged", "--push", where])
     assert "names no repository" in capsys.readouterr().err
