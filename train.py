@@ -2,7 +2,7 @@
 
 import sys
 
-from qwenvl_ft.cli import main
+from qwenvl_ft.cli.main import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from qwenvl_ft.merge import read_header
+from qwenvl_ft.folders.tensors import read_header
 
 PEFT = """
 import sys, torch
@@ -37,7 +37,7 @@ for name in os.listdir(sys.argv[3]):
 )
 OURS = """
 import sys
-from qwenvl_ft.cli import main
+from qwenvl_ft.cli.main import main
 main(["export", "--model", sys.argv[1], "--adapter", sys.argv[2], "--out", sys.argv[3], "--verify", "0"])
 """
 MAKE = """

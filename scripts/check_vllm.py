@@ -17,8 +17,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from qwenvl_ft.engine import Engine
-from qwenvl_ft.meta import Media, read_meta
+from qwenvl_ft.data.records import Media, read_meta
+from qwenvl_ft.infer.engine import Engine
 
 BASE, ADAPTER, MERGED, SAMPLE = Path("data/tiny"), Path("runs/demo"), Path("runs/demo-merged"), Path("data/sample")
 PORT = 8321

@@ -17,6 +17,6 @@ def prepare_backend(self, cpu=False, sagemaker_dp=False, backend=None):
 PartialState._prepare_backend = prepare_backend
 
 if __name__ == "__main__":
-    from qwenvl_ft.cli import main
+    from qwenvl_ft.cli.main import main
 
     main(["train", *sys.argv[1:]])

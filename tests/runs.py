@@ -33,7 +33,7 @@ def config(folder: Path, name: str = "run", **settings) -> Config:
 
 def run(folder: Path, name: str = "run", **settings) -> dict:
     """Trains in this process; returns the adapter's tensors."""
-    from qwenvl_ft.training import train
+    from qwenvl_ft.train.loop import train
 
     train(config(folder, name, **settings))
     return adapter(folder / name)

@@ -17,15 +17,15 @@ import httpx
 import torch
 import uvicorn
 
-from qwenvl_ft.engine import Engine, open_beside
-from qwenvl_ft.families import family_of
-from qwenvl_ft.intake import Sources
-from qwenvl_ft.local import Local
-from qwenvl_ft.model import add_lora, load_base, trainable
-from qwenvl_ft.patience import Impatient
-from qwenvl_ft.server import make_app
-from qwenvl_ft.uploads import Uploads
-from qwenvl_ft.wire import Bounds
+from qwenvl_ft.data.families import family_of
+from qwenvl_ft.infer.engine import Engine, open_beside
+from qwenvl_ft.model.load import add_lora, load_base, trainable
+from qwenvl_ft.serve.api import Bounds
+from qwenvl_ft.serve.app import make_app
+from qwenvl_ft.serve.open_request import Sources
+from qwenvl_ft.serve.timeouts import Impatient
+from qwenvl_ft.serve.transformers_backend import Local
+from qwenvl_ft.serve.uploads import Uploads
 from tests.conftest import SAMPLE, TINY
 
 BOUNDS = Bounds()

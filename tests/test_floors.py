@@ -5,22 +5,11 @@ from pathlib import Path
 
 import pytest
 
-# From the ground up; a module stands as low as its imports let it and may import from the floors below only.
-FLOORS = [
-    "errors gauges metrics options patience plan wire",
-    "checkpoint config dashscope_api fetch geometry hubs machine metafile openai_api reply uploads",
-    "families gate media merge modeldir",
-    "download films meta model server",
-    "chat messages",
-    "dataset intake prepare show",
-    "cli_data doctor engine loss results upstream",
-    "answers batching cli_hub evaluate export run",
-    "local training",
-    "cli_model cli_serve",
-    "cli",
-]
-FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
-FILES = {path.stem: path for path in (Path(__file__).parent.parent / "qwenvl_ft").rglob("*.py") if path.stem != "__init__"}
+# From the ground up: a room imports from the floors below its own only, so two rooms of one floor know nothing of each other.
+ORDER = "errors | config console | folders | data | model | infer | evaluate | train export | hub serve | cli | __main__"
+FLOOR = {room: number for number, rooms in enumerate(ORDER.split(" | ")) for room in rooms.split()}
+PACKAGE = Path(__file__).parent.parent / "qwenvl_ft"
+FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py") if path.stem != "__init__"}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 
@@ -41,26 +30,31 @@ def nodes(kind: type) -> list[tuple[str, ast.AST]]:
     return [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, kind)]
 
 
-def test_every_module_has_its_floor():
-    assert FLOOR.keys() == FILES.keys()
+def room_of(name: str) -> str:
+    return name.split("/")[0]
 
 
-@pytest.mark.parametrize("name", sorted(FLOOR))
-def test_a_module_stands_right_above_the_highest_that_it_imports(name):
-    ours = {module.split(".")[1] for module, _ in imports(TREES[name]) if module.startswith("qwenvl_ft.")}
-    assert FLOOR[name] == 1 + max((FLOOR[other] for other in ours), default=-1), {other: FLOOR[other] for other in ours}
+def test_every_room_has_its_floor():
+    assert FLOOR.keys() == {room_of(name) for name in FILES}
 
 
-def test_no_file_is_over_300_lines():
-    long = {name: lines for name, path in FILES.items() if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 300}
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_room_imports_only_from_rooms_below_it(name):
+    room = room_of(name)
+    ours = {module.split(".")[1] for module, _ in imports(TREES[name]) if module.startswith("qwenvl_ft.")} & FLOOR.keys() - {room}
+    assert [other for other in ours if FLOOR[other] >= FLOOR[room]] == []
+
+
+def test_no_file_is_too_long_for_one_thought():
+    long = {name: lines for name, path in FILES.items() if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 500}
     assert not long
 
 
-def test_nobody_prints_but_show():
+def test_nobody_prints_but_the_console():
     printing = [
         (name, node.lineno) for name, node in nodes(ast.Call) if isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
-    assert [place for place in printing if place[0] != "show"] == []
+    assert [place for place in printing if place[0] != "console"] == []
 
 
 def test_whoever_catches_everything_raises_it_again():

@@ -21,7 +21,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from qwenvl_ft.cli import main
+from qwenvl_ft.cli.main import main
 from tests.conftest import ROOT, SAMPLE, TINY
 from tests.runs import write_film
 from tests.serving import data_url
@@ -198,7 +198,7 @@ def test_the_clients_get_the_engines_answer(readme, there, address, capsys, monk
         (command,) = blocks(readme, "sh")
         done = subprocess.run(["bash", "-c", command.replace(ADDRESS, address)], text=True, capture_output=True, check=True)
         answers.append(json.loads(done.stdout)["choices"][0]["message"]["content"].strip())
-    from qwenvl_ft.engine import Engine
+    from qwenvl_ft.infer.engine import Engine
 
     question = [{"role": "user", "content": [{"image": "picture.png"}, "What is shown?"]}]
     assert set(answers) == {Engine.open("runs/first-merged").ask(question, 128).strip()} != {""}

@@ -1,0 +1,182 @@
+"""Commands that run a model: train, eval, export, ask. torch is imported inside them."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwenvl_ft.cli.options import Adapter, ConfigFile, DataDir, Json, Meta, ModelArgument, Overrides
+from qwenvl_ft.console import counting, draw_counts, print_drawing, print_json, print_line
+from qwenvl_ft.errors import UserError
+
+
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train LoRA. The same as: accelerate launch train.py --config FILE [key=value ...]
+
+    Example: qwenvl-ft train --config configs/demo.yaml output_dir=runs/first learning_rate=5e-5
+    """
+    from qwenvl_ft.config import load_config
+    from qwenvl_ft.hub.download import with_local_model
+
+    settings = with_local_model(load_config(config, overrides or []), print_line)
+    from qwenvl_ft.train.loop import train as run
+
+    run(settings)
+
+
+def evaluate(
+    model: ModelArgument,
+    meta: Meta,
+    data_dir: DataDir,
+    adapter: Adapter = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where every prediction goes; default predictions-META.json beside the adapter or here."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer is cut here.")] = 128,
+    blank: Annotated[
+        bool, typer.Option("--blank", help="Show white pictures of the same size: what is still right was not seen.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask every question of a meta-file; exact and relaxed accuracy, every prediction in a file.
+
+    Relaxed is ChartQA's rule: numbers within 5 %. Each assistant turn is a question, the turns before it as they stand in
+    the record. An empty answer is wrong.
+
+    Example: qwenvl-ft eval data/tiny data/sample/eval.json --data-dir data/sample/images --adapter runs/demo
+    """
+    from qwenvl_ft.data.prepare import check_folders
+    from qwenvl_ft.data.records import read_meta
+    from qwenvl_ft.folders.whole import write_json
+
+    check_folders(model, [adapter] if adapter else [])
+    records, problems = read_meta(meta, data_dir)
+    if problems:
+        raise UserError(*problems)
+    from qwenvl_ft.evaluate.scoring import evaluate as run
+    from qwenvl_ft.infer.engine import Engine
+
+    engine = Engine.open(model, adapter, blank)
+    with counting("answering") as on_answer:
+        scores, predictions = run(engine, records, batch_size, max_new_tokens, on_answer)
+    target = out or (adapter or Path()) / f"predictions-{meta.stem}{'-blank' if blank else ''}.json"
+    write_json(target, predictions)
+    scores["predictions"] = str(target)
+    if as_json:
+        print_json(scores)
+    else:
+        facts = [
+            (name.replace("_", " "), f"{value:.1%}" if isinstance(value, float) else str(value)) for name, value in scores.items()
+        ]
+        print_drawing(
+            draw_counts(f"{model}{' + ' + str(adapter) if adapter else ''} on {meta}{', blank pictures' if blank else ''}", facts)
+        )
+
+
+def export(
+    adapter: Annotated[Path, typer.Option("--adapter", help="The output_dir of a training run.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write the merged model to; must not exist.")],
+    model: Annotated[Path | None, typer.Option("--model", help="The base, if it has moved since training.")] = None,
+    verify: Annotated[
+        int, typer.Option(min=0, help="Training records to compare with base and adapter; 0: none, and no model is loaded.")
+    ] = 1,
+    push: Annotated[str | None, typer.Option("--push", help="Upload it then, to modelscope:ORG/NAME or hf:ORG/NAME.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base and prove that the merged model says what base and adapter say.
+
+    The merge streams: memory does not grow with the model. The proof loads it, once with the adapter and once merged; what
+    cannot be proven is not written.
+
+    Example: qwenvl-ft export --adapter runs/demo --out runs/demo-merged
+    """
+    from qwenvl_ft.folders.adapter import check_adapter
+    from qwenvl_ft.hub import clients as hubs
+
+    if push:
+        check_adapter(adapter)  # no repository is made for one that is not there
+        hubs.pushable(push)  # what is wrong with it is said before the merge
+    from qwenvl_ft.export.write import export as run
+
+    with counting("merging bytes") as on_bytes:
+        proofs = run(adapter, out, model, verify, on_bytes)
+    if push:
+        hubs.push(push, out)
+    if as_json:
+        print_json({"merged": str(out), "proofs": proofs})
+        return
+    print_line(f"merged into {out}" + (f" and pushed to {push}" if push else ""))
+    for proof in proofs:
+        print_line(f"on {proof['where']} its logits differ by at most {proof['difference']:.2g} "
+                   f"(largest logit {proof['largest']:.1f})")  # fmt: skip
+
+
+def ask(
+    model: ModelArgument,
+    question: Annotated[str | None, typer.Argument(help="What to ask; without it, a chat: a line is a question.")] = None,
+    image: Annotated[list[str] | None, typer.Option("--image", help="A picture: file or URL; may be given several times.")] = None,
+    video: Annotated[list[str] | None, typer.Option("--video", help="A video: file or URL; may be given several times.")] = None,
+    fps: Annotated[float | None, typer.Option("--fps", help="Frames taken from each second of a video; 2 if not given.")] = None,
+    adapter: Adapter = None,
+    questions: Annotated[
+        Path | None, typer.Option("--jsonl", help='Answer a file instead, a line each: {"messages": [...]}; needs --out.')
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where the answers to --jsonl go; a second run goes on there.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Lines of --jsonl answered at a time.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The answer is cut here.")] = 512,
+) -> None:
+    """Ask a model about pictures or videos, or about none; the answer comes as it is generated.
+
+    Example: qwenvl-ft ask data/tiny --image data/sample/images/two_col_103562.png "read"
+    """
+    if questions and (question or image or video or not out):
+        raise typer.BadParameter("it takes --out, and no question, --image or --video", param_hint="--jsonl")
+    if out and not questions:
+        raise typer.BadParameter("it is where the answers to --jsonl go", param_hint="--out")
+    from qwenvl_ft.data.prepare import check_folders
+
+    check_folders(model, [adapter] if adapter else [])
+    if questions:
+        from qwenvl_ft.infer.batch_file import answer_file, read_questions
+
+        lines = read_questions(questions)
+        from qwenvl_ft.infer.engine import Engine
+
+        who = f"{model.resolve()} {adapter.resolve() if adapter else ''}"
+        with counting("answering") as on_answer:
+            before, problems = answer_file(Engine.open(model, adapter), lines, out, batch_size, max_new_tokens, on_answer, who)
+        if problems:
+            raise UserError(*problems)
+        print_line(f"{len(lines)} answers in {out}" + (f", {before} of them from before" if before else ""))
+        return
+    from qwenvl_ft.infer.engine import Engine
+
+    media = [{"type": "image", "image": source} for source in image or []]
+    media += [{"type": "video", "video": source} | ({"fps": fps} if fps else {}) for source in video or []]
+    engine = Engine.open(model, adapter)
+    talk: list[dict[str, Any]] = []
+    for asked in [question] if question else chat_lines():
+        talk.append({"role": "user", "content": [*media, {"type": "text", "text": asked}]})
+        media, answer = [], ""
+        for piece in engine.stream(talk, max_new_tokens):
+            answer += piece
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print_line("")
+        talk.append({"role": "assistant", "content": answer})
+
+
+def chat_lines() -> Iterator[str]:
+    """What the user types, a line at a time, until an empty one or the end of the input."""
+    if sys.stdin.isatty():
+        print_line("Ask; an empty line ends the chat.")
+    while True:
+        sys.stdout.write("> " if sys.stdin.isatty() else "")
+        sys.stdout.flush()
+        if not (line := sys.stdin.readline().strip()):
+            return
+        yield line

@@ -1,0 +1,170 @@
+"""The command `serve`. Whatever needs torch or a server is imported inside it."""
+
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from qwenvl_ft.console import print_line
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.serve.api import Bounds
+from qwenvl_ft.serve.backend import Backend
+from qwenvl_ft.serve.middleware import SPARE_CONNECTIONS, is_loopback
+
+
+def serve(
+    model: Annotated[Path | None, typer.Argument(help="The model's folder.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", help="NAME=DIR: an adapter beside the base, by its name; several times.")
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="A name of the base; several times. Default: its folder's name.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; anywhere but on this machine needs --api-key-env.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="LISTENING_PORT", min=0, max=65535, help="0: any that is free.")] = 8000,
+    api_key_env: Annotated[str | None, typer.Option(metavar="VAR", help="The environment variable that holds the key.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="HOST", help="Pictures are fetched from its URLs; several times. Default: none.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests answered at a time.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; one more gets status 429.")] = 64,
+    max_body_mib: Annotated[int, typer.Option(min=1, help="Size of a request's body.")] = Bounds.body_bytes >> 20,
+    max_pictures: Annotated[int, typer.Option(min=1, help="Pictures and frames of a request.")] = Bounds.pictures,
+    max_megapixels: Annotated[
+        int, typer.Option(min=1, help="Of one picture, before it is resized; all of a request may have twice as many.")
+    ] = Bounds.picture_pixels // 1_000_000,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a question, pictures included.")] = Bounds.prompt_tokens,
+    max_answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a request may ask for.")] = Bounds.answer_tokens,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for a request, waiting included.")] = Bounds.seconds,
+    root_path: Annotated[str, typer.Option(help="Answer below this path, too: /api/predict/NAME behind a gateway.")] = "",
+    public_url: Annotated[str, typer.Option(help="Where clients reach the server, for DashScope's uploads.")] = "",
+    engine: Annotated[
+        Literal["transformers", "vllm"], typer.Option(help="vllm starts `vllm serve`, as installed, behind this server.")
+    ] = "transformers",
+    engine_url: Annotated[
+        str | None,
+        typer.Option(help="Answer with the models of a vLLM that runs already, such as http://127.0.0.1:8001; no MODEL."),
+    ] = None,
+    engine_arg: Annotated[list[str] | None, typer.Option(help="An argument for `vllm serve`; several times.")] = None,
+) -> None:
+    """Serve a model and its adapters in OpenAI's and DashScope's dialects, and as a PAI EAS service.
+
+    Example: qwenvl-ft serve data/tiny --adapter demo=runs/demo --port 8000
+    """
+    key = _key(api_key_env, host)
+    listening = _bind(host, port)
+    bounds = Bounds(
+        max_body_mib << 20, max_pictures, max_megapixels * 1_000_000, 2 * max_megapixels * 1_000_000,
+        max_prompt_tokens, max_answer_tokens, timeout, min(timeout, Bounds.body_seconds),
+    )  # fmt: skip
+    from qwenvl_ft.serve.open_request import Sources
+    from qwenvl_ft.serve.uploads import Uploads
+
+    sources = Sources(Uploads(), frozenset(map(str.lower, allow_host or [])))
+    folders = dict(map(_adapter, adapter or []))
+    if (model is None) == (engine_url is None):
+        raise typer.BadParameter("give the model's folder, or --engine-url", param_hint="MODEL")
+    names = name or ([model.resolve().name] if model else [])
+    if doubled := set(names) & set(folders):
+        raise UserError(Problem("--adapter", f"{', '.join(doubled)} names the base, too", "give the adapter another name"))
+    if model:
+        from qwenvl_ft.data.prepare import check_folders
+
+        check_folders(model, folders.values())
+    backend: Backend
+    if model is None or engine == "vllm":
+        backend = _upstream(model, engine_url, names, folders, engine_arg or [], bounds, sources)
+    else:
+        from qwenvl_ft.infer.engine import open_beside
+        from qwenvl_ft.serve.transformers_backend import Local
+
+        engines = open_beside(model, folders)
+        base = engines.pop(None)
+        backend = Local({**dict.fromkeys(names, base), **engines}, bounds, sources, max_batch)
+    from qwenvl_ft.serve.app import make_app
+
+    root = "/" + root_path.strip("/") if root_path.strip("/") else ""
+    places = max_batch + max_waiting
+    app = make_app(backend, bounds, sources.uploads, places, key, root, public_url)
+    _run(app, listening, timeout, list(backend.names), places)
+
+
+def _upstream(
+    model: Path | None,
+    url: str | None,
+    names: list[str],
+    adapters: dict[str, Path],
+    arguments: list[str],
+    bounds: Bounds,
+    sources: Any,
+) -> Any:
+    """vLLM at `url`, or started for `model`."""
+    from qwenvl_ft.data.geometry import read_limits
+    from qwenvl_ft.folders.runs import holds_processor, run_folder_of
+    from qwenvl_ft.serve.vllm_backend import Upstream, start_vllm
+
+    if model is None:
+        return Upstream(url or "", bounds, sources)
+    limits = dict.fromkeys(names, read_limits(model))
+    limits |= {
+        name: read_limits(own if holds_processor(own := run_folder_of(folder)) else model) for name, folder in adapters.items()
+    }
+    with _bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    process = start_vllm(model, names, adapters, port, arguments)
+    return Upstream(f"http://127.0.0.1:{port}", bounds, sources, process, limits)
+
+
+def _run(app: Any, listening: socket.socket, timeout: float, names: list[str], places: int) -> None:
+    """Serves until SIGTERM or SIGINT; then what has begun is finished, and nothing else begins."""
+    import uvicorn
+
+    from qwenvl_ft.serve.timeouts import Impatient
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    config = uvicorn.Config(
+        app, http=Impatient, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
+        limit_concurrency=places + 2 * SPARE_CONNECTIONS, timeout_graceful_shutdown=int(timeout) + 15,
+    )  # fmt: skip
+    host, port = listening.getsockname()[:2]
+    print_line(f"{', '.join(names)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 and /api/v1; stop with Ctrl-C")
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _adapter(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not name or not equals or not folder:
+        raise typer.BadParameter(f"{text} is not NAME=DIR", param_hint="--adapter")
+    return name, Path(folder)
+
+
+def _key(variable: str | None, host: str) -> str | None:
+    """The key that callers must have. Raises UserError where one is needed and there is none."""
+    if variable:
+        if key := os.environ.get(variable, "").strip():
+            if not (key.isascii() and key.isprintable()):
+                what = "has letters that no header can carry"
+                raise UserError(
+                    Problem(f"--api-key-env {variable}", what, "use a key of printable ASCII, such as `openssl rand -hex 32`")
+                )
+            return key
+        raise UserError(Problem(f"--api-key-env {variable}", "is not set, or empty", f"export {variable}=... first"))
+    if not is_loopback(host):
+        what = "would answer everyone who reaches this machine, without a key"
+        raise UserError(Problem(f"--host {host}", what, "put a key into the environment and name it with --api-key-env VAR"))
+    return None
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """The socket, before the model is loaded, so that a port in use is said at once. It listens once the server runs."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise UserError(Problem(f"{host}:{port}", f"cannot be listened on ({error.strerror})", "choose another --port")) from error
+    return listening

@@ -1,0 +1,127 @@
+"""Everything that is printed for a person: problems, plans, drawings, a run's progress. Nothing else prints, or knows rich."""
+
+import io
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from qwenvl_ft.errors import Problem
+
+Drawing = Panel | Table
+console = Console(highlight=False)
+error_console = Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output, for a program."""
+    console.file.write(_writable(json.dumps(value, ensure_ascii=False, indent=1)) + "\n")
+
+
+def _writable(text: str) -> str:
+    """Half of a surrogate pair, from a broken JSON or a broken file name, as its escape: no stream takes it as it is."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def print_line(text: str, style: str = "") -> None:
+    """One line on standard output."""
+    console.print(Text(text, style), soft_wrap=True)
+
+
+def print_drawing(drawing: Drawing) -> None:
+    """A table or a panel on standard output."""
+    console.print(drawing)
+
+
+def print_problems(problems: Sequence[Problem]) -> None:
+    """Where, what and the fix of each, on standard error; then how many."""
+    for problem in problems:
+        where, what, fix = map(_writable, (problem.where, problem.what, problem.fix))
+        error_console.print(Text.assemble((where, "bold"), ": ", what, ("\n  fix: ", "green"), fix), soft_wrap=True)
+    error_console.print(Text(f"{len(problems)} problem{'s' * (len(problems) != 1)}", "bold red"))
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for work that calls back with (done, total); on standard error, so that --json stays clean."""
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal) as progress:
+        task = progress.add_task(what)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def save_svg(drawing: Drawing, path: Path) -> None:
+    """A drawing as a picture file, for a report or a README."""
+    pen = Console(record=True, width=110, file=io.StringIO(), force_terminal=True, highlight=False)
+    pen.print(drawing)
+    drawn = re.sub(r"@font-face \{.*?\}", "", pen.export_svg(title="qwenvl-ft show"), flags=re.DOTALL)  # no font from the web
+    path.write_text(drawn, encoding="utf-8")
+
+
+def draw_panel(pieces: Sequence[tuple[str, str]], title: str, subtitle: str) -> Drawing:
+    """A frame around (text, style) pieces that follow one another."""
+    return Panel(Text.assemble(*pieces), title=title, subtitle=subtitle)
+
+
+def draw_counts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    """A two-column table of facts."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def draw_plan(summary: dict[str, Any]) -> Table:
+    """What `qwenvl-ft plan` shows."""
+    tokens = summary["tokens"]
+    return draw_counts(
+        "Plan",
+        [
+            ("records", f"{summary['records']:,}, {summary['used']:,} used, {len(summary['skipped']):,} problems"),
+            ("pictures", f"{summary['pictures']:,}, {summary['pictures_shrunk']:,} of them made smaller by max_pixels"),
+            ("tokens", f"{tokens['total']:,} ({tokens['min']:,} to {tokens['max']:,} a record, median {tokens['median']:,})"),
+            ("taught", f"{summary['taught_tokens']:,} tokens"),
+            ("rows", f"{summary['rows']:,} of {summary['row_tokens']:,} tokens, {summary['fill']:.1%} full"),
+            ("steps", f"{summary['steps']:,} ({summary['steps_per_epoch']:,} an epoch)"),
+            *(("note", note) for note in summary["notes"]),
+        ],
+    )
+
+
+class Display:
+    """A run's progress: a bar where there is a terminal, a line each `every` steps everywhere. Quiet on other processes."""
+
+    def __init__(self, total: int, done: int, every: int, quiet: bool):
+        self.every, self.quiet, self.total = every, quiet, total
+        self.began, self.done_before = time.monotonic(), done
+        columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        self.progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+        self.task = self.progress.add_task("training", total=total, completed=done)
+        self.progress.start()
+
+    def step(self, step: int, facts: dict[str, float]) -> None:
+        """`facts`: loss, learning_rate, tokens_per_s, taught_tokens_per_s, epoch."""
+        self.progress.update(self.task, completed=step)
+        if not self.quiet and (step % self.every == 0 or step == self.total):
+            left = (time.monotonic() - self.began) / (step - self.done_before) * (self.total - step)
+            rates = f"{facts['tokens_per_s']:,.0f} tokens/s ({facts['taught_tokens_per_s']:,.0f} taught)"
+            result = f"loss={facts['loss']:.4f}  lr {facts['learning_rate']:.2e}"
+            self.say(f"step {step}/{self.total}  epoch {facts['epoch']:.2f}  {result}  {rates}  ETA {left:.0f} s")
+
+    def say(self, line: str) -> None:
+        """A line beside the bar."""
+        if not self.quiet:
+            self.progress.console.print(Text(line), soft_wrap=True)
+
+    def stop(self) -> None:
+        """Takes the bar away."""
+        self.progress.stop()

@@ -1,0 +1,1 @@
+"""Readers of the forms that meta-files come in."""

@@ -1,0 +1,99 @@
+"""How many tokens a picture takes, from its size alone.
+
+The processor resizes a picture to whole units (a merged patch: 28 or 32 px a side) within its limits of pixels; each unit is
+one token. `grid_of` does the same arithmetic without opening the picture.
+
+    >>> grid_of(400, 500, Limits(patch_size=14, merge_size=2, min_pixels=3136, max_pixels=1003520))
+    (1, 28, 36)
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.problems import read_model_json
+
+MAX_ASPECT = 200  # the processors refuse a picture whose sides differ by more
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A processor's settings, read from its own files. `min_pixels` and `max_pixels` bound height x width after resizing."""
+
+    patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+
+    @property
+    def unit_px(self) -> int:
+        """Side of what becomes one token, in px."""
+        return self.patch_size * self.merge_size
+
+
+def resized(height: int, width: int, limits: Limits) -> tuple[int, int]:
+    """(height, width) in px after the processor's resize. Source: `smart_resize` of transformers 5.23.
+
+    The aspect ratio must be at most MAX_ASPECT: `media.size_of` has refused others.
+    """
+    unit = limits.unit_px
+    new_height, new_width = round(height / unit) * unit, round(width / unit) * unit
+    if new_height * new_width > limits.max_pixels:
+        shrink = math.sqrt(height * width / limits.max_pixels)
+        new_height = max(unit, math.floor(height / shrink / unit) * unit)
+        new_width = max(unit, math.floor(width / shrink / unit) * unit)
+    elif new_height * new_width < limits.min_pixels:
+        grow = math.sqrt(limits.min_pixels / (height * width))
+        new_height, new_width = math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
+    return new_height, new_width
+
+
+def grid_of(height: int, width: int, limits: Limits) -> tuple[int, int, int]:
+    """(1, rows, columns) of patches, as the processor's `image_grid_thw`."""
+    new_height, new_width = resized(height, width, limits)
+    return 1, new_height // limits.patch_size, new_width // limits.patch_size
+
+
+def tokens_of(grid: tuple[int, int, int], merge_size: int) -> int:
+    """Number of placeholder tokens that a grid of patches takes."""
+    return math.prod(grid) // merge_size**2
+
+
+def read_limits(model_dir: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Limits:
+    """The picture settings of the processor in `model_dir`, with the given bounds in place of its own."""
+    settings = _image_settings(model_dir)
+    size = settings.get("size") or {}
+    own_min = settings.get("min_pixels") or size["shortest_edge"]
+    own_max = settings.get("max_pixels") or size["longest_edge"]
+    return Limits(settings["patch_size"], settings["merge_size"], int(min_pixels or own_min), int(max_pixels or own_max))
+
+
+def _image_settings(model_dir: Path) -> dict[str, Any]:
+    for name in ("processor_config.json", "preprocessor_config.json"):  # written by transformers 5 and by 4
+        path = model_dir / name
+        if path.is_file():
+            content = read_model_json(path)
+            settings = content.get("image_processor", content)
+            if {"patch_size", "merge_size"} <= settings.keys() and (
+                "max_pixels" in settings or "longest_edge" in settings.get("size", {})
+            ):
+                return settings
+    raise UserError(
+        Problem(
+            str(model_dir),
+            "holds no preprocessor_config.json or processor_config.json with patch_size and limits of pixels",
+            "download the whole model",
+        )
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4) or not all(side.isdecimal() and int(side) for side in sys.argv[1:3]):
+        sys.exit("usage: python -m qwenvl_ft.data.geometry WIDTH HEIGHT [MODEL_DIR]")
+    at = read_limits(Path(sys.argv[3])) if len(sys.argv) == 4 else Limits(14, 2, 3136, 1280 * 28 * 28)
+    shape = resized(int(sys.argv[2]), int(sys.argv[1]), at)
+    tokens = tokens_of(grid_of(int(sys.argv[2]), int(sys.argv[1]), at), at.merge_size)
+    sys.stdout.write(f"{sys.argv[1]} x {sys.argv[2]} px -> {shape[1]} x {shape[0]} px, {tokens} tokens\n")

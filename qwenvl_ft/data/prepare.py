@@ -1,0 +1,160 @@
+"""From a config to everything that is known before a GPU is touched: records, scripts, rows, and what was left out and why."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from qwenvl_ft.config import Config
+from qwenvl_ft.data.chat import IGNORE, Chat, Script, open_chat
+from qwenvl_ft.data.geometry import resized
+from qwenvl_ft.data.packing import Plan, pack, steps
+from qwenvl_ft.data.records import Media, Record, num_records, read_meta
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.adapter import check_adapter
+from qwenvl_ft.folders.base import check_base
+
+OnRecord = Callable[[int, int], None]
+FEW_STEPS = 20  # optimizer steps; LoRA has hardly left its zeros after fewer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One meta-file made ready. `problems` are the records left out of `plan`, each with its reason."""
+
+    num_records: int
+    records: list[Record]
+    scripts: list[Script]
+    plan: Plan
+    problems: list[Problem]
+    chat: Chat
+
+    def taught_tokens(self, row: int) -> int:
+        """How many tokens a row teaches: what the loss divides by, summed over a step's rows."""
+        return sum(sum(label != IGNORE for label in self.scripts[index].labels) for index in self.plan.rows[row])
+
+    def places(self, row: int) -> str:
+        """The records of a row, for a message."""
+        return ", ".join(self.scripts[index].where for index in self.plan.rows[row])
+
+    def summary(self, config: Config) -> dict[str, Any]:
+        """What `qwenvl-ft plan --json` prints and `plan.json` keeps; tokens are those of the packed records."""
+        num_steps = len(schedule(self, config))
+        used = [index for row in self.plan.rows for index in row]
+        pictures = {picture for record in self.records for picture in record.pictures}
+        return {
+            "records": self.num_records,
+            "used": len({self.scripts[index].where for index in used}),
+            "skipped": [vars(problem) for problem in self.problems],
+            "pictures": len(pictures),
+            "pictures_shrunk": sum(shrunk(picture, self.chat) for picture in pictures),
+            "tokens": token_counts([self.scripts[index].length for index in used]),
+            "taught_tokens": sum(self.taught_tokens(row) for row in range(len(self.plan.rows))),
+            "rows": len(self.plan.rows),
+            "row_tokens": self.plan.row_tokens,
+            "fill": round(self.plan.fill, 4),
+            "steps_per_epoch": len(steps(len(self.plan.rows), config.rows_per_step, config.seed, 0)),
+            "steps": num_steps,
+            "notes": notes(len(self.plan.rows), num_steps, config),
+        }
+
+
+def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lambda done, total: None) -> Prepared:
+    """Reads, writes and packs the training records, or the evaluation records.
+
+    Raises UserError with every problem, unless `on_bad_record` is skip and something is left to train on.
+    """
+    meta_file = config.eval_meta_file if evaluation and config.eval_meta_file else config.train_meta_file
+    data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
+    chat = open_chat(config.model, config.min_pixels, config.max_pixels)
+    if chat.limits.min_pixels > chat.limits.max_pixels:
+        raise UserError(Problem("max_pixels", f"is {chat.limits.max_pixels}, less than the model's own min_pixels, "
+                                f"{chat.limits.min_pixels}", "raise it, or set min_pixels, too"))  # fmt: skip
+    records, problems = read_meta(meta_file, data_dir, on_record)
+    total = num_records(meta_file, records, problems)
+    scripts = write_scripts(chat, records, problems)
+    plan = pack([script.length for script in scripts], config.row_tokens, share=chat.family.packs)
+    stops = config.on_bad_record == "error" or not plan.rows
+    problems += too_long(scripts, plan, meta_file.name, as_one=stops)  # a run that skips them keeps the list of them
+    if problems and stops:
+        if config.on_bad_record == "error" and plan.rows:
+            found = "1 problem was" if len(problems) == 1 else f"{len(problems)} problems were"
+            problems.append(Problem("on_bad_record", f"is error, and {found} found",
+                                    "mend them, or set on_bad_record: skip to train without these records"))  # fmt: skip
+        raise UserError(*problems)
+    return Prepared(total, records, scripts, plan, problems, chat)
+
+
+def write_scripts(chat: Chat, records: Sequence[Record], problems: list[Problem]) -> list[Script]:
+    """The examples of all records; what the template refuses is added to `problems`."""
+    scripts: list[Script] = []
+    for record in records:
+        try:
+            scripts += chat.write_scripts(record)
+        except UserError as error:
+            problems += [Problem(record.where, problem.what, problem.fix) for problem in error.problems]
+    return scripts
+
+
+def too_long(scripts: Sequence[Script], plan: Plan, name: str, as_one: bool) -> list[Problem]:
+    """A problem for each record that no row holds; as one of the file `name`, if they are several."""
+    lengths: dict[str, int] = {}  # by record: one whose template rewrites turns has several scripts
+    for script in (scripts[index] for index in plan.too_long):
+        lengths[script.where] = max(script.length, lengths.get(script.where, 0))
+    if as_one and len(lengths) > 1:
+        longest = max(lengths, key=lambda where: lengths[where])
+        what = f"{len(lengths):,} records are too long for a row of {plan.row_tokens} tokens; {longest} is the longest, "
+        fix = f"raise row_tokens to {lengths[longest]}, lower max_pixels, or shorten them"
+        return [Problem(name, f"{what}{lengths[longest]} tokens", fix)]
+    fix = "raise row_tokens to {}, lower max_pixels, or shorten the record"
+    return [
+        Problem(where, f"{length} tokens, a row holds {plan.row_tokens}", fix.format(length)) for where, length in lengths.items()
+    ]
+
+
+def notes(num_rows: int, num_steps: int, config: Config) -> list[str]:
+    """What is allowed and probably not meant."""
+    found = []
+    if num_rows < config.rows_per_step:
+        found.append(f"{num_rows} rows are fewer than rows_per_step, {config.rows_per_step}: every step takes them all; lower it")
+    if num_steps < FEW_STEPS:
+        more = "raise max_steps" if config.max_steps else "lower rows_per_step or row_tokens, or raise num_train_epochs"
+        found.append(f"{num_steps} optimizer steps teach little: {more}")
+    if config.attn_implementation == "flash_attention_2" and not (find_spec("flash_attn") or find_spec("kernels")):
+        found.append(
+            "flash_attention_2 is not installed here, where train would stop; attn_implementation: auto takes what there is"
+        )
+    return found
+
+
+def schedule(prepared: Prepared, config: Config) -> list[tuple[int, list[int]]]:
+    """(epoch, rows) of every optimizer step of the run, the same whatever the number of processes."""
+    found: list[tuple[int, list[int]]] = []
+    epoch = 0
+    while epoch < config.num_train_epochs if config.max_steps is None else len(found) < config.max_steps:
+        found += [(epoch, rows) for rows in steps(len(prepared.plan.rows), config.rows_per_step, config.seed, epoch)]
+        epoch += 1
+    return found[: config.max_steps]
+
+
+def token_counts(lengths: Sequence[int]) -> dict[str, int]:
+    """min, median, max and total, as the commands print them."""
+    if not lengths:
+        return {"min": 0, "median": 0, "max": 0, "total": 0}
+    return {"min": min(lengths), "median": int(median(lengths)), "max": max(lengths), "total": sum(lengths)}
+
+
+def shrunk(picture: Media, chat: Chat) -> bool:
+    """Whether `max_pixels` makes the picture smaller than rounding to whole units would."""
+    height, width = resized(picture.height, picture.width, chat.limits)
+    return height * width < (picture.height - chat.limits.unit_px) * (picture.width - chat.limits.unit_px)
+
+
+def check_folders(model_dir: Path, adapters: Iterable[Path]) -> None:
+    """Says what is wrong with a model's folder and with adapters of it before torch is imported, which takes seconds."""
+    open_chat(model_dir)
+    for adapter in adapters:
+        check_adapter(adapter)
+        check_base(adapter, model_dir)

@@ -1,0 +1,1 @@
+"""Asks every question of a meta-file and scores the answers."""

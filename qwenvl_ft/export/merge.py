@@ -1,0 +1,163 @@
+"""Merges an adapter into the files of its base in one stream: memory does not grow with the model.
+
+    merged = base + (alpha / rank) * B @ A, summed in float32, cast back to the base's dtype, under the base's own key names
+
+A merged file has its base's header, byte for byte; behind it come the tensors, block by block, changed or copied.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import IO, Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.adapter import LORA_KEY
+from qwenvl_ft.folders.problems import read_model_json
+from qwenvl_ft.folders.tensors import DTYPES, Floats, Stored, as_float32, module_of, read_header
+
+BLOCK_BYTES = 1 << 19  # a block and its float32 stay in a core's cache
+# Settings of PEFT that make an adapter more than B @ A.
+NOT_PLAIN = (
+    "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "use_qalora", "use_bdlora",
+    "alora_invocation_tokens", "arrow_config", "layer_replication", "fan_in_fan_out", "trainable_token_indices",
+    "target_parameters",
+)  # fmt: skip
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # the others, PiSSA among them, change the base
+
+
+class Deltas:
+    """What the adapter adds to each weight of the base, by the weight's module as transformers 5 names it.
+
+    Raises UserError for an adapter that is more than LoRA, or that changes one side of tied embeddings.
+    """
+
+    def __init__(self, adapter: Path, base_config: dict[str, Any]):
+        self.where = adapter / "adapter_model.safetensors"
+        settings = read_model_json(adapter / "adapter_config.json")
+        more = [key for key in NOT_PLAIN if settings.get(key)]
+        more += ["bias"] if settings.get("bias", "none") != "none" else []
+        more += ["init_lora_weights"] if settings.get("init_lora_weights") not in PLAIN_STARTS else []
+        if more:
+            raise UserError(Problem(str(adapter), f"is no plain LoRA adapter ({', '.join(more)})",
+                                    "merge it with the tool that trained it"))  # fmt: skip
+        rank = settings["r"]
+        self.scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+        head, tensors = read_header(self.where)
+        self.places: dict[str, dict[str, tuple[Stored, int]]] = {}  # of each module's A and B, with the offset in the file
+        offset = len(head)
+        for tensor in tensors:
+            match = LORA_KEY.match(tensor.key)
+            if not match or tensor.dtype not in DTYPES:
+                raise UserError(
+                    Problem(
+                        f"{self.where}: {tensor.key}", "is not a LoRA tensor that can be merged", "train it again with this tool"
+                    )
+                )
+            self.places.setdefault(module_of(match[1]), {})[match[2]] = tensor, offset
+            offset += tensor.num_bytes
+        self.left = set(self.places)
+        tied = base_config.get("tie_word_embeddings") or base_config.get("text_config", {}).get("tie_word_embeddings")
+        if tied and "lm_head" in self.places:
+            raise UserError(Problem(f"{self.where}: lm_head", "changes one side of embeddings that the base ties together",
+                                    "train without this module"))  # fmt: skip
+
+    def of(self, key: str, shape: list[int]) -> tuple[Floats, Floats] | None:
+        """(B, A) in float32, B times the scale, for a checkpoint's key; None if the adapter does not touch it."""
+        module = module_of(key)
+        if module not in self.places:
+            return None
+        pair = {
+            side: as_float32(np.fromfile(self.where, DTYPES[tensor.dtype], math.prod(tensor.shape), offset=offset)).reshape(
+                tensor.shape
+            )
+            for side, (tensor, offset) in self.places[module].items()
+        }
+        if len(shape) != 2:
+            raise UserError(Problem(f"{self.where}: {module}", "is LoRA on a convolution, which is not merged here",
+                                    "merge it with the tool that trained it"))  # fmt: skip
+        if not all(np.isfinite(matrix).all() for matrix in pair.values()):
+            raise UserError(Problem(f"{self.where}: {module}", "holds NaN or infinity", "take an earlier checkpoint"))
+        if pair.keys() != {"A", "B"} or [pair["B"].shape[0], pair["A"].shape[1]] != shape:
+            found = {side: tensor.shape for side, tensor in pair.items()}
+            raise UserError(Problem(f"{self.where}: {module}", f"has shape {found}, the base {shape}",
+                                    "give the right base with --model DIR"))  # fmt: skip
+        self.left.discard(module)
+        return pair["B"] * np.float32(self.scale), pair["A"]
+
+
+def merge_files(shards: Sequence[Path], folder: Path, deltas: Deltas, on_bytes: Callable[[int, int], None]) -> dict[str, str]:
+    """Writes the safetensors files of a base, merged, into `folder`; returns the sha256 of each by its name.
+
+    `on_bytes` is told (bytes done, bytes in all), from several threads. Raises UserError if an adapter tensor has no home.
+    """
+    headers = {shard: read_header(shard) for shard in shards}  # all of them first: a damaged last one would show after an hour
+    total = sum(shard.stat().st_size for shard in shards)
+    moved: list[int] = []
+    stop = Event()
+
+    def merge(shard: Path) -> tuple[str, str]:
+        head, tensors = headers[shard]
+        digest = hashlib.sha256(head)
+        with shard.open("rb") as source, (folder / shard.name).open("wb") as target:
+            source.seek(target.write(head))
+            for tensor in tensors:
+                for block in _merged(source, tensor, deltas):
+                    target.write(block)
+                    digest.update(block)
+                moved.append(tensor.num_bytes)
+                on_bytes(sum(moved), total)
+                if stop.is_set():
+                    break
+        return shard.name, digest.hexdigest()
+
+    # Threads take shards; a product of such small blocks is slower on several.
+    with ThreadPoolExecutor(4) as pool, threadpool_limits(1, "blas"):
+        try:
+            digests = dict(pool.map(merge, shards))
+        finally:
+            stop.set()
+    if deltas.left:
+        raise UserError(*(
+            Problem(f"{deltas.where}: {module}", "has no home in the base", "give the right base with --model DIR")
+            for module in sorted(deltas.left)
+        ))  # fmt: skip
+    return digests
+
+
+def _merged(source: IO[bytes], tensor: Stored, deltas: Deltas) -> Iterator[Any]:
+    """The bytes of one tensor, some rows at a time, what the adapter adds included."""
+    change = deltas.of(tensor.key, tensor.shape)
+    if change and tensor.dtype not in DTYPES:
+        raise UserError(Problem(f"{source.name}: {tensor.key}", f"is stored as {tensor.dtype}: the base is quantized",
+                                "merge into the base in its full precision, with --model DIR"))  # fmt: skip
+    row_bytes = tensor.num_bytes // tensor.shape[0] if change else 1
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for row in range(0, tensor.num_bytes // row_bytes, step):
+        block = bytearray(source.read(min(step * row_bytes, tensor.num_bytes - row * row_bytes)))
+        if change:
+            left, right = change
+            stored = np.frombuffer(block, DTYPES[tensor.dtype]).reshape(-1, tensor.shape[1])
+            weight = as_float32(stored)
+            weight += left[row : row + step] @ right
+            store(stored, weight)
+        yield block
+
+
+def store(stored: Any, weight: Floats) -> None:
+    """Writes float32 into an array as a file holds it, each to the nearest, halves to the even one."""
+    if stored.dtype == np.uint16:
+        bits = weight.view(np.uint32)
+        odd = bits >> 16
+        odd &= 1
+        bits += odd
+        bits += 0x7FFF
+        bits >>= 16
+        stored[:] = bits
+    else:
+        stored[:] = weight

@@ -1,0 +1,70 @@
+"""What a run's folder holds, and which of its checkpoints is the newest whole one."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.whole import INCOMING, damage, discard
+
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # written by transformers 5 and by 4
+NAME = re.compile(r"checkpoint-(\d+)$")
+# What train writes there, its trackers' folder among it, and eval, which may come first.
+OF_A_RUN = re.compile(r"(?:config\.yaml|plan\.json|metrics\.jsonl|checkpoint-\d+|qwenvl_ft|predictions.*\.json)$")
+
+
+def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and why each newer one was passed over. Raises UserError if there are some and none is whole."""
+    skipped = []
+    found = checkpoints(output_dir)
+    for folder in reversed(found):
+        if (reason := damage(folder)) is None:
+            return folder, skipped
+        skipped.append(f"{folder.name}: {reason}")
+    if found:
+        raise UserError(*(
+            Problem(str(output_dir), f"cannot resume: {reason}", "restore it, or delete the folder to start again")
+            for reason in skipped
+        ))  # fmt: skip
+    return None, skipped
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The folders named checkpoint-N, oldest step first."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if NAME.search(path.name)]
+    return sorted(folders, key=lambda path: int(NAME.search(path.name)[1]))  # type: ignore[index]
+
+
+def run_folder_of(adapter: Path) -> Path:
+    """Where an adapter's processor and settings are: in its folder, or for a checkpoint in that of its run."""
+    of_run = NAME.search(adapter.name) and not holds_processor(adapter) and holds_processor(adapter.parent)
+    return adapter.parent if of_run else adapter
+
+
+def holds_processor(folder: Path) -> bool:
+    """Whether a processor's settings are there."""
+    return any((folder / name).is_file() for name in PROCESSORS)
+
+
+def rotate(output_dir: Path, keep: int) -> None:
+    """Deletes the oldest checkpoints but never the newest whole one."""
+    for folder in checkpoints(output_dir)[:-keep]:
+        doomed = output_dir / INCOMING / folder.name
+        shutil.rmtree(doomed, ignore_errors=True)
+        doomed.parent.mkdir(exist_ok=True)
+        folder.rename(doomed)  # first out of sight, so that a kill leaves no half-deleted checkpoint
+        discard(doomed)
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raises UserError where a run would mix its files with others: only a new, an empty or a run's folder is written to."""
+    place = f"output_dir: {folder}"
+    try:
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(Problem(place, f"is no folder to write to ({error.strerror})", "give another folder")) from None
+    if names and not any(OF_A_RUN.match(name) for name in names):
+        raise UserError(Problem(place, "holds files and none of a run", "give a new folder, or an empty one"))

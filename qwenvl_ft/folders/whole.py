@@ -1,0 +1,118 @@
+"""Folders that are whole or not there: written aside, flushed, listed in a manifest with sizes and hashes, then renamed.
+
+A kill, a full disk or a power cut at any moment leaves the older checkpoints as they were and nothing that looks finished.
+No pickle is written or read: tensors are safetensors, the rest is JSON.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.errors import Problem, UserError
+
+MANIFEST = "MANIFEST.json"
+INCOMING = ".incoming"
+
+
+def write_whole(folder: Path, write: Callable[[Path], dict[str, str] | None], replace: bool = True) -> None:
+    """Calls `write` with a folder beside `folder`, then gives it that name. An older `folder` is replaced at the end, or refused.
+
+    `write` may return the sha256 of files by name, where it knows them: gigabytes need not be read again. Raises UserError
+    if another process writes the same folder, or if the disk refuses.
+    """
+    incoming = folder.parent / INCOMING / folder.name
+    incoming.parent.mkdir(parents=True, exist_ok=True)
+    lock = incoming.with_name(f"{folder.name}.lock")
+    with lock.open("w") as held:  # the system lets go of it when this process ends, however it does
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(Problem(str(folder), "is being written by another process", "wait for it")) from None
+        try:
+            shutil.rmtree(incoming, ignore_errors=True)
+            incoming.mkdir()
+            seal(incoming, write(incoming) or {})
+            if replace:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif folder.exists():
+                raise UserError(Problem(str(folder), "exists already", "choose another folder, or delete it"))
+            incoming.rename(folder)
+            _flush(folder.parent)
+        except OSError as error:
+            free = shutil.disk_usage(folder.parent).free
+            raise UserError(Problem(str(error.filename or folder), f"{error.strerror} ({free / 2**30:.1f} GiB free)",
+                                    "mend that and run it again, a training with resume=true")) from error  # fmt: skip
+        finally:
+            lock.unlink(missing_ok=True)
+            discard(incoming)
+
+
+def seal(folder: Path, known: dict[str, str]) -> None:
+    """Flushes every file of the folder to the disk and writes the manifest of their sizes and hashes.
+
+    Some libraries write files that only their owner may read: here they get the folder's rights.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    manifest = {}
+    for path in files:
+        name = str(path.relative_to(folder))
+        path.chmod(folder.stat().st_mode & 0o666)
+        manifest[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or sha256(path)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in [*files, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _flush(path)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder against its manifest, in words; None if it is whole."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, wanted in manifest.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != wanted["bytes"] or sha256(path) != wanted["sha256"]:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} is missing or damaged"
+    return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces the file in one move."""
+    aside = path.with_name(path.name + ".incoming")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _flush(aside)
+    os.replace(aside, path)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def short_hash(value: Any) -> str:
+    """Sixteen hex digits that name a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def discard(incoming: Path) -> None:
+    """Takes a folder away that was written aside, and the one that holds such folders once it is empty."""
+    shutil.rmtree(incoming, ignore_errors=True)
+    with suppress(OSError):  # another save may be under way there
+        incoming.parent.rmdir()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Brings models from a hub, pushes them there, says what is wrong with a folder or a machine."""

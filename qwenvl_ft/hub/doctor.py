@@ -1,0 +1,219 @@
+"""Looks at a model's or an adapter's folder: what is wrong with it, and how vLLM can serve it. Never imports torch."""
+
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwenvl_ft.data.families import family_of
+from qwenvl_ft.data.geometry import read_limits
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.adapter import LORA_KEY, VLLM_RANKS
+from qwenvl_ft.folders.base import BASE, base_fingerprint
+from qwenvl_ft.folders.problems import (
+    CONFIG,
+    WEIGHTS,
+    adapter_problems,
+    is_pointer,
+    lacks_to_talk,
+    model_problems,
+    read_model_json,
+    unreadable,
+)
+from qwenvl_ft.folders.runs import checkpoints
+from qwenvl_ft.folders.tensors import DTYPES, Stored, as_float32, module_of, read_header
+from qwenvl_ft.folders.whole import MANIFEST, damage
+from qwenvl_ft.hub.download import damaged
+from qwenvl_ft.hub.environment import Report
+
+TOP = "base_model.model."
+OLD = (f"{TOP}visual.", f"{TOP}model.layers.")  # transformers 4 before 4.52: without `model.` and `language_model.`
+VISION = "visual."
+HEAD, EMBEDDINGS = "lm_head", "model.language_model.embed_tokens"
+ON_A_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+MORE_THAN_LORA = ("use_dora", "modules_to_save", "lora_bias")
+
+
+def examine(folder: Path) -> Report:
+    """Facts and problems of a folder that holds a model or an adapter."""
+    if not folder.is_dir():
+        return Report({}, [Problem(str(folder), "is not a folder", "give a model's folder, or the output_dir of a run")])
+    if (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file() or (folder / "adapter_model.bin").is_file():
+        return _adapter(folder)
+    if unfinished := checkpoints(folder):
+        return Report({}, [Problem(str(folder), f"is a run that did not finish; its newest checkpoint is {unfinished[-1].name}",
+                                   f"go on with resume=true, or look at {unfinished[-1]}")])  # fmt: skip
+    return _model(folder)
+
+
+def _model(folder: Path) -> Report:
+    problems = model_problems(folder) + lacks_to_talk(folder)
+    facts: dict[str, Any] = {"is": "a model"}
+    config = folder / "config.json"
+    if config.is_file() and not is_pointer(config):
+        for look in (family_of, read_limits) if (folder / "preprocessor_config.json").is_file() else (family_of,):
+            try:
+                look(folder)
+            except UserError as error:
+                problems += [problem for problem in error.problems if problem not in problems]
+        settings = _json(config)
+        facts["model_type"] = settings.get("model_type")
+        inner = settings.get("text_config") or {}  # where some released configs say it
+        said = (of.get(key) for of in (settings, inner) for key in ("dtype", "torch_dtype"))
+        facts["stored as"] = next(filter(None, said), "not said")
+        if "quantization_config" in settings:
+            facts["training"] = "it is quantized: adapters merge into the same model in full precision only"
+    if (folder / MANIFEST).is_file() and (reason := damage(folder)):
+        problems.append(Problem(str(folder), reason, "export or copy it again"))
+    problems += [Problem(str(folder / name), "is not as it was downloaded", "run the same `qwenvl-ft download` again")
+                 for name in damaged(folder)]  # fmt: skip
+    facts["vLLM"] = "mend the problems first" if problems else shlex.join(["vllm", "serve", str(folder)])
+    return Report(facts, problems)
+
+
+def _adapter(folder: Path) -> Report:
+    problems = adapter_problems(folder)
+    settings = _json(folder / CONFIG)
+    shapes: dict[str, list[int]] = {}
+    weights = folder / WEIGHTS
+    if weights.is_file() and not is_pointer(weights) and not unreadable(weights):
+        head, tensors = read_header(weights)
+        shapes = {tensor.key: tensor.shape for tensor in tensors}
+        problems += _tensors(folder, settings, shapes) + _not_finite(weights, len(head), tensors)
+    if (folder / MANIFEST).is_file() and (reason := damage(folder)):
+        problems.append(Problem(str(folder), reason, "copy it again"))
+    base_problems, base = _base(folder, settings)
+    problems += base_problems
+    base_is_here = base is not None and Path(base).is_dir()
+    if base_is_here and not base_problems:
+        problems += _fit(folder, shapes, Path(str(base)))
+    facts: dict[str, Any] = {"is": "an adapter", "base": base, "tensors": len(shapes)}
+    if base and not base_is_here:
+        facts["base"] = f"{base}, which is not here" + ("" if base_problems else ": taken for a hub's name, and not looked at")
+    if shapes:
+        facts["on"] = ", ".join(_towers(shapes))
+        facts["vLLM"] = _serving(folder, settings, shapes, base)
+    lacking = lacks_to_talk(folder)
+    if lacking:
+        facts["processor"] = "the base's own, at the base's resolution: the folder holds none from training"
+        if not base or (base_problems and not base_is_here):
+            problems += lacking
+    return Report(facts, problems)
+
+
+def _tensors(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]]) -> list[Problem]:
+    """Names that transformers 5 will not find, tensors without their other half, a rank that the config does not name."""
+    where, problems = str(folder / WEIGHTS), []
+    old = [key for key in shapes if key.startswith(OLD)]
+    if old:
+        what = f"{len(old)} tensors have the names of transformers 4 ({old[0]}): PEFT and vLLM may load the model without them"
+        problems.append(Problem(where, what, "merge it with `qwenvl-ft export`, which reads them, as ask, eval and serve do"))
+    strange = [key for key in shapes if not key.startswith((f"{TOP}model.", f"{TOP}{HEAD}.")) and key not in old]
+    if strange:
+        what = f"{len(strange)} tensors belong to no module of a Qwen-VL model ({strange[0]})"
+        problems.append(Problem(where, what, "give the adapter of a Qwen-VL model as PEFT saves it"))
+    halves = {
+        key: key.replace(".lora_A.", ".lora_B.") if ".lora_A." in key else key.replace(".lora_B.", ".lora_A.") for key in shapes
+    }
+    alone = [key for key, other in halves.items() if other not in shapes]
+    if alone:
+        problems.append(Problem(where, f"{len(alone)} tensors lack their other half ({alone[0]})", "copy it again"))
+    ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key}
+    if settings and not settings.get("rank_pattern") and ranks - {settings.get("r")}:
+        what = f"its tensors have rank {', '.join(map(str, sorted(ranks)))}, {CONFIG} says {settings.get('r')}"
+        problems.append(Problem(where, what, "copy both files from the same run"))
+    if not shapes:
+        problems.append(Problem(where, "holds no tensors", "copy it again"))
+    return problems
+
+
+def _not_finite(weights: Path, offset: int, tensors: list[Stored]) -> list[Problem]:
+    """A NaN or an infinity, of which a single one spoils every answer. The tensors lie from `offset` on."""
+    found = []
+    for tensor in tensors:
+        if tensor.dtype in DTYPES:
+            values = np.fromfile(weights, DTYPES[tensor.dtype], math.prod(tensor.shape), offset=offset)
+            found += [tensor.key] if not np.isfinite(as_float32(values)).all() else []
+        offset += tensor.num_bytes
+    what = f"{len(found)} tensors hold NaN or infinity ({', '.join(found[:1])})"
+    return [Problem(str(weights), what, "take an earlier checkpoint, and train with a lower learning_rate")] if found else []
+
+
+def _fit(folder: Path, shapes: dict[str, list[int]], base: Path) -> list[Problem]:
+    """Tensors for modules that the base has not, or has in another size."""
+    if "quantization_config" in _json(base / "config.json"):
+        return []  # whose files have other keys and shapes
+    stored = {module_of(of.key): of.shape for path in sorted(base.glob("*.safetensors")) for of in read_header(path)[1]}
+    stored.setdefault(HEAD, stored.get(EMBEDDINGS, []))  # tied: stored once
+    homeless, unlike = [], []
+    for key, shape in shapes.items():
+        if key.startswith(OLD) or not (match := LORA_KEY.match(key)):
+            continue  # told already
+        wanted = stored.get(module_of(match[1]))
+        if not wanted:
+            homeless.append(key)
+        elif shape[1:] != wanted[1:] if match[2] == "A" else shape[0] != wanted[0]:
+            unlike.append(key)
+    where, fix = str(folder / WEIGHTS), "bring the base that it was trained on, or export with --model DIR"
+    problems = []
+    if homeless:
+        problems.append(Problem(where, f"{len(homeless)} tensors have no module in {base} ({homeless[0]})", fix))
+    if unlike:
+        problems.append(Problem(where, f"{len(unlike)} tensors do not fit the sizes of {base} ({unlike[0]})", fix))
+    return problems
+
+
+def _base(folder: Path, settings: dict[str, Any]) -> tuple[list[Problem], str | None]:
+    """Problems of the base that the adapter names, and that name: a folder, or a hub's ORG/NAME, which vLLM takes as well."""
+    if not settings:
+        return [], None
+    named = settings.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return [Problem(str(folder / CONFIG), "names no base model", "give the base with --model DIR when you export")], None
+    base = Path(named)
+    if not base.is_dir():
+        if ON_A_HUB.fullmatch(named) and not (folder / BASE).is_file():  # which training here writes, of a folder
+            return [], named
+        return [Problem(str(folder / CONFIG), f"its base {named} is not here", "bring it there, or export with --model DIR")], named
+    problems = model_problems(base)
+    recorded = _json(folder / BASE)
+    if not problems and recorded and recorded != base_fingerprint(base):
+        problems.append(
+            Problem(str(base), "is not the base that this adapter was trained on", "bring that one, or export with --model DIR")
+        )
+    return problems, named
+
+
+def _towers(shapes: dict[str, list[int]]) -> list[str]:
+    """The parts of the model that the adapter changes."""
+    names = {
+        HEAD if f"{HEAD}." in key else "embed_tokens" if "embed_tokens." in key
+        else "merger" if "merger" in key else "vision" if VISION in key else "language" for key in shapes
+    }  # fmt: skip
+    return [name for name in ("language", "vision", "merger", "embed_tokens", HEAD) if name in names]
+
+
+def _serving(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]], base: str | None) -> str:
+    """How vLLM can serve it: as it is only if nothing but the language model's linear layers is changed."""
+    merge = "; merge first: " + shlex.join(["qwenvl-ft", "export", "--adapter", str(folder), "--out", f"{folder}-merged"])
+    beyond = _towers(shapes)
+    if unseen := [tower for tower in beyond if tower in ("vision", "merger")]:
+        return f"leaves out LoRA on {' and '.join(unseen)}{merge}"
+    more = [key for key in MORE_THAN_LORA if settings.get(key)] + [f"LoRA on {tower}" for tower in beyond if tower != "language"]
+    rank = max((shape[0] for key, shape in shapes.items() if ".lora_A." in key), default=0)
+    fitting = [allowed for allowed in VLLM_RANKS if allowed >= rank]
+    if more or not fitting:
+        return f"does not take {', '.join(more) or f'rank {rank}'}{merge}"
+    command = ["vllm", "serve", base or "BASE", "--enable-lora", "--lora-modules", f"NAME={folder}"]
+    return shlex.join([*command, "--max-lora-rank", str(fitting[0])])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What the file holds; nothing if that is no JSON object."""
+    try:
+        return read_model_json(path)
+    except UserError:
+        return {}

@@ -1,0 +1,1 @@
+"""Answers conversations: messages as people send them, the engine, files of questions."""

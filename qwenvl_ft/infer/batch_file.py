@@ -1,0 +1,113 @@
+"""Answers a file of conversations, a line each, and goes on where it was stopped.
+
+In:  {"messages": [{"role": "user", "content": [{"image": "chart.png"}, {"text": "read"}]}], "id": "anything"}
+Out: {"line": 1, "id": "anything", "asked": "...", "answer": "..."}, or "error" in place of the answer; the order is that of
+the questions. `asked` is a hash of the question and of who was asked how: a second run goes on only where they are the same.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.infer.engine import Engine
+
+Line = tuple[int, dict[str, Any]]
+
+
+def read_questions(path: Path) -> list[Line]:
+    """(line number, object) of each line that is not empty. Raises UserError with every line that is no question."""
+    problems, found = [], []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at U+2028, which JSON may hold as it is
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(Problem(str(path), "cannot be read as a text file", "give a file of JSON lines")) from error
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict) and isinstance(value.get("messages"), list):
+            found.append((number, value))
+        else:
+            problems.append(Problem(f"{path}:{number}", "is no question", 'write {"messages": [{"role": "user", ...}]}'))
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def answer_file(
+    engine: Engine,
+    lines: Sequence[Line],
+    out: Path,
+    batch_size: int,
+    max_new_tokens: int,
+    on_answer: Callable[[int, int], None],
+    who: str = "",
+) -> tuple[int, list[Problem]]:
+    """Appends to `out` what is not yet answered there. `who` names model and adapter.
+
+    Returns how many lines were answered there already, and the problems of those that could not be asked, now or before.
+    Raises UserError if `out` holds the answers to other questions, or of another model.
+    """
+    hashes = [_hash([who, max_new_tokens, line["messages"]]) for _, line in lines]
+    before = _answered(out, hashes)
+    problems = [
+        Problem(f"{out}, line {said['line']}", "has an error in place of an answer", "mend the question, answer into another --out")
+        for said in before
+        if "error" in said
+    ]
+    with out.open("a", encoding="utf-8") as file:
+        for start in range(len(before), len(lines), batch_size):
+            batch = lines[start : start + batch_size]
+            answers = _answers(engine, batch, max_new_tokens)
+            for (number, line), asked, answer in zip(batch, hashes[start:], answers, strict=False):
+                said: dict[str, Any] = {"line": number} | ({"id": line["id"]} if "id" in line else {}) | {"asked": asked}
+                if isinstance(answer, str):
+                    said["answer"] = answer
+                else:
+                    problems += [
+                        Problem(f"line {number}, {problem.where}", problem.what, problem.fix) for problem in answer.problems
+                    ]
+                    said["error"] = str(answer)
+                file.write(json.dumps(said, ensure_ascii=False) + "\n")
+            file.flush()
+            on_answer(start + len(batch), len(lines))
+    return len(before), problems
+
+
+def _answers(engine: Engine, batch: Sequence[Line], max_new_tokens: int) -> list[str | UserError]:
+    """An answer a line; if the batch cannot be opened, its lines are asked one by one, so that only the bad ones fail."""
+    try:
+        return list(engine.ask_many([line["messages"] for _, line in batch], max_new_tokens))
+    except UserError as error:
+        if len(batch) == 1:
+            return [error]
+        return [answer for line in batch for answer in _answers(engine, [line], max_new_tokens)]
+
+
+def _answered(out: Path, hashes: Sequence[str]) -> list[dict[str, Any]]:
+    """What `out` holds already; a last line that was torn off is cut away. Raises UserError if it answers other questions."""
+    if not out.is_file():
+        return []
+    whole = out.read_bytes().rpartition(b"\n")[0]
+    kept = whole.split(b"\n") if whole else []
+    try:
+        said = [json.loads(line) for line in kept]
+        asked = [line["asked"] for line in said]
+    except (ValueError, KeyError, TypeError):
+        said, asked = [], [""]
+    if asked != list(hashes[: len(asked)]):
+        what = "holds answers to other questions, of another model or with another --max-new-tokens"
+        raise UserError(Problem(str(out), what, "choose another --out, or delete it"))
+    with out.open("rb+") as file:
+        file.truncate(len(whole) + bool(whole))
+    return said
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

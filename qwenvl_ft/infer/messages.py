@@ -1,0 +1,190 @@
+"""Reads a conversation in the form that people send: OpenAI's, Qwen's or DashScope's parts, mixed as they like.
+
+    read_messages([{"role": "user", "content": [{"type": "image", "image": "chart.png"}, {"type": "text", "text": "read"}]}])
+
+A picture is a path, file://, data:, http(s) or a PIL image; a video a file of the same kinds or a list of pictures.
+"""
+
+import base64
+import binascii
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image
+from qwen_vl_utils.vision_process import FPS, FPS_MAX_FRAMES
+
+from qwenvl_ft.data.fetch import fetch
+from qwenvl_ft.data.pictures import as_seen, check_aspect, decode
+from qwenvl_ft.data.videos import Allowance, Film, Part, Picture, read_film
+from qwenvl_ft.errors import Problem, UserError
+
+MOST_MESSAGES, MOST_PARTS = 1000, 10_000
+ROLES = ("system", "user", "assistant")
+FRAMES = "data:video/jpeg;base64,"
+Fetch = Callable[[str], bytes]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A turn whose media are open: what the engine takes. `role` is system, user or assistant.
+
+    Neighbouring texts are one part: a control token in halves would be whole again once a template has joined them.
+    """
+
+    role: str
+    parts: tuple[Part, ...]
+
+
+def open_anywhere(source: str) -> bytes:
+    """The bytes of a path, file:// or http(s) URL: for a user's own messages, never for those that come over a network."""
+    if source.startswith(("http://", "https://")):
+        return fetch(source)
+    path = Path(unquote(urlsplit(source).path) if source.startswith("file://") else source)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(Problem(source, f"cannot be read ({error.strerror})", "give the path of a file")) from error
+
+
+def read_messages(messages: Sequence[Any], open_source: Fetch = open_anywhere, allowance: Allowance | None = None) -> list[Message]:
+    """The messages with their pictures and videos open. `open_source` brings what is not a data: URL.
+
+    Raises UserError with the problems of all messages.
+    """
+    opening = _Opening(open_source, allowance or Allowance())
+    problems: list[Problem] = []
+    found = []
+    if not isinstance(messages, list | tuple) or not messages:
+        raise UserError(Problem("messages", "is no list of messages", 'send [{"role": "user", "content": "..."}]'))
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    if len(messages) > MOST_MESSAGES or sum(len(content) for content in contents if isinstance(content, list)) > MOST_PARTS:
+        raise UserError(Problem("messages", f"are more than {MOST_MESSAGES}, or have over {MOST_PARTS} parts", "send fewer"))
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            problems.append(Problem(f"{where}.role", f"is {str(role)[:40]!r}", f"write one of {', '.join(ROLES)}"))
+            continue
+        try:
+            parts = tuple(opening.parts(message.get("content"), f"{where}.content"))
+        except UserError as error:
+            problems += error.problems
+            continue
+        if role != "user" and not all(isinstance(part, str) for part in parts):
+            problems.append(Problem(f"{where}.content", f"shows a picture to the {role}", "show it in a message of the user"))
+        found.append(Message(role, _joined(parts)))
+    if problems:
+        raise UserError(*problems)
+    if found[-1].role == "assistant":
+        raise UserError(Problem("messages", "end with the assistant", "end with a message of the user"))
+    return found
+
+
+def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
+    found: list[Part] = []
+    for part in parts:
+        if found and isinstance(part, str) and isinstance(before := found[-1], str):
+            found[-1] = before + part
+        else:
+            found.append(part)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """How the media of one conversation are opened."""
+
+    open_source: Fetch
+    allowance: Allowance
+
+    def parts(self, content: Any, where: str) -> Iterator[Part]:
+        if isinstance(content, str):
+            yield content
+            return
+        if not isinstance(content, list | tuple) or not content:
+            raise UserError(
+                Problem(where, "is neither text nor a list of parts", 'send "..." or [{"type": "text", "text": "..."}]')
+            )
+        for number, part in enumerate(content):
+            place = f"{where}[{number}]"
+            if isinstance(part, str):
+                yield part
+                continue
+            kind = _kind(part, place)
+            source = part[kind]
+            if isinstance(source, dict):  # OpenAI's {"image_url": {"url": ...}}
+                source = source.get("url")
+            if kind == "text":
+                if not isinstance(source, str):
+                    raise UserError(Problem(place, "its text is no text", "send a string"))
+                yield source
+                continue
+            bounds = {key: _count(part, key, place) for key in ("min_pixels", "max_pixels")}
+            if kind.startswith("image"):
+                yield Picture(self.picture(source, _named(place, source)), **bounds)
+            else:
+                yield replace(self.film(part, source, _named(place, source)), **bounds)
+
+    def picture(self, source: Any, place: str) -> Image.Image:
+        self.allowance.take(place, pictures=1)
+        if isinstance(source, Image.Image):
+            check_aspect(*source.size, place)
+            return as_seen(source)
+        most = min(self.allowance.picture_pixels, self.allowance.pixels)
+        picture = decode(self.data(source, place), place, int(most))
+        self.allowance.take(place, pixels=picture.width * picture.height)
+        return picture
+
+    def data(self, source: Any, place: str) -> bytes:
+        if isinstance(source, Path):
+            source = str(source)
+        if not isinstance(source, str) or not source:
+            raise UserError(Problem(place, "names no picture and no video", "send a URL, data: or the path of a file"))
+        if not source.startswith("data:"):
+            return self.open_source(source)
+        try:
+            return base64.b64decode(source.partition(",")[2], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise UserError(Problem(place, "is no base64", "send data:image/png;base64,... without line breaks")) from error
+
+    def film(self, part: dict[str, Any], source: Any, place: str) -> Film:
+        """A film sampled as Qwen does: `fps` (default 2) frames a second, or `nframes` of them, an even number, at most 768."""
+        fps = part.get("fps")
+        if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 120):
+            raise UserError(Problem(f"{place}.fps", "is no rate", "send frames a second, more than 0, at most 120"))
+        wanted = {"nframes": nframes} if (nframes := _count(part, "nframes", place)) else {"fps": fps or FPS}
+        if "nframes" in wanted and fps is not None:
+            raise UserError(Problem(place, "has fps and nframes", "send one of them"))
+        if isinstance(source, str) and source.startswith(FRAMES):  # vLLM's form of a list of frames
+            source = [f"data:image/jpeg;base64,{frame}" for frame in source[len(FRAMES) :].split(",", FPS_MAX_FRAMES)]
+        if not isinstance(source, list | tuple):
+            return read_film(self.data(source, place), place, wanted, self.allowance)
+        if not 2 <= len(source) <= FPS_MAX_FRAMES:
+            raise UserError(Problem(place, f"has {len(source)} frames", f"send 2 to {FPS_MAX_FRAMES}"))
+        frames = tuple(self.picture(one, f"{place}[{number}]") for number, one in enumerate(source))
+        if len({frame.size for frame in frames}) > 1:
+            sizes = ", ".join(sorted({f"{frame.width} x {frame.height}" for frame in frames}))
+            raise UserError(Problem(place, f"its frames have {sizes} px", "send frames of one size"))
+        return Film(frames, float(fps or FPS), tuple(range(len(frames))), len(frames))
+
+
+def _named(place: str, source: Any) -> str:
+    """The place, with the name that the caller gave."""
+    return f"{place} ({source})" if isinstance(source, str | Path) and len(str(source)) < 200 else place
+
+
+def _kind(part: Any, place: str) -> str:
+    kinds = [key for key in ("text", "image", "image_url", "video", "video_url") if isinstance(part, dict) and key in part]
+    if len(kinds) != 1:
+        raise UserError(Problem(place, "is not one part", "send text, image, image_url, video or video_url, one of them a part"))
+    return kinds[0]
+
+
+def _count(part: dict[str, Any], key: str, place: str) -> int | None:
+    value = part.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise UserError(Problem(f"{place}.{key}", f"is {value!r}", "send a whole number of pixels"))
+    return value

@@ -1,0 +1,1 @@
+"""Everything with weights that training, answering and export share."""

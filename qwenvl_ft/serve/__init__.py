@@ -1,0 +1,1 @@
+"""A server with OpenAI's and DashScope's dialects over one backend."""

@@ -1,0 +1,266 @@
+"""Generates for many requests at once: a new one joins between two tokens, a finished one leaves.
+
+A request is read alone (its picture never waits for another's) and its keys and values join the batch, padded on the left.
+One thread owns the model. Base and adapters share its weights; each has a batch of its own and they take turns.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, Queue
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn import functional
+
+from qwenvl_ft.infer.engine import Engine
+from qwenvl_ft.serve.api import Sampling
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Request:
+    """One answer under way. `on_piece(text, finish)` is called in the batch's thread: finish is None until the last piece.
+
+    finish: stop, length, or error. `ids` grows by a token at a time, the end's own left out.
+    """
+
+    inputs: Any
+    adapter: str | None
+    sampling: Sampling
+    on_piece: Callable[[str, str | None], None]
+    name: str = ""
+    cancelled: Event = field(default_factory=Event)
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    sent: int = 0  # characters of the text
+    window: tuple[int, int] = (0, 0)  # of ids: those in the text that the next ones are decoded with, those in the text
+    rng: torch.Generator | None = None
+
+    def cancel(self) -> None:
+        """Ends it at the next token, without a last piece; its pixels are let go of now."""
+        self.cancelled.set()
+        self.inputs = None
+
+
+class _Batch:
+    """The requests of one adapter that are being answered; their keys and values end at the same column.
+
+    Axes: B = requests, S = tokens kept, H = heads, D = head size.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.cache: Any = None  # per layer (B, H, S, D)
+        self.mask_BS = torch.zeros(0, 0, dtype=torch.long)
+        self.next_B = torch.zeros(0, dtype=torch.long)  # position of the next token
+        self.last_B = torch.zeros(0, dtype=torch.long)  # the token that was drawn last
+
+    def join(self, request: Request, cache: Any, token: int, position: int, device: Any) -> None:
+        mask = torch.ones(1, cache.get_seq_length(), dtype=torch.long, device=device)
+        if self.requests:
+            for mine, other in zip(self.cache.layers, cache.layers, strict=True):
+                mine.keys, mine.values = _stack(mine.keys, other.keys), _stack(mine.values, other.values)
+            width = max(self.mask_BS.shape[1], mask.shape[1])
+            mask = torch.cat([functional.pad(rows, (width - rows.shape[1], 0)) for rows in (self.mask_BS, mask)])
+            cache = self.cache
+        self.cache, self.mask_BS = cache, mask
+        self.next_B = torch.cat([self.next_B.to(device), torch.tensor([position], device=device)])
+        self.last_B = torch.cat([self.last_B.to(device), torch.tensor([token], device=device)])
+        self.requests.append(request)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drops every other request, and the columns that only they needed."""
+        if len(rows) == len(self.requests):
+            return
+        self.requests = [self.requests[row] for row in rows]
+        if not rows:
+            self.__init__()  # type: ignore[misc]
+            return
+        at = torch.tensor(rows, device=self.mask_BS.device)
+        mask = self.mask_BS[at]
+        start = int(mask.any(0).int().argmax())
+        self.mask_BS, self.next_B, self.last_B = mask[:, start:], self.next_B[at], self.last_B[at]
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[at, :, start:], layer.values[at, :, start:]
+
+
+def _stack(mine: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Two (B, H, S, D) under each other, the shorter padded on its left."""
+    width = max(mine.shape[2], other.shape[2])
+    return torch.cat([functional.pad(tensor, (0, 0, width - tensor.shape[2], 0)) for tensor in (mine, other)])
+
+
+class Batcher:
+    """Answers requests with one model until `close`. `max_batch` of them are under way at a time, the rest wait.
+
+    `alive` turns false when an error that is nobody's request has ended the thread.
+    """
+
+    def __init__(self, engine: Engine, max_batch: int):
+        self.model = engine.model
+        # Linear attention keeps a state that cannot be padded: one request at a time.
+        self.max_batch = max_batch if engine.chat.family.packs else 1
+        self.waiting: Queue[Request | None] = Queue()
+        self.batches: dict[str | None, _Batch] = {}
+        self.tokenizer = engine.chat.tokenizer  # not the processor's, which other threads set up for padding
+        ends = self.model.generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends])
+        self.inner = (self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model).model
+        self.adapter: str | None = ""  # the one that is switched on; "": not known
+        self.steps = 0  # tokens' turns so far
+        self.closed = False
+        self.alive = True
+        self.thread = Thread(target=self._run, name="batcher", daemon=True)
+        self.thread.start()
+
+    @property
+    def active(self) -> int:
+        """Requests under way."""
+        return sum(len(batch.requests) for batch in list(self.batches.values()))
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; its pieces come to its `on_piece`."""
+        self.waiting.put(request)
+        if not self.alive:
+            request.on_piece("", "error")
+
+    def close(self) -> None:
+        """Finishes what was submitted, then ends."""
+        self.waiting.put(None)
+        self.thread.join()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        try:
+            while not (self.closed and not self.active):
+                self._admit()
+                for name, batch in list(self.batches.items()):
+                    batch.keep([row for row, request in enumerate(batch.requests) if not request.cancelled.is_set()])
+                    if batch.requests:
+                        self._guard(batch.requests, lambda name=name, batch=batch: self._step(name, batch))
+        finally:
+            self.alive = False
+            stranded = [request for batch in self.batches.values() for request in batch.requests]
+            while not self.waiting.empty():
+                stranded.append(self.waiting.get())
+            for request in filter(None, stranded):
+                request.on_piece("", "error")
+
+    def _admit(self) -> None:
+        """Takes waiting requests in; sleeps while there is nothing to do."""
+        while not self.closed and self.active < self.max_batch:
+            try:
+                request = self.waiting.get(block=not self.active)
+            except Empty:
+                return
+            if request is None:
+                self.closed = True
+            elif not request.cancelled.is_set():
+                self._guard([request], lambda request=request: self._read(request))
+
+    def _guard(self, requests: Sequence[Request], act: Callable[[], None]) -> None:
+        """Runs `act`; an error of the model (a lack of memory, a shape) ends the requests that it concerns and no other."""
+        try:
+            act()
+        except (RuntimeError, ValueError, IndexError, MemoryError, TypeError, KeyError, AttributeError):
+            log.exception("the model failed on %s", ", ".join(request.name for request in requests))
+            self.adapter = ""
+            concerned = list(requests)
+            for batch in self.batches.values():
+                batch.keep([row for row, request in enumerate(batch.requests) if request not in concerned])
+            for request in concerned:
+                request.on_piece("", "error")
+
+    def _forward(self, adapter: str | None, arguments: dict[str, Any]) -> Any:
+        if isinstance(self.model, PeftModel) and adapter != self.adapter:
+            if adapter is None:
+                self.model.base_model.disable_adapter_layers()
+            else:
+                self.model.base_model.enable_adapter_layers()
+                self.model.set_adapter(adapter, inference_mode=True)
+        self.adapter = adapter
+        return self.model(**arguments)
+
+    def _read(self, request: Request) -> None:
+        """The first token: all of the request's own."""
+        if (inputs := request.inputs) is None:
+            return
+        out = self._forward(request.adapter, {**inputs, "use_cache": True, "logits_to_keep": 1})
+        length = inputs["input_ids"].shape[1]
+        # The model leaves behind by how much its positions differ from counting tokens: a picture takes fewer than it has.
+        pictures = "image_grid_thw" in inputs or "video_grid_thw" in inputs
+        position = length + (int(self.inner.rope_deltas) if pictures else 0)
+        if request.sampling.seed is not None:
+            request.rng = torch.Generator(self.model.device).manual_seed(request.sampling.seed)
+        request.inputs = None  # its pixels are not needed any more
+        token = self._draw(request, out.logits[0, -1])
+        if not self._say(request, token):
+            batch = self.batches.setdefault(request.adapter, _Batch())
+            batch.join(request, out.past_key_values, token, position, self.model.device)
+
+    def _step(self, adapter: str | None, batch: _Batch) -> None:
+        """One more token for each request of a batch."""
+        self.steps += 1
+        batch.mask_BS = functional.pad(batch.mask_BS, (0, 1), value=1)
+        out = self._forward(
+            adapter,
+            {
+                "input_ids": batch.last_B[:, None],
+                "attention_mask": batch.mask_BS,
+                "position_ids": batch.next_B[None, :, None].expand(3, -1, -1),
+                "past_key_values": batch.cache,
+                "use_cache": True,
+            },
+        )
+        batch.next_B = batch.next_B + 1
+        tokens = [self._draw(request, logits) for request, logits in zip(batch.requests, out.logits[:, -1], strict=True)]
+        batch.last_B = torch.tensor(tokens, device=batch.next_B.device)
+        done = [self._say(request, token) for request, token in zip(batch.requests, tokens, strict=True)]
+        batch.keep([row for row, ended in enumerate(done) if not ended])
+
+    def _draw(self, request: Request, logits: torch.Tensor) -> int:
+        how = request.sampling
+        if how.temperature <= 0:
+            return int(logits.argmax())
+        chances = (logits.float() / max(how.temperature, 1e-4)).softmax(-1)
+        ordered, tokens = chances.sort(descending=True)
+        ordered = torch.where(ordered.cumsum(-1) - ordered < how.top_p, ordered, 0.0)
+        ordered[0] = ordered[0].clamp(min=1e-9)  # the likeliest is always kept, with a top_p of 0, too
+        if how.top_k > 0:
+            ordered[how.top_k :] = 0.0
+        return int(tokens[torch.multinomial(ordered, 1, generator=request.rng)])
+
+    def _say(self, request: Request, token: int) -> bool:
+        """Tells the request of its new token; whether that was its last."""
+        how, finish = request.sampling, None
+        if token in self.ends:
+            finish = "stop"
+        else:
+            request.ids.append(token)
+            if len(request.ids) >= how.max_new_tokens:
+                finish = "length"
+        self._decode(request, whole=finish is not None)
+        end = len(request.text)
+        cut = min((at for word in how.stop if (at := request.text.find(word)) >= 0), default=math.inf)
+        if cut < math.inf:
+            end, finish = int(cut), "stop"
+        elif finish is None:  # the beginning of a word that may stop it is held back
+            end -= max((n for word in how.stop for n in range(1, len(word)) if request.text.endswith(word[:n])), default=0)
+        if end > request.sent or finish:
+            new, request.sent = request.text[request.sent : end], end
+            request.on_piece(new, finish)
+        return finish is not None or request.cancelled.is_set()
+
+    def _decode(self, request: Request, whole: bool) -> None:
+        """Adds the newest ids to the text, decoded together with a few before them; half a character waits for its rest."""
+        start, end = request.window
+        before = self.tokenizer.decode(request.ids[start:end], skip_special_tokens=True)
+        after = self.tokenizer.decode(request.ids[start:], skip_special_tokens=True)
+        if whole or not after.endswith("\ufffd"):
+            request.text += after[len(before) :]
+            request.window = end, len(request.ids)

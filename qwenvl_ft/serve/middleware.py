@@ -1,0 +1,152 @@
+"""Stands before every route: a number for each request, the key, a count of what was answered, an end to what is not read.
+
+Without a key only pages of this machine may ask: a page of another site, whose name is turned to 127.0.0.1 once it is loaded,
+still says its own name as Host.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+from urllib.parse import urlsplit
+
+from qwenvl_ft.serve import dashscope_api, openai_api
+from qwenvl_ft.serve.api import ApiError
+from qwenvl_ft.serve.metrics import Gauges
+
+DRAIN_BYTES, DRAIN_SECONDS = 256 << 20, 10
+SPARE_CONNECTIONS = 400  # more than there are places: with twice as many, all of them fit into the usual limit of 1024 files
+PATH_CHARS = 200  # of a path in the log
+log = logging.getLogger("qwenvl_ft.serve")
+Handler = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+def speaks(path: str) -> str:
+    """The dialect of a path."""
+    return "dashscope" if "/api/v1/" in path else "openai"
+
+
+def write_error(error: ApiError, scope: dict[str, Any]) -> dict[str, Any]:
+    """The body of a refusal, in the dialect of the path that was asked."""
+    dialect = dashscope_api if speaks(scope["path"]) == "dashscope" else openai_api
+    return dialect.write_error(error, scope.get("request_id", ""))
+
+
+def is_allowed(header: str | None, key: str) -> bool:
+    """Whether an Authorization header, `Bearer KEY` or the bare key, has the key; takes as long for every wrong one."""
+    given = (header or "").strip()
+    given = given[7:].strip() if given[:7].lower() == "bearer " else given
+    return hmac.compare_digest(given.encode("utf-8", "replace"), key.encode())
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address means this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def host_of(url: str) -> str:
+    """The host of a URL in lower case; nothing for what is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+class Gate:
+    """ASGI middleware. `free`: (method, path) of what is answered always. `refuse` writes an error.
+
+    `host` is what others may call a server without a key, beside localhost; `connections` as many as may be open.
+    """
+
+    def __init__(
+        self,
+        app: Handler,
+        key: str | None,
+        free: Collection[tuple[str, str]],
+        gauges: Gauges,
+        refuse: Callable[[ApiError, Any], Handler],
+        host: str,
+        connections: int,
+    ):
+        self.app, self.key, self.free, self.gauges, self.refuse = app, key, free, gauges, refuse
+        self.host, self.connections = host, connections
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        scope["request_id"] = uuid.uuid4().hex
+        began, read, begun, unread = time.monotonic(), False, False, False
+
+        async def watched_receive() -> Any:
+            nonlocal read
+            message = await receive()
+            read = read or not message.get("more_body", False)
+            return message
+
+        async def watched_send(message: Any) -> None:
+            nonlocal begun, unread
+            if message["type"] == "http.response.start":
+                begun, status = True, message["status"]
+                self.gauges.requests[speaks(scope["path"]), status] += 1
+                path = scope["raw_path"][:PATH_CHARS].decode("latin-1")  # as it was sent: %0a in it begins no line of the log
+                log.info("%s %s %s %d %.3f s", scope["request_id"], scope["method"], path, status, time.monotonic() - began)
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", scope["request_id"].encode())]
+                if status >= 400 and not read:
+                    message["headers"].append((b"connection", b"close"))
+                    unread = status != 408
+            elif unread and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await drain(scope, watched_receive)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        error = self.refusal(scope)
+        try:
+            await (self.refuse(error, scope) if error else self.app)(scope, watched_receive, watched_send)
+        except Exception as unforeseen:
+            log.error("%s failed: %s", scope["request_id"], type(unforeseen).__name__)
+            if not begun:  # an id, never its own text
+                error = ApiError(500, "internal_error", "the server failed on this request")
+                await self.refuse(error, scope)(scope, watched_receive, watched_send)
+            raise
+
+    def refusal(self, scope: Any) -> ApiError | None:
+        """Why a request does not get in."""
+        if (scope["method"], scope["path"]) in self.free:
+            return None
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        if len(scope.get("state", {}).get("connections", ())) > self.connections:
+            return ApiError(503, "too_many_connections", "too many clients are connected: try again later")
+        if self.key is not None:
+            if is_allowed(headers.get("authorization"), self.key):
+                return None
+            return ApiError(401, "invalid_api_key", "the key is wrong or missing: send it as Authorization")
+        host = host_of(f"//{headers.get('host', '')}")
+        if is_loopback(host) or (host and host == self.host):
+            return None
+        what = "this server asks for no key and is called localhost only"
+        return ApiError(403, "wrong_host", f"{what}: start it with --public-url for another name, or with --api-key-env")
+
+
+async def drain(scope: Any, receive: Any) -> None:
+    """Reads on and forgets, for a while: a client that is still sending would lose its answer if the connection were closed."""
+    if b"expect" in dict(scope["headers"]):
+        return  # it waits for leave to send
+    left = DRAIN_BYTES
+    try:
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return

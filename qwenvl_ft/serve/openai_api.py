@@ -1,0 +1,120 @@
+"""The OpenAI dialect, /v1/chat/completions, as functions from JSON to JSON. Source: what openai 3.54 and its kin send and read."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from qwenvl_ft.serve.api import ApiError, Ask, Usage, read_number, read_sampling
+
+MAX_TOKENS_KEYS = ("max_completion_tokens", "max_tokens")
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def read_chat(body: Any, most_tokens: int) -> Ask:
+    """The request; raises ApiError. Keys that nobody here knows are left alone: clients send many."""
+    if not isinstance(body, dict):
+        raise ApiError(400, "invalid_request", "the body must be a JSON object")
+    model, stream = body.get("model"), body.get("stream")
+    if model is not None and not isinstance(model, str):
+        raise ApiError(400, "invalid_parameter", "model must be a string")
+    if not isinstance(stream, bool | None):  # 1 equals True
+        raise ApiError(400, "invalid_parameter", "stream must be true or false")
+    options, messages = body.get("stream_options"), body.get("messages")
+    return Ask(
+        model=model or "",
+        messages=[*map(_message, messages)] if isinstance(messages, list) else messages,
+        sampling=read_sampling(body, MAX_TOKENS_KEYS, most_tokens),
+        stream=stream is True,
+        usage_in_stream=isinstance(options, dict) and options.get("include_usage") is True,
+        min_pixels=read_number(body, "min_pixels", 1, 1 << 40, whole=True),
+        max_pixels=read_number(body, "max_pixels", 1, 1 << 40, whole=True),
+    )
+
+
+def write_answer(ask: Ask, request_id: str, text: str, finish: str, usage: Usage) -> dict[str, Any]:
+    """The body of an answer that is not streamed."""
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
+    return _head(ask, request_id, "chat.completion") | {"choices": [choice], "usage": write_usage(usage)}
+
+
+class Stream:
+    """Server-sent events of one answer: the role, pieces, the end, the usage if asked for, [DONE]."""
+
+    def __init__(self, ask: Ask, request_id: str):
+        self.ask, self.request_id = ask, request_id
+
+    def begin(self) -> Iterator[str]:
+        """What comes before the first piece."""
+        yield self._event({"role": "assistant", "content": ""}, None)
+
+    def piece(self, text: str, usage: Usage) -> Iterator[str]:
+        """A piece of the answer."""
+        if text:
+            yield self._event({"content": text}, None)
+
+    def end(self, text: str, finish: str, usage: Usage) -> Iterator[str]:
+        """The last piece and all that follows."""
+        yield from self.piece(text, usage)
+        yield self._event({}, finish)
+        if self.ask.usage_in_stream:
+            yield _sse(_head(self.ask, self.request_id, "chat.completion.chunk") | {"choices": [], "usage": write_usage(usage)})
+        yield "data: [DONE]\n\n"
+
+    def fail(self, error: ApiError) -> Iterator[str]:
+        """An error after the answer has begun."""
+        yield _sse(write_error(error, self.request_id))
+
+    def _event(self, delta: dict[str, str], finish: str | None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+        chunk = _head(self.ask, self.request_id, "chat.completion.chunk") | {"choices": [choice]}
+        return _sse(chunk | ({"usage": None} if self.ask.usage_in_stream else {}))
+
+
+def write_usage(usage: Usage) -> dict[str, Any]:
+    """Token counts, pictures told apart."""
+    details = {"text_tokens": usage.input - usage.image - usage.video, "image_tokens": usage.image, "video_tokens": usage.video}
+    return {
+        "prompt_tokens": usage.input,
+        "completion_tokens": usage.output,
+        "total_tokens": usage.input + usage.output,
+        "prompt_tokens_details": details | {"cached_tokens": 0},
+    }
+
+
+def write_models(names: Sequence[str]) -> dict[str, Any]:
+    """The body of /v1/models."""
+    return {"object": "list", "data": [*map(write_model, names)]}
+
+
+def write_model(name: str) -> dict[str, Any]:
+    """The body of /v1/models/NAME."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "qwenvl_ft"}
+
+
+def write_error(error: ApiError, request_id: str) -> dict[str, Any]:
+    """The body of a refusal; the id is in the server's log, too."""
+    kind = TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": f"{error.message} (request {request_id})", "type": kind, "param": None, "code": error.code}}
+
+
+def _message(message: Any) -> Any:
+    """A message in the words of before: `developer` is OpenAI's newer name of the system, null an assistant's empty text."""
+    if not isinstance(message, dict):
+        return message
+    if message.get("tool_calls"):
+        raise ApiError(400, "unsupported_parameter", "tool_calls are not supported here: leave them out")
+    if message.get("role") == "developer":
+        return message | {"role": "system"}
+    if message.get("role") == "assistant" and message.get("content") is None:
+        return message | {"content": ""}
+    return message
+
+
+def _head(ask: Ask, request_id: str, kind: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{request_id}", "object": kind, "created": int(time.time()), "model": ask.model}
+
+
+def _sse(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

@@ -1,0 +1,95 @@
+"""Files that DashScope's client uploads before it asks: a signed permit for one folder, the file, then oss://folder/name.
+
+They are held in memory, the oldest given up for the newest. A folder's name cannot be guessed, and holds no other's files.
+"""
+
+import base64
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import time
+from collections.abc import Callable
+
+from qwenvl_ft.serve.api import ApiError
+
+BOUNDARY = re.compile(r'boundary="?([^";,]+)"?')
+FIELD = re.compile(rb'[;\s]name=(?:"([^"]*)"|([^\s;"]+))')
+KEY_BYTES = 512
+FILE_BYTES = 4096  # what a file counts beside its key and content: our own books of it, and so that their number has an end
+FIELDS = 64
+
+
+class Uploads:
+    """At most `max_bytes` of files, each for `seconds`."""
+
+    def __init__(self, max_bytes: int = 256 << 20, seconds: float = 3600, clock: Callable[[], float] = time.time):
+        self.max_bytes, self.seconds, self.clock = max_bytes, seconds, clock
+        self.secret = secrets.token_bytes(32)
+        self.files: dict[str, tuple[float, bytes]] = {}  # by key, oldest first
+        self.held_bytes = 0
+
+    def permit(self) -> tuple[str, str, str]:
+        """(folder, policy, signature) for a client that may upload."""
+        folder = f"uploads/{secrets.token_hex(16)}"
+        policy = base64.b64encode(json.dumps({"folder": folder, "until": self.clock() + self.seconds}).encode()).decode()
+        return folder, policy, self._sign(policy)
+
+    def check(self, policy: str, signature: str) -> str:
+        """The folder of a permit. Raises ApiError unless it is ours and has not run out."""
+        if not hmac.compare_digest(signature.encode("utf-8", "replace"), self._sign(policy).encode()):
+            raise ApiError(403, "no_permit", "the upload carries no permit of this server")
+        permit = json.loads(base64.b64decode(policy))
+        if self.clock() > permit["until"]:
+            raise ApiError(403, "no_permit", "the permit has run out: ask for another")
+        return permit["folder"]
+
+    def put(self, folder: str, form: dict[str, bytes]) -> None:
+        """Keeps the file of a form. Raises ApiError where its key lies outside of the folder, is too long or taken."""
+        key = form.get("key", b"")[: KEY_BYTES + 1].decode("utf-8", "replace")
+        if not key.startswith(f"{folder}/") or "file" not in form:
+            raise ApiError(400, "invalid_request", "send a file, its key in the folder of the permit")
+        if len(form["key"]) > KEY_BYTES:
+            raise ApiError(400, "invalid_request", f"the key has more than {KEY_BYTES} bytes: give the file a shorter name")
+        if _size(key, form["file"]) > self.max_bytes:
+            raise ApiError(413, "file_too_large", f"files of more than {self.max_bytes} bytes are not kept here")
+        if key in self.files:
+            raise ApiError(409, "exists", "a file of this name was uploaded with this permit already")
+        self.files[key] = self.clock(), form["file"]
+        self.held_bytes += _size(key, form["file"])
+        while self.held_bytes > self.max_bytes or self._age() > self.seconds:
+            oldest = next(iter(self.files))
+            self.held_bytes -= _size(oldest, self.files.pop(oldest)[1])
+
+    def get(self, url: str) -> bytes | None:
+        """The file of an oss:// URL; None if it is not here, or no longer."""
+        kept = self.files.get(url.removeprefix("oss://"))
+        return kept[1] if kept and self.clock() - kept[0] <= self.seconds else None
+
+    def _age(self) -> float:
+        """Seconds since the oldest file came."""
+        return self.clock() - next(iter(self.files.values()))[0] if self.files else 0.0
+
+    def _sign(self, policy: str) -> str:
+        return hmac.new(self.secret, policy.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+
+
+def _size(key: str, content: bytes) -> int:
+    return len(key) + len(content) + FILE_BYTES
+
+
+def read_form(body: bytes, content_type: str) -> dict[str, bytes]:
+    """The fields of multipart/form-data. Raises ApiError for anything else."""
+    boundary = BOUNDARY.search(content_type)
+    if not content_type.lower().startswith("multipart/form-data") or not boundary:
+        raise ApiError(400, "invalid_request", "send multipart/form-data")
+    fields = {}
+    parts = (b"\r\n" + body).split(b"\r\n--" + boundary[1].encode("latin-1", "replace"), FIELDS + 1)[1:]
+    if len(parts) > FIELDS:
+        raise ApiError(400, "invalid_request", f"the form has {FIELDS} fields or more")
+    for part in parts:
+        head, _, content = part.partition(b"\r\n\r\n")
+        if name := FIELD.search(head):
+            fields[(name[1] or name[2] or b"").decode("utf-8", "replace")] = content
+    return fields

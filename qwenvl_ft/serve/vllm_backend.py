@@ -1,0 +1,273 @@
+"""Answers requests with another server that speaks OpenAI's dialect, vLLM above all: by its URL, or started beside this one.
+
+Pictures are opened here, within our bounds, and go on as PNG: upright, on white, as training saw them.
+"""
+
+import asyncio
+import atexit
+import base64
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import httpx
+from PIL import Image
+
+from qwenvl_ft.data.geometry import Limits
+from qwenvl_ft.data.videos import Film, Part, Picture, bounded
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.adapter import VLLM_RANKS
+from qwenvl_ft.folders.problems import read_model_json
+from qwenvl_ft.infer.messages import Message
+from qwenvl_ft.serve.api import ApiError, Ask, Bounds, Usage, unknown_model
+from qwenvl_ft.serve.backend import Reply
+from qwenvl_ft.serve.open_request import Sources, open_ask, refusal
+
+log = logging.getLogger(__name__)
+CONTROL_TOKEN = re.compile(r"<\|(?=\w+\|>)")
+OPENERS = 4
+START_SECONDS = 1800  # a large model is read from a slow disk
+STOP_SECONDS = 15
+DEAD = "the engine behind this server does not answer"
+
+
+class Upstream:
+    """The models of the server at `url`, by their names there.
+
+    `limits`, where they are known, are the models' processors', the base's first. Raises UserError where it does not answer.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        bounds: Bounds,
+        sources: Sources,
+        process: subprocess.Popen[bytes] | None = None,
+        limits: Mapping[str, Limits] = MappingProxyType({}),
+    ):
+        self.url, self.bounds, self.sources, self.process, self.limits = url.rstrip("/"), bounds, sources, process, limits
+        try:
+            # Not by a proxy that the environment names for the internet, here as below.
+            listed = httpx.get(f"{self.url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()
+            self.names = [model["id"] for model in listed["data"]]
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+            fix = "start it first: vllm serve MODEL --port 8001"
+            raise UserError(Problem(f"{url}/v1/models", "does not list models", fix)) from error
+        self.client = httpx.AsyncClient(
+            timeout=httpx.Timeout(bounds.seconds, connect=5), limits=httpx.Limits(max_connections=None), trust_env=False
+        )
+        self.openers = ThreadPoolExecutor(OPENERS, "opener")
+        self.active = 0
+
+    async def begin(self, ask: Ask, request_id: str, until: float) -> Reply:
+        """Opens the pictures and asks the other server."""
+        if ask.model not in self.names:
+            raise unknown_model(self.names)
+        loop = asyncio.get_running_loop()
+        held = [ask]
+        try:
+            body = await loop.run_in_executor(self.openers, self._body, held, time.monotonic() + until - loop.time())
+        except BaseException:
+            held.clear()  # the thread's queue keeps what it was given, also where nobody waits any more
+            raise
+        request = self.client.build_request("POST", f"{self.url}/v1/chat/completions", json=body)
+        try:
+            response = await self.client.send(request, stream=True)
+        except httpx.HTTPError:
+            raise ApiError(503, "unavailable", DEAD) from None
+        if response.status_code != 200:
+            with suppress(httpx.HTTPError):  # why is for our own log only
+                log.warning("%s: the engine said %s: %.500r", request_id, response.status_code, await response.aread())
+            await response.aclose()
+            status = response.status_code if response.status_code in (400, 404, 413, 422, 429) else 503
+            raise ApiError(status, "engine_refused", f"the engine behind this server refused the request (status {status})")
+        reply = Reply(lambda: task.cancel())
+        task = asyncio.create_task(self._relay(response, reply))
+        return reply
+
+    def _body(self, held: list[Ask], until: float) -> dict[str, Any]:
+        ask = held.pop()
+        limits, base = self.limits.get(ask.model), next(iter(self.limits.values()), None)
+        messages = [
+            replace(message, parts=tuple(sized(part, limits, base) for part in message.parts))
+            for message in open_ask(ask, self.sources, self.bounds, until - time.monotonic())
+        ]
+        return write_request(ask, messages)
+
+    async def _relay(self, response: httpx.Response, reply: Reply) -> None:
+        """Hands the pieces on; the last once the usage is known."""
+        self.active += 1
+        usage, finish = Usage(), None
+        try:
+            async for event in read_events(response.aiter_bytes()):
+                if "error" in event:
+                    break
+                for choice in event.get("choices", []):
+                    finish = choice.get("finish_reason") or finish
+                    if text := choice.get("delta", {}).get("content"):
+                        reply.put(text, None, usage)
+                if event.get("usage"):
+                    usage = read_usage(event["usage"])
+            else:
+                reply.put("", "length" if finish == "length" else "stop" if finish else "error", usage)
+                return
+            reply.put("", "error", usage)
+        except (
+            httpx.HTTPError,
+            ValueError,
+            AttributeError,
+            TypeError,
+            KeyError,
+        ):  # the line broke, or this is not OpenAI's dialect
+            reply.put("", "error", usage)
+        finally:
+            self.active -= 1
+            await response.aclose()  # which tells vLLM to stop
+
+    async def close(self) -> None:
+        """Ends the connections, and the engine if it was started here."""
+        await self.client.aclose()
+        self.openers.shutdown(wait=False, cancel_futures=True)
+        if self.process:
+            await asyncio.to_thread(end, self.process)
+            atexit.unregister(end)
+
+    def now(self) -> dict[str, float]:
+        """Requests under way there, from here."""
+        return {"active": self.active, "alive": self.process is None or self.process.poll() is None}
+
+
+def write_request(ask: Ask, messages: Sequence[Message]) -> dict[str, Any]:
+    """The request in OpenAI's dialect, with vLLM's top_k."""
+    how = ask.sampling
+    body: dict[str, Any] = {
+        "model": ask.model, "messages": list(map(write_message, messages)),
+        "stream": True, "stream_options": {"include_usage": True},
+        "max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p,
+    }  # fmt: skip
+    body |= {"top_k": how.top_k} if how.top_k > 0 else {}
+    body |= {"seed": how.seed} if how.seed is not None else {}
+    return body | ({"stop": list(how.stop)} if how.stop else {})
+
+
+def write_message(message: Message) -> dict[str, Any]:
+    """A message in OpenAI's form, its control tokens plain text, its pictures PNG, a film vLLM's frames in one URL."""
+    parts: list[dict[str, Any]] = []
+    for part in message.parts:
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": CONTROL_TOKEN.sub("<\u200b|", part)})
+        elif isinstance(part, Picture):
+            parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(part.image)}"}})
+        elif isinstance(part, Film):
+            frames = ",".join(map(_png, part.frames))
+            rate = part.fps * len(part.frames) / part.num_frames
+            # jpeg is vLLM's only word for a list of frames; it reads what a frame is from its bytes, and PNG loses nothing.
+            parts.append({"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}, "fps": rate})
+    if message.role != "user":  # some templates want these turns as one text
+        return {"role": message.role, "content": "".join(part["text"] for part in parts)}
+    return {"role": message.role, "content": parts}
+
+
+def sized(part: Part, limits: Limits | None, base: Limits | None) -> Part:
+    """A picture at the size that its own bounds or its adapter's training give it: vLLM knows those of its base only.
+
+    Raises ApiError for bounds where `limits` are not known, and for a video's.
+    """
+    if isinstance(part, str):
+        return part
+    bounds = bool(part.min_pixels or part.max_pixels)
+    if bounds and (limits is None or isinstance(part, Film)):
+        raise ApiError(
+            400, "invalid_messages", f"this engine takes no min_pixels and max_pixels for {part.kind}s: send them smaller"
+        )
+    if isinstance(part, Film) or not limits or not (bounds or limits != base):
+        return part
+    own = replace(part, min_pixels=part.min_pixels or limits.min_pixels, max_pixels=part.max_pixels or limits.max_pixels)
+    try:
+        return bounded(own, limits)
+    except UserError as error:
+        raise refusal(error) from error
+
+
+def _png(image: Image.Image) -> str:
+    file = BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+async def read_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
+    """The JSON of each `data:` line but [DONE]. Raises ValueError for what is none."""
+    rest = b""
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:") and (data := line[5:].strip()) != b"[DONE]":
+                yield json.loads(data)
+
+
+def read_usage(usage: Mapping[str, Any]) -> Usage:
+    """Token counts; vLLM tells pictures apart only in some versions."""
+    details = usage.get("prompt_tokens_details") or {}
+    image, video = details.get("image_tokens") or 0, details.get("video_tokens") or 0
+    return Usage(usage["prompt_tokens"], usage["completion_tokens"], image, video)
+
+
+def start_vllm(
+    model: Path, names: Sequence[str], adapters: Mapping[str, Path], port: int, arguments: Sequence[str]
+) -> subprocess.Popen[bytes]:
+    """Starts `vllm serve` on loopback and waits until it is up. It ends with this process, however that ends but by SIGKILL.
+
+    Raises UserError where it is not installed or ends.
+    """
+    if not (program := shutil.which("vllm")):
+        raise UserError(
+            Problem("--engine vllm", "vllm is not installed", "install it in an environment of its own: pip install vllm")
+        )
+    command = [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", *names]
+    if adapters:
+        rank = max(int(read_model_json(folder / "adapter_config.json")["r"]) for folder in adapters.values())
+        command += ["--enable-lora", "--max-lora-rank", str(next((r for r in VLLM_RANKS if r >= rank), rank))]
+        command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one; the server has its own SIGTERM once it runs
+            signal.signal(number, _stop)
+    # In a session of its own Ctrl-C does not end it before the answers that have begun.
+    process = subprocess.Popen([*command, *arguments], start_new_session=True)
+    atexit.register(end, process)
+    until = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < until:
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5, trust_env=False).status_code == 200:
+                return process
+        time.sleep(0.5)
+    raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the engine with all that it started: it is asked to, then killed, at once where a second signal comes meanwhile."""
+    try:
+        process.terminate()
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        log.warning("the engine did not end within %d s and is killed", STOP_SECONDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)

@@ -1,0 +1,256 @@
+"""What the reader makes of a meta-file, and every complaint it has, word for word."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qwenvl_ft.data import records as meta
+from qwenvl_ft.data.formats.json_entries import EXAMPLE
+from qwenvl_ft.data.records import Media, Turn, read_meta
+from qwenvl_ft.errors import Problem
+
+TURN = 'write {"from": "user", "value": "..."}'
+TAG = "write <img>file.png</img>"
+LIST = f"write a JSON list of records: [{EXAMPLE}]"
+ORDER = "let user and assistant take turns, user first"
+COPY = "copy it there, or give the right folder (train_data_dir, --data-dir)"
+MEND = "mend the file at this line and column"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Holds a.png, 50 x 40 px, and an empty folder b."""
+    Image.new("RGB", (50, 40)).save(tmp_path / "a.png")
+    (tmp_path / "b").mkdir()
+    return tmp_path
+
+
+def talk(*texts: str, roles: tuple[str, ...] = ("user", "assistant")) -> dict:
+    """A record whose turns take the roles in a circle."""
+    return {"conversations": [{"from": roles[i % len(roles)], "value": text} for i, text in enumerate(texts)]}
+
+
+def read(folder: Path, content: object, name: str = "train.json"):
+    """(records, problems) of a meta-file of these bytes, this text or this value."""
+    if not isinstance(content, bytes):
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
+    (folder / name).write_bytes(content)
+    return read_meta(folder / name, folder)
+
+
+def parts_of(folder: Path, value: str):
+    """The parts of a user's turn; a picture as its file's name."""
+    (record,), problems = read(folder, [talk(value, "ok")])
+    assert not problems
+    return [part.path.name if isinstance(part, Media) else part for part in record.turns[0].parts]
+
+
+FILES = [
+    (b"\xb5\xc4[]", ":1:1", "is not UTF-8 text (GBK or UTF-16, perhaps)", "save the file as UTF-8"),
+    (b"[\n\n\xff]", ":3:1", "is not UTF-8 text (GBK or UTF-16, perhaps)", "save the file as UTF-8"),
+    (" \n", "", "is empty", LIST),
+    ("[\n {]", ":2:3", "is not JSON: expecting property name enclosed in double quotes", MEND),
+    ("7", "", "holds a number, not a list", LIST),
+    ("null", "", "holds null, not a list", LIST),
+    ("[]", "", "holds no records", LIST),
+    ('{\n"conversations": []\n}', "", "holds an object, not a list", "put [ before it and ] after it"),
+    ('{"data": [{"conversations": []}]}', "", 'its list of records is under "data"', "save that list alone as the file"),
+    (
+        '{"v": 1,\n "train": [{"conversations": []}]}',
+        "",
+        'its list of records is under "train"',
+        "save that list alone as the file",
+    ),
+    ('[{"a": 1, "a": 2}]', "", 'an object has the key "a" twice', "keep one of them, or make two records"),
+    ('{"a": 1, "a": 2}', ":1", 'an object has the key "a" twice', "keep one of them, or make two records"),
+    ("[NaN]", "", "holds NaN, which is not JSON", "write a number or a text"),
+    ("[" * 100_000, "", "is not a meta-file: nested too deeply", LIST),
+]
+USER = ".conversations[0]"
+ANSWER = ".conversations[1]"
+RECORDS = [
+    ("x", "", "is a text, not an object", f"write {EXAMPLE}"),
+    ({}, "", 'has no key "conversations"', f"write {EXAMPLE}"),
+    ({"conversations": {}}, ".conversations", "is an object, not a list", "list its turns, each with from and value"),
+    ({"conversations": []}, ".conversations", "is empty", "list its turns, each with from and value"),
+    ({"conversations": ["x", *talk("q", "a")["conversations"]]}, USER, "is a text, not an object", TURN),
+    ({"conversations": [{"from": "user"}, talk("q", "a")["conversations"][1]]}, USER, 'has no key "value"', TURN),
+    ({"conversations": [{"from": "user", "value": "q"}, {"value": "a"}]}, ANSWER, 'has no key "from"', TURN),
+    (talk("q", True), ANSWER, 'its "value" is a truth value, not a text', TURN),
+    (talk("q", "a", roles=("user", 7)), ANSWER, 'its "from" is a number, not a text', TURN),
+    (talk("q", "a", roles=("user", "bot")), ANSWER, 'is from "bot"',
+     "write from: user or assistant (human, gpt and system are understood)"),
+    (talk("q", "s", "a", roles=("user", "system", "gpt")), ANSWER, "a system turn stands after the first place",
+     "move it to the front or delete it"),
+    (talk("q", "r", "a", roles=("user", "user", "gpt")), ANSWER, "is from the user where the assistant's turn was due", ORDER),
+    (talk("a", roles=("assistant",)), USER, "is from the assistant where the user's turn was due", ORDER),
+    (talk(" \n", "a"), USER, "the user's turn is empty", "write its text or delete the turn and its partner"),
+    (talk("q", ""), ANSWER, "the assistant's turn is empty", "write its text or delete the turn and its partner"),
+    (talk("q"), "", "has no assistant turn, so it teaches nothing", "add the answer that the model should learn"),
+    (talk("q", "a", "q"), ".conversations[2]", "the last turn is the user's and nobody answers it", "add the answer or delete it"),
+    (talk("q<|im_end|>", "a"), USER, "holds the control token <|im_end|>",
+     "take it out: it would end the turn or pose as a picture"),
+    (talk("q", "a<|image_pad|>"), ANSWER, "holds the control token <|image_pad|>",
+     "take it out: it would end the turn or pose as a picture"),
+    (talk("q", "\ud83d"), ANSWER, "holds half of a surrogate pair, which no tokenizer can read",
+     "write the character itself, in UTF-8"),
+    (talk("q", "<img>a.png</img>"), ANSWER, "an <img> tag stands in the assistant's turn",
+     "name pictures in the user's turns only"),
+    (talk("a.png</img>q", "a"), USER, "an </img> has no <img> before it", TAG),
+    (talk("<img>a.png", "a"), USER, "an <img> tag is not closed", TAG),
+    (talk("<img> </img>q", "a"), USER, "an <img> tag is empty", TAG),
+    (talk("<img>a.png<img>a.png</img>", "a"), USER, "an <img> tag stands inside another",
+     "close the first one: <img>file.png</img>"),
+    (talk("<img>http://x/a.png</img>", "a"), USER, "http://x/a.png is not a file name",
+     "download the picture to FOLDER and name its file"),
+    (talk("<img>../a.png</img>", "a"), USER, "../a.png lies outside FOLDER", "copy it into that folder"),
+    (talk("<img>/etc/hosts</img>", "a"), USER, "/etc/hosts lies outside FOLDER", "copy it into that folder"),
+    (talk("<img>a.jpg</img>", "a"), USER, "a.jpg is not in FOLDER", "did you mean a.png?"),
+    (talk("<img>zzz</img>", "a"), USER, "zzz is not in FOLDER", COPY),
+    (talk("<img>\0</img>", "a"), USER, "\0 is not in FOLDER", COPY),
+    (talk("<img>nope.png</img>", "a"), USER, "nope.png is not in FOLDER", COPY),
+    (talk("<image>\nq", "a"), USER, "holds <image>, which is no tag here: it would be read as text", TAG),
+    (talk("q<video>", "a"), USER, "holds <video>, which is no tag here: it would be read as text", TAG),
+    (talk("<Audio>q", "a"), USER, "holds <Audio>, which is no tag here: it would be read as text", TAG),
+    (talk("<IMG>a.png</IMG>q", "a"), USER, "holds <IMG>, which is no tag here: it would be read as text", TAG),
+    (talk("<img>a.png</img><Img>a.png</Img>", "a"), USER, "holds <Img>, which is no tag here: it would be read as text", TAG),
+    (talk("<img>b</img>", "a"), USER, "b is not a regular file", "name a picture file"),
+    (talk("q", "a") | {"image": ""}, "", 'has a key "image", which is not read',
+     "name the picture inside the user's value: <img>file.png</img>"),
+    (talk("q", "a") | {"images": []}, "", 'has a key "images", which is not read',
+     "name the pictures inside the user's values: <img>file.png</img>"),
+    (talk("q", "a") | {"videos": []}, "", 'has a key "videos", which is not read',
+     "videos are not trained on; name pictures inside the user's value: <img>file.png</img>"),
+    (talk("q", "a") | {"system": ""}, "", 'has a key "system", which is not read',
+     'write it as the first turn: {"from": "system", "value": "..."}'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "where", "what", "fix"), FILES, ids=[row[2] + row[1] for row in FILES])
+def test_a_broken_file_is_one_problem_and_no_records(content, where, what, fix, folder):
+    assert read(folder, content) == ([], [Problem(f"train.json{where}", what, fix)])
+
+
+@pytest.mark.parametrize(("entry", "where", "what", "fix"), RECORDS, ids=[row[2] for row in RECORDS])
+def test_a_broken_record_is_one_problem_and_its_neighbours_are_kept(entry, where, what, fix, folder):
+    records, problems = read(folder, [talk("q", "a"), entry, talk("q", "a")])
+    what, fix = (text.replace("FOLDER", str(folder)) for text in (what, fix))
+    assert problems == [Problem(f"train.json[1]{where}", what, fix)]
+    assert [record.where for record in records] == ["train.json[0]", "train.json[2]"]
+
+
+def test_a_missing_meta_file_and_a_missing_folder_are_named(folder):
+    no_file, no_folder = folder / "no.json", folder / "no"
+    (folder / "train.json").write_text(json.dumps([talk("q", "a")]))
+    fix = "give the JSON file of conversations (a config's train_meta_file)"
+    assert read_meta(no_file, folder) == ([], [Problem(str(no_file), "cannot be read as a file", fix)])
+    fix = "give the folder of the pictures (train_data_dir, --data-dir)"
+    assert read_meta(folder / "train.json", no_folder) == ([], [Problem(str(no_folder), "is not a folder", fix)])
+
+
+def test_all_problems_of_a_file_come_at_once(folder):
+    bad = talk("<img>x</img><img>y</img>", "", "<|im_end|>", "</img>")
+    records, problems = read(folder, [bad, None, talk("<img>a.png</img>q", "a"), talk("q")])
+    places = [0, 0, 1, 2, 3]
+    assert [problem.where for problem in problems] == [f"train.json[0].conversations[{i}]" for i in places] + [
+        "train.json[1]",
+        "train.json[3]",
+    ]
+    assert [record.where for record in records] == ["train.json[2]"]
+
+
+def test_a_folder_with_none_of_the_pictures_is_one_problem_and_its_records_are_counted(folder):
+    """A wrong --data-dir printed the same two lines for each of 115 pictures."""
+    entries = [talk(f"<img>b/{i}.png</img>q", "a") for i in range(115)] + [talk("q", "a"), talk("q")]
+    records, problems = read(folder, entries)
+    asked = "is it the right folder (train_data_dir, --data-dir)?"
+    assert problems[0] == Problem(str(folder), "none of the 115 pictures is in this folder, b/0.png for one", asked)
+    assert [problem.where for problem in problems[1:]] == ["train.json[116]"] and len(records) == 1
+    assert meta.num_records(folder / "train.json", records, problems) == 117
+    _, problems = read(folder, [talk("<img>x/a.png</img>q", "a"), talk("<img>x/c.png</img>q", "a")])
+    assert [problem.fix for problem in problems] == [f"{asked} For that one: did you mean a.png?"]
+
+
+def test_a_picture_that_is_there_and_broken_speaks_for_the_folder(folder):
+    (folder / "broken.png").write_bytes(b"")
+    _, problems = read(folder, [talk(f"<img>{name}</img>q", "a") for name in ("zzz", "yyy", "broken.png")])
+    assert [problem.where for problem in problems] == [f"train.json[{i}].conversations[0]" for i in range(3)]
+
+
+def test_an_answer_may_write_what_a_question_may_not(folder):
+    (record,), problems = read(folder, [talk("draw it", "<image><video><IMG>a.png</IMG>")])
+    assert not problems and record.turns[1].parts == ("<image><video><IMG>a.png</IMG>",)
+
+
+def test_problems_come_in_the_same_order_every_time(folder):
+    """The keys of a record were looked through as a set: another order in every process."""
+    _, problems = read(folder, [talk("q", "a") | dict.fromkeys(("videos", "system", "images", "image"), "")])
+    assert [problem.what.split('"')[1] for problem in problems] == ["image", "images", "videos", "system"]
+
+
+def test_a_missing_picture_alone_in_its_turn_is_one_problem(folder):
+    """Once it was two: the turn was called empty as well, because no part of it was left."""
+    assert len(read(folder, [talk("<img>zzz</img>", "a")])[1]) == 1
+
+
+def test_every_spelling_of_the_roles_is_read(folder):
+    (record,), _ = read(folder, [talk("s", "q", "a", roles=("system", "human", "gpt"))])
+    assert record.turns == (Turn("system", ("s",)), Turn("user", ("q",)), Turn("assistant", ("a",)))
+
+
+def test_json_lines_and_a_byte_order_mark_are_read(folder):
+    line = json.dumps(talk("q", "a"))
+    records, problems = read(folder, f"\ufeff{line}\r\n\n{line}\n{{\n{line}", "train.jsonl")
+    assert [record.where for record in records] == ["train.jsonl:1", "train.jsonl:3", "train.jsonl:5"]
+    assert [problem.where for problem in problems] == ["train.jsonl:4"]
+    assert read(folder, "\ufeff[" + line + "]")[0][0].where == "train.json[0]"
+
+
+@pytest.mark.parametrize(("value", "parts"), [
+    ("<img>a.png</img>\nq", ["a.png", "q"]),
+    ("<img>a.png</img>\r\nq", ["a.png", "q"]),
+    ("<img>a.png</img>\n\nq\n", ["a.png", "\nq\n"]),
+    ("<img>a.png</img>\r\n\r\nq", ["a.png", "\r\nq"]),
+    ("<img>a.png</img> \nq", ["a.png", " \nq"]),
+    ("\n<img>a.png</img>", ["\n", "a.png"]),
+    ("<img> a.png </img><img>a.png</img>\n", ["a.png", "a.png"]),
+    (" p <img>a.png</img>\n q\t<img>a.png</img>r ", [" p ", "a.png", " q\t", "a.png", "r "]),
+    ("a\u2028b  \n<IMAGES>", ["a\u2028b  \n<IMAGES>"]),
+    ('<img src="a.png"><IMG SRC="a.png"/><video controls>', ['<img src="a.png"><IMG SRC="a.png"/><video controls>']),
+    ("<|object_ref_start|>the cat<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>",) * 2,
+])  # fmt: skip
+def test_a_tag_takes_one_newline_and_everything_else_stays(value, parts, folder):
+    assert parts_of(folder, value) == ([parts] if isinstance(parts, str) else parts)
+
+
+def test_a_picture_knows_its_file_and_its_size(folder):
+    (record,), _ = read(folder, [talk("<img>b/../a.png</img>", "a")])
+    assert record.pictures == [Media(folder.resolve() / "a.png", height=40, width=50)]
+
+
+def test_a_link_out_of_the_folder_is_refused(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "secret.png"
+    Image.new("RGB", (50, 40)).save(outside)
+    (folder / "link.png").symlink_to(outside)
+    _, (problem,) = read(folder, [talk("<img>link.png</img>", "a")])
+    assert problem.what == f"link.png lies outside {folder}"
+
+
+@pytest.mark.parametrize(
+    "value", ["<img>" * 200_000, "<img>" * 20_000 + "</img>", "</img>" * 200_000, "<img>" + "a" * 100_000 + "</img>"]
+)
+def test_hostile_tags_take_linear_time(value, folder):
+    """`<img>(.*?)</img>` looks from every unclosed tag to the end of the text: 200,000 of them took minutes."""
+    began = time.process_time()
+    assert len(read(folder, [talk(value, "a")])[1]) == 1
+    assert time.process_time() - began < 3
+
+
+def test_a_folder_of_missing_pictures_is_not_compared_name_by_name_for_hours(folder, monkeypatch):
+    """Each suggestion looks at every file: 100 missing pictures beside 5,000 took 24 s, 20,000 would have taken hours."""
+    monkeypatch.setattr(meta, "MAX_COMPARED", 6)  # the folder holds two files: a.png and the meta-file
+    _, problems = read(folder, [talk("<img>a.png</img>q", "a"), *(talk(f"<img>a{i}.png</img>", "a") for i in range(5))])
+    assert [problem.fix[:12] for problem in problems] == ["did you mean"] * 3 + ["copy it ther"] * 2

@@ -1,0 +1,186 @@
+"""A joined row against its records run one by one, and what happens to each rule of joining when it is broken."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+
+from qwenvl_ft.data.chat import IGNORE, open_chat
+from qwenvl_ft.data.records import read_meta
+from qwenvl_ft.data.rows import Rows, join, open_image_processor
+from qwenvl_ft.model.load import PatchEmbedding, add_lora, load_base, trainable
+from qwenvl_ft.model.loss import picture_features, summed_loss, taught
+
+TALKS = [
+    ["<img>a.png</img>\nWhat?", "A chart of three bars."],
+    ["Hello", "Hi there!", "<img>b.png</img>\n<img>c.jpg</img>\nBoth?", "two of them"],
+    ["No picture here", "none"],
+]
+
+
+@pytest.fixture(scope="module")
+def job(family_model, tmp_path_factory):
+    """(model with LoRA that does something, its rows: the three records together, then each alone)."""
+    return make_job(family_model, tmp_path_factory.mktemp("job"))
+
+
+def make_job(model_dir, folder, on=("language",)):
+    import json
+
+    import numpy as np
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    random = np.random.default_rng(0)
+    for name, (width, height) in {"a.png": (168, 112), "b.png": (90, 200), "c.jpg": (61, 47)}.items():
+        Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / name)
+    records = [
+        {"conversations": [{"from": ("user", "assistant")[n % 2], "value": text} for n, text in enumerate(talk)]} for talk in TALKS
+    ]
+    (folder / "train.json").write_text(json.dumps(records))
+    records, problems = read_meta(folder / "train.json", folder)
+    assert not problems
+    chat = open_chat(model_dir)
+    scripts = [chat.write_scripts(record)[-1] for record in records]
+    processor = AutoProcessor.from_pretrained(model_dir)
+    rows = Rows(scripts, [[0, 1, 2], [0], [1], [2]], chat, open_image_processor(processor, chat))
+    model = add_lora(load_base(model_dir, "float32"), chat.family, list(on), 4, 8, 0.0, 0)
+    for name, parameter in trainable(model).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.train(), rows
+
+
+def gradients(model, rows, which):
+    model.zero_grad()
+    loss = sum(summed_loss(model, model, rows[index], tower_trains=False) for index in which)
+    loss.backward()
+    return loss.item(), torch.cat([parameter.grad.flatten() for parameter in trainable(model).values()])
+
+
+@pytest.fixture
+def packing_job(job, family_model):
+    if not open_chat(family_model).family.packs:
+        pytest.skip("this family gets one record a row")
+    return job
+
+
+def test_a_joined_row_has_the_loss_and_the_gradients_of_its_records(packing_job):
+    model, rows = packing_job
+    (packed, packed_gradients), (single, single_gradients) = gradients(model, rows, [0]), gradients(model, rows, [1, 2, 3])
+    assert packed == pytest.approx(single, rel=1e-5)
+    assert (packed_gradients - single_gradients).abs().max() < 1e-4 * single_gradients.abs().max()
+
+
+def test_a_blank_picture_for_a_row_without_one_changes_nothing(packing_job):
+    model, rows = packing_job
+    looking = copy.copy(rows)
+    looking.always_look = True
+    assert "pixel_values" not in rows[3] and looking[3]["pixel_values"].shape[0] == 4
+    assert all(torch.equal(looking[0][key], rows[0][key]) for key in ("input_ids", "pixel_values"))
+    (loss, blank_gradients), (wanted, wanted_gradients) = gradients(model, looking, [3]), gradients(model, rows, [3])
+    assert loss == pytest.approx(wanted, rel=1e-5)
+    assert (blank_gradients - wanted_gradients).abs().max() < 1e-4 * wanted_gradients.abs().max()
+
+
+def broken(row, rule):
+    """The row with one rule of joining broken."""
+    row = dict(row)
+    if rule == "an attention mask of ones":
+        row["attention_mask"] = torch.ones_like(row["input_ids"])
+    if rule == "no text row of positions":
+        row["position_ids"] = row["position_ids"][1:]
+    if rule == "positions that go on from record to record":
+        row["position_ids"] = torch.arange(row["input_ids"].shape[1]).expand(4, 1, -1)
+    return row
+
+
+@pytest.mark.parametrize(
+    "rule", ["an attention mask of ones", "no text row of positions", "positions that go on from record to record"]
+)
+def test_a_broken_rule_changes_the_loss_without_a_word(packing_job, rule):
+    model, rows = packing_job
+    with torch.no_grad():
+        right = summed_loss(model, model, rows[0], False).item()
+        wrong = summed_loss(model, model, broken(rows[0], rule), False).item()
+    assert abs(wrong - right) > 1e-4 * right
+
+
+def test_a_cache_would_let_records_see_each_other(packing_job):
+    """transformers ignores the packed positions when use_cache is on; `summed_loss` turns it off."""
+    model, rows = packing_job
+    row = rows[0]
+    keep = taught(row["labels"])
+    inputs = {key: value for key, value in row.items() if key not in ("labels", "pixel_values", "image_grid_thw")}
+
+    def loss(use_cache):
+        with torch.no_grad():
+            features = picture_features(model, row, False)
+            logits = model(**inputs, mm_encoder_outputs=features, use_cache=use_cache, logits_to_keep=keep).logits
+        return functional.cross_entropy(logits, row["labels"][:, 1:][keep[:, :-1]], reduction="sum").item()
+
+    with torch.no_grad():
+        right = summed_loss(model, model, row, False).item()
+    assert loss(False) == pytest.approx(right, rel=1e-6)
+    assert abs(loss(True) - right) > 1e-4 * right
+
+
+def test_the_first_label_of_each_record_is_ignored():
+    """Kept, it would teach the last token of one record to predict the first of the next."""
+    example = {"input_ids": torch.tensor([5, 6]), "labels": torch.tensor([5, 6]), "position_ids": torch.arange(2).expand(4, 2)}
+    assert join([example, example])["labels"].tolist() == [[IGNORE, 6, IGNORE, 6]]
+
+
+def test_positions_equal_the_models_own(job):
+    model, rows = job
+    inner = model.base_model.model.model
+    for script in rows.scripts:
+        example = rows.example(script)
+        kinds = (example["input_ids"] == script.picture_id).int()
+        wanted, _ = inner.get_rope_index(example["input_ids"][None], kinds[None], example.get("image_grid_thw"))
+        assert torch.equal(example["position_ids"][1:], wanted[:, 0])
+        assert torch.equal(example["position_ids"][0], torch.arange(script.length))
+
+
+def test_the_loss_is_that_of_the_models_own_forward(job):
+    """One record through the stock forward, positions and all left to the model."""
+    model, rows = job
+    script = rows.scripts[1]
+    example = rows.example(script)
+    kinds = (example["input_ids"] == script.picture_id).int()[None]
+    with torch.no_grad():
+        stock = model(
+            input_ids=example["input_ids"][None], labels=example["labels"][None], mm_token_type_ids=kinds,
+            attention_mask=torch.ones_like(kinds), pixel_values=example["pixel_values"], image_grid_thw=example["image_grid_thw"],
+        ).loss.item()  # fmt: skip
+        ours = summed_loss(model, model, rows[2], False).item()
+    assert ours / (example["labels"] != IGNORE).sum().item() == pytest.approx(stock, rel=1e-5)
+
+
+def test_a_frozen_tower_costs_no_backward_and_changes_no_gradient(job):
+    model, rows = job
+    assert not picture_features(model, rows[1], trains=False)["image"].pooler_output[0].requires_grad
+    model.zero_grad()
+    summed_loss(model, model, rows[1], tower_trains=False).backward()
+    without = [parameter.grad.clone() for parameter in trainable(model).values()]
+    model.zero_grad()
+    summed_loss(model, model, rows[1], tower_trains=True).backward()
+    assert all(torch.equal(a, parameter.grad) for a, parameter in zip(without, trainable(model).values(), strict=True))
+
+
+@pytest.mark.parametrize("tower", ["language", "vision", "merger"])
+def test_every_lora_tensor_of_every_tower_gets_a_gradient(family_model, tmp_path, tower):
+    model, rows = make_job(family_model, tmp_path, on=[tower])
+    names = set(trainable(model))
+    assert names and all((".visual." in name) == (tower != "language") for name in names)
+    assert all(("merger" in name) == (tower == "merger") for name in names)
+    summed_loss(model, model, rows[2], tower_trains=tower != "language").backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in trainable(model).values())
+
+
+def test_the_patch_embedding_as_a_matmul_is_the_convolution():
+    conv = torch.nn.Conv3d(3, 8, (2, 14, 14), (2, 14, 14))
+    patches = torch.randn(5, 3, 2, 14, 14)
+    assert torch.allclose(PatchEmbedding.like(conv)(patches), conv(patches), atol=1e-5)
+    assert PatchEmbedding.like(conv).state_dict().keys() == conv.state_dict().keys()

@@ -1,0 +1,338 @@
+"""The loop: one division, one result for one process and two, going on where a run was cut off, stopping rather than spoiling."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import accelerate
+import pytest
+import torch
+from torch import nn
+
+from qwenvl_ft.errors import NonFiniteLoss, UserError
+from qwenvl_ft.train import loop as training
+from qwenvl_ft.train import state as run_module
+from qwenvl_ft.train.loop import learning_rate
+from qwenvl_ft.train.output_dir import print_next
+from tests.runs import BASE, ROOT, adapter, config, difference, launch, metrics, run, same
+
+SETTINGS = {"max_steps": 4, "save_steps": 2, "lora_dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A finished run of four steps with dropout, a checkpoint each two: what other runs are compared with."""
+    folder = tmp_path_factory.mktemp("plain")
+    run(folder, **SETTINGS)
+    return folder / "run"
+
+
+def test_a_step_divides_once_by_the_tokens_taught_in_all_rows(tmp_path):
+    """Against AdamW on the plain mean over all taught tokens of the step, computed here without the loop.
+
+    transformers' Trainer takes the mean of the rows' means for Qwen2.5-VL and 3-VL: short answers would count more.
+    """
+    from peft import get_peft_model_state_dict
+    from transformers import AutoProcessor
+
+    from qwenvl_ft.data.prepare import prepare, schedule
+    from qwenvl_ft.data.rows import Rows, open_image_processor
+    from qwenvl_ft.model.load import add_lora, load_base, trainable
+    from qwenvl_ft.model.loss import summed_loss
+
+    settings = config(tmp_path, max_steps=1, max_grad_norm=1e9, lr_scheduler_type="constant", warmup_ratio=0.0)
+    prepared = prepare(settings)
+    ((_, step),) = schedule(prepared, settings)
+    counts = [prepared.taught_tokens(row) for row in step]
+    assert len(step) == 2 and counts[0] != counts[1]  # else a mean of means would be the same
+    processor = AutoProcessor.from_pretrained(settings.model)
+    rows = Rows(prepared.scripts, prepared.plan.rows, prepared.chat, open_image_processor(processor, prepared.chat))
+    model = add_lora(load_base(settings.model, "float32"), prepared.chat.family, ["language"], 4, 8, 0.0, settings.seed)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=settings.learning_rate, weight_decay=0.0)
+    loss = sum(summed_loss(model, model, rows[row], False) for row in step) / sum(counts)
+    loss.backward()
+    optimizer.step()
+
+    trained = run(tmp_path, max_steps=1, max_grad_norm=1e9, lr_scheduler_type="constant", warmup_ratio=0.0)
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert difference(get_peft_model_state_dict(model), trained) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The same run in two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    return launch_two(folder, "29613", **SETTINGS)
+
+
+def test_the_same_run_gives_the_same_bits(plain, tmp_path):
+    assert same(adapter(plain), run(tmp_path, **SETTINGS))
+
+
+def test_two_processes_end_where_one_does(plain, two):
+    assert difference(adapter(plain), adapter(two)) < 1e-3
+    for one, other in zip(metrics(plain), metrics(two), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(plain, tmp_path):
+    process = launch(tmp_path, "run", "--num_processes", "1", wait=False, **SETTINGS)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / "checkpoint-2").is_dir():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert same(adapter(plain), run(tmp_path, **SETTINGS, resume=True))
+    assert [line["loss"] for line in metrics(plain)] == [line["loss"] for line in metrics(tmp_path / "run")]
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C (SIGINT)")])
+def test_a_signal_saves_at_the_end_of_the_step_and_leaves_no_final_adapter(number, name, plain, tmp_path, monkeypatch, capsys):
+    """Ctrl-C reaches every process of a run: two SIGINT, 2 each, were summed up to signal 4."""
+    backward, reduce = run_module.Run.backward, accelerate.Accelerator.reduce
+    monkeypatch.setattr(accelerate.Accelerator, "reduce", lambda self, total: 2 * reduce(self, total))  # as two would
+
+    def interrupted(self, loss, last):
+        os.kill(os.getpid(), number)
+        monkeypatch.setattr(run_module.Run, "backward", backward)
+        return backward(self, loss, last)
+
+    monkeypatch.setattr(run_module.Run, "backward", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, **SETTINGS)
+    assert stopped.value.code == 128 + number
+    assert f"stopped by {name} after step 1; go on with resume=true" in capsys.readouterr().out
+    monkeypatch.undo()
+    os.chdir(ROOT)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert same(adapter(plain), run(tmp_path, **SETTINGS, resume=True))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "summed_loss", lambda *args: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(NonFiniteLoss, match=r"few\.json\[\d\]"):
+        run(tmp_path)
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_what_one_process_alone_met_is_said_by_that_one(tmp_path, monkeypatch, capsys):
+    """The command line prints the problems of the first process of a machine only; this row was another's."""
+    monkeypatch.setattr(run_module, "summed_loss", lambda *args: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(accelerate.Accelerator, "is_local_main_process", False)
+    with pytest.raises(NonFiniteLoss):
+        run(tmp_path)
+    assert "few.json[" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("first", "error"), [(True, NonFiniteLoss), (False, SystemExit)])
+def test_what_all_processes_meet_is_said_by_the_first(first, error, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", lambda *args: torch.tensor(float("inf")))
+    monkeypatch.setattr(accelerate.Accelerator, "is_local_main_process", first)
+    with pytest.raises(error) as stopped:
+        run(tmp_path)
+    assert "few.json[" not in capsys.readouterr().err  # the command line prints it
+    assert getattr(stopped.value, "code", 1) == 1
+
+
+def test_an_output_dir_that_holds_something_else_is_refused_before_a_record_is_read(tmp_path):
+    """Records and model were read first, and then the run was mixed into the user's files."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="holds files and none of a run"):
+        run(tmp_path, train_meta_file=tmp_path / "no.json")
+    with pytest.raises(UserError, match="is no folder to write to"):
+        run(tmp_path, name="run/thesis.tex", train_meta_file=tmp_path / "no.json")
+    with pytest.raises(UserError, match="output_dir: /proc/run: "):
+        run(tmp_path, name="/proc/run")
+
+
+def test_an_attention_that_is_not_installed_is_said_in_words(tmp_path):
+    """It ended in transformers' ImportError."""
+    with pytest.raises(UserError, match=r"flash_attention_2: cannot run here: (.|\n)*attn_implementation=auto"):
+        run(tmp_path, attn_implementation="flash_attention_2")
+
+
+def test_wandb_without_a_key_is_said_before_the_model_is_loaded(tmp_path, monkeypatch):
+    """Its UsageError came after minutes of loading."""
+    import wandb
+
+    wandb.teardown()  # it keeps the environment that it met first, here and for the tests after this one
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "NETRC", "WANDB_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setattr(training, "load_base", None)
+    with pytest.raises(UserError, match=r"report_to: wandb: No API key(.|\n)*`wandb login`, or set WANDB_MODE=offline"):
+        run(tmp_path, report_to=["wandb"])
+    wandb.teardown()
+
+
+def test_a_tracker_that_is_not_installed_is_said(tmp_path, monkeypatch):
+    """accelerate leaves it out without a word."""
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
+    with pytest.raises(UserError, match="report_to: wandb is not installed"):
+        run(tmp_path, report_to=["wandb"])
+
+
+def test_without_held_out_records_the_proposed_eval_says_what_it_is_worth(tmp_path, capsys):
+    settings = config(tmp_path)
+    print_next(settings)
+    line = next(line for line in capsys.readouterr().out.splitlines() if " eval " in line)
+    assert line.endswith("  # the training records: how it does on others it does not say")
+    print_next(settings.model_copy(update={"eval_meta_file": settings.train_meta_file}))
+    assert "#" not in capsys.readouterr().out
+
+
+def test_a_folder_with_checkpoints_is_not_trained_into_unasked(plain, tmp_path):
+    run(tmp_path, save_steps=1)
+    with pytest.raises(UserError, match="resume=true"):
+        run(tmp_path)
+
+
+def test_resume_refuses_another_run_and_says_what_changed(tmp_path):
+    run(tmp_path, save_steps=1)
+    with pytest.raises(UserError, match=r"learning_rate was 0.001 and is now 0.002"):
+        run(tmp_path, resume=True, learning_rate=2e-3)
+
+
+def test_resume_says_in_words_what_else_changed_and_each_cause_once(tmp_path):
+    """It said: training records was fc104f17 and is now b476d21a; and the same of the pictures and the packed rows."""
+
+    def said(**settings):
+        with pytest.raises(UserError) as refused:
+            run(tmp_path, resume=True, **settings)
+        return [problem.what for problem in refused.value.problems]
+
+    run(tmp_path, save_steps=1)
+    fewer = tmp_path / "fewer.json"
+    fewer.write_text(json.dumps(json.loads((tmp_path / "few.json").read_text())[:6]))
+    assert said(train_meta_file=fewer) == ["the training records changed: 8 before, 6 now"]
+    assert said(train_meta_file=fewer, seed=7) == ["seed was 42 and is now 7", "the training records changed: 8 before, 6 now"]
+    assert said(row_tokens=1400) == ["row_tokens was 700 and is now 1400"]
+    assert said(max_pixels=8 * 28 * 28) == ["the rows are packed in another way: min_pixels or max_pixels changed"]
+    shutil.copytree(ROOT / "data/sample/images", tmp_path / "images")
+    assert said(train_data_dir=tmp_path / "images") == ["the pictures changed: their folder, names or sizes"]
+    shutil.copytree(ROOT / "data/tiny", tmp_path / "model")
+    facts = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(facts | {"note": "another"}))
+    assert said(model=tmp_path / "model") == ["the base model changed: its config.json or its weights"]
+
+
+def test_resume_passes_over_a_damaged_checkpoint(tmp_path):
+    whole = run(tmp_path, save_steps=1)
+    damaged = tmp_path / "run" / "checkpoint-3" / "optimizer.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    assert same(whole, run(tmp_path, save_steps=1, resume=True))
+
+
+def launch_two(folder, port, zero_stage=None, **settings):
+    """A run in two processes with DDP, or with DeepSpeed; returns its folder.
+
+    DeepSpeed on a CPU needs accelerate told that it has a backend; tests/deepspeed_train.py is that shim and train.py.
+    """
+    env = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true",
+           "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero_stage)} if zero_stage else {}  # fmt: skip
+    launch(folder, "run", "--multi_gpu", "--num_processes", "2", "--main_process_port", port,
+           script="tests/deepspeed_train.py" if zero_stage else "train.py", env=env, **settings)  # fmt: skip
+    return folder / "run"
+
+
+def test_zero_2_in_two_processes_ends_with_the_weights_of_ddp(two, tmp_path):
+    zero = launch_two(tmp_path, "29615", zero_stage=2, **SETTINGS)
+    assert json.loads((zero / "checkpoint-2" / "state.json").read_text())["deepspeed"]
+    assert difference(adapter(two), adapter(zero)) < 1e-5
+
+
+def test_zero_3_does_not_wait_for_a_row_without_a_picture_and_ends_with_the_weights_of_ddp(tmp_path):
+    """A process whose row has no picture would not gather the tower's weights, and the others would wait for ever."""
+    (tmp_path / "ddp").mkdir(), (tmp_path / "zero").mkdir()
+    settings = {"max_steps": 2, "save_steps": 2, "row_tokens": 500, "train_meta_file": tmp_path / "mixed.json"}
+    records = json.loads((ROOT / "data/sample/train.json").read_text())
+    plain = [record for record in records if "<img>" not in json.dumps(record)]
+    (tmp_path / "mixed.json").write_text(json.dumps([*plain, records[0]]))
+    ddp = launch_two(tmp_path / "ddp", "29617", **settings)
+    zero = launch_two(tmp_path / "zero", "29619", zero_stage=3, **settings)
+    with_picture = next(number for number, record in enumerate([*plain, records[0]]) if record is records[0])
+    rows = json.loads((ddp / "plan.json").read_text())["packed"]
+    assert [with_picture in row for row in rows].count(True) == 1 < len(rows)
+    assert difference(adapter(ddp), adapter(zero)) < 1e-4
+
+
+def test_the_losses_are_in_wandbs_offline_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run(tmp_path, report_to=["wandb"], run_name="a name")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    records = [Record.FromString(content) for content in logged(file.read_bytes())]
+    losses = [
+        float(item.value_json) for record in records for item in record.history.item if "loss" in (item.key, *item.nested_key)
+    ]
+    assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path / "run")])
+    assert "a name" in [record.run.display_name for record in records]
+
+
+def logged(content):
+    """The records of wandb's file: a header of 7 bytes, then LevelDB's log of blocks of 32 KiB (crc, length, kind, part)."""
+    whole, at = b"", 7
+    while at + 7 < len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the record's only or last part
+            yield whole
+            whole = b""
+
+
+def test_the_rate_warms_up_and_follows_its_schedule(tmp_path):
+    def rates(**settings):
+        return [learning_rate(step, 10, config(tmp_path, learning_rate=1.0, **settings)) for step in range(1, 11)]
+
+    assert rates(lr_scheduler_type="constant", warmup_ratio=0.0) == [1.0] * 10
+    assert rates(lr_scheduler_type="linear", warmup_ratio=0.2)[:3] == [0.5, 1.0, 1.0]
+    cosine = rates(lr_scheduler_type="cosine", warmup_ratio=0.0)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0), 10)
+    for rate in cosine:
+        assert rate == pytest.approx(reference.get_last_lr()[0])
+        reference.optimizer.step()
+        reference.step()
+
+
+def test_a_launch_that_is_not_what_was_asked_for_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were asked for"):
+        run(tmp_path)
+
+
+def test_held_out_loss_is_that_of_its_records(tmp_path):
+    few = config(tmp_path).train_meta_file
+    run(tmp_path, max_steps=1, learning_rate=1e-12, rows_per_step=100, eval_meta_file=few)
+    (line,) = metrics(tmp_path / "run")
+    assert line["eval_loss"] == pytest.approx(line["loss"], rel=1e-5)  # one step over all rows, before it learnt anything
+    assert BASE["max_steps"] == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_changes_during_a_run_is_named(workers, tmp_path, monkeypatch):
+    """From a worker it came as a text without problems, and the command line ended in a traceback."""
+    shutil.copytree(ROOT / "data/sample/images", tmp_path / "images")
+
+    def spoil(*_):
+        for path in (tmp_path / "images").iterdir():
+            path.write_bytes(b"")
+
+    monkeypatch.setattr(training, "write_settings", spoil)
+    with pytest.raises(UserError) as error:
+        run(tmp_path, train_data_dir=tmp_path / "images", dataloader_num_workers=workers)
+    (problem,) = error.value.problems
+    assert problem.where.startswith("few.json[") and problem.what.endswith("is empty")
