@@ -168,7 +168,7 @@ NOT_NEEDED = {
 }  # fmt: skip
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The settings of a YAML file, `key=value` overrides on top. Raises UserError with every problem of both."""
     values, lines = _read(path)
     problems = []

@@ -49,12 +49,12 @@ def evaluate(
 
     Example: qwenvl-ft eval data/tiny data/sample/eval.json --data-dir data/sample/images --adapter runs/demo
     """
-    from qwenvl_ft.data.prepare import check_folders
-    from qwenvl_ft.data.records import read_meta
+    from qwenvl_ft.data.meta_file import read_records
     from qwenvl_ft.folders.whole import write_json
+    from qwenvl_ft.infer.engine import check_folders
 
     check_folders(model, [adapter] if adapter else [])
-    records, problems = read_meta(meta, data_dir)
+    records, problems, _ = read_records(meta, data_dir)
     if problems:
         raise UserError(*problems)
     from qwenvl_ft.evaluate.scoring import evaluate as run
@@ -94,7 +94,7 @@ def export(
 
     Example: qwenvl-ft export --adapter runs/demo --out runs/demo-merged
     """
-    from qwenvl_ft.folders.adapter import check_adapter
+    from qwenvl_ft.folders.problems import check_adapter
     from qwenvl_ft.hub import clients as hubs
 
     if push:
@@ -137,7 +137,7 @@ def ask(
         raise typer.BadParameter("it takes --out, and no question, --image or --video", param_hint="--jsonl")
     if out and not questions:
         raise typer.BadParameter("it is where the answers to --jsonl go", param_hint="--out")
-    from qwenvl_ft.data.prepare import check_folders
+    from qwenvl_ft.infer.engine import check_folders
 
     check_folders(model, [adapter] if adapter else [])
     if questions:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.problems import read_model_json
+from qwenvl_ft.folders.model import read_model_json
 
 MAX_ASPECT = 200  # the processors refuse a picture whose sides differ by more
 

@@ -16,8 +16,7 @@ def questions(records: Sequence[Record]) -> Iterator[tuple[str, tuple[Turn, ...]
     for record in records:
         for number, turn in enumerate(record.turns):
             if turn.role == "assistant":
-                wanted = "".join(part for part in turn.parts if isinstance(part, str))
-                yield f"{record.where}.conversations[{number}]", record.turns[:number], wanted
+                yield f"{record.where}.conversations[{number}]", record.turns[:number], turn.text
 
 
 def evaluate(
@@ -30,7 +29,7 @@ def evaluate(
     asked = list(questions(records))
     order = sorted(
         range(len(asked)),
-        key=lambda index: sum(len(part) for turn in asked[index][1] for part in turn.parts if isinstance(part, str)),
+        key=lambda index: sum(len(turn.text) for turn in asked[index][1]),
     )
     answers: dict[int, str] = {}
     for start in range(0, len(order), batch_size):  # questions of like length share a batch

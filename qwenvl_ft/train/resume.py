@@ -8,7 +8,7 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
 from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.base import base_fingerprint
+from qwenvl_ft.folders.adapter import base_fingerprint
 from qwenvl_ft.folders.runs import checkpoints, newest
 from qwenvl_ft.folders.whole import short_hash
 
