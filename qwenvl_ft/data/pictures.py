@@ -101,7 +101,7 @@ def bounded(part: Medium, limits: Limits) -> Medium:
     frames = [opened(part)] if isinstance(part, Picture) else part.frames
     height, width = resized(frames[0].height, frames[0].width, own)
     sized = tuple(frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames)
-    return Picture.of(*sized) if isinstance(part, Picture) else replace(part, frames=sized)
+    return Picture.of(sized[0]) if isinstance(part, Picture) else replace(part, frames=sized)
 
 
 def check_aspect(width: int, height: int, where: str, name: str = "it") -> None:

@@ -46,7 +46,7 @@ def read_video(data: bytes, where: str, wanted: dict[str, float], allowance: All
     try:
         # The first frames are decoded here already: the bound must be known to the decoder.
         options = {"format_whitelist": CONTAINERS, "max_pixels": str(int(allowance.picture_pixels))}
-        with av.open(BytesIO(data), options=options) as container:
+        with av.open(BytesIO(data), "r", options=options) as container:
             stream = container.streams.video[0]
             size = stream.width * stream.height
             if not 0 < size <= allowance.picture_pixels:  # 0: the decoder refused its first frame

@@ -27,16 +27,13 @@ def evaluate(
     A prediction: where, question, wanted, answer, exact, relaxed. Order is the meta-file's.
     """
     asked = list(questions(records))
-    order = sorted(
-        range(len(asked)),
-        key=lambda index: sum(len(turn.text) for turn in asked[index][1]),
-    )
+    order = sorted(range(len(asked)), key=lambda index: sum(len(turn.text) for turn in asked[index][1]))
     answers: dict[int, str] = {}
     for start in range(0, len(order), batch_size):  # questions of like length share a batch
         batch = order[start : start + batch_size]
         answers.update(zip(batch, engine.ask_many([asked[index][1] for index in batch], max_new_tokens), strict=True))
         on_answer(len(answers), len(asked))
-    predictions = [
+    predictions: list[dict[str, Any]] = [
         {"where": where, "question": _last_text(turns), "wanted": wanted, "answer": answers[index],
          "exact": exact(answers[index], wanted), "relaxed": relaxed(answers[index], wanted)}
         for index, (where, turns, wanted) in enumerate(asked)

@@ -51,8 +51,8 @@ def prove_weights(merged: Path, base: Path, adapted: Any) -> str:
     from peft.tuners.lora import LoraLayer
     from safetensors import safe_open
 
-    named = {name.removeprefix("base_model.model."): layer for name, layer in adapted.named_modules()}
-    layers = {name: layer for name, layer in named.items() if isinstance(layer, LoraLayer)}
+    named: dict[str, Any] = {name.removeprefix("base_model.model."): layer for name, layer in adapted.named_modules()}
+    layers: dict[str, Any] = {name: layer for name, layer in named.items() if isinstance(layer, LoraLayer)}
     number, wrong, sizes = len(layers), {}, dict.fromkeys(HALF_ULP, 0)
     for path in weight_files(merged):
         for tensor in read_header(path)[1]:

@@ -12,12 +12,12 @@ from ruamel.yaml import YAML
 
 from qwenvl_ft.config import load_config
 from qwenvl_ft.data.geometry import read_limits
-from qwenvl_ft.data.records import read_records
+from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.export.merge import Deltas, merge_files
 from qwenvl_ft.export.prove import prove
-from qwenvl_ft.folders.model import weight_files
-from qwenvl_ft.folders.problems import INDEX, check_adapter, read_model_json
+from qwenvl_ft.folders.model import INDEX, read_config, read_model_json, weight_files
+from qwenvl_ft.folders.problems import check_adapter
 from qwenvl_ft.folders.runs import PROCESSORS, holds_processor, run_folder_of
 from qwenvl_ft.folders.whole import write_json, write_whole
 from qwenvl_ft.infer.engine import check_folders
@@ -44,10 +44,10 @@ def export(
         raise UserError(Problem(str(base), "is not a model's folder", "give the base with --model DIR"))
     if out.exists():
         raise UserError(Problem(str(out), "exists already", "choose another --out, or delete it"))
-    check_folders(base, [adapter])
-    config = read_model_json(base / "config.json")
+    config = read_config(base)
     if "quantization_config" in config:
         raise UserError(Problem(str(base), "is quantized", "merge into the same model in its full precision, with --model DIR"))
+    check_folders(base, [adapter])
     run = run_folder_of(adapter)
     deltas = Deltas(adapter, config)
     records = _sample(run, verify)

@@ -52,7 +52,10 @@ def read_header(path: Path) -> tuple[bytes, list[Stored]]:
 
 def as_float32(stored: Any) -> Floats:
     """An array as a file holds it, in float32; uint16 holds the bits of bfloat16, which are float32's upper half."""
-    return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32) if stored.dtype == np.uint16 else stored.astype(np.float32)
+    found: Floats = (
+        np.left_shift(stored, 16, dtype=np.uint32).view(np.float32) if stored.dtype == np.uint16 else stored.astype(np.float32)
+    )
+    return found
 
 
 def module_of(key: str) -> str:

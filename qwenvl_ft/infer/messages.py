@@ -105,7 +105,8 @@ class _Opening:
             if kind.startswith("image"):
                 yield Picture.of(self.image(source, _named(place, source)), **bounds)
             else:
-                yield replace(self.video(part, source, _named(place, source)), **bounds)
+                video = self.video(part, source, _named(place, source))
+                yield replace(video, min_pixels=bounds["min_pixels"], max_pixels=bounds["max_pixels"])
 
     def image(self, source: Any, place: str) -> Image.Image:
         self.allowance.take(place, pictures=1)
@@ -134,7 +135,7 @@ class _Opening:
         fps = part.get("fps")
         if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 120):
             raise UserError(Problem(f"{place}.fps", "is no rate", "send frames a second, more than 0, at most 120"))
-        wanted = {"nframes": nframes} if (nframes := _count(part, "nframes", place)) else {"fps": fps or FPS}
+        wanted: dict[str, float] = {"nframes": nframes} if (nframes := _count(part, "nframes", place)) else {"fps": fps or FPS}
         if "nframes" in wanted and fps is not None:
             raise UserError(Problem(place, "has fps and nframes", "send one of them"))
         if isinstance(source, str) and source.startswith(FRAMES):  # vLLM's form of a list of frames

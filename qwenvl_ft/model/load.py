@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qwenvl_ft.data.geometry import Limits
 from qwenvl_ft.errors import Problem, UserError
@@ -28,8 +28,11 @@ class PatchEmbedding(nn.Conv3d):
     @classmethod
     def like(cls, conv: nn.Conv3d) -> "PatchEmbedding":
         """Shares the weights of `conv`, so state dicts keep their keys."""
+        time, height, width = conv.kernel_size
         with torch.device("meta"):
-            same = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, bias=conv.bias is not None)
+            same = cls(
+                conv.in_channels, conv.out_channels, (time, height, width), (time, height, width), bias=conv.bias is not None
+            )
         same.weight, same.bias = conv.weight, conv.bias
         return same
 

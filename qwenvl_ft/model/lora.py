@@ -1,5 +1,6 @@
 """Hangs LoRA on a base model: fresh for training, or as an adapter's folder has it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,17 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.tensors import OLD_KEYS
 
 
-def add_lora(model: Any, family: Family, on: list[str], rank: int, alpha: float, dropout: float, seed: int) -> Any:
+def add_lora(model: Any, family: Family, on: Sequence[str], rank: int, alpha: float, dropout: float, seed: int) -> Any:
     """The model with fresh LoRA weights, drawn from `seed`, on the named towers (language, vision, merger)."""
     torch.manual_seed(seed)
     targets = "|".join(f"(?:{getattr(family, tower)})" for tower in on)
-    lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too
+        lora_dropout=dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
     return get_peft_model(model, lora)
 
 

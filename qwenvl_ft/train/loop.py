@@ -83,7 +83,7 @@ def evaluate(run: Run, held_out: Prepared) -> float:
     total = torch.zeros((), dtype=torch.float64, device=run.accelerator.device)
     for row in run.mine(rows):
         total += row_loss(run, data[row or 0]) * (row is not None)
-    return run.accelerator.reduce(total).item() / sum(map(held_out.taught_tokens, rows))
+    return float(run.accelerator.reduce(total).item()) / sum(map(held_out.taught_tokens, rows))
 
 
 def draw_seed(seed: int, epoch: int, row: int | None) -> int:
@@ -138,7 +138,8 @@ def train(config: Config) -> None:
         sum(p.numel() for p in trainable(model).values()),
         sum(p.numel() for p in model.parameters()),
     )
-    run = Run(config, accelerator, *accelerator.prepare(model, optimizer), prepared, image_processor, bf16)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    run = Run(config, accelerator, model, optimizer, prepared, image_processor, bf16)
     done = run.load(resume) if resume else 0
     if main:
         write_settings(config, prepared, processor)

@@ -68,11 +68,11 @@ class Run:
         """The rows of a plan as tensors."""
         return Rows(prepared.scripts, prepared.plan.rows, prepared.chat, self.image_processor, self.always_look)
 
-    def loader(self, steps: list[tuple[int, list[int]]]) -> DataLoader:
+    def loader(self, steps: list[tuple[int, list[int]]]) -> DataLoader[Row | UserError]:
         """This process's rows in the order of the steps, built ahead by the workers."""
         order = [0 if row is None else row for _, rows in steps for row in self.mine(rows)]
         rows = _RowsOrProblems(self.rows_of(self.prepared))
-        return DataLoader(rows, sampler=order, batch_size=None, num_workers=self.config.dataloader_num_workers)  # type: ignore[arg-type]
+        return DataLoader(rows, sampler=order, batch_size=None, num_workers=self.config.dataloader_num_workers)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Adds the gradients of one row; the processes exchange theirs with the last row of a step."""
