@@ -168,8 +168,9 @@ NOT_NEEDED = {
 }  # fmt: skip
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The settings of a YAML file, `key=value` overrides on top. Raises UserError with every problem of both."""
+    path = Path(path)
     values, lines = _read(path)
     problems = []
     for whole, group in groupby(overrides, lambda word: "=" in word and word != "="):

@@ -17,7 +17,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from qwenvl_ft.data.records import Media, read_meta
+from qwenvl_ft.data.meta_file import read_records
+from qwenvl_ft.data.records import Picture
 from qwenvl_ft.infer.engine import Engine
 
 BASE, ADAPTER, MERGED, SAMPLE = Path("data/tiny"), Path("runs/demo"), Path("runs/demo-merged"), Path("data/sample")
@@ -28,8 +29,8 @@ ANSWER_TOKENS = 48
 def content(turn) -> list[dict]:
     """A turn in OpenAI's form."""
     return [
-        {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(part.path.read_bytes()).decode()}}
-        if isinstance(part, Media) else {"type": "text", "text": part}
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(part.source.read_bytes()).decode()}}
+        if isinstance(part, Picture) else {"type": "text", "text": part}
         for part in turn.parts
     ]  # fmt: skip
 
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--vllm", required=True, help="vLLM's command")
     parser.add_argument("--records", type=int, default=20)
     arguments = parser.parse_args()
-    records, _ = read_meta(SAMPLE / "eval.json", SAMPLE / "images")
+    records, _, _ = read_records(SAMPLE / "eval.json", SAMPLE / "images")
     questions = [record.turns[:1] for record in records[: arguments.records]]
     rank = json.loads((ADAPTER / "adapter_config.json").read_text())["r"]
     small = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]

@@ -24,12 +24,11 @@ def validate_meta(
     Example: validate-meta data/sample/train.json --data-dir data/sample/images --model data/tiny
     """
     from qwenvl_ft.data.chat import open_chat
-    from qwenvl_ft.data.records import num_records, read_meta
+    from qwenvl_ft.data.meta_file import read_records
 
     chat = open_chat(model) if model else None
     with counting("reading records") as on_record:
-        records, problems = read_meta(meta, data_dir, on_record)
-    total = num_records(meta, records, problems)
+        records, problems, total = read_records(meta, data_dir, on_record)
     tokens = None
     if chat:  # imported here, since it brings the whole config with it: a third of the time of a run without a model
         from qwenvl_ft.data.prepare import token_counts, write_scripts
@@ -39,7 +38,7 @@ def validate_meta(
     report: dict[str, Any] = {
         "records": total,
         "used": sum(record.where not in refused for record in records),
-        "pictures": len({picture.path for record in records for picture in record.pictures}),
+        "pictures": len({picture.source for record in records for picture in record.pictures}),
         "shown": sum(len(record.pictures) for record in records),
         "tokens": tokens,
         "problems": [vars(problem) for problem in problems],
@@ -75,11 +74,11 @@ def show(
     Example: qwenvl-ft show data/sample/train.json 0 --data-dir data/sample/images --model data/tiny
     """
     from qwenvl_ft.data.chat import open_chat
-    from qwenvl_ft.data.records import read_meta
+    from qwenvl_ft.data.meta_file import read_records
 
     chat = open_chat(model)
     with counting("reading records") as on_record:
-        records, problems = read_meta(meta, data_dir, on_record)
+        records, problems, _ = read_records(meta, data_dir, on_record)
     in_array, in_lines = f"{meta.name}[{number}]", f"{meta.name}:{number + 1}"
     found = [record for record in records if record.where in (in_array, in_lines)]
     if not found:

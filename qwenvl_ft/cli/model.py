@@ -46,12 +46,12 @@ def evaluate(
 
     Example: qwenvl-ft eval data/tiny data/sample/eval.json --data-dir data/sample/images --adapter runs/demo
     """
-    from qwenvl_ft.data.prepare import check_folders
-    from qwenvl_ft.data.records import read_meta
+    from qwenvl_ft.data.meta_file import read_records
     from qwenvl_ft.folders.whole import write_json
+    from qwenvl_ft.infer.engine import check_folders
 
     check_folders(model, [adapter] if adapter else [])
-    records, problems = read_meta(meta, data_dir)
+    records, problems, _ = read_records(meta, data_dir)
     if problems:
         raise UserError(*problems)
     from qwenvl_ft.evaluate.scoring import evaluate as run
@@ -91,7 +91,7 @@ def export(
 
     Example: qwenvl-ft export --adapter runs/demo --out runs/demo-merged
     """
-    from qwenvl_ft.folders.adapter import check_adapter
+    from qwenvl_ft.folders.problems import check_adapter
     from qwenvl_ft.hub import clients as hubs
 
     if push:
@@ -132,7 +132,7 @@ def ask(
     """
     if bool(questions) != bool(out) or (questions and (question or image or video)):
         raise typer.BadParameter("they go together, without a question, --image or --video", param_hint="--jsonl and --out")
-    from qwenvl_ft.data.prepare import check_folders
+    from qwenvl_ft.infer.engine import check_folders
 
     check_folders(model, [adapter] if adapter else [])
     if questions and out:

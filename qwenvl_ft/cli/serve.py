@@ -71,7 +71,7 @@ def serve(
     if doubled := set(names) & set(folders):
         raise UserError(Problem("--adapter", f"{', '.join(doubled)} names the base, too", "give the adapter another name"))
     if model:
-        from qwenvl_ft.data.prepare import check_folders
+        from qwenvl_ft.infer.engine import check_folders
 
         check_folders(model, folders.values())
     backend: Backend

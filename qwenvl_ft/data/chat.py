@@ -1,7 +1,7 @@
 """Writes a record as the model's own chat template does, and marks what is taught. Needs no torch.
 
 What is taught follows from the rendered text by one rule for every family: each assistant turn from after its header to the
-<|im_end|> that closes it; not the newline after that, which the model never has to produce. The rule is safe because `meta`
+<|im_end|> that closes it; not the newline after that, which the model never has to produce. The rule is safe because the reader
 refuses records whose own text holds a control token.
 """
 
@@ -17,9 +17,10 @@ from tokenizers import Tokenizer
 
 from qwenvl_ft.data.families import Family, family_of
 from qwenvl_ft.data.geometry import Limits, grid_of, read_limits, tokens_of
-from qwenvl_ft.data.records import Media, Record, Turn
+from qwenvl_ft.data.records import Picture, Record, Turn
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.problems import read_model_json
+from qwenvl_ft.folders.model import read_model_json, read_template
+from qwenvl_ft.folders.problems import talk_problems
 
 IGNORE = -100  # the label that torch's cross entropy skips
 TAUGHT = re.compile(r"<\|im_start\|>assistant\n(?:<think>\n\n</think>\n\n)?(.*?<\|im_end\|>)", re.DOTALL)
@@ -36,7 +37,7 @@ class Script:
     where: str
     ids: list[int]
     labels: list[int]
-    pictures: list[Media]
+    pictures: list[Picture]
     grids: list[tuple[int, int, int]]
     picture_tokens: list[int]
     picture_id: int
@@ -72,7 +73,7 @@ class Chat:
         messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
         return self.template.render(messages=messages, add_generation_prompt=answer_next, tools=None)
 
-    def grid(self, picture: Media) -> tuple[int, int, int]:
+    def grid(self, picture: Picture) -> tuple[int, int, int]:
         """The grid of patches that the processor will make of this picture."""
         return grid_of(picture.height, picture.width, self.limits)
 
@@ -104,7 +105,7 @@ class Chat:
             while token < len(labels) and encoding.offsets[token][0] < end:
                 labels[token] = encoding.ids[token]
                 token += 1
-        pictures = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
+        pictures = Record(where, turns).pictures
         grids = [self.grid(picture) for picture in pictures]
         counts = [tokens_of(grid, self.limits.merge_size) for grid in grids]
         return Script(where, encoding.ids, labels, pictures, grids, counts, self.picture_id)
@@ -130,14 +131,14 @@ def open_chat(model_dir: Path, min_pixels: int | None = None, max_pixels: int | 
     Raises UserError naming the file that is missing.
     """
     family = family_of(model_dir)
+    if problems := talk_problems(model_dir):
+        raise UserError(*problems)
     path = model_dir / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(Problem(str(model_dir), "holds no tokenizer.json", "download the whole model"))
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )  # as transformers renders it
     environment.globals["raise_exception"] = _refuse
-    template = environment.from_string(_template_text(model_dir))
+    template = environment.from_string(read_template(model_dir) or "")
     read_model_json(path)  # the tokenizers library's own error names neither the file nor the cause
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -148,21 +149,9 @@ def open_chat(model_dir: Path, min_pixels: int | None = None, max_pixels: int | 
     return Chat(tokenizer, template, read_limits(model_dir, min_pixels, max_pixels), family, picture_id)
 
 
-def _template_text(model_dir: Path) -> str:
-    jinja = model_dir / "chat_template.jinja"
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):  # where transformers 4 kept it
-        if (model_dir / name).is_file():
-            template = read_model_json(model_dir / name).get("chat_template")
-            if isinstance(template, str):
-                return template
-    raise UserError(Problem(str(model_dir), "holds no chat template", "use an instruct model and download all of it"))
-
-
 def _content(turn: Turn) -> Any:
     if turn.role != "user":  # some templates want these turns as one text
-        return "".join(part for part in turn.parts if isinstance(part, str))
+        return turn.text
     return [{"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind} for part in turn.parts]
 
 

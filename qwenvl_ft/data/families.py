@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.problems import read_model_json
+from qwenvl_ft.folders.model import read_config
 
 ATTENTION = r"self_attn\.(?:q_proj|k_proj|v_proj|o_proj)"
 GATED_MLP = r"mlp\.(?:gate_proj|up_proj|down_proj)"
@@ -17,8 +17,8 @@ GATED_MLP = r"mlp\.(?:gate_proj|up_proj|down_proj)"
 class Family:
     """One row of the table. The LoRA targets are regular expressions over whole module names.
 
-    `packs`: several records may share a row. Qwen3.5's linear attention leaks from record to record without a word unless
-    flash-linear-attention is installed, so it gets one record a row.
+    `linear_attention`: some layers keep a state in place of keys and values. It leaks from record to record of a row without a
+    word unless flash-linear-attention is installed, so a row gets one record, and it cannot be padded.
     `rewrites_turns`: the chat template writes an answer differently once it is no longer the last (Qwen3.5 drops the empty
     thought), so a record with three answers becomes three examples, each teaching its last answer.
     """
@@ -26,7 +26,7 @@ class Family:
     language: str
     vision: str
     merger: str
-    packs: bool = True
+    linear_attention: bool = False
     rewrites_turns: bool = False
 
 
@@ -42,7 +42,7 @@ FAMILIES = {
         rf"model\.language_model\.layers\.\d+\.(?:{ATTENTION}|{GATED_MLP}|linear_attn\.(?:in_proj_qkv|in_proj_z|out_proj))",
         QWEN3_VISION,
         r"model\.visual\.merger\.linear_fc[12]",
-        packs=False,
+        linear_attention=True,
         rewrites_turns=True,
     ),
 }
@@ -50,15 +50,13 @@ FAMILIES = {
 
 def family_of(model_dir: Path) -> Family:
     """The family of the model in this folder. Raises UserError where there is none or it is not known."""
-    config = model_dir / "config.json"
-    if not config.is_file():
-        if (model_dir / "adapter_config.json").is_file():
-            raise UserError(Problem(str(model_dir), "is an adapter, not a model", "give its base, and this folder with --adapter"))
-        fix = "download one: qwenvl-ft download Qwen/Qwen2-VL-7B-Instruct --hub modelscope --local-dir DIR"
-        raise UserError(Problem(str(model_dir), "holds no config.json, so it is not a model's folder", fix))
-    model_type = read_model_json(config).get("model_type")
+    model_type = read_config(model_dir).get("model_type")
     if model_type not in FAMILIES:
         raise UserError(
-            Problem(str(config), f"model_type {model_type!r} is not one of {', '.join(FAMILIES)}", "use a Qwen-VL model")
+            Problem(
+                str(model_dir / "config.json"),
+                f"model_type {model_type!r} is not one of {', '.join(FAMILIES)}",
+                "use a Qwen-VL model",
+            )
         )
     return FAMILIES[model_type]

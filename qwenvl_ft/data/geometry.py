@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.problems import read_model_json
+from qwenvl_ft.folders.model import read_model_json
 
 MAX_ASPECT = 200  # the processors refuse a picture whose sides differ by more
 
@@ -76,7 +76,7 @@ def _image_settings(model_dir: Path) -> dict[str, Any]:
         path = model_dir / name
         if path.is_file():
             content = read_model_json(path)
-            settings = content.get("image_processor", content)
+            settings: dict[str, Any] = content.get("image_processor", content)
             if {"patch_size", "merge_size"} <= settings.keys() and (
                 "max_pixels" in settings or "longest_edge" in settings.get("size", {})
             ):

@@ -7,6 +7,7 @@ Stock loaders leave phone photos lying on their side and turn 16-bit pictures wh
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
@@ -16,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qwenvl_ft.data.geometry import MAX_ASPECT
+from qwenvl_ft.data.geometry import MAX_ASPECT, Limits, resized
+from qwenvl_ft.data.records import Medium, Picture
 from qwenvl_ft.errors import Problem, UserError
 
 MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
@@ -58,6 +60,11 @@ def load(path: Path, where: str) -> Image.Image:
         return as_seen(picture)
 
 
+def opened(picture: Picture, where: str = "") -> Image.Image:
+    """The picture in memory, as `load` brings it where it is a file; `where` is named in place of the file's path."""
+    return load(picture.source, where or str(picture.source)) if isinstance(picture.source, Path) else picture.source
+
+
 def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """`load` of a file's bytes, with the checks of `size_of` before anything is decoded."""
     try:
@@ -72,6 +79,29 @@ def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image
                     return as_seen(picture)
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise UserError(Problem(where, "is not a picture that can be read", "send a PNG or a JPEG")) from error
+
+
+def bounded(part: Medium, limits: Limits) -> Medium:
+    """What has bounds of its own, at the size that they give it: whole units, which the processor then leaves alone.
+
+    Raises UserError for bounds that the processor would not leave alone.
+    """
+    if not (part.min_pixels or part.max_pixels):
+        return part
+    if part.max_pixels and part.max_pixels < max(limits.min_pixels, part.min_pixels or 0):
+        raise UserError(
+            Problem(
+                f"a {part.kind}'s max_pixels",
+                f"is {part.max_pixels}, below the least that it may have, {max(limits.min_pixels, part.min_pixels or 0)}",
+                "raise it, or leave it out",
+            )
+        )
+    most = min(part.max_pixels or limits.max_pixels, limits.max_pixels)
+    own = Limits(limits.patch_size, limits.merge_size, min(max(part.min_pixels or 0, limits.min_pixels), most), most)
+    frames = [opened(part)] if isinstance(part, Picture) else part.frames
+    height, width = resized(frames[0].height, frames[0].width, own)
+    sized = tuple(frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames)
+    return Picture.of(sized[0]) if isinstance(part, Picture) else replace(part, frames=sized)
 
 
 def check_aspect(width: int, height: int, where: str, name: str = "it") -> None:

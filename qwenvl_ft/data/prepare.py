@@ -1,22 +1,19 @@
 """From a config to everything that is known before a GPU is touched: records, scripts, rows, and what was left out and why."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.data.chat import IGNORE, Chat, Script, open_chat
 from qwenvl_ft.data.geometry import resized
+from qwenvl_ft.data.meta_file import OnRecord, read_records
 from qwenvl_ft.data.packing import Plan, pack, steps
-from qwenvl_ft.data.records import Media, Record, num_records, read_meta
+from qwenvl_ft.data.records import Picture, Record
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import check_adapter
-from qwenvl_ft.folders.base import check_base
 
-OnRecord = Callable[[int, int], None]
 FEW_STEPS = 20  # optimizer steps; LoRA has hardly left its zeros after fewer
 
 
@@ -72,10 +69,9 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     if chat.limits.min_pixels > chat.limits.max_pixels:
         raise UserError(Problem("max_pixels", f"is {chat.limits.max_pixels}, less than the model's own min_pixels, "
                                 f"{chat.limits.min_pixels}", "raise it, or set min_pixels, too"))  # fmt: skip
-    records, problems = read_meta(meta_file, data_dir, on_record)
-    total = num_records(meta_file, records, problems)
+    records, problems, total = read_records(meta_file, data_dir, on_record)
     scripts = write_scripts(chat, records, problems)
-    plan = pack([script.length for script in scripts], config.row_tokens, share=chat.family.packs)
+    plan = pack([script.length for script in scripts], config.row_tokens, share=not chat.family.linear_attention)
     stops = config.on_bad_record == "error" or not plan.rows
     problems += too_long(scripts, plan, meta_file.name, as_one=stops)  # a run that skips them keeps the list of them
     if problems and stops:
@@ -146,15 +142,7 @@ def token_counts(lengths: Sequence[int]) -> dict[str, int]:
     return {"min": min(lengths), "median": int(median(lengths)), "max": max(lengths), "total": sum(lengths)}
 
 
-def shrunk(picture: Media, chat: Chat) -> bool:
+def shrunk(picture: Picture, chat: Chat) -> bool:
     """Whether `max_pixels` makes the picture smaller than rounding to whole units would."""
     height, width = resized(picture.height, picture.width, chat.limits)
     return height * width < (picture.height - chat.limits.unit_px) * (picture.width - chat.limits.unit_px)
-
-
-def check_folders(model_dir: Path, adapters: Iterable[Path]) -> None:
-    """Says what is wrong with a model's folder and with adapters of it before torch is imported, which takes seconds."""
-    open_chat(model_dir)
-    for adapter in adapters:
-        check_adapter(adapter)
-        check_base(adapter, model_dir)

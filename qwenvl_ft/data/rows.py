@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from qwenvl_ft.data.chat import IGNORE, Chat, Script
-from qwenvl_ft.data.pictures import load
+from qwenvl_ft.data.pictures import opened
 from qwenvl_ft.errors import Problem, UserError
 
 Row = dict[str, Any]
@@ -117,18 +117,12 @@ class Rows(Dataset[Row]):
             "position_ids": positions(ids, script.grids, script.picture_id, self.limits.merge_size),
         }
         if script.pictures:
-            pictures = [load(media.path, script.where) for media in script.pictures]
+            pictures = [opened(picture, script.where) for picture in script.pictures]
             inputs = self.image_processor(images=pictures, return_tensors="pt")
             grids = [tuple(grid) for grid in inputs["image_grid_thw"].tolist()]
             if grids != list(script.grids):
-                files = ", ".join(media.path.name for media in script.pictures)
+                files = ", ".join(picture.name for picture in script.pictures)
                 raise UserError(Problem(script.where, f"planned with grids {script.grids} but its pictures ({files}) gave {grids}",
                                         "a picture changed since the plan was made: start again"))  # fmt: skip
             example["pixel_values"], example["image_grid_thw"] = inputs["pixel_values"], inputs["image_grid_thw"]
         return example
-
-
-def open_image_processor(processor: Any, chat: Chat) -> Any:
-    """The processor's image processor, held to the limits that the chat plans with; saved with it, they are what is served."""
-    processor.image_processor.size = {"shortest_edge": chat.limits.min_pixels, "longest_edge": chat.limits.max_pixels}
-    return processor.image_processor

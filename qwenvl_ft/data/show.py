@@ -20,10 +20,10 @@ def draw_record(script: Script, chat: Chat) -> Drawing:
             runs.append((label != IGNORE, [token]))
     for is_taught, ids in runs:
         if ids[0] == script.picture_id:
-            media, (_, rows, columns), tokens = next(pictures)
+            picture, (_, rows, columns), tokens = next(pictures)
             merge = chat.limits.merge_size
-            size = f"{media.width} x {media.height} px, {columns // merge} x {rows // merge} = {tokens} tokens"
-            pieces.append((f" ▦ {media.path.name}: {size} ", "#101010 on #5fd7d7"))
+            size = f"{picture.width} x {picture.height} px, {columns // merge} x {rows // merge} = {tokens} tokens"
+            pieces.append((f" ▦ {picture.name}: {size} ", "#101010 on #5fd7d7"))
         else:
             said = chat.said(ids)
             pieces.append((said, "bold green" if is_taught else "" if "<|" not in said else "bright_black"))

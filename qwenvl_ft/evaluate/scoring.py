@@ -16,8 +16,7 @@ def questions(records: Sequence[Record]) -> Iterator[tuple[str, tuple[Turn, ...]
     for record in records:
         for number, turn in enumerate(record.turns):
             if turn.role == "assistant":
-                wanted = "".join(part for part in turn.parts if isinstance(part, str))
-                yield f"{record.where}.conversations[{number}]", record.turns[:number], wanted
+                yield f"{record.where}.conversations[{number}]", record.turns[:number], turn.text
 
 
 def evaluate(
@@ -28,16 +27,13 @@ def evaluate(
     A prediction: where, question, wanted, answer, exact, relaxed. Order is the meta-file's.
     """
     asked = list(questions(records))
-    order = sorted(
-        range(len(asked)),
-        key=lambda index: sum(len(part) for turn in asked[index][1] for part in turn.parts if isinstance(part, str)),
-    )
+    order = sorted(range(len(asked)), key=lambda index: sum(len(turn.text) for turn in asked[index][1]))
     answers: dict[int, str] = {}
     for start in range(0, len(order), batch_size):  # questions of like length share a batch
         batch = order[start : start + batch_size]
         answers.update(zip(batch, engine.ask_many([asked[index][1] for index in batch], max_new_tokens), strict=True))
         on_answer(len(answers), len(asked))
-    predictions = [
+    predictions: list[dict[str, Any]] = [
         {"where": where, "question": _last_text(turns), "wanted": wanted, "answer": answers[index],
          "exact": exact(answers[index], wanted), "relaxed": relaxed(answers[index], wanted)}
         for index, (where, turns, wanted) in enumerate(asked)

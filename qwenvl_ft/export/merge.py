@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import LORA_KEY
-from qwenvl_ft.folders.problems import read_model_json
+from qwenvl_ft.folders.model import read_model_json
 from qwenvl_ft.folders.tensors import DTYPES, Floats, Stored, as_float32, module_of, read_header
 
 BLOCK_BYTES = 1 << 19  # a block and its float32 stay in a core's cache

@@ -1,15 +1,14 @@
-"""What is missing from a model's or an adapter's folder or broken in it, without torch: git-lfs pointers, shards, cut files."""
+"""What is wrong with a model's or an adapter's folder, said once for every command. Never imports torch."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.model import INDEX, read_config, read_model_json, read_template
+from qwenvl_ft.folders.runs import PROCESSORS, checkpoints
 
-INDEX = "model.safetensors.index.json"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 AGAIN = "download the model again: `qwenvl-ft download` brings what is missing or damaged"
 
@@ -71,43 +70,21 @@ def unreadable(path: Path) -> str | None:
 def whole_problems(folder: Path) -> list[Problem]:
     """What a download must end without: what keeps the folder from being a whole model, or a whole adapter."""
     if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
-        return adapter_problems(folder)
+        return adapter_file_problems(folder)
     return model_problems(folder)
 
 
-def adapter_problems(folder: Path) -> list[Problem]:
-    """Which of an adapter's two files is missing or broken."""
-    found = pointers(folder)
-    again = "download it again, or copy it from the run's output_dir"
-    if not (folder / CONFIG).is_file():
-        found.append(Problem(str(folder), f"{CONFIG} is missing", again))
-    elif not is_pointer(folder / CONFIG):
-        try:
-            read_model_json(folder / CONFIG)
-        except UserError:
-            found.append(Problem(str(folder / CONFIG), "is no JSON object", again))
-    if not (folder / WEIGHTS).is_file():
-        pickle = (folder / "adapter_model.bin").is_file()
-        what = "its weights are a pickle" if pickle else f"{WEIGHTS} is missing"
-        found.append(Problem(str(folder), what, "save it again as safetensors" if pickle else again))
-    elif not is_pointer(folder / WEIGHTS) and (reason := unreadable(folder / WEIGHTS)):
-        found.append(Problem(str(folder / WEIGHTS), f"is not a whole safetensors file ({reason})", again))
-    return found
-
-
 def model_problems(folder: Path) -> list[Problem]:
-    """Everything that keeps a folder from being a whole model: what a download must end with."""
+    """Everything that keeps a folder from being a whole model, but for what it needs to talk."""
     if not folder.is_dir():
         return [Problem(str(folder), "is not a folder", "give the folder of a downloaded model")]
     found = pointers(folder)
     config = folder / "config.json"
-    if not config.is_file():
-        found.append(Problem(str(folder), "config.json is missing", AGAIN))
-    elif not is_pointer(config):
-        try:
-            read_model_json(config)
-        except UserError as error:
-            found += error.problems
+    try:
+        if not config.is_file() or not is_pointer(config):
+            read_config(folder)
+    except UserError as error:
+        found += error.problems
     found += broken_weights(folder)
     if not any(folder.glob("*.safetensors")) and not (folder / INDEX).is_file():
         pickles = any(folder.glob("*.bin"))
@@ -116,38 +93,68 @@ def model_problems(folder: Path) -> list[Problem]:
     return found
 
 
-def lacks_to_talk(folder: Path) -> list[Problem]:
-    """What `from_pretrained` of a processor, and a chat, need beside the weights."""
+def talk_problems(folder: Path) -> list[Problem]:
+    """What a processor and a chat need beside the weights, and the folder lacks."""
     found = []
-    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        found.append(Problem(str(folder), "holds no preprocessor_config.json or processor_config.json", AGAIN))
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+    if not any((folder / name).is_file() for name in PROCESSORS):
+        found.append(Problem(str(folder), f"holds no {' or '.join(sorted(PROCESSORS))}", AGAIN))
+    if not (folder / "tokenizer.json").is_file():
         found.append(Problem(str(folder), "holds no tokenizer.json", AGAIN))
-    if not has_chat_template(folder):
+    try:
+        template = read_template(folder)
+    except UserError as error:
+        return found + [problem for problem in error.problems if not is_pointer(Path(problem.where))]  # which are told already
+    if template is None:
         found.append(Problem(str(folder), "holds no chat template (chat_template.jinja, or in tokenizer_config.json)",
                              "copy it from the base model, or download the Instruct model"))  # fmt: skip
     return found
 
 
-def has_chat_template(folder: Path) -> bool:
-    """In a file of its own, or inside the files where transformers 4 wrote it."""
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
+def check_model(folder: Path) -> None:
+    """Raises UserError with everything that keeps a model's folder from answering."""
+    if problems := model_problems(folder) + (talk_problems(folder) if folder.is_dir() else []):
+        raise UserError(*problems)
+
+
+def adapter_file_problems(folder: Path) -> list[Problem]:
+    """Which of an adapter's two files is missing or broken."""
+    found = pointers(folder) if folder.is_dir() else []
+    again = "download it again, or copy it from the run's output_dir"
+    settings, weights = folder / CONFIG, folder / WEIGHTS
+    pickle = (folder / "adapter_model.bin").is_file()
+    if not settings.is_file() and not weights.is_file() and not pickle:
+        unfinished = checkpoints(folder)
+        fix = f"give its newest checkpoint, {unfinished[-1]}" if unfinished else "give the output_dir of a finished run"
+        what = f"holds no {CONFIG} with {WEIGHTS}"
+        if (folder / "config.json").is_file():
+            what, fix = "is a whole model, not an adapter", "give it as the model, without --adapter"
+        return [Problem(str(folder), what, fix)]
+    if not settings.is_file():
+        found.append(Problem(str(folder), f"{CONFIG} is missing", again))
+    elif not is_pointer(settings):
         try:
-            if json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template"):
-                return True
-        except (OSError, ValueError, AttributeError):
-            continue
-    return False
+            read_model_json(settings)
+        except UserError:
+            found.append(Problem(str(settings), "is no JSON object", again))
+    if not weights.is_file():
+        what = "its weights are a pickle" if pickle else f"{WEIGHTS} is missing"
+        found.append(Problem(str(folder), what, "save it again as safetensors" if pickle else again))
+    elif not is_pointer(weights) and (reason := unreadable(weights)):
+        found.append(Problem(str(weights), f"is not a whole safetensors file ({reason})", again))
+    return found
 
 
-def read_model_json(path: Path) -> dict[str, Any]:
-    """A JSON object out of a model's folder. Raises UserError where it is none, as in a git clone without LFS."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(Problem(str(path), "is no JSON object (a git-lfs pointer, perhaps)", "download the whole model"))
-    return content
+def adapter_problems(folder: Path) -> list[Problem]:
+    """Everything that keeps a folder from being a PEFT adapter whose settings and tensors can be read."""
+    if found := adapter_file_problems(folder):
+        return found
+    said = read_model_json(folder / CONFIG)
+    if said.get("peft_type") != "LORA" or not all(isinstance(said.get(key), int | float) for key in ("r", "lora_alpha")):
+        return [Problem(str(folder / CONFIG), "names no LoRA with r and lora_alpha", "copy or train the adapter again")]
+    return []
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises UserError with everything that keeps an adapter's folder from being used."""
+    if problems := adapter_problems(folder):
+        raise UserError(*problems)

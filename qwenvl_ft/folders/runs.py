@@ -16,7 +16,7 @@ OF_A_RUN = re.compile(r"(?:config\.yaml|plan\.json|metrics\.jsonl|checkpoint-\d+
 
 def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and why each newer one was passed over. Raises UserError if there are some and none is whole."""
-    skipped = []
+    skipped: list[str] = []
     found = checkpoints(output_dir)
     for folder in reversed(found):
         if (reason := damage(folder)) is None:

@@ -1,6 +1,7 @@
 """What a safetensors file says of its tensors, and how checkpoints name them, without torch."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 
 from qwenvl_ft.errors import Problem, UserError
 
-# Of adapters that were trained with transformers 4, behind PEFT's own prefix; as merge.module_of reads them in a base.
+# How transformers before 4.52 named modules, in released Qwen2-VL and Qwen2.5-VL checkpoints, and in adapters behind PEFT's own
+# prefix -> as transformers 5 does. PEFT takes the table as its `key_mapping`.
 OLD_KEYS = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\.)": "model.language_model."}
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy knows no bfloat16: its bits
 Floats = NDArray[np.float32]
@@ -50,15 +52,20 @@ def read_header(path: Path) -> tuple[bytes, list[Stored]]:
 
 def as_float32(stored: Any) -> Floats:
     """An array as a file holds it, in float32; uint16 holds the bits of bfloat16, which are float32's upper half."""
-    return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32) if stored.dtype == np.uint16 else stored.astype(np.float32)
+    found: Floats = (
+        np.left_shift(stored, 16, dtype=np.uint32).view(np.float32) if stored.dtype == np.uint16 else stored.astype(np.float32)
+    )
+    return found
 
 
 def module_of(key: str) -> str:
-    """The module that a checkpoint's key belongs to, as transformers 5 names it. Released Qwen2-VL and Qwen2.5-VL
-    checkpoints have `visual.` and `model.` at the top where the model has `model.visual.` and `model.language_model.`."""
+    """The module that a checkpoint's key belongs to, as transformers 5 names it."""
     module = key.removesuffix(".weight")
-    if module.startswith("visual."):
-        return "model." + module
-    if module.startswith("model.") and not module.startswith(("model.visual.", "model.language_model.")):
-        return "model.language_model." + module.removeprefix("model.")
+    for old, new in OLD_KEYS.items():
+        module = re.sub(old, new, module)
     return module
+
+
+def has_old_name(key: str) -> bool:
+    """Whether transformers 5 names the module of this key in another way."""
+    return module_of(key) != key.removesuffix(".weight")

@@ -4,7 +4,6 @@ A kill, a full disk or a power cut at any moment leaves the older checkpoints as
 No pickle is written or read: tensors are safetensors, the rest is JSON.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from qwenvl_ft.errors import Problem, UserError
 
@@ -27,30 +28,30 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, str] | None], re
     if another process writes the same folder, or if the disk refuses.
     """
     incoming = folder.parent / INCOMING / folder.name
-    incoming.parent.mkdir(parents=True, exist_ok=True)
     lock = incoming.with_name(f"{folder.name}.lock")
-    with lock.open("w") as held:  # the system lets go of it when this process ends, however it does
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(Problem(str(folder), "is being written by another process", "wait for it")) from None
-        try:
-            shutil.rmtree(incoming, ignore_errors=True)
-            incoming.mkdir()
-            seal(incoming, write(incoming) or {})
-            if replace:
-                shutil.rmtree(folder, ignore_errors=True)
-            elif folder.exists():
-                raise UserError(Problem(str(folder), "exists already", "choose another folder, or delete it"))
-            incoming.rename(folder)
-            _flush(folder.parent)
-        except OSError as error:
-            free = shutil.disk_usage(folder.parent).free
-            raise UserError(Problem(str(error.filename or folder), f"{error.strerror} ({free / 2**30:.1f} GiB free)",
-                                    "mend that and run it again, a training with resume=true")) from error  # fmt: skip
-        finally:
-            lock.unlink(missing_ok=True)
-            discard(incoming)
+    try:
+        incoming.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, blocking=False):  # the system lets go of it when this process ends, however it does
+            try:
+                shutil.rmtree(incoming, ignore_errors=True)
+                incoming.mkdir()
+                seal(incoming, write(incoming) or {})
+                if replace:
+                    shutil.rmtree(folder, ignore_errors=True)
+                elif folder.exists():
+                    raise UserError(Problem(str(folder), "exists already", "choose another folder, or delete it"))
+                incoming.rename(folder)
+                _flush(folder.parent)
+            finally:
+                with suppress(OSError):  # Windows deletes no file that is open
+                    lock.unlink(missing_ok=True)
+                discard(incoming)
+    except Timeout:
+        raise UserError(Problem(str(folder), "is being written by another process", "wait for it")) from None
+    except OSError as error:
+        free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.is_dir())).free
+        raise UserError(Problem(str(error.filename or folder), f"{error.strerror} ({free / 2**30:.1f} GiB free)",
+                                "mend that and run it again, a training with resume=true")) from error  # fmt: skip
 
 
 def seal(folder: Path, known: dict[str, str]) -> None:
@@ -111,7 +112,10 @@ def discard(incoming: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Puts a file, or what a folder says of its files, on the disk. Windows opens no folder, and flushes their files with them."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,26 +11,24 @@ import numpy as np
 from qwenvl_ft.data.families import family_of
 from qwenvl_ft.data.geometry import read_limits
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import LORA_KEY, VLLM_RANKS
-from qwenvl_ft.folders.base import BASE, base_fingerprint
+from qwenvl_ft.folders.adapter import BASE, LORA_KEY, VLLM_RANKS, base_fingerprint
+from qwenvl_ft.folders.model import read_model_json
 from qwenvl_ft.folders.problems import (
     CONFIG,
     WEIGHTS,
     adapter_problems,
     is_pointer,
-    lacks_to_talk,
     model_problems,
-    read_model_json,
+    talk_problems,
     unreadable,
 )
-from qwenvl_ft.folders.runs import checkpoints
-from qwenvl_ft.folders.tensors import DTYPES, Stored, as_float32, module_of, read_header
+from qwenvl_ft.folders.runs import checkpoints, holds_processor
+from qwenvl_ft.folders.tensors import DTYPES, Stored, as_float32, has_old_name, module_of, read_header
 from qwenvl_ft.folders.whole import MANIFEST, damage
 from qwenvl_ft.hub.download import damaged
 from qwenvl_ft.hub.environment import Report
 
 TOP = "base_model.model."
-OLD = (f"{TOP}visual.", f"{TOP}model.layers.")  # transformers 4 before 4.52: without `model.` and `language_model.`
 VISION = "visual."
 HEAD, EMBEDDINGS = "lm_head", "model.language_model.embed_tokens"
 ON_A_HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -50,11 +48,11 @@ def examine(folder: Path) -> Report:
 
 
 def _model(folder: Path) -> Report:
-    problems = model_problems(folder) + lacks_to_talk(folder)
+    problems = model_problems(folder) + talk_problems(folder)
     facts: dict[str, Any] = {"is": "a model"}
     config = folder / "config.json"
     if config.is_file() and not is_pointer(config):
-        for look in (family_of, read_limits) if (folder / "preprocessor_config.json").is_file() else (family_of,):
+        for look in (family_of, read_limits) if holds_processor(folder) else (family_of,):
             try:
                 look(folder)
             except UserError as error:
@@ -96,7 +94,7 @@ def _adapter(folder: Path) -> Report:
     if shapes:
         facts["on"] = ", ".join(_towers(shapes))
         facts["vLLM"] = _serving(folder, settings, shapes, base)
-    lacking = lacks_to_talk(folder)
+    lacking = talk_problems(folder)
     if lacking:
         facts["processor"] = "the base's own, at the base's resolution: the folder holds none from training"
         if not base or (base_problems and not base_is_here):
@@ -107,7 +105,7 @@ def _adapter(folder: Path) -> Report:
 def _tensors(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]]) -> list[Problem]:
     """Names that transformers 5 will not find, tensors without their other half, a rank that the config does not name."""
     where, problems = str(folder / WEIGHTS), []
-    old = [key for key in shapes if key.startswith(OLD)]
+    old = [key for key in shapes if _is_old(key)]
     if old:
         what = f"{len(old)} tensors have the names of transformers 4 ({old[0]}): PEFT and vLLM may load the model without them"
         problems.append(Problem(where, what, "merge it with `qwenvl-ft export`, which reads them, as ask, eval and serve do"))
@@ -130,6 +128,12 @@ def _tensors(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]
     return problems
 
 
+def _is_old(key: str) -> bool:
+    """Whether a tensor is named as transformers 4 before 4.52 named modules."""
+    module = key.removeprefix(TOP)
+    return module != key and has_old_name(module)
+
+
 def _not_finite(weights: Path, offset: int, tensors: list[Stored]) -> list[Problem]:
     """A NaN or an infinity, of which a single one spoils every answer. The tensors lie from `offset` on."""
     found = []
@@ -150,7 +154,7 @@ def _fit(folder: Path, shapes: dict[str, list[int]], base: Path) -> list[Problem
     stored.setdefault(HEAD, stored.get(EMBEDDINGS, []))  # tied: stored once
     homeless, unlike = [], []
     for key, shape in shapes.items():
-        if key.startswith(OLD) or not (match := LORA_KEY.match(key)):
+        if _is_old(key) or not (match := LORA_KEY.match(key)):
             continue  # told already
         wanted = stored.get(module_of(match[1]))
         if not wanted:

@@ -14,28 +14,17 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
-from qwen_vl_utils.vision_process import FPS, FPS_MAX_FRAMES
 
 from qwenvl_ft.data.fetch import fetch
 from qwenvl_ft.data.pictures import as_seen, check_aspect, decode
-from qwenvl_ft.data.videos import Allowance, Film, Part, Picture, read_film
+from qwenvl_ft.data.records import Part, Picture, Turn, Video
+from qwenvl_ft.data.videos import FPS, FPS_MAX_FRAMES, Allowance, read_video
 from qwenvl_ft.errors import Problem, UserError
 
 MOST_MESSAGES, MOST_PARTS = 1000, 10_000
 ROLES = ("system", "user", "assistant")
 FRAMES = "data:video/jpeg;base64,"
 Fetch = Callable[[str], bytes]
-
-
-@dataclass(frozen=True)
-class Message:
-    """A turn whose media are open: what the engine takes. `role` is system, user or assistant.
-
-    Neighbouring texts are one part: a control token in halves would be whole again once a template has joined them.
-    """
-
-    role: str
-    parts: tuple[Part, ...]
 
 
 def open_anywhere(source: str) -> bytes:
@@ -49,7 +38,7 @@ def open_anywhere(source: str) -> bytes:
         raise UserError(Problem(source, f"cannot be read ({error.strerror})", "give the path of a file")) from error
 
 
-def read_messages(messages: Sequence[Any], open_source: Fetch = open_anywhere, allowance: Allowance | None = None) -> list[Message]:
+def read_messages(messages: Sequence[Any], open_source: Fetch = open_anywhere, allowance: Allowance | None = None) -> list[Turn]:
     """The messages with their pictures and videos open. `open_source` brings what is not a data: URL.
 
     Raises UserError with the problems of all messages.
@@ -75,22 +64,12 @@ def read_messages(messages: Sequence[Any], open_source: Fetch = open_anywhere, a
             continue
         if role != "user" and not all(isinstance(part, str) for part in parts):
             problems.append(Problem(f"{where}.content", f"shows a picture to the {role}", "show it in a message of the user"))
-        found.append(Message(role, _joined(parts)))
+        found.append(Turn(role, parts))
     if problems:
         raise UserError(*problems)
     if found[-1].role == "assistant":
         raise UserError(Problem("messages", "end with the assistant", "end with a message of the user"))
     return found
-
-
-def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
-    found: list[Part] = []
-    for part in parts:
-        if found and isinstance(part, str) and isinstance(before := found[-1], str):
-            found[-1] = before + part
-        else:
-            found.append(part)
-    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -124,11 +103,12 @@ class _Opening:
                 continue
             bounds = {key: _count(part, key, place) for key in ("min_pixels", "max_pixels")}
             if kind.startswith("image"):
-                yield Picture(self.picture(source, _named(place, source)), **bounds)
+                yield Picture.of(self.image(source, _named(place, source)), **bounds)
             else:
-                yield replace(self.film(part, source, _named(place, source)), **bounds)
+                video = self.video(part, source, _named(place, source))
+                yield replace(video, min_pixels=bounds["min_pixels"], max_pixels=bounds["max_pixels"])
 
-    def picture(self, source: Any, place: str) -> Image.Image:
+    def image(self, source: Any, place: str) -> Image.Image:
         self.allowance.take(place, pictures=1)
         if isinstance(source, Image.Image):
             check_aspect(*source.size, place)
@@ -150,25 +130,25 @@ class _Opening:
         except (binascii.Error, ValueError) as error:
             raise UserError(Problem(place, "is no base64", "send data:image/png;base64,... without line breaks")) from error
 
-    def film(self, part: dict[str, Any], source: Any, place: str) -> Film:
-        """A film sampled as Qwen does: `fps` (default 2) frames a second, or `nframes` of them, an even number, at most 768."""
+    def video(self, part: dict[str, Any], source: Any, place: str) -> Video:
+        """A video sampled as Qwen does: `fps` (default 2) frames a second, or `nframes` of them, an even number, at most 768."""
         fps = part.get("fps")
         if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 120):
             raise UserError(Problem(f"{place}.fps", "is no rate", "send frames a second, more than 0, at most 120"))
-        wanted = {"nframes": nframes} if (nframes := _count(part, "nframes", place)) else {"fps": fps or FPS}
+        wanted: dict[str, float] = {"nframes": nframes} if (nframes := _count(part, "nframes", place)) else {"fps": fps or FPS}
         if "nframes" in wanted and fps is not None:
             raise UserError(Problem(place, "has fps and nframes", "send one of them"))
         if isinstance(source, str) and source.startswith(FRAMES):  # vLLM's form of a list of frames
             source = [f"data:image/jpeg;base64,{frame}" for frame in source[len(FRAMES) :].split(",", FPS_MAX_FRAMES)]
         if not isinstance(source, list | tuple):
-            return read_film(self.data(source, place), place, wanted, self.allowance)
+            return read_video(self.data(source, place), place, wanted, self.allowance)
         if not 2 <= len(source) <= FPS_MAX_FRAMES:
             raise UserError(Problem(place, f"has {len(source)} frames", f"send 2 to {FPS_MAX_FRAMES}"))
-        frames = tuple(self.picture(one, f"{place}[{number}]") for number, one in enumerate(source))
+        frames = tuple(self.image(one, f"{place}[{number}]") for number, one in enumerate(source))
         if len({frame.size for frame in frames}) > 1:
             sizes = ", ".join(sorted({f"{frame.width} x {frame.height}" for frame in frames}))
             raise UserError(Problem(place, f"its frames have {sizes} px", "send frames of one size"))
-        return Film(frames, float(fps or FPS), tuple(range(len(frames))), len(frames))
+        return Video(frames, float(fps or FPS), tuple(range(len(frames))), len(frames))
 
 
 def _named(place: str, source: Any) -> str:

@@ -1,17 +1,17 @@
-"""Loads a base model and hangs LoRA on it."""
+"""Loads a base model and its processor."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForImageTextToText
-from transformers.utils import is_flash_attn_2_available
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.import_utils import is_flash_attn_2_available
 
-from qwenvl_ft.data.families import Family
+from qwenvl_ft.data.geometry import Limits
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.runs import holds_processor, run_folder_of
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -28,8 +28,11 @@ class PatchEmbedding(nn.Conv3d):
     @classmethod
     def like(cls, conv: nn.Conv3d) -> "PatchEmbedding":
         """Shares the weights of `conv`, so state dicts keep their keys."""
+        time, height, width = conv.kernel_size
         with torch.device("meta"):
-            same = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, bias=conv.bias is not None)
+            same = cls(
+                conv.in_channels, conv.out_channels, (time, height, width), (time, height, width), bias=conv.bias is not None
+            )
         same.weight, same.bias = conv.weight, conv.bias
         return same
 
@@ -56,14 +59,17 @@ def load_base(model_dir: Path, dtype: str, attention: str = "auto") -> Any:
     return model
 
 
-def add_lora(model: Any, family: Family, on: list[str], rank: int, alpha: float, dropout: float, seed: int) -> Any:
-    """The model with fresh LoRA weights, drawn from `seed`, on the named towers (language, vision, merger)."""
-    torch.manual_seed(seed)
-    targets = "|".join(f"(?:{getattr(family, tower)})" for tower in on)
-    lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
+def open_processor(model_dir: Path, adapter: Path | None = None) -> Any:
+    """The processor for answering: the adapter's own, if it has one (an adapter of another tool has none), else the base's."""
+    own = adapter and run_folder_of(adapter)
+    processor = AutoProcessor.from_pretrained(own if own and holds_processor(own) else model_dir)
+    if hasattr(processor.video_processor, "cap_pixels_per_frame"):
+        processor.video_processor.cap_pixels_per_frame = True  # as qwen_vl_utils does; unset, it is a warning and no bound
+    processor.tokenizer.padding_side = "left"  # is not saved with a tokenizer; answers start at the right edge
+    return processor
 
 
-def trainable(model: Any) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name, in the model's order."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def limited_image_processor(processor: Any, limits: Limits) -> Any:
+    """The processor's image processor, held to the limits that the plan was made with; saved with it, they are what is served."""
+    processor.image_processor.size = {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
+    return processor.image_processor

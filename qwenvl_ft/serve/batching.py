@@ -104,7 +104,7 @@ class Batcher:
     def __init__(self, engine: Engine, max_batch: int):
         self.model = engine.model
         # Linear attention keeps a state that cannot be padded: one request at a time.
-        self.max_batch = max_batch if engine.chat.family.packs else 1
+        self.max_batch = 1 if engine.chat.family.linear_attention else max_batch
         self.waiting: Queue[Request | None] = Queue()
         self.batches: dict[str | None, _Batch] = {}
         self.tokenizer = engine.chat.tokenizer  # not the processor's, which other threads set up for padding

@@ -30,7 +30,7 @@ from qwenvl_ft.data.geometry import Limits
 from qwenvl_ft.data.videos import Film, Part, Picture, bounded
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import VLLM_RANKS
-from qwenvl_ft.folders.problems import read_model_json
+from qwenvl_ft.folders.model import read_model_json
 from qwenvl_ft.infer.messages import Message
 from qwenvl_ft.serve.api import ApiError, Ask, Bounds, Usage, unknown_model
 from qwenvl_ft.serve.backend import Reply

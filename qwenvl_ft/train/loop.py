@@ -7,27 +7,98 @@ from what ran before, so a run that goes on from a checkpoint ends where the uni
 
 import json
 import math
-import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import Display, counting, draw_plan, print_drawing, print_line, print_problems
-from qwenvl_ft.data.prepare import prepare, schedule
-from qwenvl_ft.data.rows import open_image_processor
-from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.data.prepare import Prepared, prepare, schedule
+from qwenvl_ft.data.rows import Row
+from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
+from qwenvl_ft.folders.problems import check_model
 from qwenvl_ft.folders.runs import check_output_dir
-from qwenvl_ft.model.load import add_lora, load_base, trainable
-from qwenvl_ft.train.output_dir import METRICS, write_results, write_settings
+from qwenvl_ft.model.load import limited_image_processor, load_base
+from qwenvl_ft.model.lora import add_lora, trainable
+from qwenvl_ft.model.loss import summed_loss
+from qwenvl_ft.train.launch import Signals, open_trackers, start
+from qwenvl_ft.train.output_dir import open_metrics, write_results, write_settings
 from qwenvl_ft.train.resume import find_resume, fingerprint
-from qwenvl_ft.train.state import ADAPTER, Run, Signals, load_file_into
+from qwenvl_ft.train.state import ADAPTER, Run
+
+
+def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Row | UserError], signals: Signals) -> tuple[float, int]:
+    """One optimizer step. Returns the loss per taught token over all processes, and the signal that any of them got."""
+    accelerator, prepared = run.accelerator, run.prepared
+    run.model.train()
+    mine = run.mine(rows)
+    taught = sum(prepared.taught_tokens(row) for row in rows)
+    total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # the loss, who got SIGINT, who SIGTERM
+    for number, row in enumerate(mine):
+        torch.manual_seed(draw_seed(run.config.seed, epoch, row))
+        if isinstance(built := next(loader), UserError):
+            raise built
+        loss = row_loss(run, built) * (row is not None)
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(Problem(prepared.places(row or 0), f"the loss is {loss.item()}",
+                                        "lower learning_rate; look at this row's records with `qwenvl-ft show`"))  # fmt: skip
+        total[0] += loss.item()
+        # Processes average their gradients, so times their number: what is left is one division by the global count.
+        run.backward(loss * (accelerator.num_processes / taught), last=number == len(mine) - 1)
+    if not run.deepspeed:  # whose engine has clipped and stepped in the last backward
+        norm = accelerator.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm)
+        if not torch.isfinite(norm):
+            places = "; ".join(prepared.places(row) for row in rows)
+            if not accelerator.is_local_main_process:
+                raise SystemExit(1)  # every process has this norm, and one of them says so
+            raise NonFiniteLoss(Problem(places, f"the gradient's norm is {norm.item()}", "lower learning_rate"))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    total[1:] = torch.tensor([signals.received == number for number in (signal.SIGINT, signal.SIGTERM)])
+    total = accelerator.reduce(total)
+    stop = signal.SIGTERM if total[2] else signal.SIGINT if total[1] else 0
+    return total[0].item() / taught, int(stop)
+
+
+def row_loss(run: Run, row: Row) -> torch.Tensor:
+    """Summed loss of one row on this process's device."""
+    device = run.accelerator.device
+    row = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in row.items()}
+    with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
+        return summed_loss(run.model, run.bare, row, run.tower_trains)
+
+
+@torch.no_grad()
+def evaluate(run: Run, held_out: Prepared) -> float:
+    """Loss per taught token of the held-out records, over all processes."""
+    run.model.eval()
+    data = run.rows_of(held_out)
+    rows = list(range(len(data)))
+    total = torch.zeros((), dtype=torch.float64, device=run.accelerator.device)
+    for row in run.mine(rows):
+        total += row_loss(run, data[row or 0]) * (row is not None)
+    return float(run.accelerator.reduce(total).item()) / sum(map(held_out.taught_tokens, rows))
+
+
+def draw_seed(seed: int, epoch: int, row: int | None) -> int:
+    """The seed of a row's dropout, from (seed, epoch, row) alone."""
+    return hash((seed, epoch, -1 if row is None else row)) % 2**63  # a tuple of integers hashes the same in every process
+
+
+def learning_rate(step: int, total: int, config: Config) -> float:
+    """The rate of step 1 .. total: linear warm-up over `warmup_ratio` of the run, then the schedule down to zero."""
+    warmup = math.ceil(config.warmup_ratio * total)
+    if step <= warmup:
+        return config.learning_rate * step / warmup
+    left = 1 - (step - 1 - warmup) / max(1, total - warmup)
+    shapes = {"cosine": 0.5 - 0.5 * math.cos(math.pi * left), "linear": left, "constant": 1.0}
+    return config.learning_rate * shapes[config.lr_scheduler_type]
 
 
 def train(config: Config) -> None:
@@ -36,6 +107,7 @@ def train(config: Config) -> None:
     Raises UserError; exits with 128 + signal after SIGTERM or SIGINT, the work so far saved.
     """
     check_output_dir(config.output_dir)
+    check_model(config.model)
     accelerator = start(config)
     main = accelerator.is_main_process
     with counting("reading records") as on_record:
@@ -51,7 +123,7 @@ def train(config: Config) -> None:
     open_trackers(accelerator, config)
 
     processor = AutoProcessor.from_pretrained(config.model)
-    image_processor = open_image_processor(processor, prepared.chat)
+    image_processor = limited_image_processor(processor, prepared.chat.limits)
     model = load_base(config.model, config.dtype, config.attn_implementation)
     bf16 = model.dtype == torch.bfloat16
     model = add_lora(
@@ -61,12 +133,13 @@ def train(config: Config) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     if resume:
-        load_file_into(model, resume / ADAPTER)
+        set_peft_model_state_dict(model, load_file(resume / ADAPTER))
     sizes = (
         sum(p.numel() for p in trainable(model).values()),
         sum(p.numel() for p in model.parameters()),
-    )  # before they are shared out
-    run = Run(config, accelerator, *accelerator.prepare(model, optimizer), prepared, image_processor, bf16)
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    run = Run(config, accelerator, model, optimizer, prepared, image_processor, bf16)
     done = run.load(resume) if resume else 0
     if main:
         write_settings(config, prepared, processor)
@@ -82,7 +155,7 @@ def train(config: Config) -> None:
                 rate = learning_rate(step, len(steps), config)
                 for group in run.optimizer.param_groups:
                     group["lr"] = rate
-                loss, stop = run.step(epoch, rows, loader, signals)
+                loss, stop = train_step(run, epoch, rows, loader, signals)
                 seconds = time.monotonic() - began
                 tokens = sum(prepared.scripts[index].length for row in rows for index in prepared.plan.rows[row])
                 facts = {
@@ -90,7 +163,7 @@ def train(config: Config) -> None:
                     "tokens_per_s": tokens / seconds, "taught_tokens_per_s": sum(map(prepared.taught_tokens, rows)) / seconds,
                 }  # fmt: skip
                 if held_out and (step == len(steps) or (config.eval_steps and step % config.eval_steps == 0)):
-                    facts["eval_loss"] = run.evaluate(held_out)
+                    facts["eval_loss"] = evaluate(run, held_out)
                     display.say(f"step {step}  eval_loss={facts['eval_loss']:.4f}")
                 accelerator.log(facts, step=step)
                 if metrics:
@@ -118,67 +191,6 @@ def train(config: Config) -> None:
         write_results(config, model, state)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def start(config: Config) -> Accelerator:
-    """The accelerator; raises UserError where the launch does not do what was asked."""
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    find = bool({"vision", "merger"} & set(config.lora_on))  # a row without pictures leaves the tower unused
-    accelerator = Accelerator(
-        log_with=list(config.report_to) or None,
-        project_dir=config.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find)],
-    )
-    wrong = None
-    if asked != accelerator.num_processes:
-        wrong = f"{asked} processes were asked for (WORLD_SIZE) and {accelerator.num_processes} came up"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        wrong = "DeepSpeed was asked for and did not come up"
-    if wrong:
-        fix = "start with `accelerate launch --num_processes N train.py --config FILE` (configs/ddp.yaml for several GPUs)"
-        raise UserError(Problem("launch", wrong, fix))
-    if plugin := accelerator.state.deepspeed_plugin:
-        rows = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": config.max_grad_norm}
-        plugin.deepspeed_config.update(rows)
-    if missing := [name for name in config.report_to if name not in map(str, accelerator.log_with)]:
-        raise UserError(*(Problem("report_to", f"{name} is not installed", f"pip install {name}") for name in missing))
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(Problem(f"output_dir: {config.output_dir}", f"{error.strerror}", "choose another folder")) from error
-    return accelerator
-
-
-def open_trackers(accelerator: Accelerator, config: Config) -> None:
-    """Opens what `report_to` names, before the model is loaded: wandb wants a key and its server."""
-    settings = {
-        key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.model_dump(mode="json").items()
-    }
-    try:
-        accelerator.init_trackers("qwenvl_ft", settings, {"wandb": {"name": config.run_name}})
-    except Exception as error:
-        if type(error).__module__.split(".")[0] != "wandb":  # which is installed where it is wanted only
-            raise
-        fix = "run `wandb login`, or set WANDB_MODE=offline in the environment, or report_to=none"
-        raise UserError(Problem("report_to: wandb", str(error).splitlines()[0], fix)) from error
-
-
-def learning_rate(step: int, total: int, config: Config) -> float:
-    """The rate of step 1 .. total: linear warm-up over `warmup_ratio` of the run, then the schedule down to zero."""
-    warmup = math.ceil(config.warmup_ratio * total)
-    if step <= warmup:
-        return config.learning_rate * step / warmup
-    left = 1 - (step - 1 - warmup) / max(1, total - warmup)
-    shapes = {"cosine": 0.5 - 0.5 * math.cos(math.pi * left), "linear": left, "constant": 1.0}
-    return config.learning_rate * shapes[config.lr_scheduler_type]
-
-
-def open_metrics(output_dir: Path, done: int) -> Any:
-    """The metrics file to append to; lines of steps after `done` are of a run that was cut off and are taken out."""
-    path = output_dir / METRICS
-    lines = path.read_text().splitlines() if path.is_file() and done else []
-    path.write_text("".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= done))
-    return path.open("a")
 
 
 def report_start(config: Config, run: Run, sizes: tuple[int, int], resume: Path | None) -> None:

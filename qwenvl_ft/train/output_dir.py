@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
 from qwenvl_ft.data.prepare import Prepared
-from qwenvl_ft.folders.base import BASE, base_fingerprint
+from qwenvl_ft.folders.adapter import BASE, base_fingerprint
 from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_whole
 
 METRICS = "metrics.jsonl"
@@ -72,3 +72,11 @@ def print_next(config: Config) -> None:
     seen = "" if config.eval_meta_file else "  # the training records: how it does on others it does not say"
     print_line(f"  qwenvl-ft eval {base} {shlex.quote(str(meta))} --data-dir {shlex.quote(str(data))} --adapter {adapter}{seen}")
     print_line(f"  qwenvl-ft export --adapter {adapter} --out {shlex.quote(str(config.output_dir) + '-merged')}")
+
+
+def open_metrics(output_dir: Path, done: int) -> Any:
+    """The metrics file to append to; lines of steps after `done` are of a run that was cut off and are taken out."""
+    path = output_dir / METRICS
+    lines = path.read_text().splitlines() if path.is_file() and done else []
+    path.write_text("".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= done))
+    return path.open("a")

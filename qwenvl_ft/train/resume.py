@@ -8,7 +8,7 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
 from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.base import base_fingerprint
+from qwenvl_ft.folders.adapter import base_fingerprint
 from qwenvl_ft.folders.runs import checkpoints, newest
 from qwenvl_ft.folders.whole import short_hash
 
@@ -38,7 +38,7 @@ def find_resume(config: Config, same: dict[str, str], prepared: Prepared) -> Pat
 def fingerprint(prepared: Prepared, config: Config) -> dict[str, str]:
     """What a checkpoint must agree on before a run goes on from it, each as a short hash or text."""
     pictures = sorted(
-        {(str(picture.path), picture.height, picture.width) for record in prepared.records for picture in record.pictures}
+        {(str(picture.source), picture.height, picture.width) for record in prepared.records for picture in record.pictures}
     )
     same = "lora_on lora_rank lora_alpha lora_dropout rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay "
     same += "max_grad_norm seed dtype num_train_epochs max_steps"

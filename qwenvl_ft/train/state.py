@@ -1,9 +1,8 @@
-"""What one process does in a run: its rows of a step, an evaluation, a checkpoint, and going on from one."""
+"""What one process holds of a run: its rows, its model and optimizer, how its gradients join the others', its checkpoints."""
 
 import json
 import math
 import shutil
-import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,41 +10,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.data.rows import Row, Rows
-from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
+from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.runs import rotate
 from qwenvl_ft.folders.whole import INCOMING, write_whole
-from qwenvl_ft.model.load import trainable
-from qwenvl_ft.model.loss import summed_loss
+from qwenvl_ft.model.lora import trainable
 from qwenvl_ft.train.resume import STATE
 
 ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
 
 
-class Signals:
-    """Holds SIGTERM and SIGINT back until the end of a step; a second one ends the process as usual."""
-
-    def __enter__(self) -> "Signals":
-        self.received = 0
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.received = number
-        signal.signal(number, self.before[signal.Signals(number)])
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-class _Told(Dataset[Row | UserError]):
+class _RowsOrProblems(Dataset[Row | UserError]):
     """Rows, with what is wrong in place of one that cannot be built: what a worker raises loses its problems on the way."""
 
     def __init__(self, rows: Rows):
@@ -73,7 +54,7 @@ class Run:
         self.tower_trains = bool({"vision", "merger"} & set(config.lora_on))
         self.always_look = self.deepspeed and (self.tower_trains or model.zero_optimization_stage() == 3)
         blind = [row for row, members in enumerate(prepared.plan.rows) if not any(prepared.scripts[at].pictures for at in members)]
-        if self.always_look and blind and not prepared.chat.family.packs:
+        if self.always_look and blind and prepared.chat.family.linear_attention:
             raise UserError(Problem(prepared.places(blind[0]), "has no picture; DeepSpeed would wait for ever for the vision tower",
                                     "use configs/ddp.yaml, or train on records with pictures only"))  # fmt: skip
 
@@ -87,48 +68,11 @@ class Run:
         """The rows of a plan as tensors."""
         return Rows(prepared.scripts, prepared.plan.rows, prepared.chat, self.image_processor, self.always_look)
 
-    def loader(self, steps: list[tuple[int, list[int]]]) -> DataLoader:
+    def loader(self, steps: list[tuple[int, list[int]]]) -> DataLoader[Row | UserError]:
         """This process's rows in the order of the steps, built ahead by the workers."""
         order = [0 if row is None else row for _, rows in steps for row in self.mine(rows)]
-        rows = _Told(self.rows_of(self.prepared))
-        return DataLoader(rows, sampler=order, batch_size=None, num_workers=self.config.dataloader_num_workers)  # type: ignore[arg-type]
-
-    def row_loss(self, row: Row) -> torch.Tensor:
-        """Summed loss of one row on this process's device."""
-        row = {key: value.to(self.accelerator.device) if isinstance(value, torch.Tensor) else value for key, value in row.items()}
-        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bf16):
-            return summed_loss(self.model, self.bare, row, self.tower_trains)
-
-    def step(self, epoch: int, rows: list[int], loader: Any, signals: "Signals") -> tuple[float, int]:
-        """One optimizer step. Returns the loss per taught token over all processes, and the signal that any of them got."""
-        self.model.train()
-        mine = self.mine(rows)
-        taught = sum(self.prepared.taught_tokens(row) for row in rows)
-        total = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)  # the loss, who got SIGINT, who SIGTERM
-        for number, row in enumerate(mine):
-            torch.manual_seed(draw_seed(self.config.seed, epoch, row))
-            if isinstance(built := next(loader), UserError):
-                raise built
-            loss = self.row_loss(built) * (row is not None)
-            if not torch.isfinite(loss):
-                raise NonFiniteLoss(Problem(self.prepared.places(row or 0), f"the loss is {loss.item()}",
-                                            "lower learning_rate; look at this row's records with `qwenvl-ft show`"))  # fmt: skip
-            total[0] += loss.item()
-            # Processes average their gradients, so times their number: what is left is one division by the global count.
-            self.backward(loss * (self.accelerator.num_processes / taught), last=number == len(mine) - 1)
-        if not self.deepspeed:  # whose engine has clipped and stepped in the last backward
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-            if not torch.isfinite(norm):
-                places = "; ".join(self.prepared.places(row) for row in rows)
-                if not self.accelerator.is_local_main_process:
-                    raise SystemExit(1)  # every process has this norm, and one of them says so
-                raise NonFiniteLoss(Problem(places, f"the gradient's norm is {norm.item()}", "lower learning_rate"))
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        total[1:] = torch.tensor([signals.received == number for number in (signal.SIGINT, signal.SIGTERM)])
-        total = self.accelerator.reduce(total)
-        stop = signal.SIGTERM if total[2] else signal.SIGINT if total[1] else 0
-        return total[0].item() / taught, int(stop)
+        rows = _RowsOrProblems(self.rows_of(self.prepared))
+        return DataLoader(rows, sampler=order, batch_size=None, num_workers=self.config.dataloader_num_workers)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Adds the gradients of one row; the processes exchange theirs with the last row of a step."""
@@ -137,17 +81,6 @@ class Run:
         else:
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 self.accelerator.backward(loss)
-
-    @torch.no_grad()
-    def evaluate(self, held_out: Prepared) -> float:
-        """Loss per taught token of the held-out records, over all processes."""
-        self.model.eval()
-        data = self.rows_of(held_out)
-        rows = list(range(len(data)))
-        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        for row in self.mine(rows):
-            total += self.row_loss(data[row or 0]) * (row is not None)
-        return self.accelerator.reduce(total).item() / sum(map(held_out.taught_tokens, rows))
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors under PEFT's own names, on the CPU."""
@@ -205,14 +138,4 @@ class Run:
                 number, key = name.split(".", 1)
                 entries.setdefault(int(number), {})[key] = tensor
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
-        return facts["step"]
-
-
-def draw_seed(seed: int, epoch: int, row: int | None) -> int:
-    """The seed of a row's dropout, from (seed, epoch, row) alone."""
-    return hash((seed, epoch, -1 if row is None else row)) % 2**63  # a tuple of integers hashes the same in every process
-
-
-def load_file_into(model: Any, path: Path) -> None:
-    """Loads an adapter's tensors into the model, every one of them."""
-    set_peft_model_state_dict(model, load_file(path))
+        return int(facts["step"])

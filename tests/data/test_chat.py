@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qwenvl_ft.data.chat import IGNORE, open_chat
-from qwenvl_ft.data.records import read_meta
+from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.errors import UserError
 
 TALKS = {
@@ -28,14 +28,14 @@ def processor(family_model):
 @pytest.mark.parametrize("name", TALKS)
 def test_ids_and_grids_equal_the_processors(name, family_model, processor, talk, pictures):
     chat = open_chat(family_model)
-    (record,), problems = read_meta(talk(TALKS[name]), pictures)
+    (record,), problems, _ = read_records(talk(TALKS[name]), pictures)
     assert not problems
     scripts = chat.write_scripts(record)
     answers = [number for number, turn in enumerate(record.turns) if turn.role == "assistant"]
     for script, last in zip(scripts, answers if chat.family.rewrites_turns else answers[-1:], strict=True):
         messages = [
             {"role": turn.role, "content": [
-                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": str(part.path)}
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": str(part.source)}
                 for part in turn.parts
             ]}
             for turn in record.turns[: last + 1]
@@ -47,7 +47,7 @@ def test_ids_and_grids_equal_the_processors(name, family_model, processor, talk,
 
 def test_each_answer_is_taught_to_its_end_token_and_nothing_else_is(family_model, talk, pictures):
     chat = open_chat(family_model)
-    (record,), _ = read_meta(talk(TALKS["many turns"]), pictures)
+    (record,), _, _ = read_records(talk(TALKS["many turns"]), pictures)
     taught = [text for script in chat.write_scripts(record) for text in chat.taught_texts(script)]
     assert [text.lstrip("\n") for text in taught] == ["Hello!<|im_end|>", "new lines first<|im_end|>", "ok<|im_end|>"]
 
@@ -55,7 +55,7 @@ def test_each_answer_is_taught_to_its_end_token_and_nothing_else_is(family_model
 def test_the_newline_after_the_end_token_is_not_taught(family_model, talk, tmp_path):
     """The model never has to produce it: generation stops at <|im_end|>."""
     chat = open_chat(family_model)
-    (record,), _ = read_meta(talk(["Hi", "Hello!"]), tmp_path)
+    (record,), _, _ = read_records(talk(["Hi", "Hello!"]), tmp_path)
     (script,) = chat.write_scripts(record)
     end = chat.tokenizer.token_to_id("<|im_end|>")
     assert script.labels[-2:] == [end, IGNORE] and chat.said(script.ids[-1:]) == "\n"
@@ -64,14 +64,14 @@ def test_the_newline_after_the_end_token_is_not_taught(family_model, talk, tmp_p
 def test_a_user_who_writes_the_word_assistant_is_not_taught(family_model, talk, tmp_path):
     """A label finder that scans for the token "assistant" (id 77091) teaches the user's words after it."""
     chat = open_chat(family_model)
-    (record,), _ = read_meta(talk(["Role:\nassistant\nWhat does the sign say?", "Stop."]), tmp_path)
+    (record,), _, _ = read_records(talk(["Role:\nassistant\nWhat does the sign say?", "Stop."]), tmp_path)
     (script,) = chat.write_scripts(record)
     assert chat.taught_texts(script) == ["Stop.<|im_end|>"]
 
 
 def test_pictures_are_widened_to_their_tokens_in_ids_and_labels(family_model, talk, pictures):
     chat = open_chat(family_model)
-    (record,), _ = read_meta(talk(TALKS["three pictures"]), pictures)
+    (record,), _, _ = read_records(talk(TALKS["three pictures"]), pictures)
     (script,) = chat.write_scripts(record)
     ids, labels = script.widened()
     assert len(ids) == len(labels) == script.length
@@ -80,7 +80,7 @@ def test_pictures_are_widened_to_their_tokens_in_ids_and_labels(family_model, ta
 
 
 def test_max_pixels_of_the_config_replaces_the_processors(family_model, talk, pictures):
-    (record,), _ = read_meta(talk(TALKS["one picture"]), pictures)
+    (record,), _, _ = read_records(talk(TALKS["one picture"]), pictures)
     small, large = (open_chat(family_model, max_pixels=size).write_scripts(record)[0].length for size in (5000, 50000))
     assert small < large
 

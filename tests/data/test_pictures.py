@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.pictures import as_seen, load, size_of
-from qwenvl_ft.data.records import read_meta
 from qwenvl_ft.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -148,7 +148,7 @@ def test_a_named_pipe_in_the_folder_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     turns = [{"from": "user", "value": "<img>pipe.png</img>q"}, {"from": "assistant", "value": "a"}]
     (tmp_path / "train.json").write_text(json.dumps([{"conversations": turns}]))
-    records, (problem,) = read_meta(tmp_path / "train.json", tmp_path)
+    records, (problem,), _ = read_records(tmp_path / "train.json", tmp_path)
     assert (records, problem.what) == ([], "pipe.png is not a regular file")
 
 

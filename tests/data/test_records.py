@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qwenvl_ft.data import records as meta
+from qwenvl_ft.data import meta_file
 from qwenvl_ft.data.formats.json_entries import EXAMPLE
-from qwenvl_ft.data.records import Media, Turn, read_meta
+from qwenvl_ft.data.meta_file import read_records
+from qwenvl_ft.data.records import Picture, Turn
 from qwenvl_ft.errors import Problem
 
 TURN = 'write {"from": "user", "value": "..."}'
@@ -38,14 +39,14 @@ def read(folder: Path, content: object, name: str = "train.json"):
     if not isinstance(content, bytes):
         content = (content if isinstance(content, str) else json.dumps(content)).encode()
     (folder / name).write_bytes(content)
-    return read_meta(folder / name, folder)
+    return read_records(folder / name, folder)[:2]
 
 
 def parts_of(folder: Path, value: str):
     """The parts of a user's turn; a picture as its file's name."""
     (record,), problems = read(folder, [talk(value, "ok")])
     assert not problems
-    return [part.path.name if isinstance(part, Media) else part for part in record.turns[0].parts]
+    return [part.name if isinstance(part, Picture) else part for part in record.turns[0].parts]
 
 
 FILES = [
@@ -146,9 +147,9 @@ def test_a_missing_meta_file_and_a_missing_folder_are_named(folder):
     no_file, no_folder = folder / "no.json", folder / "no"
     (folder / "train.json").write_text(json.dumps([talk("q", "a")]))
     fix = "give the JSON file of conversations (a config's train_meta_file)"
-    assert read_meta(no_file, folder) == ([], [Problem(str(no_file), "cannot be read as a file", fix)])
+    assert read_records(no_file, folder) == ([], [Problem(str(no_file), "cannot be read as a file", fix)], 0)
     fix = "give the folder of the pictures (train_data_dir, --data-dir)"
-    assert read_meta(folder / "train.json", no_folder) == ([], [Problem(str(no_folder), "is not a folder", fix)])
+    assert read_records(folder / "train.json", no_folder) == ([], [Problem(str(no_folder), "is not a folder", fix)], 1)
 
 
 def test_all_problems_of_a_file_come_at_once(folder):
@@ -166,10 +167,10 @@ def test_a_folder_with_none_of_the_pictures_is_one_problem_and_its_records_are_c
     """A wrong --data-dir printed the same two lines for each of 115 pictures."""
     entries = [talk(f"<img>b/{i}.png</img>q", "a") for i in range(115)] + [talk("q", "a"), talk("q")]
     records, problems = read(folder, entries)
+    assert read_records(folder / "train.json", folder).num_records == 117
     asked = "is it the right folder (train_data_dir, --data-dir)?"
     assert problems[0] == Problem(str(folder), "none of the 115 pictures is in this folder, b/0.png for one", asked)
     assert [problem.where for problem in problems[1:]] == ["train.json[116]"] and len(records) == 1
-    assert meta.num_records(folder / "train.json", records, problems) == 117
     _, problems = read(folder, [talk("<img>x/a.png</img>q", "a"), talk("<img>x/c.png</img>q", "a")])
     assert [problem.fix for problem in problems] == [f"{asked} For that one: did you mean a.png?"]
 
@@ -228,7 +229,7 @@ def test_a_tag_takes_one_newline_and_everything_else_stays(value, parts, folder)
 
 def test_a_picture_knows_its_file_and_its_size(folder):
     (record,), _ = read(folder, [talk("<img>b/../a.png</img>", "a")])
-    assert record.pictures == [Media(folder.resolve() / "a.png", height=40, width=50)]
+    assert record.pictures == [Picture(folder.resolve() / "a.png", height=40, width=50)]
 
 
 def test_a_link_out_of_the_folder_is_refused(folder, tmp_path_factory):
@@ -251,6 +252,6 @@ def test_hostile_tags_take_linear_time(value, folder):
 
 def test_a_folder_of_missing_pictures_is_not_compared_name_by_name_for_hours(folder, monkeypatch):
     """Each suggestion looks at every file: 100 missing pictures beside 5,000 took 24 s, 20,000 would have taken hours."""
-    monkeypatch.setattr(meta, "MAX_COMPARED", 6)  # the folder holds two files: a.png and the meta-file
+    monkeypatch.setattr(meta_file, "MAX_COMPARED", 6)  # the folder holds two files: a.png and the meta-file
     _, problems = read(folder, [talk("<img>a.png</img>q", "a"), *(talk(f"<img>a{i}.png</img>", "a") for i in range(5))])
     assert [problem.fix[:12] for problem in problems] == ["did you mean"] * 3 + ["copy it ther"] * 2

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qwenvl_ft.cli.main import main
-from qwenvl_ft.data.records import read_meta
+from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.evaluate.scoring import evaluate, questions
 from qwenvl_ft.infer.engine import Engine
 from tests.conftest import SAMPLE, TINY
@@ -23,7 +23,7 @@ class Parrot:
 
 
 def test_every_answer_of_a_record_is_a_question_and_an_empty_one_is_wrong(talk, tmp_path):
-    records, _ = read_meta(talk(["How many?", "100", "And of b?", "7", "Name?", "Bee"], ["Empty?", "x"]), tmp_path)
+    records, _, _ = read_records(talk(["How many?", "100", "And of b?", "7", "Name?", "Bee"], ["Empty?", "x"]), tmp_path)
     parrot = Parrot({"How many?": "104", "And of b?": "8", "Name?": " bee", "Empty?": " "})
     scores, predictions = evaluate(parrot, records, 2, 10, lambda done, total: None)
     assert scores == {"questions": 4, "exact_accuracy": 0.25, "relaxed_accuracy": 0.5, "empty_answers": 1}
@@ -34,12 +34,12 @@ def test_every_answer_of_a_record_is_a_question_and_an_empty_one_is_wrong(talk, 
 
 
 def test_earlier_turns_stand_as_in_the_record(talk, tmp_path):
-    records, _ = read_meta(talk(["a", "1", "b", "2"]), tmp_path)
+    records, _, _ = read_records(talk(["a", "1", "b", "2"]), tmp_path)
     assert [turns for _, turns, _ in questions(records)] == [records[0].turns[:1], records[0].turns[:3]]
 
 
 def test_blank_pictures_are_white_and_of_the_same_size():
-    turns = read_meta(SAMPLE / "eval.json", SAMPLE / "images")[0][0].turns[:1]
+    turns = read_records(SAMPLE / "eval.json", SAMPLE / "images")[0][0].turns[:1]
     seen, blank = (Engine.open(TINY, blank=blank).inputs([turns]) for blank in (False, True))
     assert seen["image_grid_thw"].equal(blank["image_grid_thw"]) and seen["input_ids"].equal(blank["input_ids"])
     assert blank["pixel_values"].unique().numel() <= 3 < seen["pixel_values"].unique().numel()  # one white a colour

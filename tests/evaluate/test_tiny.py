@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from qwenvl_ft.data.records import read_meta
+from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.infer.engine import Engine
 from tests.conftest import ROOT, SAMPLE, TINY
 from tests.tiny import CONTROL_TOKENS
@@ -46,7 +46,7 @@ def test_it_reads_charts_that_it_has_never_seen_and_looks_up_values_and_names():
 
 
 def test_it_does_not_know_the_style_of_the_samples_answers():
-    record = read_meta(SAMPLE / "train.json", SAMPLE / "images")[0][0]
+    record = read_records(SAMPLE / "train.json", SAMPLE / "images")[0][0]
     assert Engine.open(TINY).ask(record.turns[:1], max_new_tokens=20) != "16"
 
 
@@ -58,9 +58,9 @@ def test_the_documented_records_stand_in_the_sample_word_for_word():
 
 
 def test_the_sample_has_what_the_readme_says():
-    train, held_out = (read_meta(SAMPLE / f"{split}.json", SAMPLE / "images")[0] for split in ("train", "eval"))
+    train, held_out = (read_records(SAMPLE / f"{split}.json", SAMPLE / "images")[0] for split in ("train", "eval"))
     assert len(train) >= 120 and len(held_out) >= 60
-    seen, asked = ({picture.path for record in records for picture in record.pictures} for records in (train, held_out))
+    seen, asked = ({picture.source for record in records for picture in record.pictures} for records in (train, held_out))
     assert not seen & asked
     in_first = [sum(not isinstance(part, str) for part in record.turns[0].parts) for record in train]
     assert 0 in in_first and 2 in in_first

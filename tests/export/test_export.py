@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwenvl_ft.data.geometry import read_limits
-from qwenvl_ft.data.records import Turn, read_meta
+from qwenvl_ft.data.meta_file import read_records
+from qwenvl_ft.data.records import Turn
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.export import merge
 from qwenvl_ft.export import write as export_module
@@ -39,7 +40,7 @@ def merged(trained):
 
 @pytest.fixture(scope="module")
 def question():
-    return read_meta(SAMPLE / "train.json", SAMPLE / "images")[0][1].turns[:1]
+    return read_records(SAMPLE / "train.json", SAMPLE / "images")[0][1].turns[:1]
 
 
 def logits(model_dir, adapter, turns):
@@ -347,7 +348,9 @@ def test_the_adapter_loads_in_plain_peft_and_answers_the_same(trained, question)
     model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32), trained)
     processor = AutoProcessor.from_pretrained(trained)
     picture, text = question[0].parts
-    messages = [{"role": "user", "content": [{"type": "image", "image": Image.open(picture.path)}, {"type": "text", "text": text}]}]
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": Image.open(picture.source)}, {"type": "text", "text": text}]}
+    ]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qwenvl_ft.cli.main import main
-from qwenvl_ft.folders.base import BASE, base_fingerprint
+from qwenvl_ft.folders.adapter import BASE, base_fingerprint
 from qwenvl_ft.folders.whole import seal
 from qwenvl_ft.hub import environment
 from qwenvl_ft.hub.doctor import examine

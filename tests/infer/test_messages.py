@@ -16,7 +16,8 @@ from qwen_vl_utils import vision_process
 from transformers import AutoProcessor
 from transformers.video_utils import VideoMetadata
 
-from qwenvl_ft.data.videos import Allowance, Film, Picture, read_film
+from qwenvl_ft.data.records import Picture, Video
+from qwenvl_ft.data.videos import FPS, FPS_MAX_FRAMES, Allowance, read_video
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.infer.messages import read_messages
@@ -61,7 +62,7 @@ def sources(tmp_path):
 )
 def test_a_picture_is_the_same_in_every_form(tmp_path, kind):
     (message,) = read_messages(user(sources(tmp_path)[kind], {"type": "text", "text": "read"}))
-    assert message.parts[0].image.tobytes() == Image.open(CHART).convert("RGB").tobytes() and message.parts[1] == "read"
+    assert message.parts[0].source.tobytes() == Image.open(CHART).convert("RGB").tobytes() and message.parts[1] == "read"
 
 
 def test_a_picture_comes_from_a_url():
@@ -69,7 +70,7 @@ def test_a_picture_comes_from_a_url():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (message,) = read_messages(user({"image": f"http://127.0.0.1:{server.server_port}/{CHART.name}"}))
     server.shutdown()
-    assert message.parts[0].image.size == Image.open(CHART).size
+    assert message.parts[0].source.size == Image.open(CHART).size
 
 
 def test_the_inputs_of_a_picture_are_those_of_the_documented_snippet(engine):
@@ -87,6 +88,7 @@ def test_the_inputs_of_a_picture_are_those_of_the_documented_snippet(engine):
 
 def test_a_video_gives_the_frames_that_qwen_would_take(video):
     """At 2 frames a second 4 of the 20, from first to last; qwen_vl_utils spreads them by the same linspace."""
+    assert (FPS, FPS_MAX_FRAMES) == (vision_process.FPS, vision_process.FPS_MAX_FRAMES)
     (message,) = read_messages(user({"type": "video", "video": video.as_uri(), "fps": 2.0}))
     film = message.parts[0]
     assert film.indices == tuple(torch.linspace(0, 19, 4).round().long().tolist()) and (film.fps, film.num_frames) == (10.0, 20)
@@ -121,7 +123,7 @@ def test_a_list_of_frames_is_a_film_with_its_rate():
     """The usual snippet's fps is ignored: qwen_vl_utils reads sample_fps there."""
     frames = [Image.new("RGB", (56, 56), (shade, 0, 0)) for shade in (0, 80, 160, 240)]
     (message,) = read_messages(user({"type": "video", "video": frames, "fps": 1.0}))
-    assert isinstance(message.parts[0], Film) and message.parts[0].fps == 1.0 and message.parts[0].num_frames == 4
+    assert isinstance(message.parts[0], Video) and message.parts[0].fps == 1.0 and message.parts[0].num_frames == 4
 
 
 def test_a_batch_of_everything_is_answered_as_one_by_one(engine, video):
@@ -257,7 +259,7 @@ def test_a_film_of_too_large_frames_is_not_decoded_to_find_out(tmp_path):
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = peak_kib()
     with pytest.raises(UserError, match="frames of more than 1,000,000 px"):
-        read_film(data, "film", {"fps": 2.0}, Allowance(picture_pixels=1_000_000))
+        read_video(data, "film", {"fps": 2.0}, Allowance(picture_pixels=1_000_000))
     assert peak_kib() - before < 30_000, "a frame has 48 MB"
 
 
@@ -267,7 +269,7 @@ def test_a_film_of_an_unknown_codec_is_refused(tmp_path):
         if data[at : at + 4] == b"MJPG":
             data[at : at + 4] = b"XXXX"
     with pytest.raises(UserError, match="not a video"):
-        read_film(bytes(data), "film", {"fps": 2.0})
+        read_video(bytes(data), "film", {"fps": 2.0})
 
 
 def test_a_damaged_video_is_named(video, tmp_path):

@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional
 
 from qwenvl_ft.data.chat import IGNORE, open_chat
-from qwenvl_ft.data.records import read_meta
-from qwenvl_ft.data.rows import Rows, join, open_image_processor
-from qwenvl_ft.model.load import PatchEmbedding, add_lora, load_base, trainable
+from qwenvl_ft.data.meta_file import read_records
+from qwenvl_ft.data.rows import Rows, join
+from qwenvl_ft.model.load import PatchEmbedding, limited_image_processor, load_base
+from qwenvl_ft.model.lora import add_lora, trainable
 from qwenvl_ft.model.loss import picture_features, summed_loss, taught
 
 TALKS = [
@@ -39,12 +40,12 @@ def make_job(model_dir, folder, on=("language",)):
         {"conversations": [{"from": ("user", "assistant")[n % 2], "value": text} for n, text in enumerate(talk)]} for talk in TALKS
     ]
     (folder / "train.json").write_text(json.dumps(records))
-    records, problems = read_meta(folder / "train.json", folder)
+    records, problems, _ = read_records(folder / "train.json", folder)
     assert not problems
     chat = open_chat(model_dir)
     scripts = [chat.write_scripts(record)[-1] for record in records]
     processor = AutoProcessor.from_pretrained(model_dir)
-    rows = Rows(scripts, [[0, 1, 2], [0], [1], [2]], chat, open_image_processor(processor, chat))
+    rows = Rows(scripts, [[0, 1, 2], [0], [1], [2]], chat, limited_image_processor(processor, chat.limits))
     model = add_lora(load_base(model_dir, "float32"), chat.family, list(on), 4, 8, 0.0, 0)
     for name, parameter in trainable(model).items():
         if "lora_B" in name:
@@ -61,7 +62,7 @@ def gradients(model, rows, which):
 
 @pytest.fixture
 def packing_job(job, family_model):
-    if not open_chat(family_model).family.packs:
+    if open_chat(family_model).family.linear_attention:
         pytest.skip("this family gets one record a row")
     return job
 

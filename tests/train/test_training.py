@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from qwenvl_ft.errors import NonFiniteLoss, UserError
-from qwenvl_ft.train import loop as training
-from qwenvl_ft.train import state as run_module
+from qwenvl_ft.model.load import limited_image_processor
+from qwenvl_ft.train import loop
 from qwenvl_ft.train.loop import learning_rate
 from qwenvl_ft.train.output_dir import print_next
+from qwenvl_ft.train.state import Run
 from tests.runs import BASE, ROOT, adapter, config, difference, launch, metrics, run, same
 
 SETTINGS = {"max_steps": 4, "save_steps": 2, "lora_dropout": 0.1}
@@ -38,8 +39,9 @@ def test_a_step_divides_once_by_the_tokens_taught_in_all_rows(tmp_path):
     from transformers import AutoProcessor
 
     from qwenvl_ft.data.prepare import prepare, schedule
-    from qwenvl_ft.data.rows import Rows, open_image_processor
-    from qwenvl_ft.model.load import add_lora, load_base, trainable
+    from qwenvl_ft.data.rows import Rows
+    from qwenvl_ft.model.load import load_base
+    from qwenvl_ft.model.lora import add_lora, trainable
     from qwenvl_ft.model.loss import summed_loss
 
     settings = config(tmp_path, max_steps=1, max_grad_norm=1e9, lr_scheduler_type="constant", warmup_ratio=0.0)
@@ -48,7 +50,7 @@ def test_a_step_divides_once_by_the_tokens_taught_in_all_rows(tmp_path):
     counts = [prepared.taught_tokens(row) for row in step]
     assert len(step) == 2 and counts[0] != counts[1]  # else a mean of means would be the same
     processor = AutoProcessor.from_pretrained(settings.model)
-    rows = Rows(prepared.scripts, prepared.plan.rows, prepared.chat, open_image_processor(processor, prepared.chat))
+    rows = Rows(prepared.scripts, prepared.plan.rows, prepared.chat, limited_image_processor(processor, prepared.chat.limits))
     model = add_lora(load_base(settings.model, "float32"), prepared.chat.family, ["language"], 4, 8, 0.0, settings.seed)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=settings.learning_rate, weight_decay=0.0)
     loss = sum(summed_loss(model, model, rows[row], False) for row in step) / sum(counts)
@@ -92,15 +94,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(plain, tmp_path):
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C (SIGINT)")])
 def test_a_signal_saves_at_the_end_of_the_step_and_leaves_no_final_adapter(number, name, plain, tmp_path, monkeypatch, capsys):
     """Ctrl-C reaches every process of a run: two SIGINT, 2 each, were summed up to signal 4."""
-    backward, reduce = run_module.Run.backward, accelerate.Accelerator.reduce
+    backward, reduce = Run.backward, accelerate.Accelerator.reduce
     monkeypatch.setattr(accelerate.Accelerator, "reduce", lambda self, total: 2 * reduce(self, total))  # as two would
 
     def interrupted(self, loss, last):
         os.kill(os.getpid(), number)
-        monkeypatch.setattr(run_module.Run, "backward", backward)
+        monkeypatch.setattr(Run, "backward", backward)
         return backward(self, loss, last)
 
-    monkeypatch.setattr(run_module.Run, "backward", interrupted)
+    monkeypatch.setattr(Run, "backward", interrupted)
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, **SETTINGS)
     assert stopped.value.code == 128 + number
@@ -113,7 +115,7 @@ def test_a_signal_saves_at_the_end_of_the_step_and_leaves_no_final_adapter(numbe
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "summed_loss", lambda *args: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(loop, "summed_loss", lambda *args: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(NonFiniteLoss, match=r"few\.json\[\d\]"):
         run(tmp_path)
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
@@ -121,7 +123,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_records(t
 
 def test_what_one_process_alone_met_is_said_by_that_one(tmp_path, monkeypatch, capsys):
     """The command line prints the problems of the first process of a machine only; this row was another's."""
-    monkeypatch.setattr(run_module, "summed_loss", lambda *args: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(loop, "summed_loss", lambda *args: torch.tensor(float("nan"), requires_grad=True))
     monkeypatch.setattr(accelerate.Accelerator, "is_local_main_process", False)
     with pytest.raises(NonFiniteLoss):
         run(tmp_path)
@@ -165,7 +167,7 @@ def test_wandb_without_a_key_is_said_before_the_model_is_loaded(tmp_path, monkey
         monkeypatch.delenv(name, raising=False)
     for name in ("HOME", "NETRC", "WANDB_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setattr(training, "load_base", None)
+    monkeypatch.setattr(loop, "load_base", None)
     with pytest.raises(UserError, match=r"report_to: wandb: No API key(.|\n)*`wandb login`, or set WANDB_MODE=offline"):
         run(tmp_path, report_to=["wandb"])
     wandb.teardown()
@@ -331,7 +333,7 @@ def test_a_picture_that_changes_during_a_run_is_named(workers, tmp_path, monkeyp
         for path in (tmp_path / "images").iterdir():
             path.write_bytes(b"")
 
-    monkeypatch.setattr(training, "write_settings", spoil)
+    monkeypatch.setattr(loop, "write_settings", spoil)
     with pytest.raises(UserError) as error:
         run(tmp_path, train_data_dir=tmp_path / "images", dataloader_num_workers=workers)
     (problem,) = error.value.problems

@@ -10,7 +10,7 @@ EXAMPLE = '{"conversations": [{"from": "user", "value": "..."}, {"from": "assist
 
 
 def entries_of(meta_file: Path) -> tuple[list[tuple[str, Any]], list[Problem]]:
-    """(where, JSON value) of each record of an array or of JSON lines."""
+    """(where, JSON value) of each record of an array or of JSON lines, a Problem for a line that is none; and those of the file."""
     name = meta_file.name
     try:
         raw = meta_file.read_bytes()
@@ -40,24 +40,24 @@ def entries_of(meta_file: Path) -> tuple[list[tuple[str, Any]], list[Problem]]:
 
 def _lines(text: str, name: str) -> tuple[list[tuple[str, Any]], list[Problem]]:
     """JSON lines: one record a line, blank lines allowed."""
-    entries, problems = [], []
+    entries: list[tuple[str, Any]] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             entries.append((f"{name}:{number}", _parse(line)))
         except ValueError as error:
-            problems.append(_not_json(error, name, number))
-    if problems or len(entries) == 1:
+            entries.append((f"{name}:{number}", _not_json(error, name, number)))
+    if (broken := any(isinstance(entry, Problem) for _, entry in entries)) or len(entries) == 1:
         try:  # one object over several lines is not JSON lines: say the one thing that is wrong
             value = _parse(text)
             for key in [key for key, held in value.items() if isinstance(held, list) and held and _is_record(held[0])]:
                 return [], [Problem(name, f'its list of records is under "{key}"', "save that list alone as the file")]
-            if problems:
+            if broken:
                 return [], [Problem(name, "holds an object, not a list", "put [ before it and ] after it")]
         except ValueError:
             pass
-    return entries, problems
+    return entries, []
 
 
 def _is_record(value: Any) -> bool:

@@ -1,0 +1,76 @@
+"""Proves a merged folder: every merged weight against PEFT's own sum, and its logits against those of base + adapter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.model import weight_files
+from qwenvl_ft.folders.tensors import module_of, read_header
+from qwenvl_ft.infer.engine import Engine
+
+HALF_ULP = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # of a number: what storing it may change
+REPORT = "nothing was written; report this with the adapter's adapter_config.json"
+LIMIT = {"F32": 1e-3, "F16": 0.02, "BF16": 0.1}  # of the largest logit: what rounding every weight can explain
+
+
+def prove(merged: Path, base: Path, adapter: Path, records: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """For each conversation `where`, `difference` (largest of a logit) and `largest` (logit) between merged and base + adapter.
+
+    Raises UserError if a weight or a logit differs by more than rounding to the stored dtype can explain.
+    """
+
+    def logits(engine: Engine) -> list[Any]:
+        return [engine.model(**engine.inputs([talk])).logits.detach().float().cpu() for _, talk in records]
+
+    adapted = Engine.open(base, adapter)
+    dtype = prove_weights(merged, base, adapted.model)
+    wanted = logits(adapted)
+    del adapted  # one model in memory at a time
+    proofs, problems = [], []
+    for (where, _), left, right in zip(records, wanted, logits(Engine.open(merged)), strict=True):
+        if left.shape != right.shape:
+            what = f"reads {right.shape[1]} tokens where base and adapter read {left.shape[1]}"
+            problems.append(Problem(f"the merged model on {where}", what, REPORT))
+            continue
+        difference, largest = (left - right).abs().max().item(), left.abs().max().item()
+        proofs.append({"where": where, "difference": difference, "largest": largest})
+        if not difference <= LIMIT[dtype] * largest:
+            what = f"differs from base and adapter by {difference:.3g} (largest logit {largest:.3g})"
+            problems.append(Problem(f"the merged model on {where}", what, REPORT))
+    if problems:
+        raise UserError(*problems)
+    return proofs
+
+
+def prove_weights(merged: Path, base: Path, adapted: Any) -> str:
+    """Compares every merged weight with the base's and PEFT's own change; returns the dtype of most of the model's bytes.
+
+    Raises UserError where they differ by more than rounding.
+    """
+    from peft.tuners.lora import LoraLayer
+    from safetensors import safe_open
+
+    named: dict[str, Any] = {name.removeprefix("base_model.model."): layer for name, layer in adapted.named_modules()}
+    layers: dict[str, Any] = {name: layer for name, layer in named.items() if isinstance(layer, LoraLayer)}
+    number, wrong, sizes = len(layers), {}, dict.fromkeys(HALF_ULP, 0)
+    for path in weight_files(merged):
+        for tensor in read_header(path)[1]:
+            if tensor.dtype in sizes:
+                sizes[tensor.dtype] += tensor.num_bytes
+            if not (layer := layers.pop(module_of(tensor.key), None)):
+                continue
+            with safe_open(path, "pt") as after, safe_open(base / path.name, "pt") as before:
+                found, start = (file.get_tensor(tensor.key).float() for file in (after, before))
+            delta = layer.get_delta_weight(adapted.active_adapter).float().cpu()
+            wanted = start + delta
+            # Beside rounding, sums of products come in another order.
+            bound = 1.01 * HALF_ULP[tensor.dtype] * wanted.abs() + 1e-5 * delta.abs().max() + 1e-7
+            if not ((found - wanted).abs() <= bound).all():
+                wrong[tensor.key] = (found - wanted).abs().max().item()
+    if wrong or layers:
+        worst = max(wrong, key=lambda key: wrong[key], default="")
+        what = f"{len(wrong) + len(layers)} of {number} weights are not PEFT's sum of base and adapter"
+        what += f", {worst} by up to {wrong[worst]:.3g}" if worst else f", {next(iter(layers))} is missing"
+        raise UserError(Problem("the merged model", what, REPORT))
+    return max(sizes, key=lambda dtype: sizes[dtype])
