@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/python scripts/demo.py
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --cov --cov-report term
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

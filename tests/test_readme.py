@@ -192,6 +192,7 @@ def test_the_engines_block_and_every_snippet_of_the_table_run(language, there, c
             code = code.replace(usual, here)
         answers[snippet] = eval(code, names)
     web.shutdown()
+    web.server_close()
     engines = [answer for answer in answers.values() if not isinstance(answer, str | list)]
     assert len(answers) == 9 and len(engines) == 2
     of_one_picture = [answer for snippet, answer in answers.items() if re.search(r"picture\.png|base64", snippet)]

@@ -16,6 +16,7 @@ from qwenvl_ft.serve.middleware import SPARE_CONNECTIONS, is_loopback
 
 
 def serve(
+    context: typer.Context,
     model: Annotated[Path | None, typer.Argument(help="The model's folder.")] = None,
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", help="NAME=DIR: an adapter beside the base, by its name; several times.")
@@ -55,7 +56,7 @@ def serve(
     Example: qwenvl-ft serve data/tiny --adapter demo=runs/demo --port 8000
     """
     key = _key(api_key_env, host)
-    listening = _bind(host, port)
+    listening = context.with_resource(_bind(host, port))  # closed at the command's end, however it comes
     bounds = Bounds(
         max_body_mib << 20, max_pictures, max_megapixels * 1_000_000, 2 * max_megapixels * 1_000_000,
         max_prompt_tokens, max_answer_tokens, timeout, min(timeout, Bounds.body_seconds),

@@ -70,8 +70,8 @@ def _get(url: str, hosts: Collection[str] | None, max_bytes: int, until: float) 
     watchdog.start()
     try:
         connection.request("GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), headers={"Accept": "*/*"})
-        response = connection.getresponse()
-        body = response.read(max_bytes + 1)
+        with connection.getresponse() as response:
+            body = response.read(max_bytes + 1)
         if len(body) > max_bytes:
             raise _Refused(f"is larger than {max_bytes:,} bytes")
         if time.monotonic() >= until:  # a body of unknown length, cut off by the watchdog, looks whole

@@ -69,7 +69,7 @@ def test_init_overwrites_nothing(run, empty):
 
 def test_init_writes_where_it_is_told_and_which_config_it_is_named(run, empty):
     code, out, _ = run("init", "conf/my.yaml")
-    assert code == 0 and "`qwenvl-ft plan --config conf/my.yaml`" in out and Path("conf/my.yaml").read_bytes() == LORA
+    assert code == 0 and f"`qwenvl-ft plan --config {Path('conf/my.yaml')}`" in out and Path("conf/my.yaml").read_bytes() == LORA
     for path in (ROOT / "configs").iterdir():
         assert run("init", path.name)[0] == 0 and Path(path.name).read_bytes() == path.read_bytes()
     code, _, err = run("init", "zero2.yaml/my.yaml")

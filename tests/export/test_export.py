@@ -349,7 +349,10 @@ def test_the_adapter_loads_in_plain_peft_and_answers_the_same(trained, question)
     processor = AutoProcessor.from_pretrained(trained)
     picture, text = question[0].parts
     messages = [
-        {"role": "user", "content": [{"type": "image", "image": Image.open(picture.source)}, {"type": "text", "text": text}]}
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": Image.open(picture.source).copy()}, {"type": "text", "text": text}],
+        }
     ]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -540,7 +540,7 @@ def test_plan_and_train_bring_the_model(hub, kind, tmp_path, monkeypatch, capsys
     whole = {path.name: path.read_bytes() for path in TINY.iterdir() if path.suffix != ".safetensors"}
     hub.commits[FIRST] = whole | {"model.safetensors": save({"a": np.ones(2, np.float32)})}
     monkeypatch.chdir(tmp_path)
-    paths = {"train_meta_file": SAMPLE / "train.json", "train_data_dir": SAMPLE / "images"}
+    paths = {"train_meta_file": SAMPLE / "train.json", "eval_meta_file": SAMPLE / "eval.json", "train_data_dir": SAMPLE / "images"}
     overrides = [f"model={kind}:org/tiny", *(f"{key}={path}" for key, path in paths.items())]
     main_ends_well("plan", "--config", str(ROOT / "configs/demo.yaml"), *overrides, "--json")
     assert json.loads(capsys.readouterr().out)["rows"] > 0 and equal(tmp_path / "models" / kind / "org" / "tiny", hub.files)

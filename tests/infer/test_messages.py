@@ -51,7 +51,7 @@ def sources(tmp_path):
         "file://": {"type": "image", "image": f"file://{CHART}"},
         "file:// with %20": {"type": "image", "image": spaced.as_uri()},
         "data:": {"type": "image", "image": f"data:image/png;base64,{data}"},
-        "a PIL image": {"type": "image", "image": Image.open(CHART)},
+        "a PIL image": {"type": "image", "image": Image.open(CHART).copy()},
         "OpenAI's": {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
         "DashScope's": {"image": f"file://{CHART}"},
     }
@@ -70,7 +70,8 @@ def test_a_picture_comes_from_a_url():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (message,) = read_messages(user({"image": f"http://127.0.0.1:{server.server_port}/{CHART.name}"}))
     server.shutdown()
-    assert message.parts[0].source.size == Image.open(CHART).size
+    server.server_close()
+    assert message.parts[0].source.size == Image.open(CHART).copy().size
 
 
 def test_the_inputs_of_a_picture_are_those_of_the_documented_snippet(engine):
