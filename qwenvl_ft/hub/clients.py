@@ -20,7 +20,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import sha256
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-LATER = "run the same command again: it goes on where it stopped"
+LATER = "run the same command again: it brings what is missing"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OF_THE_DISK = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -174,7 +174,7 @@ def pieces(target: Path) -> list[Path]:
 
 
 Hub = ModelScope | HuggingFace
-HUBS: dict[str, type[ModelScope] | type[HuggingFace]] = {"modelscope": ModelScope, "hf": HuggingFace}
+HUBS: dict[str, type[Hub]] = {"modelscope": ModelScope, "hf": HuggingFace}
 
 
 class Source(NamedTuple):
@@ -251,6 +251,7 @@ def _in_words(error: BaseException, where: str, then: str = LATER, log_in: str =
         if isinstance(met, OSError) and met.errno in OF_THE_DISK:
             raise met
     first = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:200]
+    no_answer = hf.HTTPError  # type: ignore[attr-defined]  # of whichever httpx it was made for
     own_tool = "log in with the hub's own tool"
     refused = isinstance(error, hf.HfHubHTTPError) and error.response.status_code in (401, 403)
     of_a_token = hf.LocalTokenNotFoundError | hf.RepositoryNotFoundError | ms.AuthenticationError | ms.PermissionDeniedError
@@ -275,12 +276,7 @@ def _in_words(error: BaseException, where: str, then: str = LATER, log_in: str =
             return UserError(Problem(where, f"is refused: {first}", "write ORG/NAME and an existing revision"))
         case ms.FileIntegrityError():
             return UserError(Problem(where, f"the hub sends another file than it lists: {first}", LATER))
-        case (
-            hf.HTTPError()  # type: ignore[attr-defined]  # of whichever httpx it was made for
-            | ms.HubError()
-            | requests.RequestException()
-            | OSError()
-        ):
+        case no_answer() | ms.HubError() | requests.RequestException() | OSError():
             if refused:
                 return Barred(Problem(where, f"the hub refuses the token: {first}", f"{own_tool} again"))
             return Unreachable(Problem(where, f"the hub does not answer: {first}", f"look at the connection, then {then}"))

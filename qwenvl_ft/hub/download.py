@@ -24,7 +24,7 @@ from qwenvl_ft.folders.whole import sha256, write_json
 from qwenvl_ft.hub.clients import HUBS, LATER, NO_ROOM, Source, Unreachable, Wanted, pieces, read_source
 
 ASIDE = ".download"
-MANIFEST = f"{ASIDE}/manifest.json"
+MANIFEST, PARTS = f"{ASIDE}/manifest.json", f"{ASIDE}/parts"
 MODELS = Path("models")  # where a config's `model: hf:ORG/NAME` is brought to, as hf/ORG/NAME
 Say = Callable[[str], None]
 
@@ -96,10 +96,11 @@ def download(source: Source, folder: Path, names: Sequence[str], say: Say) -> di
     for name in missing:
         if (folder / name).exists():
             say(f"{name} is here but not as the hub lists it: brought again")
-    parts = folder / ASIDE / "parts"
+    parts = folder / PARTS
+    folder.mkdir(parents=True, exist_ok=True)
+    if _to_come(folder, missing) > shutil.disk_usage(folder).free:
+        raise UserError(_no_room(folder, missing, "the disk is too full"))
     parts.mkdir(parents=True, exist_ok=True)
-    if _to_come(missing, parts) > shutil.disk_usage(folder).free:
-        raise UserError(_no_room(missing, parts, "the disk is too full"))
     manifest: dict[str, Any] = {  # what only the commit that was here has stays listed until all of this one is there
         "hub": source.hub, "repo": source.repo, "revision": source.revision or before["revision"], "commit": commit,
         "complete": False, "files": {name: of for name, of in before["files"].items() if names or name not in files},
@@ -111,7 +112,7 @@ def download(source: Source, folder: Path, names: Sequence[str], say: Say) -> di
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        raise UserError(_no_room(missing, parts, f"the disk takes no more ({error.strerror})")) from error
+        raise UserError(_no_room(folder, missing, f"the disk takes no more ({error.strerror})")) from error
     for name, wanted in missing.items():
         if (parts / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -132,16 +133,15 @@ def download(source: Source, folder: Path, names: Sequence[str], say: Say) -> di
     return manifest
 
 
-def _to_come(missing: dict[str, Wanted], parts: Path) -> int:
+def _to_come(folder: Path, missing: dict[str, Wanted]) -> int:
     """Bytes that the disk must still take."""
-    here = {name: sum(piece.stat().st_size for piece in pieces(parts / name)) for name in missing}
+    here = {name: sum(piece.stat().st_size for piece in pieces(folder / PARTS / name)) for name in missing}
     return sum(max(0, wanted.size - here[name]) for name, wanted in missing.items())
 
 
-def _no_room(missing: dict[str, Wanted], parts: Path, what: str) -> Problem:
-    need, free = _to_come(missing, parts) / 1e9, shutil.disk_usage(parts).free / 1e9
-    where = str(parts.parent.parent)
-    return Problem(where, f"{what}: {need:.2f} GB are to come, {free:.2f} GB are free", f"free some space, then {LATER}")
+def _no_room(folder: Path, missing: dict[str, Wanted], what: str) -> Problem:
+    need, free = _to_come(folder, missing) / 1e9, shutil.disk_usage(folder).free / 1e9
+    return Problem(str(folder), f"{what}: {need:.2f} GB are to come, {free:.2f} GB are free", f"free some space, then {LATER}")
 
 
 def _record(wanted: Wanted, path: Path) -> dict[str, Any]:

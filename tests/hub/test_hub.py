@@ -326,11 +326,11 @@ def test_a_record_that_is_damaged_is_made_again(hub, bring, tmp_path):
     assert bring()[0]["complete"] and hub.asked == []
 
 
-def test_too_little_disk_is_said_before_a_byte_comes(hub, bring, monkeypatch):
+def test_too_little_disk_is_said_before_a_byte_comes(hub, bring, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(UserError, match="are to come"):
         bring()
-    assert hub.asked == []
+    assert hub.asked == [] and not (tmp_path / "model" / ".download").exists()
 
 
 def test_what_has_come_needs_no_disk(hub, bring, kind, tmp_path, monkeypatch):
