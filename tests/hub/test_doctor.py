@@ -75,7 +75,7 @@ def test_a_whole_model_is_servable(model):
 
 
 MODEL_DAMAGE = {
-    "config.json is missing": lambda folder: (folder / "config.json").unlink(),
+    "holds no config.json, so it is not": lambda folder: (folder / "config.json").unlink(),
     "is no JSON object": lambda folder: (folder / "config.json").write_text("[1"),
     "is not one of qwen2_vl": lambda folder: write(folder, config__json={"model_type": "llava"}),
     "model-2.safetensors is missing": lambda folder: (folder / "model-2.safetensors").unlink(),
