@@ -8,6 +8,7 @@ import time
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from qwenvl_ft.serve.api import Bounds
 from tests.serving import CHARTS, data_url, events, question, serving, tiny_engines, wait_for
@@ -320,8 +321,8 @@ def test_health_and_metrics(served):
     for name in ('qwenvl_requests_total{dialect="openai",status="200"}', 'qwenvl_tokens_total{kind="output"}', "qwenvl_active",
                  'qwenvl_answer_seconds_bucket{le="+Inf"}', "qwenvl_queued"):  # fmt: skip
         assert name in text
-    for line in text.splitlines():
-        assert line.startswith("# TYPE qwenvl_") or float(line.split()[-1]) >= 0
+    families = list(text_string_to_metric_families(text))
+    assert all(family.name.startswith("qwenvl_") and sample.value >= 0 for family in families for sample in family.samples)
 
 
 def test_what_nobody_foresaw_is_an_id_and_stands_in_the_log(engines, caplog, monkeypatch):
@@ -332,7 +333,10 @@ def test_what_nobody_foresaw_is_an_id_and_stands_in_the_log(engines, caplog, mon
 
         monkeypatch.setattr(served.backend, "_inputs", broken)
         caplog.set_level("INFO", "qwenvl_ft.serve")
-        for path, body in ((CHAT, {"messages": question("read")}), (GENERATION, {"model": "tiny", "input": {"messages": []}})):
+        for path, body in (
+            (CHAT, {"messages": question("read")}),
+            (GENERATION, {"model": "tiny", "input": {"messages": question("read")}}),
+        ):
             answer = httpx.post(served.url + path, json=body)
             assert answer.status_code == 500 and "secret" not in answer.text and "Zero" not in answer.text
             number = answer.json().get("request_id") or answer.json()["error"]["message"].split("(request ")[1].rstrip(")")
@@ -343,14 +347,14 @@ def test_what_nobody_foresaw_is_an_id_and_stands_in_the_log(engines, caplog, mon
 
 def test_a_model_that_fails_on_a_request_fails_on_no_other(engines, monkeypatch):
     with serving(engines) as served:
-        read = served.backend.batcher._read
+        prefill = served.backend.batcher._prefill
 
         def fails(request):
             if request.sampling.seed == 13:
                 raise RuntimeError("CUDA out of memory at 0x7f00")
-            read(request)
+            prefill(request)
 
-        monkeypatch.setattr(served.backend.batcher, "_read", fails)
+        monkeypatch.setattr(served.backend.batcher, "_prefill", fails)
         failed = ask(served, question("read"), seed=13)
         assert failed.status_code == 500 and "0x7f" not in failed.text and failed.json()["error"]["code"] == "model_error"
         assert ask(served, question("read")).status_code == 200

@@ -18,7 +18,7 @@ from qwenvl_ft.serve.api import ApiError, Bounds
 from qwenvl_ft.serve.app import make_app
 from qwenvl_ft.serve.open_request import Sources
 from qwenvl_ft.serve.uploads import Uploads
-from qwenvl_ft.serve.vllm_backend import Upstream, end, sized, write_message
+from qwenvl_ft.serve.vllm_backend import VllmBackend, end, sized, write_message
 from tests.conftest import TINY
 from tests.serving import CHARTS, Running, Served, data_url, events, question, random_adapter, serving, tiny_engines, wait_for
 
@@ -35,7 +35,7 @@ def behind(tmp_path_factory):
 @pytest.fixture(scope="module")
 def front(behind):
     sources = Sources(Uploads())
-    backend = Upstream(behind.url, Bounds(pictures=4), sources)
+    backend = VllmBackend(behind.url, Bounds(pictures=4), sources)
     served = Served(make_app(backend, Bounds(pictures=4), sources.uploads, 8), backend)
     yield served
     served.stop()
@@ -124,7 +124,7 @@ def test_pictures_go_on_at_the_size_of_their_bounds_and_of_their_adapters_traini
 
 def test_no_server_behind():
     with pytest.raises(UserError, match="does not list models"):
-        Upstream("http://127.0.0.1:1", Bounds(), Sources(Uploads()))
+        VllmBackend("http://127.0.0.1:1", Bounds(), Sources(Uploads()))
 
 
 STAND_IN = """#!{python}
