@@ -22,7 +22,7 @@ from qwenvl_ft.infer.engine import Engine, open_beside
 from qwenvl_ft.model.load import add_lora, load_base, trainable
 from qwenvl_ft.serve.api import Bounds
 from qwenvl_ft.serve.app import make_app
-from qwenvl_ft.serve.open_request import Sources
+from qwenvl_ft.serve.open_request import Opener
 from qwenvl_ft.serve.timeouts import TimeoutProtocol
 from qwenvl_ft.serve.transformers_backend import TransformersBackend
 from qwenvl_ft.serve.uploads import Uploads
@@ -79,9 +79,9 @@ class Served:
 @contextmanager
 def serving(engines, key=None, bounds=BOUNDS, max_batch=16, max_waiting=64, hosts=(), prefix="", public_url="") -> Iterator[Served]:
     """A server over these engines, stopped at the end."""
-    sources = Sources(Uploads(), frozenset(hosts))
-    backend = TransformersBackend(engines, bounds, sources, max_batch)
-    served = Served(make_app(backend, bounds, sources.uploads, max_batch + max_waiting, key, prefix, public_url), backend)
+    opener = Opener(bounds, Uploads(), hosts)
+    backend = TransformersBackend(engines, opener, max_batch)
+    served = Served(make_app(backend, bounds, opener.uploads, max_batch + max_waiting, key, prefix, public_url), backend)
     try:
         yield served
     finally:

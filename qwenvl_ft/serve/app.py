@@ -36,7 +36,7 @@ PERMIT, UPLOAD = "/api/v1/uploads", "/api/v1/uploads/files"
 GENERATION = "/api/v1/services/aigc/multimodal-generation/generation"
 HELD_BODIES = 16  # bodies of the largest size, all together, that are in memory at a time
 GRACE_SECONDS = 10  # for sending what is ready
-EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}  # nginx's
+EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 log = logging.getLogger("qwenvl_ft.serve")
 
 
@@ -114,11 +114,9 @@ class ChatEndpoint:
         try:
             async for text, finish, usage in answer.pieces(until):
                 if not begun:
-                    headers = [(name.encode(), value.encode()) for name, value in EVENTS.items()]
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
-                    await send_events(send, writer.begin())
+                    await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
                     begun = True
-                await send_events(send, writer.end(text, finish, usage) if finish else writer.piece(text, usage))
+                await send_events(send, writer.piece(text, finish, usage))
         except ApiError as error:
             if not begun:
                 raise
@@ -137,21 +135,21 @@ async def send_events(send: Any, events: Any) -> None:
 
 async def run_until_disconnect(receive: Any, work: Any) -> None:
     """Does the work; cancels it when the client goes away. The request's body must have been read."""
+    task = asyncio.create_task(work)
 
-    async def disconnect() -> None:
+    async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
+        task.cancel()
 
-    tasks = [asyncio.create_task(work), asyncio.create_task(disconnect())]
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await task
+    except asyncio.CancelledError:
+        if not watcher.done():  # it is this server that stops
+            raise
     finally:
-        done = tasks[0].done()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    if done:
-        tasks[0].result()
+        watcher.cancel()
 
 
 async def read_body(request: Request, state: State) -> bytes:
@@ -246,27 +244,19 @@ def make_app(
         yield
         await backend.close()
 
-    access = Middleware(
-        AccessMiddleware,
-        key=key,
-        free=free,
-        requests=state.metrics.requests,
-        host=host_of(public_url),
-        connections=max_requests + SPARE_CONNECTIONS,
-    )
-    handlers = {ApiError: _refuse, HTTPException: _no_route, ClientDisconnect: _disconnected}
+    most, host = max_requests + SPARE_CONNECTIONS, host_of(public_url)
+    access = Middleware(AccessMiddleware, key=key, free=free, requests=state.metrics.requests, host=host, connections=most)
+    handlers = {ApiError: _refuse, HTTPException: _refuse, ClientDisconnect: _disconnected}
     app = Starlette(routes=routes, lifespan=lifespan, middleware=[access], exception_handlers=handlers)
     app.router.redirect_slashes = False  # it would lead to whatever the client calls its Host
     return app
 
 
 async def _refuse(request: Request, error: Any) -> Response:
+    if isinstance(error, HTTPException):
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
+        error = ApiError(error.status_code, code, "there is nothing at this path for this method")
     return error_response(error, request.scope)
-
-
-async def _no_route(request: Request, error: Any) -> Response:
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
-    return error_response(ApiError(error.status_code, code, "there is nothing at this path for this method"), request.scope)
 
 
 async def _disconnected(request: Request, error: Any) -> Response:

@@ -52,28 +52,18 @@ class EventWriter:
         self.chat, self.request_id = chat, request_id
         self.text, self.number = "", 0
 
-    def begin(self) -> Iterator[str]:
-        """Nothing comes before the first piece."""
-        yield from ()
-
-    def piece(self, text: str, usage: Usage) -> Iterator[str]:
-        """A piece of the answer."""
-        if text:
-            yield self._event(text, "null", usage)
-
-    def end(self, text: str, finish: str, usage: Usage) -> Iterator[str]:
-        """The last piece."""
-        yield self._event(text, finish, usage)
+    def piece(self, text: str, finish: str | None, usage: Usage) -> Iterator[str]:
+        """A piece of the answer; the last has a `finish`."""
+        if text or finish:
+            self.text, self.number = self.text + text, self.number + 1
+            said = text if self.chat.increments else self.text
+            body = write_answer(self.chat, self.request_id, said, finish or "null", usage)
+            yield f"id:{self.number}\nevent:result\n:HTTP_STATUS/200\ndata:{json.dumps(body, ensure_ascii=False)}\n\n"
 
     def fail(self, error: ApiError) -> Iterator[str]:
         """An error after the answer has begun: in exactly this form, without spaces, or the client breaks."""
         body = json.dumps(write_error(error, self.request_id), ensure_ascii=False)
         yield f"event:error\nstatus:{error.status}\ndata:{body}\n\n"
-
-    def _event(self, text: str, finish: str, usage: Usage) -> str:
-        self.text, self.number = self.text + text, self.number + 1
-        body = write_answer(self.chat, self.request_id, text if self.chat.increments else self.text, finish, usage)
-        return f"id:{self.number}\nevent:result\n:HTTP_STATUS/200\ndata:{json.dumps(body, ensure_ascii=False)}\n\n"
 
 
 def write_policy(upload_host: str, folder: str, policy: str, signature: str, request_id: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Opens what a request brings: the one place where bytes of a stranger become pictures."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from qwenvl_ft.data.fetch import fetch
@@ -19,31 +19,14 @@ THREADS = 4
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Where pictures may come from: the request itself (data:), what was uploaded (oss://), URLs of `hosts`. Never a path."""
-
-    uploads: Uploads
-    hosts: frozenset[str] = frozenset()
-
-    def open(self, source: str) -> bytes:
-        """The bytes of a source. Raises UserError."""
-        if source.startswith("oss://"):
-            if (content := self.uploads.get(source)) is None:
-                raise UserError(Problem("a picture", "was not uploaded here, or is not kept any more", "upload it again"))
-            return content
-        if not source.startswith(("http://", "https://")):
-            raise UserError(Problem("a picture", "is named by a path, which means nothing here", "send it as a data: URL"))
-        if not self.hosts:
-            raise UserError(Problem("a picture", "is named by a URL, and this server fetches none", "send it as a data: URL"))
-        return fetch(source, self.hosts, URL_BYTES, URL_SECONDS)
-
-
 class Opener:
-    """Opens requests in a few threads, within the bounds."""
+    """Opens requests in a few threads, within the bounds.
 
-    def __init__(self, sources: Sources, bounds: Bounds):
-        self.sources, self.bounds = sources, bounds
+    Pictures come from the request itself (data:), from what was uploaded (oss://), from URLs of `hosts`. Never from a path.
+    """
+
+    def __init__(self, bounds: Bounds, uploads: Uploads, hosts: Iterable[str] = ()):
+        self.bounds, self.uploads, self.hosts = bounds, uploads, frozenset(hosts)
         self.threads = ThreadPoolExecutor(THREADS, "opener")
 
     async def open(self, chat: ChatRequest, until: float, then: Callable[[list[Message]], T]) -> T:
@@ -60,29 +43,37 @@ class Opener:
         bounds = self.bounds
         try:
             allowance = Allowance(bounds.pictures, bounds.picture_pixels, bounds.pixels, until)
-            messages = read_messages(chat.messages, self.sources.open, allowance)
+            messages = read_messages(chat.messages, self._read, allowance)
         except UserError as error:
             raise invalid_messages(error) from error
         letters = sum(len(part) for message in messages for part in message.parts if isinstance(part, str))
         if letters > 16 * bounds.prompt_tokens:  # no text that a model reads has so many to a token: it is not even counted
             what = f"the text has {letters} letters, more than {bounds.prompt_tokens} tokens can hold"
             raise ApiError(400, "prompt_too_long", what)
-        return [  # a picture without bounds of its own has the request's
-            replace(
-                message,
-                parts=tuple(
-                    replace(part, min_pixels=chat.min_pixels, max_pixels=chat.max_pixels)
-                    if isinstance(part, Picture) and not (part.min_pixels or part.max_pixels)
-                    else part
-                    for part in message.parts
-                ),
-            )
-            for message in messages
-        ]
+        return [replace(message, parts=tuple(_bounded(part, chat) for part in message.parts)) for message in messages]
+
+    def _read(self, source: str) -> bytes:
+        """The bytes of a picture. Raises UserError."""
+        if source.startswith("oss://"):
+            if (content := self.uploads.get(source)) is None:
+                raise UserError(Problem("a picture", "was not uploaded here, or is not kept any more", "upload it again"))
+            return content
+        if not source.startswith(("http://", "https://")):
+            raise UserError(Problem("a picture", "is named by a path, which means nothing here", "send it as a data: URL"))
+        if not self.hosts:
+            raise UserError(Problem("a picture", "is named by a URL, and this server fetches none", "send it as a data: URL"))
+        return fetch(source, self.hosts, URL_BYTES, URL_SECONDS)
 
     def close(self) -> None:
         """Ends the threads once they are done."""
         self.threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _bounded(part: T, chat: ChatRequest) -> T:
+    """A picture without bounds of its own has the request's."""
+    if not isinstance(part, Picture) or part.min_pixels or part.max_pixels:
+        return part
+    return replace(part, min_pixels=chat.min_pixels, max_pixels=chat.max_pixels)
 
 
 def invalid_messages(error: UserError) -> ApiError:

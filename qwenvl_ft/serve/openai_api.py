@@ -43,24 +43,21 @@ class EventWriter:
     """Server-sent events of one answer: the role, pieces, the end, the usage if asked for, [DONE]."""
 
     def __init__(self, chat: ChatRequest, request_id: str):
-        self.chat, self.request_id = chat, request_id
+        self.chat, self.request_id, self.begun = chat, request_id, False
 
-    def begin(self) -> Iterator[str]:
-        """What comes before the first piece."""
-        yield self._event({"role": "assistant", "content": ""}, None)
-
-    def piece(self, text: str, usage: Usage) -> Iterator[str]:
-        """A piece of the answer."""
+    def piece(self, text: str, finish: str | None, usage: Usage) -> Iterator[str]:
+        """A piece of the answer, and all that comes before the first and after the last, which has a `finish`."""
+        if not self.begun:
+            self.begun = True
+            yield self._event({"role": "assistant", "content": ""}, None)
         if text:
             yield self._event({"content": text}, None)
-
-    def end(self, text: str, finish: str, usage: Usage) -> Iterator[str]:
-        """The last piece and all that follows."""
-        yield from self.piece(text, usage)
-        yield self._event({}, finish)
-        if self.chat.usage_in_stream:
-            yield _sse(_head(self.chat, self.request_id, "chat.completion.chunk") | {"choices": [], "usage": write_usage(usage)})
-        yield "data: [DONE]\n\n"
+        if finish:
+            yield self._event({}, finish)
+            if self.chat.usage_in_stream:
+                end = _head(self.chat, self.request_id, "chat.completion.chunk")
+                yield _sse(end | {"choices": [], "usage": write_usage(usage)})
+            yield "data: [DONE]\n\n"
 
     def fail(self, error: ApiError) -> Iterator[str]:
         """An error after the answer has begun."""

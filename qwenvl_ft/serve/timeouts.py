@@ -21,17 +21,10 @@ class TimeoutProtocol(asyncio.Protocol):
     """
 
     transport: asyncio.Transport
-    head_timer: asyncio.TimerHandle
-    write_timer: asyncio.TimerHandle | None = None
 
-    def __init__(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ):
-        self.loop = _loop or asyncio.get_running_loop()
+    def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any], _loop: Any = None):
+        self.loop = asyncio.get_running_loop()
+        self.timers: dict[str, asyncio.TimerHandle] = {}
         self.connections: set[TimeoutProtocol] = app_state.setdefault("connections", set())  # one state for all of a server
         self.num_requests = 0  # under way; the next of a pipeline may begin before the last one's task has ended
         self.inner = H11Protocol(config, server_state, {**app_state, "connection": self}, _loop)
@@ -40,7 +33,7 @@ class TimeoutProtocol(asyncio.Protocol):
     def request(self) -> Iterator[None]:
         """A request is under way, as whoever answers it says."""
         self.num_requests += 1
-        self.head_timer.cancel()
+        self.timers["head"].cancel()
         try:
             yield
         finally:
@@ -48,8 +41,7 @@ class TimeoutProtocol(asyncio.Protocol):
             if not self.num_requests:
                 self._wait_for_head()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: Any) -> None:
         self.transport = transport
         transport.set_write_buffer_limits(0)  # `pause_writing` is called once the system takes no more
         self.connections.add(self)
@@ -63,23 +55,19 @@ class TimeoutProtocol(asyncio.Protocol):
         self.inner.eof_received()
 
     def pause_writing(self) -> None:
-        self.write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+        self.timers["write"] = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
         self.inner.pause_writing()
 
     def resume_writing(self) -> None:
-        self._stop_write_timer()
+        self.timers["write"].cancel()
         self.inner.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.connections.discard(self)
-        self.head_timer.cancel()
-        self._stop_write_timer()
+        for timer in self.timers.values():
+            timer.cancel()
         self.inner.connection_lost(exc)
 
     def _wait_for_head(self) -> None:
         if self in self.connections:
-            self.head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
-
-    def _stop_write_timer(self) -> None:
-        if self.write_timer:
-            self.write_timer.cancel()
+            self.timers["head"] = self.loop.call_later(HEAD_SECONDS, self.transport.close)

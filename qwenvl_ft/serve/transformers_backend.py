@@ -12,10 +12,10 @@ from qwenvl_ft.data.videos import Picture
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.infer.messages import Message
-from qwenvl_ft.serve.api import ApiError, Bounds, ChatRequest, Usage, unknown_model
+from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, unknown_model
 from qwenvl_ft.serve.backend import AnswerStream
 from qwenvl_ft.serve.batching import Batcher, Request
-from qwenvl_ft.serve.open_request import Opener, Sources, invalid_messages
+from qwenvl_ft.serve.open_request import Opener, invalid_messages
 
 AHEAD = 4  # requests opened while others are answered; more would only hold pictures in memory
 
@@ -23,11 +23,10 @@ AHEAD = 4  # requests opened while others are answered; more would only hold pic
 class TransformersBackend:
     """Engines by the names that they are served under; the first is for those who name none. They share one model."""
 
-    def __init__(self, engines: Mapping[str, Engine], bounds: Bounds, sources: Sources, max_batch: int):
-        self.engines, self.bounds = engines, bounds
+    def __init__(self, engines: Mapping[str, Engine], opener: Opener, max_batch: int):
+        self.engines, self.opener, self.bounds = engines, opener, opener.bounds
         self.names = list(engines)
         self.batcher = Batcher(next(iter(engines.values())), max_batch)
-        self.opener = Opener(sources, bounds)
         self.processing = threading.Lock()  # a processor's tokenizer is not for two threads
         self.opened = asyncio.Semaphore(max_batch + AHEAD)
 

@@ -15,7 +15,7 @@ from typing import cast
 
 from python_multipart import create_form_parser
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import File
+from python_multipart.multipart import Field, File
 
 from qwenvl_ft.serve.api import ApiError
 
@@ -86,23 +86,17 @@ def read_form(body: bytes, content_type: str) -> dict[str, bytes]:
     """The fields of multipart/form-data, held in memory. Raises ApiError for anything else."""
     fields: list[tuple[str, bytes]] = []
 
-    def keep(name: bytes | None, content: bytes | None) -> None:
-        fields.append(((name or b"").decode("utf-8", "replace"), content or b""))
+    def keep(part: Field | File) -> None:
+        content = part.value if isinstance(part, Field) else cast(BytesIO, part.file_object).getvalue()
+        fields.append(((part.field_name or b"").decode("utf-8", "replace"), content or b""))
         if len(fields) >= FIELDS:
             raise ApiError(400, "invalid_request", f"the form has {FIELDS} fields or more")
-
-    def keep_file(file: File) -> None:
-        keep(file.field_name, cast(BytesIO, file.file_object).getvalue())
 
     try:
         if not content_type.lower().startswith("multipart/form-data"):  # the parser knows other forms, too
             raise FormParserError
-        parser = create_form_parser(
-            {"Content-Type": content_type.encode("latin-1", "replace")},
-            lambda field: keep(field.field_name, field.value),
-            keep_file,
-            {"MAX_MEMORY_FILE_SIZE": len(body)},  # nothing goes to the disk
-        )
+        headers = {"Content-Type": content_type.encode("latin-1", "replace")}
+        parser = create_form_parser(headers, keep, keep, {"MAX_MEMORY_FILE_SIZE": len(body)})  # nothing goes to the disk
         parser.write(body)
         parser.finalize()
     except FormParserError:

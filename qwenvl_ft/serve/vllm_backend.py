@@ -20,7 +20,6 @@ from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -32,12 +31,13 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import VLLM_RANKS
 from qwenvl_ft.folders.problems import read_model_json
 from qwenvl_ft.infer.messages import Message
-from qwenvl_ft.serve.api import ApiError, Bounds, ChatRequest, Usage, unknown_model
+from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, unknown_model
 from qwenvl_ft.serve.backend import AnswerStream
-from qwenvl_ft.serve.open_request import Opener, Sources, invalid_messages
+from qwenvl_ft.serve.open_request import Opener, invalid_messages
 
 log = logging.getLogger("qwenvl_ft.serve")
 CONTROL_TOKEN = re.compile(r"<\|(?=\w+\|>)")
+Process = subprocess.Popen[bytes]
 START_SECONDS = 1800  # a large model is read from a slow disk
 STOP_SECONDS = 15
 DEAD = "the engine behind this server does not answer"
@@ -49,15 +49,8 @@ class VllmBackend:
     `limits`, where they are known, are the models' processors', the base's first. Raises UserError where it does not answer.
     """
 
-    def __init__(
-        self,
-        url: str,
-        bounds: Bounds,
-        sources: Sources,
-        process: subprocess.Popen[bytes] | None = None,
-        limits: Mapping[str, Limits] = MappingProxyType({}),
-    ):
-        self.url, self.process, self.limits = url.rstrip("/"), process, limits
+    def __init__(self, url: str, opener: Opener, process: Process | None = None, limits: Mapping[str, Limits] | None = None):
+        self.url, self.opener, self.process, self.limits = url.rstrip("/"), opener, process, limits or {}
         try:
             # Not by a proxy that the environment names for the internet, here as below.
             listed = httpx.get(f"{self.url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()
@@ -65,10 +58,8 @@ class VllmBackend:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
             fix = "start it first: vllm serve MODEL --port 8001"
             raise UserError(Problem(f"{url}/v1/models", "does not list models", fix)) from error
-        self.client = httpx.AsyncClient(
-            timeout=httpx.Timeout(bounds.seconds, connect=5), limits=httpx.Limits(max_connections=None), trust_env=False
-        )
-        self.opener = Opener(sources, bounds)
+        timeout, unlimited = httpx.Timeout(opener.bounds.seconds, connect=5), httpx.Limits(max_connections=None)
+        self.client = httpx.AsyncClient(timeout=timeout, limits=unlimited, trust_env=False)
         self.active = 0
 
     async def begin(self, chat: ChatRequest, request_id: str, until: float) -> AnswerStream:
@@ -134,14 +125,13 @@ class VllmBackend:
 def write_request(chat: ChatRequest, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The request in OpenAI's dialect, with vLLM's top_k."""
     how = chat.sampling
-    body: dict[str, Any] = {
+    body = {
         "model": chat.model, "messages": messages,
         "stream": True, "stream_options": {"include_usage": True},
         "max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p,
+        "top_k": how.top_k if how.top_k > 0 else None, "seed": how.seed, "stop": list(how.stop) or None,
     }  # fmt: skip
-    body |= {"top_k": how.top_k} if how.top_k > 0 else {}
-    body |= {"seed": how.seed} if how.seed is not None else {}
-    return body | ({"stop": list(how.stop)} if how.stop else {})
+    return {key: value for key, value in body.items() if value is not None}
 
 
 def write_message(message: Message) -> dict[str, Any]:
@@ -206,9 +196,7 @@ def read_usage(usage: Mapping[str, Any]) -> Usage:
     return Usage(usage["prompt_tokens"], usage["completion_tokens"], image, video)
 
 
-def start_vllm(
-    model: Path, names: Sequence[str], adapters: Mapping[str, Path], port: int, arguments: Sequence[str]
-) -> subprocess.Popen[bytes]:
+def start_vllm(model: Path, names: Sequence[str], adapters: Mapping[str, Path], port: int, arguments: Sequence[str]) -> Process:
     """Starts `vllm serve` on loopback and waits until it is up. It ends with this process, however that ends but by SIGKILL.
 
     Raises UserError where it is not installed or ends.
@@ -237,7 +225,7 @@ def start_vllm(
     raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: Process) -> None:
     """Ends the engine with all that it started: it is asked to, then killed, at once where a second signal comes meanwhile."""
     try:
         process.terminate()

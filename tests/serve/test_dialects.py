@@ -115,7 +115,7 @@ def test_openai_is_written():
 def test_openai_is_streamed():
     stream = openai_api.EventWriter(ChatRequest("tiny", MESSAGES, Sampling(), stream=True, usage_in_stream=True), "id")
     head = '{"id": "chatcmpl-id", "object": "chat.completion.chunk", "created": 1700000000, "model": "tiny", '
-    parts = lines([*stream.begin(), *stream.piece("a\n", USAGE), *stream.piece("", USAGE), *stream.end("b", "length", USAGE)])
+    parts = lines([*stream.piece("a\n", None, USAGE), *stream.piece("", None, USAGE), *stream.piece("b", "length", USAGE)])
     rest = '"logprobs": null}], "usage": null}'
     assert parts[:4] == [
         f'data: {head}"choices": [{{"index": 0, "delta": {{"role": "assistant", "content": ""}}, "finish_reason": null, {rest}',
@@ -126,7 +126,7 @@ def test_openai_is_streamed():
     assert json.loads(parts[4][6:])["usage"] == openai_api.write_usage(USAGE) and json.loads(parts[4][6:])["choices"] == []
     assert parts[5:] == ["data: [DONE]"]
     plain = openai_api.EventWriter(ChatRequest("tiny", MESSAGES, Sampling(), stream=True, usage_in_stream=False), "id")
-    assert "usage" not in "".join([*plain.begin(), *plain.end("b", "stop", USAGE)])
+    assert "usage" not in "".join(plain.piece("b", "stop", USAGE))
     failed = lines(stream.fail(ApiError(504, "timeout", "too slow")))
     assert failed == [
         'data: {"error": {"message": "too slow (request id)", "type": "server_error", "param": null, "code": "timeout"}}'
@@ -148,7 +148,7 @@ def test_dashscope_is_written():
 def test_dashscope_is_streamed(increments, texts):
     chat = ChatRequest("tiny", MESSAGES, Sampling(), stream=True, increments=increments)
     stream = dashscope_api.EventWriter(chat, "id")
-    parts = lines([*stream.begin(), *stream.piece("a", USAGE), *stream.piece("", USAGE), *stream.end("b", "stop", USAGE)])
+    parts = lines([*stream.piece("a", None, USAGE), *stream.piece("", None, USAGE), *stream.piece("b", "stop", USAGE)])
     written = [dashscope_api.write_answer(chat, "id", text, end, USAGE) for text, end in zip(texts, ("null", "stop"), strict=True)]
     assert parts == [
         f"id:{number}\nevent:result\n:HTTP_STATUS/200\ndata:{json.dumps(body, ensure_ascii=False)}"

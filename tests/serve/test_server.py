@@ -223,6 +223,16 @@ def test_a_connection_without_the_head_of_a_request_is_closed(served, monkeypatc
     assert ask(served, question("read", CHARTS[0]), max_tokens=200).status_code == 200
 
 
+def test_a_request_under_way_is_not_one_without_a_head(served, monkeypatch):
+    """Its body may come later than a head may."""
+    monkeypatch.setattr("qwenvl_ft.serve.timeouts.HEAD_SECONDS", 0.2)
+    request = pipelined(CHAT, json.dumps({"messages": question("hi"), "max_tokens": 1}).encode())
+    with send_raw(served, request[:-5]) as connection:
+        time.sleep(0.5)
+        connection.sendall(request[-5:])
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+
+
 def send_raw(served, *pieces: bytes) -> socket.socket:
     """A connection that has sent this; it takes little at a time."""
     connection = socket.socket()
