@@ -63,30 +63,28 @@ class _Batch:
 
     def join(self, request: Request, cache: Any, token: int, position: int, device: Any) -> None:
         mask = torch.ones(1, cache.get_seq_length(), dtype=torch.long, device=device)
+        next_B, last_B = torch.tensor([position], device=device), torch.tensor([token], device=device)
         if self.requests:
             for mine, other in zip(self.cache.layers, cache.layers, strict=True):
                 mine.keys, mine.values = _stack(mine.keys, other.keys), _stack(mine.values, other.values)
             width = max(self.mask_BS.shape[1], mask.shape[1])
             mask = torch.cat([functional.pad(rows, (width - rows.shape[1], 0)) for rows in (self.mask_BS, mask)])
-            cache = self.cache
-        self.cache, self.mask_BS = cache, mask
-        self.next_B = torch.cat([self.next_B.to(device), torch.tensor([position], device=device)])
-        self.last_B = torch.cat([self.last_B.to(device), torch.tensor([token], device=device)])
+            cache, next_B, last_B = self.cache, torch.cat([self.next_B, next_B]), torch.cat([self.last_B, last_B])
+        self.cache, self.mask_BS, self.next_B, self.last_B = cache, mask, next_B, last_B
         self.requests.append(request)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops every other request, and the columns that only they needed."""
         if len(rows) == len(self.requests):
             return
-        at = torch.tensor(rows, dtype=torch.long, device=self.mask_BS.device)
         self.requests = [self.requests[row] for row in rows]
-        self.next_B, self.last_B = self.next_B[at], self.last_B[at]
         if not rows:
             self.cache = None
             return
+        at = torch.tensor(rows, device=self.mask_BS.device)
         mask = self.mask_BS[at]
         start = int(mask.any(0).int().argmax())
-        self.mask_BS = mask[:, start:]
+        self.mask_BS, self.next_B, self.last_B = mask[:, start:], self.next_B[at], self.last_B[at]
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[at, :, start:], layer.values[at, :, start:]
 

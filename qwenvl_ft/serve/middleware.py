@@ -87,7 +87,7 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        connection = scope.get("state", {}).get("connection")
+        connection = scope.get("state", {}).get("connection")  # uvicorn's with a TimeoutProtocol only
         with connection.request() if connection else nullcontext():
             await self.answer(scope, receive, send)
 

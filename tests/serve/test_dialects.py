@@ -217,14 +217,23 @@ def form(**fields: bytes) -> bytes:
     )
 
 
-def test_a_form_is_read_to_the_byte():
+def test_a_form_is_read_to_the_byte(monkeypatch):
     content = b"\x89PNG\r\n\r\n--Y\r\n\x00"
     fields = read_form(form(key="uploads/图表.png".encode(), file=content) + b"--X--\r\n", 'multipart/form-data; boundary="X"')
     assert fields == {"key": "uploads/图表.png".encode(), "file": content}
     assert read_form(form(file=content).replace(b'"file"', b"file") + b"--X--\r\n", "multipart/form-data; boundary=X") == {
         "file": content
     }
-    assert refusal(lambda: read_form(b"", "application/json")).status == 400
+    big = content * 100_000  # python-multipart puts a file of more than a MiB onto the disk unless it is told not to
+    named = form(file=big).replace(b'"file"', b'"file"; filename="a.png"') + b"--X--\r\n"
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", None)
+        assert read_form(named, "multipart/form-data; boundary=X") == {"file": big}
+    assert read_form(named[:-20], "multipart/form-data; boundary=X") == {}, "half a file is none"
+    for body, kind in ((b"", "application/json"), (b"key=a", "application/x-www-form-urlencoded"), (named, "multipart/form-data")):
+        assert refusal(lambda body=body, kind=kind: read_form(body, kind)).status == 400
+    endless = b"--X\r\nContent-Disposition: " + b"a" * 10**6
+    assert refusal(lambda: read_form(endless, "multipart/form-data; boundary=X")).status == 400
     many = form(**{f"f{number}": b"" for number in range(FIELDS)}) + b"--X--\r\n"
     assert refusal(lambda: read_form(many, "multipart/form-data; boundary=X")).status == 400
 
