@@ -226,9 +226,8 @@ def test_a_form_is_read_to_the_byte(monkeypatch):
     }
     big = content * 100_000  # python-multipart puts a file of more than a MiB onto the disk unless it is told not to
     named = form(file=big).replace(b'"file"', b'"file"; filename="a.png"') + b"--X--\r\n"
-    with monkeypatch.context() as patch:
-        patch.setattr("tempfile.TemporaryFile", None)
-        assert read_form(named, "multipart/form-data; boundary=X") == {"file": big}
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", None)
+    assert read_form(named, "multipart/form-data; boundary=X") == {"file": big}
     assert read_form(named[:-20], "multipart/form-data; boundary=X") == {}, "half a file is none"
     for body, kind in ((b"", "application/json"), (b"key=a", "application/x-www-form-urlencoded"), (named, "multipart/form-data")):
         assert refusal(lambda body=body, kind=kind: read_form(body, kind)).status == 400
