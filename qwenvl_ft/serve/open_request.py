@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import TypeVar
 
 from qwenvl_ft.data.fetch import fetch
-from qwenvl_ft.data.videos import Allowance, Picture
+from qwenvl_ft.data.records import Part, Picture, Turn
+from qwenvl_ft.data.videos import Allowance
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.infer.messages import Message, read_messages
+from qwenvl_ft.infer.messages import read_messages
 from qwenvl_ft.serve.api import ApiError, Bounds, ChatRequest
 from qwenvl_ft.serve.uploads import Uploads
 
@@ -29,7 +30,7 @@ class Opener:
         self.bounds, self.uploads, self.hosts = bounds, uploads, frozenset(hosts)
         self.threads = ThreadPoolExecutor(THREADS, "opener")
 
-    async def open(self, chat: ChatRequest, until: float, then: Callable[[list[Message]], T]) -> T:
+    async def open(self, chat: ChatRequest, until: float, then: Callable[[list[Turn]], T]) -> T:
         """What `then` makes of the messages once their pictures are open, in the same thread. Raises ApiError."""
         queued = [chat]
         try:
@@ -39,14 +40,14 @@ class Opener:
             queued.clear()  # the threads' queue keeps what it was given, also where nobody waits any more
             raise
 
-    def _messages(self, chat: ChatRequest, until: float) -> list[Message]:
+    def _messages(self, chat: ChatRequest, until: float) -> list[Turn]:
         bounds = self.bounds
         try:
             allowance = Allowance(bounds.pictures, bounds.picture_pixels, bounds.pixels, until)
             messages = read_messages(chat.messages, self._read, allowance)
         except UserError as error:
             raise invalid_messages(error) from error
-        letters = sum(len(part) for message in messages for part in message.parts if isinstance(part, str))
+        letters = sum(len(message.text) for message in messages)
         if letters > 16 * bounds.prompt_tokens:  # no text that a model reads has so many to a token: it is not even counted
             what = f"the text has {letters} letters, more than {bounds.prompt_tokens} tokens can hold"
             raise ApiError(400, "prompt_too_long", what)
@@ -69,7 +70,7 @@ class Opener:
         self.threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _bounded(part: T, chat: ChatRequest) -> T:
+def _bounded(part: Part, chat: ChatRequest) -> Part:
     """A picture without bounds of its own has the request's."""
     if not isinstance(part, Picture) or part.min_pixels or part.max_pixels:
         return part

@@ -8,10 +8,9 @@ from functools import partial
 from typing import Any
 
 from qwenvl_ft.data.geometry import Limits, grid_of, tokens_of
-from qwenvl_ft.data.videos import Picture
+from qwenvl_ft.data.records import Picture, Turn
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine
-from qwenvl_ft.infer.messages import Message
 from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, unknown_model
 from qwenvl_ft.serve.backend import AnswerStream
 from qwenvl_ft.serve.batching import Batcher, Request
@@ -55,7 +54,7 @@ class TransformersBackend:
         self.batcher.submit(request)
         return answer
 
-    def _inputs(self, engine: Engine, messages: Sequence[Message]) -> tuple[Any, Usage]:
+    def _inputs(self, engine: Engine, messages: Sequence[Turn]) -> tuple[Any, Usage]:
         try:
             self._check_pictures(messages, engine.limits("image"))
             with self.processing:
@@ -71,12 +70,12 @@ class TransformersBackend:
             raise ApiError(400, "prompt_too_long", f"{what}; at most {self.bounds.prompt_tokens} are taken")
         return inputs, usage
 
-    def _check_pictures(self, messages: Sequence[Message], limits: Limits) -> None:
+    def _check_pictures(self, messages: Sequence[Turn], limits: Limits) -> None:
         """Raises ApiError for more tokens of pictures than a prompt may have, before gigabytes are made of them."""
         tokens = 0
-        for picture in (part for message in messages for part in message.parts if isinstance(part, Picture)):
+        for picture in (medium for message in messages for medium in message.media if isinstance(medium, Picture)):
             own = replace(limits, max_pixels=min(picture.max_pixels or limits.max_pixels, limits.max_pixels))
-            tokens += tokens_of(grid_of(picture.image.height, picture.image.width, own), limits.merge_size)
+            tokens += tokens_of(grid_of(picture.height, picture.width, own), limits.merge_size)
         if tokens > self.bounds.prompt_tokens:
             what = f"the pictures have {tokens} tokens; a prompt may have {self.bounds.prompt_tokens}"
             raise ApiError(400, "prompt_too_long", what)

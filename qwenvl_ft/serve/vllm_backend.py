@@ -9,7 +9,6 @@ import base64
 import json
 import logging
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -26,17 +25,16 @@ import httpx
 from PIL import Image
 
 from qwenvl_ft.data.geometry import Limits
-from qwenvl_ft.data.videos import Film, Part, Picture, bounded
+from qwenvl_ft.data.pictures import bounded, opened
+from qwenvl_ft.data.records import Part, Picture, Turn, Video, as_text
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import VLLM_RANKS
 from qwenvl_ft.folders.model import read_model_json
-from qwenvl_ft.infer.messages import Message
 from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, unknown_model
 from qwenvl_ft.serve.backend import AnswerStream
 from qwenvl_ft.serve.open_request import Opener, invalid_messages
 
 log = logging.getLogger("qwenvl_ft.serve")
-CONTROL_TOKEN = re.compile(r"<\|(?=\w+\|>)")
 Process = subprocess.Popen[bytes]
 START_SECONDS = 1800  # a large model is read from a slow disk
 STOP_SECONDS = 15
@@ -83,7 +81,7 @@ class VllmBackend:
         task = asyncio.create_task(self._relay(response, answer))
         return answer
 
-    def _write(self, model: str, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    def _write(self, model: str, messages: Sequence[Turn]) -> list[dict[str, Any]]:
         limits, base = self.limits.get(model), next(iter(self.limits.values()), None)
         fitting = (replace(message, parts=tuple(sized(part, limits, base) for part in message.parts)) for message in messages)
         return [*map(write_message, fitting)]
@@ -134,15 +132,15 @@ def write_request(chat: ChatRequest, messages: Sequence[dict[str, Any]]) -> dict
     return {key: value for key, value in body.items() if value is not None}
 
 
-def write_message(message: Message) -> dict[str, Any]:
-    """A message in OpenAI's form, its control tokens plain text, its pictures PNG, a film vLLM's frames in one URL."""
+def write_message(message: Turn) -> dict[str, Any]:
+    """A message in OpenAI's form, its control tokens plain text, its pictures PNG, a video vLLM's frames in one URL."""
     parts: list[dict[str, Any]] = []
     for part in message.parts:
         if isinstance(part, str):
-            parts.append({"type": "text", "text": CONTROL_TOKEN.sub("<\u200b|", part)})
+            parts.append({"type": "text", "text": as_text(part)})
         elif isinstance(part, Picture):
-            parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(part.image)}"}})
-        elif isinstance(part, Film):
+            parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(opened(part))}"}})
+        else:
             frames = ",".join(map(_png, part.frames))
             rate = part.fps * len(part.frames) / part.num_frames
             # jpeg is vLLM's only word for a list of frames; it reads what a frame is from its bytes, and PNG loses nothing.
@@ -160,11 +158,11 @@ def sized(part: Part, limits: Limits | None, base: Limits | None) -> Part:
     if isinstance(part, str):
         return part
     bounds = bool(part.min_pixels or part.max_pixels)
-    if bounds and (limits is None or isinstance(part, Film)):
+    if bounds and (limits is None or isinstance(part, Video)):
         raise ApiError(
             400, "invalid_messages", f"this engine takes no min_pixels and max_pixels for {part.kind}s: send them smaller"
         )
-    if isinstance(part, Film) or not limits or not (bounds or limits != base):
+    if isinstance(part, Video) or not limits or not (bounds or limits != base):
         return part
     own = replace(part, min_pixels=part.min_pixels or limits.min_pixels, max_pixels=part.max_pixels or limits.max_pixels)
     try:

@@ -169,7 +169,10 @@ def test_an_adapter_of_the_tower_must_be_merged_first(adapter, modules, on):
 @pytest.mark.parametrize(("settings", "rank"), [({"use_dora": True}, 4), ({"modules_to_save": ["lm_head"]}, 4), ({}, 600)])
 def test_more_than_plain_lora_must_be_merged_first(adapter, model, settings, rank):
     save_file(lora(LAYER, rank=rank), adapter / "adapter_model.safetensors")
-    write(adapter, adapter_config__json={"peft_type": "LORA", "r": rank, "lora_alpha": 8, "base_model_name_or_path": str(model), **settings})
+    write(
+        adapter,
+        adapter_config__json={"peft_type": "LORA", "r": rank, "lora_alpha": 8, "base_model_name_or_path": str(model), **settings},
+    )
     assert "does not take" in examine(adapter).facts["vLLM"] and "merge first" in examine(adapter).facts["vLLM"]
 
 
