@@ -178,6 +178,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         if not whole:  # learning_rate 1e-4 is one mistake, not two
             pair = [word for word in words if word != "="]
             fix = f"write {pair[0].lstrip('-').replace('-', '_')}={pair[1]}" if len(pair) == 2 else "write key=value"
+            if pair[0].endswith((".yaml", ".yml")):
+                fix = f"write --config {pair[0]}"
             problems.append(Problem(" ".join(words), "is not an override", fix))
             continue
         for override in words:
@@ -204,6 +206,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The values of the file and the place of each key, as file:line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        fix = "give yours with --config FILE; `qwenvl-ft init` writes a lora.yaml that explains every key"
+        raise UserError(Problem(str(path), "is not there", fix)) from None
     except (OSError, UnicodeDecodeError):
         raise UserError(Problem(str(path), "cannot be read as a text file", "give a config such as configs/lora.yaml")) from None
     try:

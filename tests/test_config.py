@@ -113,12 +113,16 @@ def test_a_file_without_settings_and_no_file_are_named(complaints, tmp_path):
     for text in ("", "- a\n", "model\n", "# only a comment\n"):
         assert complaints(text, required="")[0][1] == "holds no settings"
     (tmp_path / "gbk.yaml").write_bytes(REQUIRED.encode() + b"run_name: \xb5\xc4\n")
-    for path in (tmp_path / "gbk.yaml", tmp_path / "no.yaml", tmp_path):
+    for path in (tmp_path / "gbk.yaml", tmp_path):
         with pytest.raises(UserError) as error:
             load_config(path)
         assert error.value.problems == (
             Problem(str(path), "cannot be read as a text file", "give a config such as configs/lora.yaml"),
         )
+    with pytest.raises(UserError) as error:
+        load_config(tmp_path / "no.yaml")
+    (problem,) = error.value.problems
+    assert (problem.where, problem.what) == (str(tmp_path / "no.yaml"), "is not there") and "`qwenvl-ft init`" in problem.fix
 
 
 def test_every_key_of_a_peer_is_answered_with_ours(complaints):

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qwenvl_ft.cli.options import ConfigFile, DataDir, Json, Meta, Overrides
+from qwenvl_ft.cli.options import LORA_YAML, ConfigFile, DataDir, Json, Meta, Overrides, read_settings
 from qwenvl_ft.console import counting, draw_counts, draw_plan, print_drawing, print_json, print_line, print_problems, save_svg
 from qwenvl_ft.data.show import draw_record, facts_of
 from qwenvl_ft.errors import Problem, UserError
@@ -96,17 +96,15 @@ def show(
         save_svg(draw_record(scripts[-1], chat), svg)
 
 
-def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def plan(overrides: Overrides = None, config: ConfigFile = LORA_YAML, as_json: Json = False) -> None:
     """Show what a training run would do: records, packed rows and how full they are, what is left out and why, steps.
 
     Example: qwenvl-ft plan --config configs/demo.yaml
     """
-    from qwenvl_ft.config import load_config
     from qwenvl_ft.data.prepare import prepare
     from qwenvl_ft.folders.runs import check_output_dir
-    from qwenvl_ft.hub.download import with_local_model
 
-    settings = with_local_model(load_config(config, overrides or []), (lambda line: None) if as_json else print_line)
+    settings = read_settings(config, overrides, (lambda line: None) if as_json else print_line)
     check_output_dir(settings.output_dir)
     with counting("reading records") as on_record:
         prepared = prepare(settings, on_record=on_record)

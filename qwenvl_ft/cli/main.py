@@ -11,15 +11,15 @@ from typing import Annotated
 import typer
 
 import qwenvl_ft
-from qwenvl_ft.cli import data, hub, model, serve
+from qwenvl_ft.cli import data, hub, init, model, serve
 from qwenvl_ft.console import print_line, print_problems
 from qwenvl_ft.errors import UserError
 
 app = typer.Typer(
     name="qwenvl-ft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-    help="LoRA fine-tuning for Qwen-VL models: validate-meta, show and plan before the GPU; train; eval, export and ask after.",
+    help="LoRA fine-tuning for Qwen-VL models: init, validate-meta, show, plan before the GPU; train; eval, export, ask after.",
 )  # fmt: skip
-for command in (data.validate_meta, data.show, data.plan,
+for command in (init.init, data.validate_meta, data.show, data.plan,
                 model.train, model.evaluate, model.export, model.ask, hub.download, hub.doctor,
                 serve.serve):  # fmt: skip
     # Of `--learning_rate 1e-4` the config says what to write; click would say "no such option".

@@ -7,20 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from qwenvl_ft.cli.options import Adapter, ConfigFile, DataDir, Json, Meta, ModelArgument, Overrides
+from qwenvl_ft.cli.options import LORA_YAML, Adapter, ConfigFile, DataDir, Json, Meta, ModelArgument, Overrides, read_settings
 from qwenvl_ft.console import counting, draw_counts, print_drawing, print_json, print_line
 from qwenvl_ft.errors import UserError
 
 
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
+def train(overrides: Overrides = None, config: ConfigFile = LORA_YAML) -> None:
     """Train LoRA. The same as: accelerate launch train.py --config FILE [key=value ...]
 
     Example: qwenvl-ft train --config configs/demo.yaml output_dir=runs/first learning_rate=5e-5
     """
-    from qwenvl_ft.config import load_config
-    from qwenvl_ft.hub.download import with_local_model
-
-    settings = with_local_model(load_config(config, overrides or []), print_line)
+    settings = read_settings(config, overrides, print_line)
     from qwenvl_ft.train.loop import train as run
 
     run(settings)
@@ -133,14 +130,12 @@ def ask(
 
     Example: qwenvl-ft ask data/tiny --image data/sample/images/two_col_103562.png "read"
     """
-    if questions and (question or image or video or not out):
-        raise typer.BadParameter("it takes --out, and no question, --image or --video", param_hint="--jsonl")
-    if out and not questions:
-        raise typer.BadParameter("it is where the answers to --jsonl go", param_hint="--out")
+    if bool(questions) != bool(out) or (questions and (question or image or video)):
+        raise typer.BadParameter("they go together, without a question, --image or --video", param_hint="--jsonl and --out")
     from qwenvl_ft.infer.engine import check_folders
 
     check_folders(model, [adapter] if adapter else [])
-    if questions:
+    if questions and out:
         from qwenvl_ft.infer.batch_file import answer_file, read_questions
 
         lines = read_questions(questions)
@@ -155,7 +150,7 @@ def ask(
         return
     from qwenvl_ft.infer.engine import Engine
 
-    media = [{"type": "image", "image": source} for source in image or []]
+    media: list[dict[str, Any]] = [{"type": "image", "image": source} for source in image or []]
     media += [{"type": "video", "video": source} | ({"fps": fps} if fps else {}) for source in video or []]
     engine = Engine.open(model, adapter)
     talk: list[dict[str, Any]] = []

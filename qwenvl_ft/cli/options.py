@@ -1,14 +1,42 @@
-"""The arguments that several commands take."""
+"""The arguments that several commands take, and the settings that plan and train read from theirs."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from qwenvl_ft.config import Config, load_config
+from qwenvl_ft.errors import Problem, UserError
+
 Meta = Annotated[Path, typer.Argument(help="The meta-file: a JSON array or JSON lines of conversations.")]
 DataDir = Annotated[Path, typer.Option("--data-dir", help="The folder that the <img> tags' file names are resolved against.")]
 ModelArgument = Annotated[Path, typer.Argument(help="The model's folder.")]
-ConfigFile = Annotated[Path, typer.Option("--config", help="The settings, such as configs/lora.yaml.")]
+ConfigFile = Annotated[Path, typer.Option("--config", help="The settings; `qwenvl-ft init` writes a lora.yaml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for a program.")]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="The output_dir of a training run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings in place of the file's: key=value ...")]
+
+LORA_YAML = Path("lora.yaml")  # what --config is where it is not given
+
+
+def read_settings(config: Path, overrides: list[str] | None, say: Callable[[str], None]) -> Config:
+    """The settings, with a folder for their model. Raises UserError with all that they name and that is not there."""
+    from qwenvl_ft.hub.clients import read_source
+    from qwenvl_ft.hub.download import with_local_model
+
+    settings = load_config(config, overrides or [])
+    problems = []
+    for key in ("train_meta_file", "train_data_dir", "eval_meta_file", "eval_data_dir"):
+        path = getattr(settings, key)
+        if path and not path.exists():
+            of = "file of conversations" if key.endswith("file") else "folder of pictures"
+            problems.append(Problem(f"{key}: {path}", "is not there", f"put your {of} there, or set {key} to where it is"))
+    try:
+        if not problems or read_source(str(settings.model)) is None:  # nothing is downloaded for a run that could not begin
+            settings = with_local_model(settings, say)
+    except UserError as error:
+        problems = [*error.problems, *problems]
+    if problems:
+        raise UserError(*problems)
+    return settings
