@@ -21,9 +21,11 @@ class FakeHub:
         self.commits = {FIRST: files}
         self.branch = FIRST
         self.cut: dict[str, int] = {}  # name -> bytes after which the connection breaks, every time
+        self.stalled: set[str] = set()  # names after whose cut the line hangs, which `reached` tells, until `released`
+        self.reached, self.released = threading.Event(), threading.Event()
         self.flipped: set[str] = set()  # names that arrive with another byte
         self.unhashed: set[str] = set()  # names that ModelScope lists without a Sha256
-        self.asked: list[tuple[str, str | None]] = []  # (name, Range header) of every file request
+        self.asked: list[tuple[str, str | None]] = []  # (name, Range header) of every file that was asked for
         self.refusal: tuple[int, dict[str, str]] | None = None  # (status, headers) of every file request
         self.elsewhere = False  # whether files come by way of a redirect to another host, as from a CDN
         self.secrets: list[str | None] = []  # Authorization or Cookie of every request to that other host
@@ -41,6 +43,7 @@ class FakeHub:
         return self.commits[self.branch]
 
     def close(self) -> None:
+        self.released.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -55,6 +58,12 @@ def blob_id(content: bytes) -> str:
 
 def large(name: str) -> bool:
     return name.endswith(".safetensors")
+
+
+def identity(content: bytes, name: str, commit: str) -> dict[str, str]:
+    """The headers in which Hugging Face says what a file is."""
+    etag = hashlib.sha256(content).hexdigest() if large(name) else blob_id(content)
+    return {"X-Repo-Commit": commit, "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -119,12 +128,14 @@ class _Handler(BaseHTTPRequestHandler):
                 ])  # fmt: skip
             return self.json({"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
         if "/".join(parts[:2]) == self.hub.repo and parts[2] == "resolve":
-            return self.file("/".join(parts[4:]), self.hub.commits[self.hub.commit_of(parts[3])])
+            return self.file("/".join(parts[4:]), self.hub.commits[self.hub.commit_of(parts[3])], parts[3])
         return self.json({"error": "?"}, 404)
 
-    def file(self, name: str, files: dict[str, bytes]) -> None:
+    def file(self, name: str, files: dict[str, bytes], commit: str = "") -> None:
+        """Hugging Face says in the headers, to whom asks with HEAD, what the file is; `commit` is its alone."""
         asked = self.headers.get("Range")
-        self.hub.asked.append((name, asked))
+        if self.command != "HEAD":
+            self.hub.asked.append((name, asked))
         if self.hub.refusal:
             status, headers = self.hub.refusal
             return self.json({"error": "no", "Message": "no", "Code": status}, status, headers)
@@ -132,10 +143,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self.json({"error": "Entry not found", "Code": 404}, 404, {"X-Error-Code": "EntryNotFound"})
         if self.hub.elsewhere:
             port = self.hub.server.server_address[1]
-            return self.json({}, 302, {"Location": f"http://localhost:{port}/cdn/{name}?signed=1"})
-        self.content(name, files)
+            there = {"Location": f"http://localhost:{port}/cdn/{name}?signed=1"}
+            return self.json({}, 302, there | (identity(files[name], name, commit) if commit else {}))
+        self.content(name, files, identity(files[name], name, commit) if commit else {})
 
-    def content(self, name: str, files: dict[str, bytes]) -> None:
+    def content(self, name: str, files: dict[str, bytes], headers: dict[str, str] | None = None) -> None:
         asked = self.headers.get("Range")
         whole = files[name]
         if name in self.hub.flipped:
@@ -148,9 +160,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         if asked:
             self.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
+        for header, value in (headers or {}).items():
+            self.send_header(header, value)
         self.end_headers()
         left = self.hub.cut.get(name, len(whole))
-        self.wfile.write(body[: max(0, left - start)])
+        if self.command != "HEAD":
+            self.wfile.write(body[: max(0, left - start)])
+        if name in self.hub.stalled and self.command != "HEAD":
+            self.wfile.flush()
+            self.hub.reached.set()
+            self.hub.released.wait(60)
 
     def token(self) -> str | None:
         """What the client logs in with: Hugging Face's in a header, ModelScope's as a cookie or in a header."""

@@ -23,9 +23,9 @@ from qwenvl_ft.model.load import load_base
 from qwenvl_ft.model.lora import add_lora, trainable
 from qwenvl_ft.serve.api import Bounds
 from qwenvl_ft.serve.app import make_app
-from qwenvl_ft.serve.open_request import Sources
-from qwenvl_ft.serve.timeouts import Impatient
-from qwenvl_ft.serve.transformers_backend import Local
+from qwenvl_ft.serve.open_request import Opener
+from qwenvl_ft.serve.timeouts import TimeoutProtocol
+from qwenvl_ft.serve.transformers_backend import TransformersBackend
 from qwenvl_ft.serve.uploads import Uploads
 from tests.conftest import SAMPLE, TINY
 
@@ -59,7 +59,9 @@ class Served:
         self.listening = socket.create_server(("127.0.0.1", 0))
         self.port = self.listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(app, http=Impatient, ws="none", lifespan="on", log_level="critical", timeout_graceful_shutdown=30)
+        config = uvicorn.Config(
+            app, http=TimeoutProtocol, ws="none", lifespan="on", log_level="critical", timeout_graceful_shutdown=30
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listening]}, daemon=True)
         self.thread.start()
@@ -78,9 +80,9 @@ class Served:
 @contextmanager
 def serving(engines, key=None, bounds=BOUNDS, max_batch=16, max_waiting=64, hosts=(), prefix="", public_url="") -> Iterator[Served]:
     """A server over these engines, stopped at the end."""
-    sources = Sources(Uploads(), frozenset(hosts))
-    backend = Local(engines, bounds, sources, max_batch)
-    served = Served(make_app(backend, bounds, sources.uploads, max_batch + max_waiting, key, prefix, public_url), backend)
+    opener = Opener(bounds, Uploads(), hosts)
+    backend = TransformersBackend(engines, opener, max_batch)
+    served = Served(make_app(backend, bounds, opener.uploads, max_batch + max_waiting, key, prefix, public_url), backend)
     try:
         yield served
     finally:

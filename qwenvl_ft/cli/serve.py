@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -61,10 +62,10 @@ def serve(
         max_body_mib << 20, max_pictures, max_megapixels * 1_000_000, 2 * max_megapixels * 1_000_000,
         max_prompt_tokens, max_answer_tokens, timeout, min(timeout, Bounds.body_seconds),
     )  # fmt: skip
-    from qwenvl_ft.serve.open_request import Sources
+    from qwenvl_ft.serve.open_request import Opener
     from qwenvl_ft.serve.uploads import Uploads
 
-    sources = Sources(Uploads(), frozenset(map(str.lower, allow_host or [])))
+    opener = Opener(bounds, Uploads(), map(str.lower, allow_host or []))
     folders = dict(map(_adapter, adapter or []))
     if (model is None) == (engine_url is None):
         raise typer.BadParameter("give the model's folder, or --engine-url", param_hint="MODEL")
@@ -77,38 +78,32 @@ def serve(
         check_folders(model, folders.values())
     backend: Backend
     if model is None or engine == "vllm":
-        backend = _upstream(model, engine_url, names, folders, engine_arg or [], bounds, sources)
+        backend = _vllm(model, engine_url, names, folders, engine_arg or [], opener)
     else:
         from qwenvl_ft.infer.engine import open_beside
-        from qwenvl_ft.serve.transformers_backend import Local
+        from qwenvl_ft.serve.transformers_backend import TransformersBackend
 
         engines = open_beside(model, folders)
-        base = engines.pop(None)
-        backend = Local({**dict.fromkeys(names, base), **engines}, bounds, sources, max_batch)
+        named = dict.fromkeys(names, engines[None]) | {name: engines[name] for name in folders}
+        backend = TransformersBackend(named, opener, max_batch)
     from qwenvl_ft.serve.app import make_app
 
     root = "/" + root_path.strip("/") if root_path.strip("/") else ""
-    places = max_batch + max_waiting
-    app = make_app(backend, bounds, sources.uploads, places, key, root, public_url)
-    _run(app, listening, timeout, list(backend.names), places)
+    max_requests = max_batch + max_waiting
+    app = make_app(backend, bounds, opener.uploads, max_requests, key, root, public_url)
+    _run(app, listening, timeout, backend.names, max_requests)
 
 
-def _upstream(
-    model: Path | None,
-    url: str | None,
-    names: list[str],
-    adapters: dict[str, Path],
-    arguments: list[str],
-    bounds: Bounds,
-    sources: Any,
+def _vllm(
+    model: Path | None, url: str | None, names: list[str], adapters: dict[str, Path], arguments: list[str], opener: Any
 ) -> Any:
     """vLLM at `url`, or started for `model`."""
     from qwenvl_ft.data.geometry import read_limits
     from qwenvl_ft.folders.runs import holds_processor, run_folder_of
-    from qwenvl_ft.serve.vllm_backend import Upstream, start_vllm
+    from qwenvl_ft.serve.vllm_backend import VllmBackend, start_vllm
 
     if model is None:
-        return Upstream(url or "", bounds, sources)
+        return VllmBackend(url or "", opener)
     limits = dict.fromkeys(names, read_limits(model))
     limits |= {
         name: read_limits(own if holds_processor(own := run_folder_of(folder)) else model) for name, folder in adapters.items()
@@ -116,19 +111,19 @@ def _upstream(
     with _bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     process = start_vllm(model, names, adapters, port, arguments)
-    return Upstream(f"http://127.0.0.1:{port}", bounds, sources, process, limits)
+    return VllmBackend(f"http://127.0.0.1:{port}", opener, process, limits)
 
 
-def _run(app: Any, listening: socket.socket, timeout: float, names: list[str], places: int) -> None:
+def _run(app: Any, listening: socket.socket, timeout: float, names: Sequence[str], max_requests: int) -> None:
     """Serves until SIGTERM or SIGINT; then what has begun is finished, and nothing else begins."""
     import uvicorn
 
-    from qwenvl_ft.serve.timeouts import Impatient
+    from qwenvl_ft.serve.timeouts import TimeoutProtocol
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     config = uvicorn.Config(
-        app, http=Impatient, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
-        limit_concurrency=places + 2 * SPARE_CONNECTIONS, timeout_graceful_shutdown=int(timeout) + 15,
+        app, http=TimeoutProtocol, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
+        limit_concurrency=max_requests + 2 * SPARE_CONNECTIONS, timeout_graceful_shutdown=int(timeout) + 15,
     )  # fmt: skip
     host, port = listening.getsockname()[:2]
     print_line(f"{', '.join(names)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 and /api/v1; stop with Ctrl-C")

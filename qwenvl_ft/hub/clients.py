@@ -1,22 +1,26 @@
-"""The two hubs behind one face: list a repository at a pinned revision, bring one file of it, push a folder.
+"""The two hubs behind one face: list a repository at a pinned commit, bring files of it, push a folder.
 
-The hubs' own clients do the talking: endpoints, tokens and proxies are theirs (HF_ENDPOINT, MODELSCOPE_ENDPOINT, HF_HUB_OFFLINE),
-and so are the progress bars. Whatever they raise comes out as a UserError, but for what this machine's disk refuses: an OSError.
+The hubs' own clients do the work: endpoints, tokens, proxies, retries and progress bars are theirs (HF_ENDPOINT,
+MODELSCOPE_ENDPOINT, HF_HUB_OFFLINE), and so is the check of what arrives. Whatever they raise comes out as a UserError, but
+for what this machine's disk refuses: an OSError.
 """
 
 import errno
+import glob
+import logging
 import re
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import NamedTuple
 
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.whole import sha256
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-LATER = "run the same command again: it goes on where it stopped"
+LATER = "run the same command again: it brings what is missing"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OF_THE_DISK = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -30,91 +34,93 @@ class Unreachable(Barred):
 
 
 class Wanted(NamedTuple):
-    """What a hub says of a file. `sha256` is None where it knows only git's own name of the content, `blob` (a sha1)."""
+    """What a hub says of a file. Hugging Face knows a `sha256` of large files only, but has a hash of all to check them by."""
 
     size: int
     sha256: str | None
-    blob: str | None
+    hashed: bool
 
-    @property
-    def hash(self) -> str | None:
-        """What the hub lists to check the content by; None if that is the size alone."""
-        return self.sha256 or self.blob
-
-
-class Hub(Protocol):
-    """`fetch` writes at least what is missing of `target` and may leave it wrong: whoever calls it looks.
-
-    `then` is what the user should do once what kept an upload from succeeding is mended.
-    """
-
-    def listing(self, repo: str, revision: str | None) -> tuple[str, dict[str, Wanted]]:
-        """(the commit that the revision names today, the files at it)."""
-
-    def fetch(self, repo: str, commit: str, name: str, wanted: Wanted, target: Path) -> None:
-        """Brings one file; goes on from what an earlier try left, which must not be longer than the file."""
-
-    def claim(self, repo: str, then: str) -> None:
-        """Makes the repository, for its owner's eyes only, if it is not there. Raises UserError if it may not be written to."""
-
-    def upload_command(self, repo: str, folder: Path) -> list[str]:
-        """What the hub's own tool does the same with."""
-
-    def push(self, repo: str, folder: Path, then: str) -> None:
-        """Uploads every file of the folder to a claimed repository."""
+    def is_at(self, path: Path) -> bool:
+        """Whether the file has that size, and that sha256 if there is one; reads every byte."""
+        return path.is_file() and path.stat().st_size == self.size and self.sha256 in (None, sha256(path))
 
 
 class ModelScope:
-    """Its client resumes, retries and checks sha256 itself."""
+    """Its client checks the sha256 of what comes, resumes in the middle of a file and tries again, all by itself."""
+
+    tool, log_in = "modelscope", "modelscope login"
 
     def __init__(self) -> None:
         from modelscope_hub import HubApi, HubConfig  # not `modelscope`, which takes ten times as long to import
 
+        logging.getLogger("modelscope_hub.download").addFilter(_no_error)  # which we say
         self.api = HubApi(HubConfig())
 
     def listing(self, repo: str, revision: str | None) -> tuple[str, dict[str, Wanted]]:
-        """A branch is pinned to the commit of its newest file, if the hub lists the same files there; else it stays a branch
-        and the files' hashes are what is pinned."""
+        """(the commit that the revision names today, the files at it).
+
+        A branch is pinned to the commit of its newest file, if the hub lists the same files there; else it stays a branch and
+        the files' hashes are what is pinned.
+        """
         branch = revision or "master"
         with _told(repo, branch):
-            entries = self._entries(repo, branch)
-            newest = max(entries, key=lambda entry: entry.get("CommittedDate") or 0, default={}).get("Revision") or ""
-            files = _wanted(entries)
-            if COMMIT.fullmatch(branch) or not COMMIT.fullmatch(newest):
-                return branch, files
-            return (newest if _wanted(self._entries(repo, newest)) == files else branch), files
+            files, newest = self._files(repo, branch)
+            pinned = COMMIT.fullmatch(newest) and not COMMIT.fullmatch(branch) and self._files(repo, newest)[0] == files
+        return newest if pinned else branch, files
 
-    def _entries(self, repo: str, revision: str) -> list[dict[str, Any]]:
-        """The hub's own words: the client's tidy ones leave the commits out."""
-        return [entry for entry in self.api.legacy.list_repo_files(repo, "model", revision) if entry.get("Type") != "tree"]
+    def _files(self, repo: str, revision: str) -> tuple[dict[str, Wanted], str]:
+        """(the files, the commit of the newest), in the hub's own words: the client's tidy ones leave the commits out."""
+        entries = [of for of in self.api.legacy.list_repo_files(repo, "model", revision) if of.get("Type") != "tree"]
+        files = {of["Path"]: Wanted(int(of["Size"]), of.get("Sha256") or None, bool(of.get("Sha256"))) for of in entries}
+        return files, max(entries, key=lambda of: of.get("CommittedDate") or 0, default={}).get("Revision") or ""
 
-    def fetch(self, repo: str, commit: str, name: str, wanted: Wanted, target: Path) -> None:
-        """The client keeps its part beside the target, as name.incomplete."""
-        root = target.parents[len(PurePosixPath(name).parts) - 1]
-        with _told(repo, commit, name):
-            self.api.download_file(
-                repo, "model", name, revision=commit, local_dir=root, expected_sha256=wanted.sha256, file_size=wanted.size
-            )
+    def lacking(self, repo: str, commit: str, files: dict[str, Wanted], folder: Path) -> set[str]:
+        """Which files are not in the folder as listed. The client's verify_cache would pass over names like .gitattributes."""
+        return {name for name, wanted in files.items() if not wanted.is_at(folder / name)}
 
-    def claim(self, repo: str, then: str) -> None:
-        """Nothing but the upload itself says whether a repository that is there already may be written to."""
+    def fetch(self, repo: str, commit: str, files: dict[str, Wanted], folder: Path) -> list[Problem]:
+        """Brings the files and says what kept some away. What then lies there under its name is right; parts of others may lie
+        beside it, for the next time."""
+        from modelscope_hub.errors import FileDownloadError
+
+        unhashed = [folder / name for name, wanted in files.items() if not wanted.hashed]
+        for piece in {piece for path in unhashed for piece in pieces(path)}:  # nothing would tell if it were another file's
+            piece.unlink()
+        entries = [{"Path": name, "Size": wanted.size, "Sha256": wanted.sha256} for name, wanted in files.items()]
+        failed: dict[str, BaseException] = {}
+        with _told(repo, commit):
+            try:
+                self.api.download_repo(repo, "model", revision=commit, local_dir=folder, file_list=entries)
+            except FileDownloadError as error:
+                failed = error.failed_files
+        problems: list[Problem] = []
+        for name, met in failed.items():
+            said = _in_words(met, f"{repo}@{commit}, {name}")
+            if said is None:
+                raise met
+            problems += said.problems
+            if isinstance(said, Barred):
+                break
+        return problems
+
+    def claim(self, repo: str) -> None:
+        """Makes the repository, for its owner's eyes only, if it is not there, and fails if it may not be written to: of one
+        that is there already only the upload itself says that."""
         from modelscope_hub.errors import AlreadyExistsError
 
-        with _writing(repo, "modelscope login", then), suppress(AlreadyExistsError):
+        with suppress(AlreadyExistsError):
             self.api.whoami()
             self.api.create_repo(repo, "model", visibility="private")
 
-    def upload_command(self, repo: str, folder: Path) -> list[str]:
-        return ["modelscope", "upload", repo, str(folder)]
-
-    def push(self, repo: str, folder: Path, then: str) -> None:
-        """In the client's own batches."""
-        with _writing(repo, "modelscope login", then):
-            self.api.upload_folder(repo, "model", folder, commit_message="Upload the merged model", use_cache=False)
+    def push(self, repo: str, folder: Path) -> None:
+        """Uploads every file of the folder to a claimed repository, in the client's own batches."""
+        self.api.upload_folder(repo, "model", folder, commit_message="Upload the merged model", use_cache=False)
 
 
 class HuggingFace:
-    """Its client checks sizes only. Its snapshot_download starts a file from zero after a kill; `http_get`, below it, does not."""
+    """The same of Hugging Face. Its client checks the size of what comes, and every hash when asked to."""
+
+    tool, log_in = "hf", "hf auth login"
 
     def __init__(self) -> None:
         from huggingface_hub import HfApi
@@ -122,52 +128,53 @@ class HuggingFace:
         self.api = HfApi()
 
     def listing(self, repo: str, revision: str | None) -> tuple[str, dict[str, Wanted]]:
-        """Small files have no sha256 there, but git's name of their content."""
         from huggingface_hub.hf_api import RepoFile
 
         with _told(repo, revision or "main"):
             commit = str(self.api.model_info(repo, revision=revision).sha)
             tree = self.api.list_repo_tree(repo, recursive=True, revision=commit)
             files = [entry for entry in tree if isinstance(entry, RepoFile)]
-        return commit, {
-            file.path: Wanted(file.size, file.lfs.sha256, None) if file.lfs else Wanted(file.size, None, file.blob_id)
-            for file in files
-        }
+        return commit, {file.path: Wanted(file.size, file.lfs.sha256 if file.lfs else None, True) for file in files}
 
-    def fetch(self, repo: str, commit: str, name: str, wanted: Wanted, target: Path) -> None:
-        """Appends to what is there; asks nothing if that is the whole of it."""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.file_download import http_get
-        from huggingface_hub.utils import build_hf_headers
+    def lacking(self, repo: str, commit: str, files: dict[str, Wanted], folder: Path) -> set[str]:
+        """The client looks at all that the folder holds of the repository."""
+        if not any((folder / name).is_file() for name in files):
+            return set(files)
+        with _told(repo, commit):
+            found = self.api.verify_repo_checksums(repo, revision=commit, local_dir=folder)
+        return files.keys() & {*found.missing_paths, *(of["path"] for of in found.mismatches)}
 
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _told(repo, commit, name), target.open("ab") as file:
-            url = hf_hub_url(repo, name, revision=commit, endpoint=self.api.endpoint)
-            http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=wanted.size)
+    def fetch(self, repo: str, commit: str, files: dict[str, Wanted], folder: Path) -> list[Problem]:
+        """One after another, for what a kill cuts has to come again from its start. Raises UserError if one does not come."""
+        for cut in (folder / ".cache").rglob("*.incomplete"):  # which its client would leave lying
+            cut.unlink()
+        only = [glob.escape(name) for name in files]
+        with _told(repo, commit):
+            self.api.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=only, max_workers=1)
+        wrong = sorted(self.lacking(repo, commit, files, folder))
+        for name in wrong:
+            (folder / name).unlink(missing_ok=True)
+        what, fix = "came with another hash than the hub lists", f"{LATER}, or try the other hub"
+        return [Problem(f"{repo}@{commit}, {name}", what, fix) for name in wrong]
 
-    def claim(self, repo: str, then: str) -> None:
+    def claim(self, repo: str) -> None:
         """Its `exist_ok` says yes to whoever may read, so the right to write is asked for beside it."""
-        with _writing(repo, "hf auth login", then):
-            self.api.whoami()
-            self.api.create_repo(repo, exist_ok=True, private=True)
-            self.api.auth_check(repo, write=True)
+        self.api.whoami()
+        self.api.create_repo(repo, exist_ok=True, private=True)
+        self.api.auth_check(repo, write=True)
 
-    def upload_command(self, repo: str, folder: Path) -> list[str]:
-        return ["hf", "upload", repo, str(folder)]
-
-    def push(self, repo: str, folder: Path, then: str) -> None:
+    def push(self, repo: str, folder: Path) -> None:
         """In one commit."""
-        with _writing(repo, "hf auth login", then):
-            self.api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload the merged model")
+        self.api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload the merged model")
 
 
 def pieces(target: Path) -> list[Path]:
-    """What earlier tries left of a file, of either hub: ModelScope's client puts a large one together of several."""
-    ours = re.compile(re.escape(target.name) + r"(\.incomplete|\.parallel_tmp|_\d+_\d+)?")
-    return [path for path in target.parent.glob("*") if ours.fullmatch(path.name) and path.is_file()]
+    """What earlier tries left of a file: it, and what ModelScope's client puts beside it, as NAME.incomplete and the like."""
+    return [path for path in target.parent.glob(f"{glob.escape(target.name)}*") if path.is_file()]
 
 
-HUBS: dict[str, type[ModelScope] | type[HuggingFace]] = {"modelscope": ModelScope, "hf": HuggingFace}
+Hub = ModelScope | HuggingFace
+HUBS: dict[str, type[Hub]] = {"modelscope": ModelScope, "hf": HuggingFace}
 
 
 class Source(NamedTuple):
@@ -197,89 +204,80 @@ def pushable(where: str) -> Source:
 
     Raises UserError if it names none, or one that this user may not write to: said before a merge, not after it.
     """
-    source = _place(where)
-    HUBS[source.hub]().claim(source.repo, "run the same command again")
+    source, hub = _place(where)
+    with _told(source.repo, then="run the same command again", log_in=hub.log_in):
+        hub.claim(source.repo)
     return source
 
 
 def push(where: str, folder: Path) -> None:
     """Uploads a folder to a `pushable` place."""
-    source, hub = _place(where), HUBS[_place(where).hub]()
-    then = f"upload the finished folder: {shlex.join(hub.upload_command(source.repo, folder))}"
-    with redirect_stdout(sys.stderr):  # ModelScope's client prints a report; standard output is for what was asked for
-        hub.push(source.repo, folder, then)
+    source, hub = _place(where)
+    then = f"upload the finished folder: {shlex.join([hub.tool, 'upload', source.repo, str(folder)])}"
+    with redirect_stdout(sys.stderr), _told(source.repo, then=then, log_in=hub.log_in):  # ModelScope's client prints a report
+        hub.push(source.repo, folder)
 
 
-def _place(where: str) -> Source:
+def _place(where: str) -> tuple[Source, Hub]:
     if not (source := read_source(where)) or source.revision:
         raise UserError(Problem(f"--push {where}", "names no repository on a hub", "write modelscope:ORG/NAME or hf:ORG/NAME"))
-    return source
+    return source, HUBS[source.hub]()
 
 
-def _wanted(entries: list[dict[str, Any]]) -> dict[str, Wanted]:
-    return {entry["Path"]: Wanted(int(entry["Size"]), entry.get("Sha256") or None, None) for entry in entries}
+def _no_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
 
 
 @contextmanager
-def _told(repo: str, revision: str, name: str = "", then: str = LATER) -> Iterator[None]:
-    """Says in our words what a hub's client raises."""
+def _told(repo: str, revision: str = "", then: str = LATER, log_in: str = "") -> Iterator[None]:
+    """Says in our words what a hub's client raises; `log_in` is how a user gets the right to write, where that is asked for."""
+    try:
+        yield
+    except Exception as error:
+        if said := _in_words(error, repo + (f"@{revision}" if revision else ""), then, log_in):
+            raise said from error
+        raise
+
+
+def _in_words(error: BaseException, where: str, then: str = LATER, log_in: str = "") -> UserError | None:
+    """None for what no hub's client should raise. Raises what the disk refused, which the clients may wrap."""
     import requests
     from huggingface_hub import errors as hf
     from modelscope_hub import errors as ms
 
-    where = repo + (f"@{revision}" if revision else "") + (f", {name}" if name else "")
+    if isinstance(error, hf.LocalEntryNotFoundError) and error.__cause__:  # it looked here after the hub had failed it
+        error = error.__cause__
+    for met in (error, error.__cause__):
+        if isinstance(met, OSError) and met.errno in OF_THE_DISK:
+            raise met
+    first = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:200]
+    no_answer = hf.HTTPError  # type: ignore[attr-defined]  # of whichever httpx it was made for
     own_tool = "log in with the hub's own tool"
-    try:
-        yield
-    except hf.OfflineModeIsEnabled:
-        fix = "unset it, or give a folder that is complete" if then == LATER else f"unset it, then {then}"
-        raise Unreachable(Problem(where, "HF_HUB_OFFLINE is set", fix)) from None
-    except hf.RevisionNotFoundError:
-        raise _problem(where, "there is no such revision", "name a branch, a tag or a commit of the repository") from None
-    except (hf.GatedRepoError, ms.PermissionDeniedError) as error:
-        raise Barred(Problem(where, "is not open to everyone", f"ask for access on its page, then {own_tool}")) from error
-    except (hf.RepositoryNotFoundError, hf.EntryNotFoundError, ms.NotExistError, ms.AuthenticationError) as error:
-        what = "is not there, or only for those who are logged in"
-        fix = f"check ORG/NAME, capitals too, and the revision; if it is private, {own_tool}"
-        of_all = isinstance(error, hf.RepositoryNotFoundError | ms.AuthenticationError)
-        raise (Barred if of_all else UserError)(Problem(where, what, fix)) from error
-    except (hf.HFValidationError, ms.InvalidParameter) as error:
-        raise _problem(where, f"is refused: {_first_line(error)}", "write ORG/NAME and an existing revision") from error
-    except ms.FileIntegrityError as error:
-        raise _problem(where, f"the hub sends another file than it lists: {_first_line(error)}", LATER) from error
-    except (hf.HTTPError, ms.HubError, requests.RequestException, OSError) as error:
-        if isinstance(error, hf.HfHubHTTPError) and error.response.status_code in (401, 403):
-            raise Barred(Problem(where, f"the hub refuses the token: {_first_line(error)}", f"{own_tool} again")) from error
-        for met in (error, error.__cause__):  # ModelScope's client wraps some of them as errors of the network
-            if isinstance(met, OSError) and met.errno in OF_THE_DISK:
-                raise met from None
-        fix = f"look at the connection, then {then}"
-        raise Unreachable(Problem(where, f"the hub does not answer: {_first_line(error)}", fix)) from error
-
-
-@contextmanager
-def _writing(repo: str, log_in: str, then: str) -> Iterator[None]:
-    """As `_told`; whoever is refused while writing lacks a token that may write, not access to what can be read."""
-    from huggingface_hub import errors as hf
-    from modelscope_hub import errors as ms
-
-    fix = f"log in with a token that may write there (`{log_in}`), then {then}"
-    with _told(repo, "", then=then):
-        try:
-            yield
-        except (hf.LocalTokenNotFoundError, ms.AuthenticationError, ms.PermissionDeniedError) as error:
-            raise _problem(repo, f"may not be written to: {_first_line(error)}", fix) from error
-        except hf.HfHubHTTPError as error:
-            if error.response.status_code not in (401, 403) and not isinstance(error, hf.RepositoryNotFoundError):
-                raise
-            raise _problem(repo, f"may not be written to: {_first_line(error)}", fix) from error
-        except RuntimeError as error:  # ModelScope's client, after several batches that did not arrive
-            raise Unreachable(Problem(repo, f"the upload stopped: {_first_line(error)}", f"wait a little, then {then}")) from error
-
-
-def _problem(where: str, what: str, fix: str) -> UserError:
-    return UserError(Problem(where, what, fix))
-
-
-def _first_line(error: Exception) -> str:
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:200]
+    refused = isinstance(error, hf.HfHubHTTPError) and error.response.status_code in (401, 403)
+    of_a_token = hf.LocalTokenNotFoundError | hf.RepositoryNotFoundError | ms.AuthenticationError | ms.PermissionDeniedError
+    if log_in and (refused or isinstance(error, of_a_token)):  # not access to read is lacking, but a token that may write
+        fix = f"log in with a token that may write there (`{log_in}`), then {then}"
+        return UserError(Problem(where, f"may not be written to: {first}", fix))
+    if log_in and isinstance(error, RuntimeError):  # ModelScope's client, after several batches that did not arrive
+        return Unreachable(Problem(where, f"the upload stopped: {first}", f"wait a little, then {then}"))
+    match error:
+        case hf.OfflineModeIsEnabled():
+            fix = f"unset it, then {then}" if log_in else "unset it, or give a folder that is complete"
+            return Unreachable(Problem(where, "HF_HUB_OFFLINE is set", fix))
+        case hf.RevisionNotFoundError():
+            return UserError(Problem(where, "there is no such revision", "name a branch, a tag or a commit of the repository"))
+        case hf.GatedRepoError() | ms.PermissionDeniedError():
+            return Barred(Problem(where, "is not open to everyone", f"ask for access on its page, then {own_tool}"))
+        case hf.RepositoryNotFoundError() | hf.EntryNotFoundError() | ms.NotExistError() | ms.AuthenticationError():
+            fix = f"check ORG/NAME, capitals too, and the revision; if it is private, {own_tool}"
+            of_all = isinstance(error, hf.RepositoryNotFoundError | ms.AuthenticationError)
+            return (Barred if of_all else UserError)(Problem(where, "is not there, or only for those who are logged in", fix))
+        case hf.HFValidationError() | ms.InvalidParameter():
+            return UserError(Problem(where, f"is refused: {first}", "write ORG/NAME and an existing revision"))
+        case ms.FileIntegrityError():
+            return UserError(Problem(where, f"the hub sends another file than it lists: {first}", LATER))
+        case no_answer() | ms.HubError() | requests.RequestException() | OSError():
+            if refused:
+                return Barred(Problem(where, f"the hub refuses the token: {first}", f"{own_tool} again"))
+            return Unreachable(Problem(where, f"the hub does not answer: {first}", f"look at the connection, then {then}"))
+    return None

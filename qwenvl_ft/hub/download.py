@@ -1,31 +1,30 @@
 """Brings a model from a hub whole or says what is missing: pinned to one commit, every file checked by size and hash.
 
-A file gets its name in the folder only after its hash was right; its part waits in `.download`, and a second run goes on
-from there. `.download/manifest.json` records hub, repository, commit and every file's size and sha256, and whether the hub
-listed a hash to check it by (`checked`): a second run looks at every byte against it, brings what is missing or damaged, and
-stays at that commit unless another revision is asked for.
+The hubs' clients bring the files into `.download/parts` and check them; a file gets its name in the folder only after that.
+`.download/manifest.json` records hub, repository, commit and every file's size and sha256, and whether the hub listed a hash
+to check it by (`checked`): a second run looks at every byte, brings what is missing or damaged, and stays at that commit unless
+another revision is asked for.
 """
 
-import fcntl
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from qwenvl_ft.config import Config
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.problems import broken_weights, pointers, whole_problems
 from qwenvl_ft.folders.whole import sha256, write_json
-from qwenvl_ft.hub.clients import HUBS, LATER, NO_ROOM, Barred, Hub, Source, Unreachable, Wanted, pieces, read_source
+from qwenvl_ft.hub.clients import HUBS, LATER, NO_ROOM, Source, Unreachable, Wanted, pieces, read_source
 
 ASIDE = ".download"
-PARTS = f"{ASIDE}/parts"
+MANIFEST, PARTS = f"{ASIDE}/manifest.json", f"{ASIDE}/parts"
 MODELS = Path("models")  # where a config's `model: hf:ORG/NAME` is brought to, as hf/ORG/NAME
 Say = Callable[[str], None]
 
@@ -74,7 +73,7 @@ def download(source: Source, folder: Path, names: Sequence[str], say: Say) -> di
     before = read_manifest(folder)
     if before["repo"] and (before["hub"], before["repo"]) != source[:2]:
         raise UserError(Problem(str(folder), f"holds {before['hub']}:{before['repo']}", "choose another --local-dir, or delete it"))
-    hub: Hub = HUBS[source.hub]()
+    hub = HUBS[source.hub]()
     try:
         commit, files = hub.listing(source.repo, source.revision or before["commit"])
     except Unreachable as error:
@@ -83,75 +82,55 @@ def download(source: Source, folder: Path, names: Sequence[str], say: Say) -> di
     if strange := [name for name in files if _leaves(folder, name)]:
         raise UserError(*(Problem(f"{source.repo}: {name}", "is a path that a model has no use for", "do not use this repository")
                           for name in strange))  # fmt: skip
-    chosen = _choose(files, names, source.repo)
+    chosen = {name: files[name] for name in _choose(files, names, source.repo)}
     if names and before["commit"] not in (None, commit):
         raise UserError(Problem(str(folder), f"holds {before['commit']}", f"leave --file out to bring it all to {commit}"))
 
-    have = {name: digest for name in chosen if (digest := _right(folder / name, files[name]))}
-    for name in [name for name in have if not files[name].hash and before["commit"]]:  # the hash of the last time is one, too
-        if before["commit"] != commit or before["files"].get(name, {}).get("sha256") != have[name]:
-            del have[name]
-    missing = {name: files[name] for name in chosen if name not in have}
+    recorded = before["files"] if before["commit"] == commit else {}
+    known = {  # where no hash is listed, that of the last time is one, too
+        name: wanted._replace(sha256=recorded.get(name, {}).get("sha256", "none"))
+        if before["commit"] and not wanted.hashed else wanted for name, wanted in chosen.items()
+    }  # fmt: skip
+    lacking = hub.lacking(source.repo, commit, known, folder)
+    missing = {name: wanted for name, wanted in chosen.items() if name in lacking}
     for name in missing:
         if (folder / name).exists():
             say(f"{name} is here but not as the hub lists it: brought again")
+    parts = folder / PARTS
     folder.mkdir(parents=True, exist_ok=True)
     if _to_come(folder, missing) > shutil.disk_usage(folder).free:
         raise UserError(_no_room(folder, missing, "the disk is too full"))
+    parts.mkdir(parents=True, exist_ok=True)
     manifest: dict[str, Any] = {  # what only the commit that was here has stays listed until all of this one is there
         "hub": source.hub, "repo": source.repo, "revision": source.revision or before["revision"], "commit": commit,
         "complete": False, "files": {name: of for name, of in before["files"].items() if names or name not in files},
     }  # fmt: skip
-    manifest["files"] |= {name: _record(files[name], digest) for name, digest in have.items()}
-    problems: list[Problem] = []
-    for number, (name, wanted) in enumerate(missing.items(), 1):
-        _write_manifest(folder, manifest)
-        try:
-            manifest["files"][name] = _record(wanted, _bring(hub, source.repo, commit, name, wanted, folder))
-            how = "hash as listed" if wanted.hash else "size as listed, no hash listed"
-            say(f"[{number}/{len(missing)}] {name}, {wanted.size:,} bytes, {how}")
-        except Barred as error:
-            problems += error.problems
-            say(f"stopped at file {number} of {len(missing)}: the others would end the same")
-            break
-        except UserError as error:
-            problems += error.problems
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            left = dict(list(missing.items())[number - 1 :])
-            raise UserError(*problems, _no_room(folder, left, f"the disk takes no more ({error.strerror})")) from error
+    manifest["files"] |= {name: _record(wanted, folder / name) for name, wanted in chosen.items() if name not in lacking}
+    write_json(folder / MANIFEST, manifest)
+    try:
+        problems = hub.fetch(source.repo, commit, missing, parts) if missing else []
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise UserError(_no_room(folder, missing, f"the disk takes no more ({error.strerror})")) from error
+    for name, wanted in missing.items():
+        if (parts / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (parts / name).replace(folder / name)
+            manifest["files"][name] = _record(wanted, folder / name)
+            say(f"{name}, {wanted.size:,} bytes, {'hash as listed' if wanted.hashed else 'size as listed, no hash listed'}")
     if not problems and not names:
         for name in manifest["files"].keys() - files.keys():  # a shard too many would be loaded
             (folder / name).unlink(missing_ok=True)
             del manifest["files"][name]
     if not problems and (not names or before["complete"]):
-        problems += whole_problems(folder)
+        problems = whole_problems(folder)
         manifest["complete"] = not problems
-    _write_manifest(folder, manifest)
+    write_json(folder / MANIFEST, manifest)
     if problems:
         raise UserError(*problems)
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    shutil.rmtree(parts, ignore_errors=True)
     return manifest
-
-
-def _bring(hub: Hub, repo: str, commit: str, name: str, wanted: Wanted, folder: Path) -> str:
-    """The sha256 of the file that now has its name in the folder. Raises UserError if a second try is wrong, too."""
-    part = folder / PARTS / name
-    if part.is_file() and part.stat().st_size >= wanted.size and not _right(part, wanted):
-        part.unlink()
-    if not wanted.hash:  # nothing would tell if the rest were added to the part of another file
-        for piece in pieces(part):
-            piece.unlink()
-    for _ in range(2):
-        hub.fetch(repo, commit, name, wanted, part)
-        if digest := _right(part, wanted):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            part.replace(folder / name)
-            return digest
-        part.unlink(missing_ok=True)
-    where = f"{repo}@{commit}, {name}"
-    raise UserError(Problem(where, "came twice with another hash than the hub lists", f"{LATER}, or try the other hub"))
 
 
 def _to_come(folder: Path, missing: dict[str, Wanted]) -> int:
@@ -165,22 +144,9 @@ def _no_room(folder: Path, missing: dict[str, Wanted], what: str) -> Problem:
     return Problem(str(folder), f"{what}: {need:.2f} GB are to come, {free:.2f} GB are free", f"free some space, then {LATER}")
 
 
-def _record(wanted: Wanted, digest: str) -> dict[str, Any]:
+def _record(wanted: Wanted, path: Path) -> dict[str, Any]:
     """A file's line in the manifest."""
-    return {"bytes": wanted.size, "sha256": digest, "checked": "hash" if wanted.hash else "size"}
-
-
-def _right(path: Path, wanted: Wanted) -> str | None:
-    """The file's sha256 if its size is right and its hash what the hub says; else None."""
-    if not path.is_file() or path.stat().st_size != wanted.size:
-        return None
-    digest = sha256(path)
-    if wanted.sha256:
-        return digest if digest == wanted.sha256 else None
-    if wanted.blob:
-        content = path.read_bytes()  # a small one: large files have a sha256 on every hub
-        return digest if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == wanted.blob else None
-    return digest
+    return {"bytes": wanted.size, "sha256": wanted.sha256 or sha256(path), "checked": "hash" if wanted.hashed else "size"}
 
 
 def _without_the_hub(
@@ -195,20 +161,17 @@ def _without_the_hub(
             raise UserError(*error.problems, *problems)
         say(f"{folder} looks whole, but nothing says which revision it is ({why})")
         return before | {"complete": True}
-    if source.revision not in (None, before["revision"], before["commit"]):
-        raise error
     of_record = names and all(any(fnmatchcase(file, name) for file in before["files"]) for name in names)
-    if not before["complete"] and not of_record:  # what is not recorded here only the hub knows
-        raise error
-    recorded = {name: Wanted(of["bytes"], of["sha256"], None) for name, of in before["files"].items()}
-    damaged = [name for name, wanted in _choose(recorded, names, source.repo).items() if not _right(folder / name, wanted)]
-    if damaged:
-        raise UserError(*error.problems, *(Problem(str(folder / name), "is missing or damaged", LATER) for name in damaged))
+    if source.revision not in (None, before["revision"], before["commit"]) or not (before["complete"] or of_record):
+        raise error  # what is not recorded here only the hub knows
+    chosen = _choose(before["files"], names, source.repo)
+    if wrong := [name for name in damaged(folder) if name in chosen]:
+        raise UserError(*error.problems, *(Problem(str(folder / name), "is missing or damaged", LATER) for name in wrong))
     say(f"every hash is as recorded ({why})")
     return before
 
 
-def _choose(files: dict[str, Wanted], names: Sequence[str], repo: str) -> dict[str, Wanted]:
+def _choose(files: Iterable[str], names: Sequence[str], repo: str) -> list[str]:
     """The files that match one of the patterns, all of them without patterns. Raises UserError for a pattern without a match."""
     problems = []
     for name in names:
@@ -218,7 +181,7 @@ def _choose(files: dict[str, Wanted], names: Sequence[str], repo: str) -> dict[s
             problems.append(Problem(f"--file {name}", f"{repo} has no such file", fix))
     if problems:
         raise UserError(*problems)
-    return {file: wanted for file, wanted in files.items() if not names or any(fnmatchcase(file, name) for name in names)}
+    return [file for file in files if not names or any(fnmatchcase(file, name) for name in names)]
 
 
 def _leaves(folder: Path, name: str) -> bool:
@@ -233,7 +196,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What an earlier download recorded; every key empty where there was none, or where it cannot be what we wrote."""
     empty: dict[str, Any] = {"hub": None, "repo": None, "revision": None, "commit": None, "complete": False, "files": {}}
     try:
-        found = empty | json.loads((folder / ASIDE / "manifest.json").read_text(encoding="utf-8"))
+        found = empty | json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         whole = all({"bytes", "sha256"} <= of.keys() and not _leaves(folder, name) for name, of in found["files"].items())
         return found if whole else empty
     except (OSError, ValueError, TypeError, AttributeError):
@@ -243,12 +206,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def damaged(folder: Path) -> list[str]:
     """The files that an earlier download recorded and that are missing or other now; reads every byte."""
     files = read_manifest(folder)["files"].items()
-    return [name for name, of in files if not _right(folder / name, Wanted(of["bytes"], of["sha256"], None))]
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    (folder / ASIDE).mkdir(parents=True, exist_ok=True)
-    write_json(folder / ASIDE / "manifest.json", manifest)
+    return [name for name, of in files if not Wanted(of["bytes"], of["sha256"], True).is_at(folder / name)]
 
 
 @contextmanager
@@ -257,41 +215,33 @@ def alone(folder: Path, say: Say) -> Iterator[None]:
 
     Raises UserError if it cannot be written.
     """
-    lock = folder / ASIDE / "lock"
+    aside = folder / ASIDE
+    lock = FileLock(aside / "lock")
     try:
-        held = _locked(lock, say)
+        _wait_for(lock, aside, say)
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)  # while it is still held: whoever waits for it must see that it is no longer the lock
-            os.close(held)
-            with suppress(OSError):  # which says that it is not empty
-                lock.parent.rmdir()
+            with suppress(OSError):  # which says that it is not empty, or on Windows that the lock is open
+                (aside / "lock").unlink()  # while it is held: whoever waits for it sees that it is no longer the lock
+                aside.rmdir()
                 folder.rmdir()
+            lock.release()
     except OSError as error:
         fix = "free some space, or choose a folder that you may write to"
         raise UserError(Problem(str(error.filename or folder), f"cannot be written ({error.strerror})", fix)) from error
 
 
-def _locked(lock: Path, say: Say) -> int:
-    """A descriptor of the file that lies at `lock`, held. Open for writing: a lock on NFS needs that."""
-    waited, tries = False, 0
-    while True:
+def _wait_for(lock: FileLock, aside: Path, say: Say) -> None:
+    for tries_left in reversed(range(100)):
         try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            held = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            aside.mkdir(parents=True, exist_ok=True)
+            with suppress(Timeout):
+                lock.acquire(blocking=False)
+                return
+            say(f"{aside.parent}: another process is downloading to it; waiting for it to end")
+            lock.acquire()
+            return
         except (FileNotFoundError, FileExistsError):  # whoever held it is taking the empty folders away
-            if (tries := tries + 1) > 100:
+            if not tries_left:
                 raise
-            continue
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not waited:
-                say(f"{lock.parent.parent}: another process is downloading to it; waiting for it to end")
-            waited = True
-            fcntl.flock(held, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(held), lock.stat()):
-                return held
-        os.close(held)

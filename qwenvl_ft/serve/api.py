@@ -1,4 +1,4 @@
-"""What the two dialects of the server share: a question off the wire, an answer on its way, an error with a code and an id.
+"""What the two dialects of the server share: a request, how its answer is drawn, what it costs, why it is refused.
 
 Nothing here opens a picture or knows a model.
 """
@@ -14,7 +14,7 @@ MESSAGE_CHARS = 1000  # of an error's message; a caller's own text may be part o
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 JSON_VALUES = 200_000  # a body of millions of [] keeps every other request waiting for seconds while it is read
 # What would change an answer and is not done here, with the values that ask for nothing.
-NOT_DONE = {
+UNSUPPORTED = {
     "n": (None, 1), "tools": (None, []), "functions": (None, []), "response_format": (None, {"type": "text"}),
     "logit_bias": (None, {}), "logprobs": (None, False), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
     "repetition_penalty": (None, 1), "min_p": (None, 0), "stop_token_ids": (None, []), "guided_json": (None,),
@@ -36,7 +36,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Ask:
+class ChatRequest:
     """A request. `messages` are as they were sent, nothing in them opened; no model named: the first that is served.
 
     `increments`: the events of a stream hold pieces, not the text so far. `min_pixels` and `max_pixels` are for pictures that
@@ -61,6 +61,11 @@ class Usage:
     output: int = 0
     image: int = 0
     video: int = 0
+
+    @property
+    def input_details(self) -> dict[str, int]:
+        """Of what the input is, as both dialects say it."""
+        return {"text_tokens": self.input - self.image - self.video, "image_tokens": self.image, "video_tokens": self.video}
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def read_json(body: bytes) -> Any:
 
 def read_sampling(values: dict[str, Any], max_tokens_keys: tuple[str, ...], most: int) -> Sampling:
     """Sampling from a request's parameters, of at most `most` tokens; raises ApiError naming the one that is wrong."""
-    for key, idle in NOT_DONE.items():
+    for key, idle in UNSUPPORTED.items():
         if values.get(key) not in idle:
             raise ApiError(400, "unsupported_parameter", f"{key} is not supported here: leave it out")
     tokens = [read_number(values, key, 1, most, whole=True) for key in max_tokens_keys]

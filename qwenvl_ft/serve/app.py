@@ -1,31 +1,32 @@
 """The server: OpenAI's and DashScope's dialects, and a PAI EAS service's root, over one backend.
 
-    uvicorn.run(make_app(backend, Bounds(), Uploads(), places=80), host="127.0.0.1", port=8000)
+    uvicorn.run(make_app(backend, Bounds(), Uploads(), max_requests=80), http=TimeoutProtocol, port=8000)
 
-A request takes a place (429 if there is none), is read, answered and forgotten; a client that goes away ends it at once.
+A request is let in (429 if too many are here), read, answered and forgotten; a client that goes away ends it at once.
 """
 
 import asyncio
-import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlencode
 
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from qwenvl_ft.serve import dashscope_api, openai_api
-from qwenvl_ft.serve.api import ApiError, Ask, Bounds, Usage, read_json, unknown_model
-from qwenvl_ft.serve.backend import Backend, Reply, out_of_time
-from qwenvl_ft.serve.metrics import Gauges
-from qwenvl_ft.serve.middleware import SPARE_CONNECTIONS, Gate, host_of, write_error
+from qwenvl_ft.serve.api import ApiError, Bounds, ChatRequest, Usage, read_json, unknown_model
+from qwenvl_ft.serve.backend import AnswerStream, Backend, out_of_time
+from qwenvl_ft.serve.metrics import Metrics
+from qwenvl_ft.serve.middleware import SPARE_CONNECTIONS, AccessMiddleware, error_response, host_of, json_response
 from qwenvl_ft.serve.uploads import Uploads, read_form
 
 CHAT = ("/", "/v1/chat/completions", "/compatible-mode/v1/chat/completions")
@@ -35,7 +36,7 @@ PERMIT, UPLOAD = "/api/v1/uploads", "/api/v1/uploads/files"
 GENERATION = "/api/v1/services/aigc/multimodal-generation/generation"
 HELD_BODIES = 16  # bodies of the largest size, all together, that are in memory at a time
 GRACE_SECONDS = 10  # for sending what is ready
-EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}  # nginx's
+EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 log = logging.getLogger("qwenvl_ft.serve")
 
 
@@ -46,13 +47,15 @@ class State:
     backend: Backend
     bounds: Bounds
     uploads: Uploads
-    places: int  # requests that may be here at a time, and those that are
-    taken: int = 0
-    gauges: Gauges = field(default_factory=Gauges)
-    held_bytes: int = 0
+    max_requests: int
+    num_requests: int = 0  # that are here
+    held_bytes: int = 0  # of bodies
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(lambda: {**self.backend.status(), "requests_now": self.num_requests})
 
 
-class Chat:
+class ChatEndpoint:
     """A route that answers, in one dialect: an ASGI application."""
 
     def __init__(self, state: State, dialect: Any):
@@ -60,67 +63,65 @@ class Chat:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         state, request = self.state, Request(scope, receive)
-        if state.taken >= state.places:
+        if state.num_requests >= state.max_requests:
             raise ApiError(429, "queue_full", "too many requests wait already: try again in a moment")
-        until = asyncio.get_running_loop().time() + state.bounds.seconds
-        state.taken += 1
+        until = time.monotonic() + state.bounds.seconds
+        state.num_requests += 1
         size = 0
         try:
             body = await read_body(request, state)
             size = len(body)
-            ask = await asyncio.to_thread(self._read, body, request)
+            chat = await asyncio.to_thread(self._read, body, request)
             del body
             with suppress(ClientDisconnect, TimeoutError):  # gone, or too slow at reading what it asked for
-                await unless_gone(receive, self._answer(ask, scope, send, until))
+                await run_until_disconnect(receive, self._answer(chat, scope, receive, send, until))
         finally:
-            state.taken -= 1
+            state.num_requests -= 1
             state.held_bytes -= size
 
-    def _read(self, body: bytes, request: Request) -> Ask:
+    def _read(self, body: bytes, request: Request) -> ChatRequest:
         value, most = read_json(body), self.state.bounds.answer_tokens
         if self.dialect is dashscope_api:
-            ask = dashscope_api.read_generation(value, most, request.headers.get("x-dashscope-sse") == "enable")
+            chat = dashscope_api.read_generation(value, most, request.headers.get("x-dashscope-sse") == "enable")
         else:
-            ask = openai_api.read_chat(value, most)
-        return ask if ask.model else replace(ask, model=self.state.backend.names[0])
+            chat = openai_api.read_chat(value, most)
+        return chat if chat.model else replace(chat, model=self.state.backend.names[0])
 
-    async def _answer(self, ask: Ask, scope: Any, send: Any, until: float) -> None:
-        loop, request_id = asyncio.get_running_loop(), scope["request_id"]
-        began = loop.time()
+    async def _answer(self, chat: ChatRequest, scope: Any, receive: Any, send: Any, until: float) -> None:
+        request_id, began = scope["request_id"], time.monotonic()
         try:
-            async with asyncio.timeout_at(until):
-                reply = await self.state.backend.begin(ask, request_id, until)
+            async with asyncio.timeout(until - began):
+                answer = await self.state.backend.begin(chat, request_id, until)
         except TimeoutError:
             raise out_of_time() from None
         try:
-            if ask.stream:
-                async with asyncio.timeout_at(until + GRACE_SECONDS):
-                    usage = await self._stream(ask, request_id, reply, until, send)
+            if chat.stream:
+                async with asyncio.timeout(until + GRACE_SECONDS - time.monotonic()):
+                    usage = await self._stream(chat, request_id, answer, until, send)
             else:
-                pieces = [piece async for piece in reply.pieces(until)]
+                pieces = [piece async for piece in answer.pieces(until)]
                 text, (_, finish, usage) = "".join(piece for piece, _, _ in pieces), pieces[-1]
-                await write_json(self.dialect.write_answer(ask, request_id, text, finish, usage))(scope, None, send)
+                response = json_response(self.dialect.write_answer(chat, request_id, text, finish, usage))
+                await response(scope, receive, send)
         finally:
-            reply.cancel()
+            answer.cancel()
         if usage:
-            self.state.gauges.count_answer(loop.time() - began, usage.input, usage.output)
+            self.state.metrics.count_answer(time.monotonic() - began, usage.input, usage.output)
 
-    async def _stream(self, ask: Ask, request_id: str, reply: Reply, until: float, send: Any) -> Usage | None:
+    async def _stream(self, chat: ChatRequest, request_id: str, answer: AnswerStream, until: float, send: Any) -> Usage | None:
         """Sends the events; the usage, or None where the answer broke off. Until its first piece an error has a status."""
-        stream, begun, usage = self.dialect.Stream(ask, request_id), False, None
+        writer, begun, usage = self.dialect.EventWriter(chat, request_id), False, None
         try:
-            async for text, finish, usage in reply.pieces(until):
+            async for text, finish, usage in answer.pieces(until):
                 if not begun:
-                    headers = [(name.encode(), value.encode()) for name, value in EVENTS.items()]
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
-                    await send_events(send, stream.begin())
+                    await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
                     begun = True
-                await send_events(send, stream.end(text, finish, usage) if finish else stream.piece(text, usage))
+                await send_events(send, writer.piece(text, finish, usage))
         except ApiError as error:
             if not begun:
                 raise
             log.warning("%s broke off: %s", request_id, error.code)
-            await send_events(send, stream.fail(error))
+            await send_events(send, writer.fail(error))
             usage = None
         await send({"type": "http.response.body", "body": b""})
         return usage
@@ -132,23 +133,23 @@ async def send_events(send: Any, events: Any) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-async def unless_gone(receive: Any, work: Any) -> None:
+async def run_until_disconnect(receive: Any, work: Any) -> None:
     """Does the work; cancels it when the client goes away. The request's body must have been read."""
+    task = asyncio.create_task(work)
 
-    async def gone() -> None:
+    async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
+        task.cancel()
 
-    tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await task
+    except asyncio.CancelledError:
+        if not watcher.done():  # it is this server that stops
+            raise
     finally:
-        done = tasks[0].done()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    if done:
-        tasks[0].result()
+        watcher.cancel()
 
 
 async def read_body(request: Request, state: State) -> bytes:
@@ -174,35 +175,36 @@ async def read_body(request: Request, state: State) -> bytes:
         raise
 
 
-def write_json(value: Any, status: int = 200) -> Response:
-    """JSON as an answer."""
-    return Response(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"), status, media_type="application/json")
-
-
 def make_app(
-    backend: Backend, bounds: Bounds, uploads: Uploads, places: int, key: str | None = None, prefix: str = "", public_url: str = ""
+    backend: Backend,
+    bounds: Bounds,
+    uploads: Uploads,
+    max_requests: int,
+    key: str | None = None,
+    prefix: str = "",
+    public_url: str = "",
 ) -> Starlette:
-    """The application; it holds `places` requests at a time.
+    """The application; it holds `max_requests` at a time.
 
     Its routes answer below `prefix`, too, as behind a gateway that does not strip it. `public_url` is where clients reach it,
     if not where they say they do.
     """
-    state = State(backend, bounds, uploads, places)
+    state = State(backend, bounds, uploads, max_requests)
 
     async def health(request: Request) -> Response:
-        alive = backend.now()["alive"]
-        return write_json({"status": "ok" if alive else "the model has stopped"}, 200 if alive else 503)
+        alive = backend.status()["alive"]
+        return json_response({"status": "ok" if alive else "the model has stopped"}, 200 if alive else 503)
 
     async def models(request: Request) -> Response:
-        return write_json(openai_api.write_models(backend.names))
+        return json_response(openai_api.write_models(backend.names))
 
     async def model(request: Request) -> Response:
         if (name := request.path_params["name"]) not in backend.names:
             raise unknown_model(backend.names)
-        return write_json(openai_api.write_model(name))
+        return json_response(openai_api.write_model(name))
 
     async def metrics(request: Request) -> Response:
-        return PlainTextResponse(state.gauges.write({**backend.now(), "requests_now": state.taken}))
+        return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def permit(request: Request) -> Response:
         if request.query_params.get("action") != "getPolicy":
@@ -211,7 +213,7 @@ def make_app(
         url = request.url
         host = public_url.rstrip("/") or f"{url.scheme}://{url.netloc}{url.path.removesuffix(PERMIT)}"
         host += f"{UPLOAD}?{urlencode({'policy': policy, 'signature': signature})}"  # so that it is checked before a byte is read
-        return write_json(dashscope_api.write_policy(host, folder, policy, signature, request.scope["request_id"]))
+        return json_response(dashscope_api.write_policy(host, folder, policy, signature, request.scope["request_id"]))
 
     async def upload(request: Request) -> Response:
         folder = uploads.check(request.query_params.get("policy", ""), request.query_params.get("signature", ""))
@@ -223,7 +225,7 @@ def make_app(
             state.held_bytes -= len(body)
         return Response(status_code=200)
 
-    openai, dashscope = Chat(state, openai_api), Chat(state, dashscope_api)
+    openai, dashscope = ChatEndpoint(state, openai_api), ChatEndpoint(state, dashscope_api)
     routes = []
     for start in {"", prefix}:
         routes += [Route(start + path, openai, methods=["POST"]) for path in CHAT]
@@ -242,39 +244,21 @@ def make_app(
         yield
         await backend.close()
 
-    gate = Middleware(
-        Gate,
-        key=key,
-        free=free,
-        gauges=state.gauges,
-        refuse=refused,
-        host=host_of(public_url),
-        connections=places + SPARE_CONNECTIONS,
-    )
-    told = {ApiError: _told, HTTPException: _told, ClientDisconnect: _gone}
-    app = Starlette(routes=routes, lifespan=lifespan, middleware=[gate], exception_handlers=told)
+    most, host = max_requests + SPARE_CONNECTIONS, host_of(public_url)
+    access = Middleware(AccessMiddleware, key=key, free=free, requests=state.metrics.requests, host=host, connections=most)
+    handlers = {ApiError: _refuse, HTTPException: _refuse, ClientDisconnect: _disconnected}
+    app = Starlette(routes=routes, lifespan=lifespan, middleware=[access], exception_handlers=handlers)
     app.router.redirect_slashes = False  # it would lead to whatever the client calls its Host
     return app
 
 
-def refused(error: ApiError, scope: Any) -> Callable[[Any, Any, Any], Awaitable[None]]:
-    """A refusal as an ASGI application."""
-    response = write_json(write_error(error, scope), error.status)
-    if error.status == 429:
-        response.headers["retry-after"] = "1"
-    return response
-
-
-async def _told(request: Request, error: Exception) -> Any:
-    """A refusal, in the caller's dialect."""
+async def _refuse(request: Request, error: Any) -> Response:
     if isinstance(error, HTTPException):
-        codes = {404: "not_found", 405: "method_not_allowed"}
-        error = ApiError(
-            error.status_code, codes.get(error.status_code, "refused"), "there is nothing at this path for this method"
-        )
-    return refused(error, request.scope)
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
+        error = ApiError(error.status_code, code, "there is nothing at this path for this method")
+    return error_response(error, request.scope)
 
 
-async def _gone(request: Request, error: Exception) -> Response:
+async def _disconnected(request: Request, error: Any) -> Response:
     """Nobody is there to read this."""
     return Response(status_code=499)

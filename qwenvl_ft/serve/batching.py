@@ -6,7 +6,8 @@ One thread owns the model. Base and adapters share its weights; each has a batch
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import Empty, Queue
 from threading import Event, Thread
@@ -19,7 +20,7 @@ from torch.nn import functional
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.serve.api import Sampling
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("qwenvl_ft.serve")
 
 
 @dataclass(eq=False)
@@ -62,15 +63,14 @@ class _Batch:
 
     def join(self, request: Request, cache: Any, token: int, position: int, device: Any) -> None:
         mask = torch.ones(1, cache.get_seq_length(), dtype=torch.long, device=device)
+        next_B, last_B = torch.tensor([position], device=device), torch.tensor([token], device=device)
         if self.requests:
             for mine, other in zip(self.cache.layers, cache.layers, strict=True):
                 mine.keys, mine.values = _stack(mine.keys, other.keys), _stack(mine.values, other.values)
             width = max(self.mask_BS.shape[1], mask.shape[1])
             mask = torch.cat([functional.pad(rows, (width - rows.shape[1], 0)) for rows in (self.mask_BS, mask)])
-            cache = self.cache
-        self.cache, self.mask_BS = cache, mask
-        self.next_B = torch.cat([self.next_B.to(device), torch.tensor([position], device=device)])
-        self.last_B = torch.cat([self.last_B.to(device), torch.tensor([token], device=device)])
+            cache, next_B, last_B = self.cache, torch.cat([self.next_B, next_B]), torch.cat([self.last_B, last_B])
+        self.cache, self.mask_BS, self.next_B, self.last_B = cache, mask, next_B, last_B
         self.requests.append(request)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -79,7 +79,7 @@ class _Batch:
             return
         self.requests = [self.requests[row] for row in rows]
         if not rows:
-            self.__init__()  # type: ignore[misc]
+            self.cache = None
             return
         at = torch.tensor(rows, device=self.mask_BS.device)
         mask = self.mask_BS[at]
@@ -102,7 +102,7 @@ class Batcher:
     """
 
     def __init__(self, engine: Engine, max_batch: int):
-        self.model = engine.model
+        self.model: Any = engine.model
         # Linear attention keeps a state that cannot be padded: one request at a time.
         self.max_batch = 1 if engine.chat.family.linear_attention else max_batch
         self.waiting: Queue[Request | None] = Queue()
@@ -110,7 +110,7 @@ class Batcher:
         self.tokenizer = engine.chat.tokenizer  # not the processor's, which other threads set up for padding
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
-        self.inner = (self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model).model
+        self.inner: Any = (self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model).model
         self.adapter: str | None = ""  # the one that is switched on; "": not known
         self.steps = 0  # tokens' turns so far
         self.closed = False
@@ -142,13 +142,14 @@ class Batcher:
                 for name, batch in list(self.batches.items()):
                     batch.keep([row for row, request in enumerate(batch.requests) if not request.cancelled.is_set()])
                     if batch.requests:
-                        self._guard(batch.requests, lambda name=name, batch=batch: self._step(name, batch))
+                        with self._errors_of(batch.requests):
+                            self._step(name, batch)
         finally:
             self.alive = False
             stranded = [request for batch in self.batches.values() for request in batch.requests]
             while not self.waiting.empty():
-                stranded.append(self.waiting.get())
-            for request in filter(None, stranded):
+                stranded += filter(None, [self.waiting.get()])
+            for request in stranded:
                 request.on_piece("", "error")
 
     def _admit(self) -> None:
@@ -161,12 +162,14 @@ class Batcher:
             if request is None:
                 self.closed = True
             elif not request.cancelled.is_set():
-                self._guard([request], lambda request=request: self._read(request))
+                with self._errors_of([request]):
+                    self._prefill(request)
 
-    def _guard(self, requests: Sequence[Request], act: Callable[[], None]) -> None:
-        """Runs `act`; an error of the model (a lack of memory, a shape) ends the requests that it concerns and no other."""
+    @contextmanager
+    def _errors_of(self, requests: Sequence[Request]) -> Iterator[None]:
+        """An error of the model (a lack of memory, a shape) ends the requests that it concerns and no other."""
         try:
-            act()
+            yield
         except (RuntimeError, ValueError, IndexError, MemoryError, TypeError, KeyError, AttributeError):
             log.exception("the model failed on %s", ", ".join(request.name for request in requests))
             self.adapter = ""
@@ -178,15 +181,16 @@ class Batcher:
 
     def _forward(self, adapter: str | None, arguments: dict[str, Any]) -> Any:
         if isinstance(self.model, PeftModel) and adapter != self.adapter:
+            layers: Any = self.model.base_model
             if adapter is None:
-                self.model.base_model.disable_adapter_layers()
+                layers.disable_adapter_layers()
             else:
-                self.model.base_model.enable_adapter_layers()
+                layers.enable_adapter_layers()
                 self.model.set_adapter(adapter, inference_mode=True)
         self.adapter = adapter
         return self.model(**arguments)
 
-    def _read(self, request: Request) -> None:
+    def _prefill(self, request: Request) -> None:
         """The first token: all of the request's own."""
         if (inputs := request.inputs) is None:
             return
@@ -198,8 +202,8 @@ class Batcher:
         if request.sampling.seed is not None:
             request.rng = torch.Generator(self.model.device).manual_seed(request.sampling.seed)
         request.inputs = None  # its pixels are not needed any more
-        token = self._draw(request, out.logits[0, -1])
-        if not self._say(request, token):
+        token = self._sample(request, out.logits[0, -1])
+        if not self._tell(request, token):
             batch = self.batches.setdefault(request.adapter, _Batch())
             batch.join(request, out.past_key_values, token, position, self.model.device)
 
@@ -218,12 +222,12 @@ class Batcher:
             },
         )
         batch.next_B = batch.next_B + 1
-        tokens = [self._draw(request, logits) for request, logits in zip(batch.requests, out.logits[:, -1], strict=True)]
+        tokens = [self._sample(request, logits) for request, logits in zip(batch.requests, out.logits[:, -1], strict=True)]
         batch.last_B = torch.tensor(tokens, device=batch.next_B.device)
-        done = [self._say(request, token) for request, token in zip(batch.requests, tokens, strict=True)]
+        done = [self._tell(request, token) for request, token in zip(batch.requests, tokens, strict=True)]
         batch.keep([row for row, ended in enumerate(done) if not ended])
 
-    def _draw(self, request: Request, logits: torch.Tensor) -> int:
+    def _sample(self, request: Request, logits: torch.Tensor) -> int:
         how = request.sampling
         if how.temperature <= 0:
             return int(logits.argmax())
@@ -235,7 +239,7 @@ class Batcher:
             ordered[how.top_k :] = 0.0
         return int(tokens[torch.multinomial(ordered, 1, generator=request.rng)])
 
-    def _say(self, request: Request, token: int) -> bool:
+    def _tell(self, request: Request, token: int) -> bool:
         """Tells the request of its new token; whether that was its last."""
         how, finish = request.sampling, None
         if token in self.ends:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from qwenvl_ft.serve.api import ApiError, Ask, Usage, read_sampling
+from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, read_sampling
 
 CODES: dict[int | str, str] = {  # by status, and where that says too little by our own code
     400: "InvalidParameter", 401: "InvalidApiKey", 403: "AccessDenied", 404: "ModelNotFound", 408: "RequestTimeOut",
@@ -15,7 +15,7 @@ CODES: dict[int | str, str] = {  # by status, and where that says too little by 
 }  # fmt: skip
 
 
-def read_generation(body: Any, most_tokens: int, stream: bool) -> Ask:
+def read_generation(body: Any, most_tokens: int, stream: bool) -> ChatRequest:
     """The request; raises ApiError."""
     if not isinstance(body, dict) or not isinstance(body.get("input"), dict) or not isinstance(body.get("model"), str):
         raise ApiError(400, "invalid_request", 'the body must be {"model": "...", "input": {"messages": [...]}}')
@@ -24,7 +24,7 @@ def read_generation(body: Any, most_tokens: int, stream: bool) -> Ask:
         raise ApiError(400, "invalid_parameter", "parameters must be an object")
     if not isinstance(increments := parameters.get("incremental_output"), bool | None):
         raise ApiError(400, "invalid_parameter", "incremental_output must be true or false")
-    return Ask(
+    return ChatRequest(
         model=body["model"],
         messages=body["input"].get("messages"),
         sampling=read_sampling(parameters, ("max_tokens",), most_tokens),
@@ -33,48 +33,37 @@ def read_generation(body: Any, most_tokens: int, stream: bool) -> Ask:
     )
 
 
-def write_answer(ask: Ask, request_id: str, text: str, finish: str, usage: Usage) -> dict[str, Any]:
+def write_answer(chat: ChatRequest, request_id: str, text: str, finish: str, usage: Usage) -> dict[str, Any]:
     """The body of an answer, and of each of its events; `finish` is the text "null" until the end."""
     message = {"role": "assistant", "content": [{"text": text}]}
-    details = {"text_tokens": usage.input - usage.image - usage.video, "image_tokens": usage.image, "video_tokens": usage.video}
     counts = {"input_tokens": usage.input, "output_tokens": usage.output, "total_tokens": usage.input + usage.output}
     counts |= {"image_tokens": usage.image} | ({"video_tokens": usage.video} if usage.video else {})
     return {
         "output": {"choices": [{"message": message, "finish_reason": finish}]},
-        "usage": counts | {"input_tokens_details": details, "output_tokens_details": {"text_tokens": usage.output}},
+        "usage": counts | {"input_tokens_details": usage.input_details, "output_tokens_details": {"text_tokens": usage.output}},
         "request_id": request_id,
     }
 
 
-class Stream:
+class EventWriter:
     """Server-sent events of one answer, one JSON each."""
 
-    def __init__(self, ask: Ask, request_id: str):
-        self.ask, self.request_id = ask, request_id
+    def __init__(self, chat: ChatRequest, request_id: str):
+        self.chat, self.request_id = chat, request_id
         self.text, self.number = "", 0
 
-    def begin(self) -> Iterator[str]:
-        """Nothing comes before the first piece."""
-        yield from ()
-
-    def piece(self, text: str, usage: Usage) -> Iterator[str]:
-        """A piece of the answer."""
-        if text:
-            yield self._event(text, "null", usage)
-
-    def end(self, text: str, finish: str, usage: Usage) -> Iterator[str]:
-        """The last piece."""
-        yield self._event(text, finish, usage)
+    def piece(self, text: str, finish: str | None, usage: Usage) -> Iterator[str]:
+        """A piece of the answer; the last has a `finish`."""
+        if text or finish:
+            self.text, self.number = self.text + text, self.number + 1
+            said = text if self.chat.increments else self.text
+            body = write_answer(self.chat, self.request_id, said, finish or "null", usage)
+            yield f"id:{self.number}\nevent:result\n:HTTP_STATUS/200\ndata:{json.dumps(body, ensure_ascii=False)}\n\n"
 
     def fail(self, error: ApiError) -> Iterator[str]:
         """An error after the answer has begun: in exactly this form, without spaces, or the client breaks."""
         body = json.dumps(write_error(error, self.request_id), ensure_ascii=False)
         yield f"event:error\nstatus:{error.status}\ndata:{body}\n\n"
-
-    def _event(self, text: str, finish: str, usage: Usage) -> str:
-        self.text, self.number = self.text + text, self.number + 1
-        body = write_answer(self.ask, self.request_id, text if self.ask.increments else self.text, finish, usage)
-        return f"id:{self.number}\nevent:result\n:HTTP_STATUS/200\ndata:{json.dumps(body, ensure_ascii=False)}\n\n"
 
 
 def write_policy(upload_host: str, folder: str, policy: str, signature: str, request_id: str) -> dict[str, Any]:

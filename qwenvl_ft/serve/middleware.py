@@ -7,33 +7,45 @@ still says its own name as Host.
 import asyncio
 import hmac
 import ipaddress
+import json
 import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
+from prometheus_client import Counter
+from starlette.responses import Response
+
 from qwenvl_ft.serve import dashscope_api, openai_api
 from qwenvl_ft.serve.api import ApiError
-from qwenvl_ft.serve.metrics import Gauges
 
 DRAIN_BYTES, DRAIN_SECONDS = 256 << 20, 10
-SPARE_CONNECTIONS = 400  # more than there are places: with twice as many, all of them fit into the usual limit of 1024 files
+SPARE_CONNECTIONS = 400  # more than there are requests: with twice as many, all of them fit into the usual limit of 1024 files
 PATH_CHARS = 200  # of a path in the log
 log = logging.getLogger("qwenvl_ft.serve")
 Handler = Callable[[Any, Any, Any], Awaitable[None]]
 
 
-def speaks(path: str) -> str:
-    """The dialect of a path."""
+def dialect_of(path: str) -> str:
+    """The dialect that is spoken at a path."""
     return "dashscope" if "/api/v1/" in path else "openai"
 
 
-def write_error(error: ApiError, scope: dict[str, Any]) -> dict[str, Any]:
-    """The body of a refusal, in the dialect of the path that was asked."""
-    dialect = dashscope_api if speaks(scope["path"]) == "dashscope" else openai_api
-    return dialect.write_error(error, scope.get("request_id", ""))
+def json_response(value: Any, status: int = 200) -> Response:
+    """JSON as an answer."""
+    return Response(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"), status, media_type="application/json")
+
+
+def error_response(error: ApiError, scope: Any) -> Response:
+    """A refusal, in the dialect of the path that was asked."""
+    dialect = dashscope_api if dialect_of(scope["path"]) == "dashscope" else openai_api
+    response = json_response(dialect.write_error(error, scope["request_id"]), error.status)
+    if error.status == 429:
+        response.headers["retry-after"] = "1"
+    return response
 
 
 def is_allowed(header: str | None, key: str) -> bool:
@@ -59,29 +71,28 @@ def host_of(url: str) -> str:
         return ""
 
 
-class Gate:
-    """ASGI middleware. `free`: (method, path) of what is answered always. `refuse` writes an error.
+class AccessMiddleware:
+    """ASGI middleware. `free`: (method, path) of what is answered always. `requests` counts by dialect and status.
 
     `host` is what others may call a server without a key, beside localhost; `connections` as many as may be open.
     """
 
     def __init__(
-        self,
-        app: Handler,
-        key: str | None,
-        free: Collection[tuple[str, str]],
-        gauges: Gauges,
-        refuse: Callable[[ApiError, Any], Handler],
-        host: str,
-        connections: int,
+        self, app: Handler, key: str | None, free: Collection[tuple[str, str]], requests: Counter, host: str, connections: int
     ):
-        self.app, self.key, self.free, self.gauges, self.refuse = app, key, free, gauges, refuse
+        self.app, self.key, self.free, self.requests = app, key, free, requests
         self.host, self.connections = host, connections
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        connection = scope.get("state", {}).get("connection")  # uvicorn's with a TimeoutProtocol only
+        with connection.request() if connection else nullcontext():
+            await self.answer(scope, receive, send)
+
+    async def answer(self, scope: Any, receive: Any, send: Any) -> None:
+        """Numbers a request, lets it in or refuses it, counts and logs what is answered."""
         scope["request_id"] = uuid.uuid4().hex
         began, read, begun, unread = time.monotonic(), False, False, False
 
@@ -95,7 +106,7 @@ class Gate:
             nonlocal begun, unread
             if message["type"] == "http.response.start":
                 begun, status = True, message["status"]
-                self.gauges.requests[speaks(scope["path"]), status] += 1
+                self.requests.labels(dialect_of(scope["path"]), status).inc()
                 path = scope["raw_path"][:PATH_CHARS].decode("latin-1")  # as it was sent: %0a in it begins no line of the log
                 log.info("%s %s %s %d %.3f s", scope["request_id"], scope["method"], path, status, time.monotonic() - began)
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", scope["request_id"].encode())]
@@ -110,12 +121,12 @@ class Gate:
 
         error = self.refusal(scope)
         try:
-            await (self.refuse(error, scope) if error else self.app)(scope, watched_receive, watched_send)
+            await (error_response(error, scope) if error else self.app)(scope, watched_receive, watched_send)
         except Exception as unforeseen:
             log.error("%s failed: %s", scope["request_id"], type(unforeseen).__name__)
             if not begun:  # an id, never its own text
                 error = ApiError(500, "internal_error", "the server failed on this request")
-                await self.refuse(error, scope)(scope, watched_receive, watched_send)
+                await error_response(error, scope)(scope, watched_receive, watched_send)
             raise
 
     def refusal(self, scope: Any) -> ApiError | None:

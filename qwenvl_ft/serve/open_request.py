@@ -1,28 +1,60 @@
 """Opens what a request brings: the one place where bytes of a stranger become pictures."""
 
-import time
-from dataclasses import dataclass, replace
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TypeVar
 
 from qwenvl_ft.data.fetch import fetch
-from qwenvl_ft.data.videos import Allowance, Picture
+from qwenvl_ft.data.records import Part, Picture, Turn
+from qwenvl_ft.data.videos import Allowance
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.infer.messages import Message, read_messages
-from qwenvl_ft.serve.api import ApiError, Ask, Bounds
+from qwenvl_ft.infer.messages import read_messages
+from qwenvl_ft.serve.api import ApiError, Bounds, ChatRequest
 from qwenvl_ft.serve.uploads import Uploads
 
 URL_BYTES = 20 << 20
 URL_SECONDS = 20
+THREADS = 4
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Where pictures may come from: the request itself (data:), what was uploaded (oss://), URLs of `hosts`. Never a path."""
+class Opener:
+    """Opens requests in a few threads, within the bounds.
 
-    uploads: Uploads
-    hosts: frozenset[str] = frozenset()
+    Pictures come from the request itself (data:), from what was uploaded (oss://), from URLs of `hosts`. Never from a path.
+    """
 
-    def open(self, source: str) -> bytes:
-        """The bytes of a source. Raises UserError."""
+    def __init__(self, bounds: Bounds, uploads: Uploads, hosts: Iterable[str] = ()):
+        self.bounds, self.uploads, self.hosts = bounds, uploads, frozenset(hosts)
+        self.threads = ThreadPoolExecutor(THREADS, "opener")
+
+    async def open(self, chat: ChatRequest, until: float, then: Callable[[list[Turn]], T]) -> T:
+        """What `then` makes of the messages once their pictures are open, in the same thread. Raises ApiError."""
+        queued = [chat]
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.threads, lambda: then(self._messages(queued.pop(), until)))
+        except BaseException:
+            queued.clear()  # the threads' queue keeps what it was given, also where nobody waits any more
+            raise
+
+    def _messages(self, chat: ChatRequest, until: float) -> list[Turn]:
+        bounds = self.bounds
+        try:
+            allowance = Allowance(bounds.pictures, bounds.picture_pixels, bounds.pixels, until)
+            messages = read_messages(chat.messages, self._read, allowance)
+        except UserError as error:
+            raise invalid_messages(error) from error
+        letters = sum(len(message.text) for message in messages)
+        if letters > 16 * bounds.prompt_tokens:  # no text that a model reads has so many to a token: it is not even counted
+            what = f"the text has {letters} letters, more than {bounds.prompt_tokens} tokens can hold"
+            raise ApiError(400, "prompt_too_long", what)
+        return [replace(message, parts=tuple(_bounded(part, chat) for part in message.parts)) for message in messages]
+
+    def _read(self, source: str) -> bytes:
+        """The bytes of a picture. Raises UserError."""
         if source.startswith("oss://"):
             if (content := self.uploads.get(source)) is None:
                 raise UserError(Problem("a picture", "was not uploaded here, or is not kept any more", "upload it again"))
@@ -33,29 +65,19 @@ class Sources:
             raise UserError(Problem("a picture", "is named by a URL, and this server fetches none", "send it as a data: URL"))
         return fetch(source, self.hosts, URL_BYTES, URL_SECONDS)
 
-
-def open_ask(ask: Ask, sources: Sources, bounds: Bounds, seconds: float) -> list[Message]:
-    """The messages of a request with their pictures open, within the bounds. Raises ApiError with all their problems."""
-    until = time.monotonic() + seconds
-    allowance = Allowance(bounds.pictures, bounds.picture_pixels, bounds.pixels, until)
-    try:
-        messages = read_messages(ask.messages, sources.open, allowance)
-    except UserError as error:
-        raise refusal(error) from error
-    letters = sum(len(part) for message in messages for part in message.parts if isinstance(part, str))
-    if letters > 16 * bounds.prompt_tokens:  # no text that a model reads has so many to a token: it is not even counted
-        raise ApiError(400, "prompt_too_long", f"the text has {letters} letters, more than {bounds.prompt_tokens} tokens can hold")
-    return [replace(message, parts=tuple(_bounded(part, ask) for part in message.parts)) for message in messages]
+    def close(self) -> None:
+        """Ends the threads once they are done."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
 
-def refusal(error: UserError) -> ApiError:
-    """What is wrong with the messages, as the caller gets it."""
-    text = "; ".join(f"{problem.where} {problem.what}: {problem.fix}" for problem in error.problems)
-    return ApiError(400, "invalid_messages", text)
-
-
-def _bounded(part: object, ask: Ask) -> object:
+def _bounded(part: Part, chat: ChatRequest) -> Part:
     """A picture without bounds of its own has the request's."""
     if not isinstance(part, Picture) or part.min_pixels or part.max_pixels:
         return part
-    return Picture(part.image, ask.min_pixels, ask.max_pixels)
+    return replace(part, min_pixels=chat.min_pixels, max_pixels=chat.max_pixels)
+
+
+def invalid_messages(error: UserError) -> ApiError:
+    """What is wrong with the messages, as the caller gets it."""
+    text = "; ".join(f"{problem.where} {problem.what}: {problem.fix}" for problem in error.problems)
+    return ApiError(400, "invalid_messages", text)

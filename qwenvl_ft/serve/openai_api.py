@@ -5,13 +5,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qwenvl_ft.serve.api import ApiError, Ask, Usage, read_number, read_sampling
+from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, read_number, read_sampling
 
 MAX_TOKENS_KEYS = ("max_completion_tokens", "max_tokens")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-def read_chat(body: Any, most_tokens: int) -> Ask:
+def read_chat(body: Any, most_tokens: int) -> ChatRequest:
     """The request; raises ApiError. Keys that nobody here knows are left alone: clients send many."""
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_request", "the body must be a JSON object")
@@ -21,7 +21,7 @@ def read_chat(body: Any, most_tokens: int) -> Ask:
     if not isinstance(stream, bool | None):  # 1 equals True
         raise ApiError(400, "invalid_parameter", "stream must be true or false")
     options, messages = body.get("stream_options"), body.get("messages")
-    return Ask(
+    return ChatRequest(
         model=model or "",
         messages=[*map(_message, messages)] if isinstance(messages, list) else messages,
         sampling=read_sampling(body, MAX_TOKENS_KEYS, most_tokens),
@@ -32,35 +32,32 @@ def read_chat(body: Any, most_tokens: int) -> Ask:
     )
 
 
-def write_answer(ask: Ask, request_id: str, text: str, finish: str, usage: Usage) -> dict[str, Any]:
+def write_answer(chat: ChatRequest, request_id: str, text: str, finish: str, usage: Usage) -> dict[str, Any]:
     """The body of an answer that is not streamed."""
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
-    return _head(ask, request_id, "chat.completion") | {"choices": [choice], "usage": write_usage(usage)}
+    return _head(chat, request_id, "chat.completion") | {"choices": [choice], "usage": write_usage(usage)}
 
 
-class Stream:
+class EventWriter:
     """Server-sent events of one answer: the role, pieces, the end, the usage if asked for, [DONE]."""
 
-    def __init__(self, ask: Ask, request_id: str):
-        self.ask, self.request_id = ask, request_id
+    def __init__(self, chat: ChatRequest, request_id: str):
+        self.chat, self.request_id, self.begun = chat, request_id, False
 
-    def begin(self) -> Iterator[str]:
-        """What comes before the first piece."""
-        yield self._event({"role": "assistant", "content": ""}, None)
-
-    def piece(self, text: str, usage: Usage) -> Iterator[str]:
-        """A piece of the answer."""
+    def piece(self, text: str, finish: str | None, usage: Usage) -> Iterator[str]:
+        """A piece of the answer, and all that comes before the first and after the last, which has a `finish`."""
+        if not self.begun:
+            self.begun = True
+            yield self._event({"role": "assistant", "content": ""}, None)
         if text:
             yield self._event({"content": text}, None)
-
-    def end(self, text: str, finish: str, usage: Usage) -> Iterator[str]:
-        """The last piece and all that follows."""
-        yield from self.piece(text, usage)
-        yield self._event({}, finish)
-        if self.ask.usage_in_stream:
-            yield _sse(_head(self.ask, self.request_id, "chat.completion.chunk") | {"choices": [], "usage": write_usage(usage)})
-        yield "data: [DONE]\n\n"
+        if finish:
+            yield self._event({}, finish)
+            if self.chat.usage_in_stream:
+                end = _head(self.chat, self.request_id, "chat.completion.chunk")
+                yield _sse(end | {"choices": [], "usage": write_usage(usage)})
+            yield "data: [DONE]\n\n"
 
     def fail(self, error: ApiError) -> Iterator[str]:
         """An error after the answer has begun."""
@@ -68,18 +65,17 @@ class Stream:
 
     def _event(self, delta: dict[str, str], finish: str | None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
-        chunk = _head(self.ask, self.request_id, "chat.completion.chunk") | {"choices": [choice]}
-        return _sse(chunk | ({"usage": None} if self.ask.usage_in_stream else {}))
+        chunk = _head(self.chat, self.request_id, "chat.completion.chunk") | {"choices": [choice]}
+        return _sse(chunk | ({"usage": None} if self.chat.usage_in_stream else {}))
 
 
 def write_usage(usage: Usage) -> dict[str, Any]:
     """Token counts, pictures told apart."""
-    details = {"text_tokens": usage.input - usage.image - usage.video, "image_tokens": usage.image, "video_tokens": usage.video}
     return {
         "prompt_tokens": usage.input,
         "completion_tokens": usage.output,
         "total_tokens": usage.input + usage.output,
-        "prompt_tokens_details": details | {"cached_tokens": 0},
+        "prompt_tokens_details": usage.input_details | {"cached_tokens": 0},
     }
 
 
@@ -112,8 +108,8 @@ def _message(message: Any) -> Any:
     return message
 
 
-def _head(ask: Ask, request_id: str, kind: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{request_id}", "object": kind, "created": int(time.time()), "model": ask.model}
+def _head(chat: ChatRequest, request_id: str, kind: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{request_id}", "object": kind, "created": int(time.time()), "model": chat.model}
 
 
 def _sse(value: dict[str, Any]) -> str:

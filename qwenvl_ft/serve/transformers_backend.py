@@ -2,51 +2,43 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from qwenvl_ft.data.geometry import Limits, grid_of, tokens_of
-from qwenvl_ft.data.videos import Picture
+from qwenvl_ft.data.records import Picture, Turn
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine
-from qwenvl_ft.infer.messages import Message
-from qwenvl_ft.serve.api import ApiError, Ask, Bounds, Usage, unknown_model
-from qwenvl_ft.serve.backend import Reply
+from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, unknown_model
+from qwenvl_ft.serve.backend import AnswerStream
 from qwenvl_ft.serve.batching import Batcher, Request
-from qwenvl_ft.serve.open_request import Sources, open_ask, refusal
+from qwenvl_ft.serve.open_request import Opener, invalid_messages
 
-OPENERS = 4  # threads that open pictures
 AHEAD = 4  # requests opened while others are answered; more would only hold pictures in memory
 
 
-class Local:
+class TransformersBackend:
     """Engines by the names that they are served under; the first is for those who name none. They share one model."""
 
-    def __init__(self, engines: Mapping[str, Engine], bounds: Bounds, sources: Sources, max_batch: int):
-        self.engines, self.bounds, self.sources = engines, bounds, sources
+    def __init__(self, engines: Mapping[str, Engine], opener: Opener, max_batch: int):
+        self.engines, self.opener, self.bounds = engines, opener, opener.bounds
         self.names = list(engines)
         self.batcher = Batcher(next(iter(engines.values())), max_batch)
-        self.openers = ThreadPoolExecutor(OPENERS, "opener")
         self.processing = threading.Lock()  # a processor's tokenizer is not for two threads
         self.opened = asyncio.Semaphore(max_batch + AHEAD)
 
-    async def begin(self, ask: Ask, request_id: str, until: float) -> Reply:
+    async def begin(self, chat: ChatRequest, request_id: str, until: float) -> AnswerStream:
         """Opens the pictures and puts the request into the batch."""
-        if (engine := self.engines.get(ask.model)) is None:
+        if (engine := self.engines.get(chat.model)) is None:
             raise unknown_model(self.names)
         if not self.batcher.alive:
             raise ApiError(503, "unavailable", "the model has stopped")
         await self.opened.acquire()
-        held = [ask]
         try:
-            loop = asyncio.get_running_loop()
-            seconds = until - loop.time()
-            inputs, usage = await loop.run_in_executor(self.openers, self._inputs, engine, held, time.monotonic() + seconds)
+            inputs, usage = await self.opener.open(chat, until, partial(self._inputs, engine))
         except BaseException:
-            held.clear()  # the thread's queue keeps what it was given, also where nobody waits any more
             self.opened.release()
             raise
 
@@ -54,19 +46,15 @@ class Local:
             request.cancel()
             self.opened.release()
 
-        reply = Reply(cancel)
-        request = Request(
-            inputs,
-            engine.adapter,
-            ask.sampling,
-            lambda text, finish: reply.put(text, finish, replace(usage, output=len(request.ids))),
-            request_id,
-        )
-        self.batcher.submit(request)
-        return reply
+        def on_piece(text: str, finish: str | None) -> None:
+            answer.put(text, finish, replace(usage, output=len(request.ids)))
 
-    def _inputs(self, engine: Engine, held: list[Ask], until: float) -> tuple[Any, Usage]:
-        messages = open_ask(held.pop(), self.sources, self.bounds, until - time.monotonic())
+        answer = AnswerStream(cancel)
+        request = Request(inputs, engine.adapter, chat.sampling, on_piece, request_id)
+        self.batcher.submit(request)
+        return answer
+
+    def _inputs(self, engine: Engine, messages: Sequence[Turn]) -> tuple[Any, Usage]:
         try:
             self._check_pictures(messages, engine.limits("image"))
             with self.processing:
@@ -74,7 +62,7 @@ class Local:
         except ValueError as error:
             raise ApiError(400, "invalid_messages", "the model's processor refuses these messages") from error
         except UserError as error:  # the template refuses this order of roles, or the processor these bounds
-            raise refusal(error) from error
+            raise invalid_messages(error) from error
         ids, config = inputs["input_ids"], engine.model.config
         usage = Usage(ids.shape[1], 0, int((ids == config.image_token_id).sum()), int((ids == config.video_token_id).sum()))
         if usage.input > self.bounds.prompt_tokens:
@@ -82,12 +70,12 @@ class Local:
             raise ApiError(400, "prompt_too_long", f"{what}; at most {self.bounds.prompt_tokens} are taken")
         return inputs, usage
 
-    def _check_pictures(self, messages: Sequence[Message], limits: Limits) -> None:
+    def _check_pictures(self, messages: Sequence[Turn], limits: Limits) -> None:
         """Raises ApiError for more tokens of pictures than a prompt may have, before gigabytes are made of them."""
         tokens = 0
-        for picture in (part for message in messages for part in message.parts if isinstance(part, Picture)):
+        for picture in (medium for message in messages for medium in message.media if isinstance(medium, Picture)):
             own = replace(limits, max_pixels=min(picture.max_pixels or limits.max_pixels, limits.max_pixels))
-            tokens += tokens_of(grid_of(picture.image.height, picture.image.width, own), limits.merge_size)
+            tokens += tokens_of(grid_of(picture.height, picture.width, own), limits.merge_size)
         if tokens > self.bounds.prompt_tokens:
             what = f"the pictures have {tokens} tokens; a prompt may have {self.bounds.prompt_tokens}"
             raise ApiError(400, "prompt_too_long", what)
@@ -95,8 +83,8 @@ class Local:
     async def close(self) -> None:
         """Finishes what has begun."""
         await asyncio.to_thread(self.batcher.close)
-        self.openers.shutdown()
+        self.opener.close()
 
-    def now(self) -> dict[str, float]:
+    def status(self) -> dict[str, float]:
         """Requests in the batch and waiting for it."""
         return {"active": self.batcher.active, "queued": self.batcher.waiting.qsize(), "alive": self.batcher.alive}

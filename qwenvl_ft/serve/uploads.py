@@ -7,15 +7,18 @@ import base64
 import hashlib
 import hmac
 import json
-import re
 import secrets
 import time
 from collections.abc import Callable
+from io import BytesIO
+from typing import cast
+
+from python_multipart import create_form_parser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import Field, File
 
 from qwenvl_ft.serve.api import ApiError
 
-BOUNDARY = re.compile(r'boundary="?([^";,]+)"?')
-FIELD = re.compile(rb'[;\s]name=(?:"([^"]*)"|([^\s;"]+))')
 KEY_BYTES = 512
 FILE_BYTES = 4096  # what a file counts beside its key and content: our own books of it, and so that their number has an end
 FIELDS = 64
@@ -43,7 +46,7 @@ class Uploads:
         permit = json.loads(base64.b64decode(policy))
         if self.clock() > permit["until"]:
             raise ApiError(403, "no_permit", "the permit has run out: ask for another")
-        return permit["folder"]
+        return str(permit["folder"])
 
     def put(self, folder: str, form: dict[str, bytes]) -> None:
         """Keeps the file of a form. Raises ApiError where its key lies outside of the folder, is too long or taken."""
@@ -80,16 +83,22 @@ def _size(key: str, content: bytes) -> int:
 
 
 def read_form(body: bytes, content_type: str) -> dict[str, bytes]:
-    """The fields of multipart/form-data. Raises ApiError for anything else."""
-    boundary = BOUNDARY.search(content_type)
-    if not content_type.lower().startswith("multipart/form-data") or not boundary:
-        raise ApiError(400, "invalid_request", "send multipart/form-data")
-    fields = {}
-    parts = (b"\r\n" + body).split(b"\r\n--" + boundary[1].encode("latin-1", "replace"), FIELDS + 1)[1:]
-    if len(parts) > FIELDS:
-        raise ApiError(400, "invalid_request", f"the form has {FIELDS} fields or more")
-    for part in parts:
-        head, _, content = part.partition(b"\r\n\r\n")
-        if name := FIELD.search(head):
-            fields[(name[1] or name[2] or b"").decode("utf-8", "replace")] = content
-    return fields
+    """The fields of multipart/form-data, held in memory. Raises ApiError for anything else."""
+    fields: list[tuple[str, bytes]] = []
+
+    def keep(part: Field | File) -> None:
+        content = part.value if isinstance(part, Field) else cast(BytesIO, part.file_object).getvalue()
+        fields.append(((part.field_name or b"").decode("utf-8", "replace"), content or b""))
+        if len(fields) >= FIELDS:
+            raise ApiError(400, "invalid_request", f"the form has {FIELDS} fields or more")
+
+    try:
+        if not content_type.lower().startswith("multipart/form-data"):  # the parser knows other forms, too
+            raise FormParserError
+        headers = {"Content-Type": content_type.encode("latin-1", "replace")}
+        parser = create_form_parser(headers, keep, keep, {"MAX_MEMORY_FILE_SIZE": len(body)})  # nothing goes to the disk
+        parser.write(body)
+        parser.finalize()
+    except FormParserError:
+        raise ApiError(400, "invalid_request", "send multipart/form-data") from None
+    return dict(fields)

@@ -9,56 +9,46 @@ import base64
 import json
 import logging
 import os
-import re
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import httpx
 from PIL import Image
 
 from qwenvl_ft.data.geometry import Limits
-from qwenvl_ft.data.videos import Film, Part, Picture, bounded
+from qwenvl_ft.data.pictures import bounded, opened
+from qwenvl_ft.data.records import Part, Picture, Turn, Video, as_text
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import VLLM_RANKS
 from qwenvl_ft.folders.model import read_model_json
-from qwenvl_ft.infer.messages import Message
-from qwenvl_ft.serve.api import ApiError, Ask, Bounds, Usage, unknown_model
-from qwenvl_ft.serve.backend import Reply
-from qwenvl_ft.serve.open_request import Sources, open_ask, refusal
+from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, unknown_model
+from qwenvl_ft.serve.backend import AnswerStream
+from qwenvl_ft.serve.open_request import Opener, invalid_messages
 
-log = logging.getLogger(__name__)
-CONTROL_TOKEN = re.compile(r"<\|(?=\w+\|>)")
-OPENERS = 4
+log = logging.getLogger("qwenvl_ft.serve")
+Process = subprocess.Popen[bytes]
 START_SECONDS = 1800  # a large model is read from a slow disk
 STOP_SECONDS = 15
 DEAD = "the engine behind this server does not answer"
 
 
-class Upstream:
+class VllmBackend:
     """The models of the server at `url`, by their names there.
 
     `limits`, where they are known, are the models' processors', the base's first. Raises UserError where it does not answer.
     """
 
-    def __init__(
-        self,
-        url: str,
-        bounds: Bounds,
-        sources: Sources,
-        process: subprocess.Popen[bytes] | None = None,
-        limits: Mapping[str, Limits] = MappingProxyType({}),
-    ):
-        self.url, self.bounds, self.sources, self.process, self.limits = url.rstrip("/"), bounds, sources, process, limits
+    def __init__(self, url: str, opener: Opener, process: Process | None = None, limits: Mapping[str, Limits] | None = None):
+        self.url, self.opener, self.process, self.limits = url.rstrip("/"), opener, process, limits or {}
         try:
             # Not by a proxy that the environment names for the internet, here as below.
             listed = httpx.get(f"{self.url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()
@@ -66,23 +56,16 @@ class Upstream:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
             fix = "start it first: vllm serve MODEL --port 8001"
             raise UserError(Problem(f"{url}/v1/models", "does not list models", fix)) from error
-        self.client = httpx.AsyncClient(
-            timeout=httpx.Timeout(bounds.seconds, connect=5), limits=httpx.Limits(max_connections=None), trust_env=False
-        )
-        self.openers = ThreadPoolExecutor(OPENERS, "opener")
+        timeout, unlimited = httpx.Timeout(opener.bounds.seconds, connect=5), httpx.Limits(max_connections=None)
+        self.client = httpx.AsyncClient(timeout=timeout, limits=unlimited, trust_env=False)
         self.active = 0
 
-    async def begin(self, ask: Ask, request_id: str, until: float) -> Reply:
+    async def begin(self, chat: ChatRequest, request_id: str, until: float) -> AnswerStream:
         """Opens the pictures and asks the other server."""
-        if ask.model not in self.names:
+        if chat.model not in self.names:
             raise unknown_model(self.names)
-        loop = asyncio.get_running_loop()
-        held = [ask]
-        try:
-            body = await loop.run_in_executor(self.openers, self._body, held, time.monotonic() + until - loop.time())
-        except BaseException:
-            held.clear()  # the thread's queue keeps what it was given, also where nobody waits any more
-            raise
+        messages = await self.opener.open(chat, until, partial(self._write, chat.model))
+        body = write_request(chat, messages)
         request = self.client.build_request("POST", f"{self.url}/v1/chat/completions", json=body)
         try:
             response = await self.client.send(request, stream=True)
@@ -94,45 +77,32 @@ class Upstream:
             await response.aclose()
             status = response.status_code if response.status_code in (400, 404, 413, 422, 429) else 503
             raise ApiError(status, "engine_refused", f"the engine behind this server refused the request (status {status})")
-        reply = Reply(lambda: task.cancel())
-        task = asyncio.create_task(self._relay(response, reply))
-        return reply
+        answer = AnswerStream(lambda: task.cancel())
+        task = asyncio.create_task(self._relay(response, answer))
+        return answer
 
-    def _body(self, held: list[Ask], until: float) -> dict[str, Any]:
-        ask = held.pop()
-        limits, base = self.limits.get(ask.model), next(iter(self.limits.values()), None)
-        messages = [
-            replace(message, parts=tuple(sized(part, limits, base) for part in message.parts))
-            for message in open_ask(ask, self.sources, self.bounds, until - time.monotonic())
-        ]
-        return write_request(ask, messages)
+    def _write(self, model: str, messages: Sequence[Turn]) -> list[dict[str, Any]]:
+        limits, base = self.limits.get(model), next(iter(self.limits.values()), None)
+        fitting = (replace(message, parts=tuple(sized(part, limits, base) for part in message.parts)) for message in messages)
+        return [*map(write_message, fitting)]
 
-    async def _relay(self, response: httpx.Response, reply: Reply) -> None:
+    async def _relay(self, response: httpx.Response, answer: AnswerStream) -> None:
         """Hands the pieces on; the last once the usage is known."""
         self.active += 1
         usage, finish = Usage(), None
         try:
             async for event in read_events(response.aiter_bytes()):
                 if "error" in event:
-                    break
+                    raise ValueError(event["error"])
                 for choice in event.get("choices", []):
                     finish = choice.get("finish_reason") or finish
                     if text := choice.get("delta", {}).get("content"):
-                        reply.put(text, None, usage)
+                        answer.put(text, None, usage)
                 if event.get("usage"):
                     usage = read_usage(event["usage"])
-            else:
-                reply.put("", "length" if finish == "length" else "stop" if finish else "error", usage)
-                return
-            reply.put("", "error", usage)
-        except (
-            httpx.HTTPError,
-            ValueError,
-            AttributeError,
-            TypeError,
-            KeyError,
-        ):  # the line broke, or this is not OpenAI's dialect
-            reply.put("", "error", usage)
+            answer.put("", "length" if finish == "length" else "stop" if finish else "error", usage)
+        except (httpx.HTTPError, ValueError, AttributeError, TypeError, KeyError):  # it failed, or speaks another dialect
+            answer.put("", "error", usage)
         finally:
             self.active -= 1
             await response.aclose()  # which tells vLLM to stop
@@ -140,38 +110,37 @@ class Upstream:
     async def close(self) -> None:
         """Ends the connections, and the engine if it was started here."""
         await self.client.aclose()
-        self.openers.shutdown(wait=False, cancel_futures=True)
+        self.opener.close()
         if self.process:
             await asyncio.to_thread(end, self.process)
             atexit.unregister(end)
 
-    def now(self) -> dict[str, float]:
+    def status(self) -> dict[str, float]:
         """Requests under way there, from here."""
         return {"active": self.active, "alive": self.process is None or self.process.poll() is None}
 
 
-def write_request(ask: Ask, messages: Sequence[Message]) -> dict[str, Any]:
+def write_request(chat: ChatRequest, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The request in OpenAI's dialect, with vLLM's top_k."""
-    how = ask.sampling
-    body: dict[str, Any] = {
-        "model": ask.model, "messages": list(map(write_message, messages)),
+    how = chat.sampling
+    body = {
+        "model": chat.model, "messages": messages,
         "stream": True, "stream_options": {"include_usage": True},
         "max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p,
+        "top_k": how.top_k if how.top_k > 0 else None, "seed": how.seed, "stop": list(how.stop) or None,
     }  # fmt: skip
-    body |= {"top_k": how.top_k} if how.top_k > 0 else {}
-    body |= {"seed": how.seed} if how.seed is not None else {}
-    return body | ({"stop": list(how.stop)} if how.stop else {})
+    return {key: value for key, value in body.items() if value is not None}
 
 
-def write_message(message: Message) -> dict[str, Any]:
-    """A message in OpenAI's form, its control tokens plain text, its pictures PNG, a film vLLM's frames in one URL."""
+def write_message(message: Turn) -> dict[str, Any]:
+    """A message in OpenAI's form, its control tokens plain text, its pictures PNG, a video vLLM's frames in one URL."""
     parts: list[dict[str, Any]] = []
     for part in message.parts:
         if isinstance(part, str):
-            parts.append({"type": "text", "text": CONTROL_TOKEN.sub("<\u200b|", part)})
+            parts.append({"type": "text", "text": as_text(part)})
         elif isinstance(part, Picture):
-            parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(part.image)}"}})
-        elif isinstance(part, Film):
+            parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(opened(part))}"}})
+        else:
             frames = ",".join(map(_png, part.frames))
             rate = part.fps * len(part.frames) / part.num_frames
             # jpeg is vLLM's only word for a list of frames; it reads what a frame is from its bytes, and PNG loses nothing.
@@ -189,17 +158,17 @@ def sized(part: Part, limits: Limits | None, base: Limits | None) -> Part:
     if isinstance(part, str):
         return part
     bounds = bool(part.min_pixels or part.max_pixels)
-    if bounds and (limits is None or isinstance(part, Film)):
+    if bounds and (limits is None or isinstance(part, Video)):
         raise ApiError(
             400, "invalid_messages", f"this engine takes no min_pixels and max_pixels for {part.kind}s: send them smaller"
         )
-    if isinstance(part, Film) or not limits or not (bounds or limits != base):
+    if isinstance(part, Video) or not limits or not (bounds or limits != base):
         return part
     own = replace(part, min_pixels=part.min_pixels or limits.min_pixels, max_pixels=part.max_pixels or limits.max_pixels)
     try:
         return bounded(own, limits)
     except UserError as error:
-        raise refusal(error) from error
+        raise invalid_messages(error) from error
 
 
 def _png(image: Image.Image) -> str:
@@ -225,9 +194,7 @@ def read_usage(usage: Mapping[str, Any]) -> Usage:
     return Usage(usage["prompt_tokens"], usage["completion_tokens"], image, video)
 
 
-def start_vllm(
-    model: Path, names: Sequence[str], adapters: Mapping[str, Path], port: int, arguments: Sequence[str]
-) -> subprocess.Popen[bytes]:
+def start_vllm(model: Path, names: Sequence[str], adapters: Mapping[str, Path], port: int, arguments: Sequence[str]) -> Process:
     """Starts `vllm serve` on loopback and waits until it is up. It ends with this process, however that ends but by SIGKILL.
 
     Raises UserError where it is not installed or ends.
@@ -256,7 +223,7 @@ def start_vllm(
     raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: Process) -> None:
     """Ends the engine with all that it started: it is asked to, then killed, at once where a second signal comes meanwhile."""
     try:
         process.terminate()

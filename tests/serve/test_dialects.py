@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from qwenvl_ft.serve import dashscope_api, openai_api
-from qwenvl_ft.serve.api import JSON_VALUES, ApiError, Ask, Sampling, Usage, read_json, unknown_model
-from qwenvl_ft.serve.metrics import Gauges
+from qwenvl_ft.serve.api import JSON_VALUES, ApiError, ChatRequest, Sampling, Usage, read_json, unknown_model
+from qwenvl_ft.serve.metrics import Metrics
 from qwenvl_ft.serve.middleware import is_allowed
 from qwenvl_ft.serve.uploads import FIELDS, FILE_BYTES, KEY_BYTES, Uploads, read_form
 
@@ -33,10 +35,10 @@ def test_openai_is_read():
     body = {"model": "tiny", "messages": MESSAGES, "max_completion_tokens": 7, "max_tokens": 9, "temperature": 0.5, "top_p": 0.9,
             "top_k": 4, "seed": 1, "stop": "end", "stream": True, "stream_options": {"include_usage": True}, "max_pixels": 50176,
             "user": "somebody", "presence_penalty": 0, "n": 1, "tools": None, "response_format": {"type": "text"}}  # fmt: skip
-    assert openai_api.read_chat(body, 100) == Ask(
+    assert openai_api.read_chat(body, 100) == ChatRequest(
         "tiny", MESSAGES, Sampling(7, 0.5, 0.9, 4, 1, ("end",)), stream=True, usage_in_stream=True, max_pixels=50176
     )
-    assert openai_api.read_chat({"messages": MESSAGES}, 100) == Ask("", MESSAGES, Sampling(100), usage_in_stream=False)
+    assert openai_api.read_chat({"messages": MESSAGES}, 100) == ChatRequest("", MESSAGES, Sampling(100), usage_in_stream=False)
     assert openai_api.read_chat({"messages": MESSAGES, "max_tokens": 3}, 10**6).sampling.max_new_tokens == 3
     assert openai_api.read_chat({"messages": MESSAGES}, 10**6).sampling.max_new_tokens == 1024
 
@@ -44,10 +46,10 @@ def test_openai_is_read():
 def test_dashscope_is_read():
     parameters = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "seed": 1, "stop": ["a", "b"]}
     body = {"model": "tiny", "input": {"messages": MESSAGES}, "parameters": parameters}
-    expected = Ask("tiny", MESSAGES, Sampling(7, 0.5, 0.9, 4, 1, ("a", "b")), increments=False)
+    expected = ChatRequest("tiny", MESSAGES, Sampling(7, 0.5, 0.9, 4, 1, ("a", "b")), increments=False)
     assert dashscope_api.read_generation(body, 100, stream=False) == expected
     body["parameters"] = {"incremental_output": True}
-    assert dashscope_api.read_generation(body, 100, stream=True) == Ask("tiny", MESSAGES, Sampling(100), stream=True)
+    assert dashscope_api.read_generation(body, 100, stream=True) == ChatRequest("tiny", MESSAGES, Sampling(100), stream=True)
     assert dashscope_api.read_generation({"model": "tiny", "input": {}}, 9, stream=False).messages is None
 
 
@@ -101,7 +103,7 @@ def test_openais_newer_words_are_understood():
 
 
 def test_openai_is_written():
-    answer = openai_api.write_answer(Ask("tiny", MESSAGES, Sampling()), "id", "größe", "stop", USAGE)
+    answer = openai_api.write_answer(ChatRequest("tiny", MESSAGES, Sampling()), "id", "größe", "stop", USAGE)
     assert answer == {
         "id": "chatcmpl-id", "object": "chat.completion", "created": 1700000000, "model": "tiny",
         "choices": [{"index": 0, "message": {"role": "assistant", "content": "größe"}, "finish_reason": "stop", "logprobs": None}],
@@ -111,9 +113,9 @@ def test_openai_is_written():
 
 
 def test_openai_is_streamed():
-    stream = openai_api.Stream(Ask("tiny", MESSAGES, Sampling(), stream=True, usage_in_stream=True), "id")
+    stream = openai_api.EventWriter(ChatRequest("tiny", MESSAGES, Sampling(), stream=True, usage_in_stream=True), "id")
     head = '{"id": "chatcmpl-id", "object": "chat.completion.chunk", "created": 1700000000, "model": "tiny", '
-    parts = lines([*stream.begin(), *stream.piece("a\n", USAGE), *stream.piece("", USAGE), *stream.end("b", "length", USAGE)])
+    parts = lines([*stream.piece("a\n", None, USAGE), *stream.piece("", None, USAGE), *stream.piece("b", "length", USAGE)])
     rest = '"logprobs": null}], "usage": null}'
     assert parts[:4] == [
         f'data: {head}"choices": [{{"index": 0, "delta": {{"role": "assistant", "content": ""}}, "finish_reason": null, {rest}',
@@ -123,8 +125,8 @@ def test_openai_is_streamed():
     ]
     assert json.loads(parts[4][6:])["usage"] == openai_api.write_usage(USAGE) and json.loads(parts[4][6:])["choices"] == []
     assert parts[5:] == ["data: [DONE]"]
-    plain = openai_api.Stream(Ask("tiny", MESSAGES, Sampling(), stream=True, usage_in_stream=False), "id")
-    assert "usage" not in "".join([*plain.begin(), *plain.end("b", "stop", USAGE)])
+    plain = openai_api.EventWriter(ChatRequest("tiny", MESSAGES, Sampling(), stream=True, usage_in_stream=False), "id")
+    assert "usage" not in "".join(plain.piece("b", "stop", USAGE))
     failed = lines(stream.fail(ApiError(504, "timeout", "too slow")))
     assert failed == [
         'data: {"error": {"message": "too slow (request id)", "type": "server_error", "param": null, "code": "timeout"}}'
@@ -132,7 +134,7 @@ def test_openai_is_streamed():
 
 
 def test_dashscope_is_written():
-    answer = dashscope_api.write_answer(Ask("tiny", MESSAGES, Sampling()), "id", "größe", "stop", USAGE)
+    answer = dashscope_api.write_answer(ChatRequest("tiny", MESSAGES, Sampling()), "id", "größe", "stop", USAGE)
     assert answer == {
         "output": {"choices": [{"message": {"role": "assistant", "content": [{"text": "größe"}]}, "finish_reason": "stop"}]},
         "usage": {"input_tokens": 20, "output_tokens": 3, "total_tokens": 23, "image_tokens": 12, "video_tokens": 4,
@@ -144,10 +146,10 @@ def test_dashscope_is_written():
 
 @pytest.mark.parametrize("increments, texts", [(False, ["a", "ab"]), (True, ["a", "b"])])
 def test_dashscope_is_streamed(increments, texts):
-    ask = Ask("tiny", MESSAGES, Sampling(), stream=True, increments=increments)
-    stream = dashscope_api.Stream(ask, "id")
-    parts = lines([*stream.begin(), *stream.piece("a", USAGE), *stream.piece("", USAGE), *stream.end("b", "stop", USAGE)])
-    written = [dashscope_api.write_answer(ask, "id", text, end, USAGE) for text, end in zip(texts, ("null", "stop"), strict=True)]
+    chat = ChatRequest("tiny", MESSAGES, Sampling(), stream=True, increments=increments)
+    stream = dashscope_api.EventWriter(chat, "id")
+    parts = lines([*stream.piece("a", None, USAGE), *stream.piece("", None, USAGE), *stream.piece("b", "stop", USAGE)])
+    written = [dashscope_api.write_answer(chat, "id", text, end, USAGE) for text, end in zip(texts, ("null", "stop"), strict=True)]
     assert parts == [
         f"id:{number}\nevent:result\n:HTTP_STATUS/200\ndata:{json.dumps(body, ensure_ascii=False)}"
         for number, body in enumerate(written, 1)
@@ -215,14 +217,22 @@ def form(**fields: bytes) -> bytes:
     )
 
 
-def test_a_form_is_read_to_the_byte():
+def test_a_form_is_read_to_the_byte(monkeypatch):
     content = b"\x89PNG\r\n\r\n--Y\r\n\x00"
     fields = read_form(form(key="uploads/图表.png".encode(), file=content) + b"--X--\r\n", 'multipart/form-data; boundary="X"')
     assert fields == {"key": "uploads/图表.png".encode(), "file": content}
     assert read_form(form(file=content).replace(b'"file"', b"file") + b"--X--\r\n", "multipart/form-data; boundary=X") == {
         "file": content
     }
-    assert refusal(lambda: read_form(b"", "application/json")).status == 400
+    big = content * 100_000  # python-multipart puts a file of more than a MiB onto the disk unless it is told not to
+    named = form(file=big).replace(b'"file"', b'"file"; filename="a.png"') + b"--X--\r\n"
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", None)
+    assert read_form(named, "multipart/form-data; boundary=X") == {"file": big}
+    assert read_form(named[:-20], "multipart/form-data; boundary=X") == {}, "half a file is none"
+    for body, kind in ((b"", "application/json"), (b"key=a", "application/x-www-form-urlencoded"), (named, "multipart/form-data")):
+        assert refusal(lambda body=body, kind=kind: read_form(body, kind)).status == 400
+    endless = b"--X\r\nContent-Disposition: " + b"a" * 10**6
+    assert refusal(lambda: read_form(endless, "multipart/form-data; boundary=X")).status == 400
     many = form(**{f"f{number}": b"" for number in range(FIELDS)}) + b"--X--\r\n"
     assert refusal(lambda: read_form(many, "multipart/form-data; boundary=X")).status == 400
 
@@ -269,11 +279,16 @@ def test_a_file_that_does_not_fit_is_refused_and_drives_no_other_out():
     assert uploads.get(f"oss://{folder}/a") == b"a"
 
 
-def test_gauges_are_written_as_prometheus_reads_them():
-    gauges = Gauges()
-    gauges.requests["openai", 200] += 2
-    gauges.count_answer(0.3, 20, 3)
-    text = gauges.write({"active": 1, "alive": True})
-    assert 'qwenvl_requests_total{dialect="openai",status="200"} 2\n' in text and 'qwenvl_tokens_total{kind="output"} 3\n' in text
-    assert 'seconds_bucket{le="0.25"} 0\n' in text and 'seconds_bucket{le="0.5"} 1\n' in text and 'le="+Inf"} 1\n' in text
-    assert text.endswith("# TYPE qwenvl_active gauge\nqwenvl_active 1\n# TYPE qwenvl_alive gauge\nqwenvl_alive 1\n")
+def test_metrics_are_what_prometheus_reads():
+    """The names and labels are those that people scrape."""
+    metrics = Metrics(lambda: {"active": 1, "alive": True})
+    metrics.requests.labels("openai", 200).inc(2)
+    metrics.count_answer(0.3, 20, 3)
+    families = text_string_to_metric_families(generate_latest(metrics.registry).decode())
+    read = {(sample.name, *sample.labels.values()): (family.type, sample.value) for family in families for sample in family.samples}
+    assert read["qwenvl_requests_total", "openai", "200"] == ("counter", 2)
+    assert read["qwenvl_tokens_total", "input"] == ("counter", 20) and read["qwenvl_tokens_total", "output"] == ("counter", 3)
+    buckets = [read["qwenvl_answer_seconds_bucket", le][1] for le in ("0.25", "0.5", "120.0", "+Inf")]
+    assert buckets == [0, 1, 1, 1] and read["qwenvl_answer_seconds_sum",] == ("histogram", 0.3)
+    assert read["qwenvl_answer_seconds_count",] == ("histogram", 1)
+    assert read["qwenvl_active",] == read["qwenvl_alive",] == ("gauge", 1)

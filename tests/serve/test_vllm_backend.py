@@ -12,13 +12,14 @@ import httpx
 import pytest
 
 from qwenvl_ft.data.geometry import Limits, resized
+from qwenvl_ft.data.records import Turn
 from qwenvl_ft.errors import UserError
-from qwenvl_ft.infer.messages import Message, read_messages
+from qwenvl_ft.infer.messages import read_messages
 from qwenvl_ft.serve.api import ApiError, Bounds
 from qwenvl_ft.serve.app import make_app
-from qwenvl_ft.serve.open_request import Sources
+from qwenvl_ft.serve.open_request import Opener
 from qwenvl_ft.serve.uploads import Uploads
-from qwenvl_ft.serve.vllm_backend import Upstream, end, sized, write_message
+from qwenvl_ft.serve.vllm_backend import VllmBackend, end, sized, write_message
 from tests.conftest import TINY
 from tests.serving import CHARTS, Running, Served, data_url, events, question, random_adapter, serving, tiny_engines, wait_for
 
@@ -34,9 +35,9 @@ def behind(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def front(behind):
-    sources = Sources(Uploads())
-    backend = Upstream(behind.url, Bounds(pictures=4), sources)
-    served = Served(make_app(backend, Bounds(pictures=4), sources.uploads, 8), backend)
+    opener = Opener(Bounds(pictures=4), Uploads())
+    backend = VllmBackend(behind.url, opener)
+    served = Served(make_app(backend, opener.bounds, opener.uploads, 8), backend)
     yield served
     served.stop()
     served.thread.join(30)
@@ -97,11 +98,11 @@ def test_errors_behind_have_no_words_here(front, behind, monkeypatch):
 
 
 def test_control_tokens_go_on_as_text_and_pictures_as_they_were():
-    written = write_message(Message("user", ("<|im_end|> <|not a token", *read_messages(question("read", CHARTS[0]))[0].parts)))
+    written = write_message(Turn("user", ("<|im_end|> <|not a token", *read_messages(question("read", CHARTS[0]))[0].parts)))
     assert "<|im_end|>" not in written["content"][0]["text"] and "<|not a token" in written["content"][0]["text"]
-    again = read_messages([written])[0].parts[1].image
-    assert again.tobytes() == read_messages(question("read", CHARTS[0]))[0].parts[0].image.tobytes()
-    assert write_message(Message("system", ("a", "b"))) == {"role": "system", "content": "ab"}
+    again = read_messages([written])[0].parts[1].source
+    assert again.tobytes() == read_messages(question("read", CHARTS[0]))[0].parts[0].source.tobytes()
+    assert write_message(Turn("system", ("a", "b"))) == {"role": "system", "content": "ab"}
 
 
 def test_pictures_go_on_at_the_size_of_their_bounds_and_of_their_adapters_training():
@@ -113,9 +114,9 @@ def test_pictures_go_on_at_the_size_of_their_bounds_and_of_their_adapters_traini
     base, trained = Limits(14, 2, 3_136, 200_704), Limits(14, 2, 3_136, 40_000)
     assert sized(whole, base, base) is whole and sized(whole, None, None) is whole and sized("text", base, base) == "text"
     for part, limits, most in ((whole, trained, 40_000), (small, base, 50_000), (small, trained, 40_000)):
-        image = sized(part, limits, base).image
+        image = sized(part, limits, base).source
         own = Limits(14, 2, 3_136, most)
-        assert image.size[::-1] == resized(whole.image.height, whole.image.width, own)
+        assert image.size[::-1] == resized(whole.height, whole.width, own)
         assert resized(image.height, image.width, base) == image.size[::-1], "vLLM's own processor leaves it alone"
     for part, limits in ((small, None), (replace(small, max_pixels=9), base)):
         with pytest.raises(ApiError, match="max_pixels"):
@@ -124,7 +125,7 @@ def test_pictures_go_on_at_the_size_of_their_bounds_and_of_their_adapters_traini
 
 def test_no_server_behind():
     with pytest.raises(UserError, match="does not list models"):
-        Upstream("http://127.0.0.1:1", Bounds(), Sources(Uploads()))
+        VllmBackend("http://127.0.0.1:1", Opener(Bounds(), Uploads()))
 
 
 STAND_IN = """#!{python}
