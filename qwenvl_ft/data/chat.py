@@ -8,6 +8,7 @@ refuses records whose own text holds a control token.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,8 @@ class Chat:
         text = self.render(turns)
         spans = [match.span(1) for match in TAUGHT.finditer(text)]
         if not spans:
-            raise UserError(
-                Problem(where, "the chat template leaves nothing to teach", "use the chat template of an instruct model")
-            )
+            what, fix = "the chat template leaves nothing to teach", "use the chat template of an instruct model"
+            raise UserError(Problem(where, what, fix))
         if last_only:
             spans = spans[-1:]
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
@@ -116,13 +116,8 @@ class Chat:
 
     def taught_texts(self, script: Script) -> list[str]:
         """What the record teaches, one text for each run of labels."""
-        texts: list[list[int]] = []
-        for before, label in zip([IGNORE, *script.labels], script.labels, strict=False):
-            if label != IGNORE:
-                if before == IGNORE:
-                    texts.append([])
-                texts[-1].append(label)
-        return [self.said(ids) for ids in texts]
+        runs = groupby(script.labels, lambda label: label != IGNORE)
+        return [self.said(list(labels)) for is_taught, labels in runs if is_taught]
 
 
 def open_chat(model_dir: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Chat:
@@ -134,9 +129,8 @@ def open_chat(model_dir: Path, min_pixels: int | None = None, max_pixels: int | 
     if problems := talk_problems(model_dir):
         raise UserError(*problems)
     path = model_dir / "tokenizer.json"
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )  # as transformers renders it
+    # As transformers renders it.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals["raise_exception"] = _refuse
     template = environment.from_string(read_template(model_dir) or "")
     read_model_json(path)  # the tokenizers library's own error names neither the file nor the cause

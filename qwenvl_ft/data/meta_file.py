@@ -105,9 +105,8 @@ class _PictureFolder:
         if OPEN in name:
             raise UserError(Problem(where, "an <img> tag stands inside another", "close the first one: <img>file.png</img>"))
         if "://" in name or name.startswith("data:"):
-            raise UserError(
-                Problem(where, f"{name[:60]} is not a file name", f"download the picture to {self.folder} and name its file")
-            )
+            fix = f"download the picture to {self.folder} and name its file"
+            raise UserError(Problem(where, f"{name[:60]} is not a file name", fix))
         try:
             path = (self.root / name).resolve()
             inside = path.is_relative_to(self.root)
@@ -119,7 +118,7 @@ class _PictureFolder:
         if not there:
             close = self.close_to(name)
             fix = f"did you mean {close[0]}?" if close else f"copy it there, or give the right folder {FOLDER_KEYS}"
-            problem = Problem(where, f"{name[:120]!s} is not in {self.folder}", fix)
+            problem = Problem(where, f"{name[:120]} is not in {self.folder}", fix)
             self.missing[problem] = name
             raise UserError(problem)
         self.one_is_there = True

@@ -48,9 +48,8 @@ def size_of(path: Path, where: str) -> tuple[int, int]:
         raise UserError(Problem(where, f"{path.name} has {width} x {height} px, more than 100 megapixels", "make it smaller"))
     check_aspect(width, height, where, path.name)
     if mark and mark not in _tail(path) and not _decodes(path):
-        raise UserError(
-            Problem(where, f"{path.name} ends before its picture does: the file was cut off", "copy it again from its source")
-        )
+        what = f"{path.name} ends before its picture does: the file was cut off"
+        raise UserError(Problem(where, what, "copy it again from its source"))
     return (width, height) if sideways else (height, width)
 
 
@@ -88,16 +87,11 @@ def bounded(part: Medium, limits: Limits) -> Medium:
     """
     if not (part.min_pixels or part.max_pixels):
         return part
-    if part.max_pixels and part.max_pixels < max(limits.min_pixels, part.min_pixels or 0):
-        raise UserError(
-            Problem(
-                f"a {part.kind}'s max_pixels",
-                f"is {part.max_pixels}, below the least that it may have, {max(limits.min_pixels, part.min_pixels or 0)}",
-                "raise it, or leave it out",
-            )
-        )
-    most = min(part.max_pixels or limits.max_pixels, limits.max_pixels)
-    own = Limits(limits.patch_size, limits.merge_size, min(max(part.min_pixels or 0, limits.min_pixels), most), most)
+    least, most = max(limits.min_pixels, part.min_pixels or 0), min(part.max_pixels or limits.max_pixels, limits.max_pixels)
+    if part.max_pixels and part.max_pixels < least:
+        what = f"is {part.max_pixels}, below the least that it may have, {least}"
+        raise UserError(Problem(f"a {part.kind}'s max_pixels", what, "raise it, or leave it out"))
+    own = replace(limits, min_pixels=min(least, most), max_pixels=most)
     frames = [opened(part)] if isinstance(part, Picture) else part.frames
     height, width = resized(frames[0].height, frames[0].width, own)
     sized = tuple(frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames)
@@ -107,9 +101,8 @@ def bounded(part: Medium, limits: Limits) -> Medium:
 def check_aspect(width: int, height: int, where: str, name: str = "it") -> None:
     """Raises UserError where one side is so much longer than the other that the processor would refuse the picture."""
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UserError(
-            Problem(where, f"{name} is {width} x {height} px: one side is over {MAX_ASPECT} times the other", "crop it or pad it")
-        )
+        what = f"{name} is {width} x {height} px: one side is over {MAX_ASPECT} times the other"
+        raise UserError(Problem(where, what, "crop it or pad it"))
 
 
 def as_seen(picture: Image.Image) -> Image.Image:

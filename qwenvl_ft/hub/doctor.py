@@ -185,9 +185,8 @@ def _base(folder: Path, settings: dict[str, Any]) -> tuple[list[Problem], str | 
     problems = model_problems(base)
     recorded = _json(folder / BASE)
     if not problems and recorded and recorded != base_fingerprint(base):
-        problems.append(
-            Problem(str(base), "is not the base that this adapter was trained on", "bring that one, or export with --model DIR")
-        )
+        what = "is not the base that this adapter was trained on"
+        problems.append(Problem(str(base), what, "bring that one, or export with --model DIR"))
     return problems, named
 
 

@@ -84,9 +84,8 @@ class _Opening:
             yield content
             return
         if not isinstance(content, list | tuple) or not content:
-            raise UserError(
-                Problem(where, "is neither text nor a list of parts", 'send "..." or [{"type": "text", "text": "..."}]')
-            )
+            fix = 'send "..." or [{"type": "text", "text": "..."}]'
+            raise UserError(Problem(where, "is neither text nor a list of parts", fix))
         for number, part in enumerate(content):
             place = f"{where}[{number}]"
             if isinstance(part, str):
@@ -105,8 +104,7 @@ class _Opening:
             if kind.startswith("image"):
                 yield Picture.of(self.image(source, _named(place, source)), **bounds)
             else:
-                video = self.video(part, source, _named(place, source))
-                yield replace(video, min_pixels=bounds["min_pixels"], max_pixels=bounds["max_pixels"])
+                yield replace(self.video(part, source, _named(place, source)), **bounds)
 
     def image(self, source: Any, place: str) -> Image.Image:
         self.allowance.take(place, pictures=1)

@@ -40,6 +40,5 @@ def add_adapter(model: Any, folder: Path, name: str, model_dir: Path) -> Any:
             return model
         return PeftModel.from_pretrained(model, folder, adapter_name=name, key_mapping=OLD_KEYS)
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            Problem(str(folder), f"does not fit the base {model_dir}", "give the base that it was trained on")
-        ) from error
+        what = f"does not fit the base {model_dir}"
+        raise UserError(Problem(str(folder), what, "give the base that it was trained on")) from error

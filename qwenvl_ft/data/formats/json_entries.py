@@ -15,9 +15,8 @@ def entries_of(meta_file: Path) -> tuple[list[tuple[str, Any]], list[Problem]]:
     try:
         raw = meta_file.read_bytes()
     except OSError:
-        return [], [
-            Problem(str(meta_file), "cannot be read as a file", "give the JSON file of conversations (a config's train_meta_file)")
-        ]
+        fix = "give the JSON file of conversations (a config's train_meta_file)"
+        return [], [Problem(str(meta_file), "cannot be read as a file", fix)]
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
