@@ -30,10 +30,7 @@ class MetaFile(NamedTuple):
 
 
 def read_records(
-    meta_file: Path | str,
-    data_dir: Path | str,
-    on_record: OnRecord = lambda done, total: None,
-    most: int | None = None,
+    meta_file: Path | str, data_dir: Path | str, on_record: OnRecord = lambda done, total: None, most: int | None = None
 ) -> MetaFile:
     """Reads all records, or until `most` are good. `on_record(done, total)` is called after each.
 

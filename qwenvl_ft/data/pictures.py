@@ -47,7 +47,7 @@ def size_of(path: Path, where: str) -> tuple[int, int]:
     if width * height > MAX_PIXELS:
         raise UserError(Problem(where, f"{path.name} has {width} x {height} px, more than 100 megapixels", "make it smaller"))
     check_aspect(width, height, where, path.name)
-    if mark and mark not in _tail(path) and not _decodes(path):
+    if mark and not _ends(path, mark):
         what = f"{path.name} ends before its picture does: the file was cut off"
         raise UserError(Problem(where, what, "copy it again from its source"))
     return (width, height) if sideways else (height, width)
@@ -144,7 +144,10 @@ def _opened(path: Path, where: str) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise UserError(Problem(where, f"{path.name} has more than 100 megapixels", "make it smaller")) from error
     except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # RuntimeError: a damaged AVIF
-        raise UserError(_unreadable(path, where)) from error
+        if path.is_file() and path.stat().st_size == 0:
+            raise UserError(Problem(where, f"{path.name} is empty", "copy it again from its source")) from error
+        fix = "open it in a viewer; save it again as PNG or JPEG"
+        raise UserError(Problem(where, f"{path.name} is not a picture that can be read", fix)) from error
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
@@ -155,22 +158,14 @@ def _turn(picture: Image.Image) -> Image.Transpose | None:
     return TURNS.get(Image.Image.getexif(picture).get(ORIENTATION, 1))
 
 
-def _decodes(path: Path) -> bool:
-    """Whether a file without its end mark near its end is whole: phones append films and depth maps to their photos."""
+def _ends(path: Path, mark: bytes) -> bool:
+    """Whether a file is whole: its end mark near its end, or else it decodes (phones append films and depth maps to photos)."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        if mark in file.read():
+            return True
     try:
         load(path, "")
     except UserError:
         return False
     return True
-
-
-def _tail(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        return file.read()
-
-
-def _unreadable(path: Path, where: str) -> Problem:
-    if path.is_file() and path.stat().st_size == 0:
-        return Problem(where, f"{path.name} is empty", "copy it again from its source")
-    return Problem(where, f"{path.name} is not a picture that can be read", "open it in a viewer; save it again as PNG or JPEG")

@@ -6,7 +6,6 @@ A merged file has its base's header, byte for byte; behind it come the tensors, 
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +16,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import LORA_KEY
-from qwenvl_ft.folders.model import read_model_json
-from qwenvl_ft.folders.tensors import DTYPES, Floats, Stored, as_float32, module_of, read_header
+from qwenvl_ft.folders.adapter import DTYPES, LORA_KEY, Floats, Stored, as_float32, module_of, read_header
+from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_model_json
 
 BLOCK_BYTES = 1 << 19  # a block and its float32 stay in a core's cache
 # Settings of PEFT that make an adapter more than B @ A.
@@ -38,8 +36,8 @@ class Deltas:
     """
 
     def __init__(self, adapter: Path, base_config: dict[str, Any]):
-        self.where = adapter / "adapter_model.safetensors"
-        settings = read_model_json(adapter / "adapter_config.json")
+        self.where = adapter / ADAPTER_WEIGHTS
+        settings = read_model_json(adapter / ADAPTER_CONFIG)
         more = [key for key in NOT_PLAIN if settings.get(key)]
         more += ["bias"] if settings.get("bias", "none") != "none" else []
         more += ["init_lora_weights"] if settings.get("init_lora_weights") not in PLAIN_STARTS else []
@@ -48,36 +46,25 @@ class Deltas:
                                     "merge it with the tool that trained it"))  # fmt: skip
         rank = settings["r"]
         self.scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
-        head, tensors = read_header(self.where)
-        self.places: dict[str, dict[str, tuple[Stored, int]]] = {}  # of each module's A and B, with the offset in the file
-        offset = len(head)
-        for tensor in tensors:
+        self.pairs: dict[str, dict[str, Stored]] = {}  # of each module its A and B
+        for tensor in read_header(self.where)[1]:
             match = LORA_KEY.match(tensor.key)
             if not match or tensor.dtype not in DTYPES:
-                raise UserError(
-                    Problem(
-                        f"{self.where}: {tensor.key}", "is not a LoRA tensor that can be merged", "train it again with this tool"
-                    )
-                )
-            self.places.setdefault(module_of(match[1]), {})[match[2]] = tensor, offset
-            offset += tensor.num_bytes
-        self.left = set(self.places)
+                raise UserError(Problem(f"{self.where}: {tensor.key}", "is not a LoRA tensor that can be merged",
+                                        "train it again with this tool"))  # fmt: skip
+            self.pairs.setdefault(module_of(match[1]), {})[match[2]] = tensor
+        self.left = set(self.pairs)
         tied = base_config.get("tie_word_embeddings") or base_config.get("text_config", {}).get("tie_word_embeddings")
-        if tied and "lm_head" in self.places:
+        if tied and "lm_head" in self.pairs:
             raise UserError(Problem(f"{self.where}: lm_head", "changes one side of embeddings that the base ties together",
                                     "train without this module"))  # fmt: skip
 
     def of(self, key: str, shape: list[int]) -> tuple[Floats, Floats] | None:
         """(B, A) in float32, B times the scale, for a checkpoint's key; None if the adapter does not touch it."""
         module = module_of(key)
-        if module not in self.places:
+        if module not in self.pairs:
             return None
-        pair = {
-            side: as_float32(np.fromfile(self.where, DTYPES[tensor.dtype], math.prod(tensor.shape), offset=offset)).reshape(
-                tensor.shape
-            )
-            for side, (tensor, offset) in self.places[module].items()
-        }
+        pair = {side: tensor.read() for side, tensor in self.pairs[module].items()}
         if len(shape) != 2:
             raise UserError(Problem(f"{self.where}: {module}", "is LoRA on a convolution, which is not merged here",
                                     "merge it with the tool that trained it"))  # fmt: skip

@@ -16,7 +16,7 @@ from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.export.merge import Deltas, merge_files
 from qwenvl_ft.export.prove import prove
-from qwenvl_ft.folders.model import INDEX, read_config, read_model_json, weight_files
+from qwenvl_ft.folders.model import ADAPTER_CONFIG, INDEX, read_config, read_model_json, weight_files
 from qwenvl_ft.folders.problems import check_adapter
 from qwenvl_ft.folders.runs import PROCESSORS, holds_processor, run_folder_of
 from qwenvl_ft.folders.whole import write_json, write_whole
@@ -39,7 +39,7 @@ def export(
     was trained on, if an adapter tensor has no home in it, or if the merged model differs by more than rounding explains.
     """
     check_adapter(adapter)  # which names the base
-    base = model_dir or Path(read_model_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
+    base = model_dir or Path(read_model_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
     if not (base / "config.json").is_file():
         raise UserError(Problem(str(base), "is not a model's folder", "give the base with --model DIR"))
     if out.exists():

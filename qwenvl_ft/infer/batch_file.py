@@ -7,6 +7,7 @@ the questions. `asked` is a hash of the question and of who was asked how: a sec
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,7 @@ def answer_file(
                 if isinstance(answer, str):
                     said["answer"] = answer
                 else:
-                    problems += [
-                        Problem(f"line {number}, {problem.where}", problem.what, problem.fix) for problem in answer.problems
-                    ]
+                    problems += [replace(problem, where=f"line {number}, {problem.where}") for problem in answer.problems]
                     said["error"] = str(answer)
                 file.write(json.dumps(said, ensure_ascii=False) + "\n")
             file.flush()

@@ -100,7 +100,7 @@ class _Opening:
                     raise UserError(Problem(place, "its text is no text", "send a string"))
                 yield source
                 continue
-            bounds = {key: _count(part, key, place) for key in ("min_pixels", "max_pixels")}
+            bounds: dict[str, Any] = {key: _count(part, key, place) for key in ("min_pixels", "max_pixels")}
             if kind.startswith("image"):
                 yield Picture.of(self.image(source, _named(place, source)), **bounds)
             else:

@@ -1,7 +1,8 @@
 """Loads a base model and its processor."""
 
+from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,13 +29,9 @@ class PatchEmbedding(nn.Conv3d):
     @classmethod
     def like(cls, conv: nn.Conv3d) -> "PatchEmbedding":
         """Shares the weights of `conv`, so state dicts keep their keys."""
-        time, height, width = conv.kernel_size
-        with torch.device("meta"):
-            same = cls(
-                conv.in_channels, conv.out_channels, (time, height, width), (time, height, width), bias=conv.bias is not None
-            )
-        same.weight, same.bias = conv.weight, conv.bias
-        return same
+        same = copy(conv)
+        same.__class__ = cls
+        return cast(PatchEmbedding, same)
 
 
 def load_base(model_dir: Path, dtype: str, attention: str = "auto") -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 
 from qwenvl_ft.data.families import Family
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.tensors import OLD_KEYS
+from qwenvl_ft.folders.adapter import OLD_KEYS
 
 
 def add_lora(model: Any, family: Family, on: Sequence[str], rank: int, alpha: float, dropout: float, seed: int) -> Any:

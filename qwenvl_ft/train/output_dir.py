@@ -14,6 +14,7 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
 from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.folders.adapter import BASE, base_fingerprint
+from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_whole
 
 METRICS = "metrics.jsonl"
@@ -48,7 +49,7 @@ def write_results(config: Config, model: Any, state: dict[str, torch.Tensor]) ->
         lora.base_model_name_or_path = str(config.model)
         lora.inference_mode = True
         lora.save_pretrained(folder)
-        save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+        save_file(state, folder / ADAPTER_WEIGHTS, {"format": "pt"})
 
     write_whole(aside, write)
     (aside / MANIFEST).unlink()

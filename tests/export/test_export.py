@@ -17,7 +17,7 @@ from qwenvl_ft.export import write as export_module
 from qwenvl_ft.export.merge import Deltas, store
 from qwenvl_ft.export.write import _copy_settings as export_settings
 from qwenvl_ft.export.write import export
-from qwenvl_ft.folders.tensors import as_float32, module_of
+from qwenvl_ft.folders.adapter import as_float32, module_of
 from qwenvl_ft.folders.whole import damage
 from qwenvl_ft.infer.engine import Engine
 from tests.conftest import SAMPLE, TINY
