@@ -74,10 +74,6 @@ class Chat:
         messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
         return self.template.render(messages=messages, add_generation_prompt=answer_next, tools=None)
 
-    def grid(self, picture: Picture) -> tuple[int, int, int]:
-        """The grid of patches that the processor will make of this picture."""
-        return grid_of(picture.height, picture.width, self.limits)
-
     def write_scripts(self, record: Record) -> list[Script]:
         """The record as training examples: one, or one per answer where the template rewrites earlier turns.
 
@@ -106,7 +102,7 @@ class Chat:
                 labels[token] = encoding.ids[token]
                 token += 1
         pictures = Record(where, turns).pictures
-        grids = [self.grid(picture) for picture in pictures]
+        grids = [grid_of(picture.height, picture.width, self.limits) for picture in pictures]
         counts = [tokens_of(grid, self.limits.merge_size) for grid in grids]
         return Script(where, encoding.ids, labels, pictures, grids, counts, self.picture_id)
 

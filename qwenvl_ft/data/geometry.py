@@ -10,7 +10,6 @@ one token. `grid_of` does the same arithmetic without opening the picture.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.model import read_model_json
@@ -63,22 +62,17 @@ def tokens_of(grid: tuple[int, int, int], merge_size: int) -> int:
 
 
 def read_limits(model_dir: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Limits:
-    """The picture settings of the processor in `model_dir`, with the given bounds in place of its own."""
-    settings = _image_settings(model_dir)
-    size = settings.get("size") or {}
-    own_min = settings.get("min_pixels") or size["shortest_edge"]
-    own_max = settings.get("max_pixels") or size["longest_edge"]
-    return Limits(settings["patch_size"], settings["merge_size"], int(min_pixels or own_min), int(max_pixels or own_max))
+    """The picture settings of the processor in `model_dir`, with the given bounds in place of its own.
 
-
-def _image_settings(model_dir: Path) -> dict[str, Any]:
+    Raises UserError where its files do not say them.
+    """
     for path in (model_dir / name for name in PROCESSORS):
-        if path.is_file():
-            content = read_model_json(path)
-            settings: dict[str, Any] = content.get("image_processor", content)
-            if {"patch_size", "merge_size"} <= settings.keys() and (
-                "max_pixels" in settings or "longest_edge" in settings.get("size", {})
-            ):
-                return settings
+        content = read_model_json(path) if path.is_file() else {}
+        settings = content.get("image_processor", content)
+        size = settings.get("size") or {}
+        least = min_pixels or settings.get("min_pixels") or size.get("shortest_edge")
+        most = max_pixels or settings.get("max_pixels") or size.get("longest_edge")
+        if {"patch_size", "merge_size"} <= settings.keys() and least is not None and most is not None:
+            return Limits(settings["patch_size"], settings["merge_size"], int(least), int(most))
     what = f"holds no {' or '.join(sorted(PROCESSORS))} with patch_size and limits of pixels"
     raise UserError(Problem(str(model_dir), what, "download the whole model"))

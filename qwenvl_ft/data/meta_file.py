@@ -92,11 +92,8 @@ class _PictureFolder:
 
     def find(self, name: str, where: str) -> Picture:
         """Raises UserError where the name is no readable picture inside the folder."""
-        if name not in self.seen:
-            self.seen[name] = self._open(name, where)
-        return self.seen[name]
-
-    def _open(self, name: str, where: str) -> Picture:
+        if name in self.seen:
+            return self.seen[name]
         if not name:
             raise UserError(Problem(where, "an <img> tag is empty", "write <img>file.png</img>"))
         if OPEN in name:
@@ -122,4 +119,4 @@ class _PictureFolder:
         if not path.is_file():
             raise UserError(Problem(where, f"{name} is not a regular file", "name a picture file"))
         height, width = size_of(path, where)
-        return Picture(path, height, width)
+        return self.seen.setdefault(name, Picture(path, height, width))

@@ -41,15 +41,8 @@ def read_questions(path: Path) -> list[Line]:
     return found
 
 
-def answer_file(
-    engine: Engine,
-    lines: Sequence[Line],
-    out: Path,
-    batch_size: int,
-    max_new_tokens: int,
-    on_answer: Callable[[int, int], None],
-    who: str = "",
-) -> tuple[int, list[Problem]]:
+def answer_file(engine: Engine, lines: Sequence[Line], out: Path, batch_size: int, max_new_tokens: int,
+                on_answer: Callable[[int, int], None], who: str = "") -> tuple[int, list[Problem]]:  # fmt: skip
     """Appends to `out` what is not yet answered there. `who` names model and adapter.
 
     Returns how many lines were answered there already, and the problems of those that could not be asked, now or before.

@@ -25,8 +25,7 @@ from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.problems import check_model
 from qwenvl_ft.folders.runs import check_output_dir
-from qwenvl_ft.model.load import limited_image_processor, load_base
-from qwenvl_ft.model.lora import add_lora, trainable
+from qwenvl_ft.model.load import add_lora, limited_image_processor, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss
 from qwenvl_ft.train.launch import Signals, open_trackers, start
 from qwenvl_ft.train.output_dir import open_metrics, write_results, write_settings

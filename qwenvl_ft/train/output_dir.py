@@ -24,10 +24,7 @@ def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
     """Writes what belongs to every adapter of the run, before its first step: processor (with the limits that training
     uses), settings with whole paths, plan, and which base it is."""
     out = config.output_dir
-    settings = {
-        key: str(value.resolve()) if isinstance(value, Path) else value
-        for key, value in config.model_dump().items()
-    }  # fmt: skip
+    settings = {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in config.model_dump().items()}
     # First of all the file that says whose folder this is: check_output_dir looks for it after a kill at any moment.
     with (out / "config.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(settings, file)

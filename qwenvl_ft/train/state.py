@@ -24,7 +24,7 @@ from qwenvl_ft.folders.adapter import base_fingerprint
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.runs import checkpoints, newest, rotate
 from qwenvl_ft.folders.whole import INCOMING, short_hash, write_whole
-from qwenvl_ft.model.lora import trainable
+from qwenvl_ft.model.load import trainable
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"  # in a checkpoint: its step, how it was launched, and the fingerprint of its run
@@ -72,17 +72,14 @@ class Run:
                 self.accelerator.backward(loss)
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
-        """The adapter's tensors under PEFT's own names, on the CPU."""
-        with self.gathered():
+        """The adapter's tensors under PEFT's own names, on the CPU; under ZeRO-3 each process has a part of them."""
+        gathered: Any = nullcontext()
+        if self.deepspeed and self.model.zero_optimization_stage() == 3:
+            import deepspeed
+
+            gathered = deepspeed.zero.GatheredParameters(list(trainable(self.bare).values()))
+        with gathered:
             return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(self.bare).items()}
-
-    def gathered(self) -> Any:
-        """A context in which this process holds the adapter whole; under ZeRO-3 each has a part of it."""
-        if not self.deepspeed or self.model.zero_optimization_stage() != 3:
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(trainable(self.bare).values()))
 
     def save(self, step: int, same: dict[str, str]) -> None:
         """Writes checkpoint-N whole, then takes the oldest away."""
