@@ -19,8 +19,7 @@ import uvicorn
 
 from qwenvl_ft.data.families import family_of
 from qwenvl_ft.infer.engine import Engine, open_beside
-from qwenvl_ft.model.load import load_base
-from qwenvl_ft.model.lora import add_lora, trainable
+from qwenvl_ft.model.load import add_lora, load_base, trainable
 from qwenvl_ft.serve.api import Bounds
 from qwenvl_ft.serve.app import make_app
 from qwenvl_ft.serve.open_request import Opener

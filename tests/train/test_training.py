@@ -40,8 +40,7 @@ def test_a_step_divides_once_by_the_tokens_taught_in_all_rows(tmp_path):
 
     from qwenvl_ft.data.prepare import prepare, schedule
     from qwenvl_ft.data.rows import Rows
-    from qwenvl_ft.model.load import load_base
-    from qwenvl_ft.model.lora import add_lora, trainable
+    from qwenvl_ft.model.load import add_lora, load_base, trainable
     from qwenvl_ft.model.loss import summed_loss
 
     settings = config(tmp_path, max_steps=1, max_grad_norm=1e9, lr_scheduler_type="constant", warmup_ratio=0.0)
