@@ -85,6 +85,11 @@ def module_of(key: str) -> str:
     return module
 
 
+def vllm_rank(rank: int) -> int | None:
+    """The --max-lora-rank that vLLM needs for an adapter of this rank; None if it takes none so large."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
 def base_fingerprint(model_dir: Path) -> dict[str, Any]:
     """Names a base model without reading it whole: its config, and the header and some of every tensor of its safetensors.
 

@@ -10,7 +10,7 @@ import numpy as np
 from qwenvl_ft.data.families import family_of
 from qwenvl_ft.data.geometry import read_limits
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import BASE, DTYPES, LORA_KEY, VLLM_RANKS, Stored, base_fingerprint, module_of, read_header
+from qwenvl_ft.folders.adapter import BASE, DTYPES, LORA_KEY, Stored, base_fingerprint, module_of, read_header, vllm_rank
 from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_model_json
 from qwenvl_ft.folders.problems import adapter_problems, is_pointer, model_problems, talk_problems, unreadable
 from qwenvl_ft.folders.runs import checkpoints, holds_processor
@@ -192,11 +192,11 @@ def _serving(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]
         return f"leaves out LoRA on {' and '.join(unseen)}{merge}"
     more = [key for key in MORE_THAN_LORA if settings.get(key)] + [f"LoRA on {tower}" for tower in beyond if tower != "language"]
     rank = max((shape[0] for key, shape in shapes.items() if ".lora_A." in key), default=0)
-    fitting = [allowed for allowed in VLLM_RANKS if allowed >= rank]
+    fitting = vllm_rank(rank)
     if more or not fitting:
         return f"does not take {', '.join(more) or f'rank {rank}'}{merge}"
     command = ["vllm", "serve", base or "BASE", "--enable-lora", "--lora-modules", f"NAME={folder}"]
-    return shlex.join([*command, "--max-lora-rank", str(fitting[0])])
+    return shlex.join([*command, "--max-lora-rank", str(fitting)])
 
 
 def _json(path: Path) -> dict[str, Any]:

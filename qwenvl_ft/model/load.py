@@ -16,7 +16,7 @@ from qwenvl_ft.data.families import Family
 from qwenvl_ft.data.geometry import Limits
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import OLD_KEYS
-from qwenvl_ft.folders.runs import holds_processor, run_folder_of
+from qwenvl_ft.folders.runs import processor_folder
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -62,8 +62,7 @@ def load_base(model_dir: Path, dtype: str, attention: str = "auto") -> Any:
 
 def open_processor(model_dir: Path, adapter: Path | None = None) -> Any:
     """The processor for answering: the adapter's own, if it has one (an adapter of another tool has none), else the base's."""
-    own = adapter and run_folder_of(adapter)
-    processor = AutoProcessor.from_pretrained(own if own and holds_processor(own) else model_dir)
+    processor = AutoProcessor.from_pretrained(processor_folder(model_dir, adapter))
     if hasattr(processor.video_processor, "cap_pixels_per_frame"):
         processor.video_processor.cap_pixels_per_frame = True  # as qwen_vl_utils does; unset, it is a warning and no bound
     processor.tokenizer.padding_side = "left"  # is not saved with a tokenizer; answers start at the right edge

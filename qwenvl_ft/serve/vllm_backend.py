@@ -29,9 +29,9 @@ from qwenvl_ft.data.geometry import Limits, read_limits
 from qwenvl_ft.data.pictures import bounded, opened
 from qwenvl_ft.data.records import Part, Picture, Turn, Video, as_text
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import VLLM_RANKS
+from qwenvl_ft.folders.adapter import vllm_rank
 from qwenvl_ft.folders.model import read_model_json
-from qwenvl_ft.folders.runs import holds_processor, run_folder_of
+from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.infer.engine import check_folders
 from qwenvl_ft.serve.api import ApiError, ChatRequest, Pieces, Usage, model_failed, unknown_model
 from qwenvl_ft.serve.open_request import Opener, invalid_messages
@@ -198,7 +198,7 @@ def start_vllm(
     check_folders(model, adapters.values())
     limits = dict.fromkeys(names, read_limits(model))
     for name, folder in adapters.items():
-        limits[name] = read_limits(own if holds_processor(own := run_folder_of(folder)) else model)
+        limits[name] = read_limits(processor_folder(model, folder))
     if not (program := shutil.which("vllm")):
         raise UserError(
             Problem("--engine vllm", "vllm is not installed", "install it in an environment of its own: pip install vllm")
@@ -209,7 +209,7 @@ def start_vllm(
     command = [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", *names]
     if adapters:
         rank = max(int(read_model_json(folder / "adapter_config.json")["r"]) for folder in adapters.values())
-        command += ["--enable-lora", "--max-lora-rank", str(next((r for r in VLLM_RANKS if r >= rank), rank))]
+        command += ["--enable-lora", "--max-lora-rank", str(vllm_rank(rank) or rank)]
         command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one; the server has its own SIGTERM once it runs
