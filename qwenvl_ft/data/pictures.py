@@ -159,7 +159,7 @@ def _turn(picture: Image.Image) -> Image.Transpose | None:
 
 
 def _ends(path: Path, mark: bytes) -> bool:
-    """Whether a file is whole: its end mark near its end, or else it decodes (phones append films and depth maps to photos)."""
+    """Whether a file is whole: its end mark near its end, or else it decodes (phones append videos and depth maps to photos)."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
         if mark in file.read():

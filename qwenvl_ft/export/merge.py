@@ -52,7 +52,7 @@ def export(
 
     Returns, for each of `verify` training records, `where`, `difference` (the largest of a logit) and `largest` (logit).
     `model_dir` defaults to the base that the adapter names. Raises UserError if the base is quantized or not the one that
-    was trained on, if an adapter tensor has no home in it, or if the merged model differs by more than rounding explains.
+    was trained on, if an adapter tensor has no module in it, or if the merged model differs by more than rounding explains.
     """
     check_adapter(adapter)  # which names the base
     base = model_dir or Path(read_model_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
@@ -199,7 +199,7 @@ class Deltas:
 def merge_files(shards: Sequence[Path], folder: Path, deltas: Deltas, on_bytes: Callable[[int, int], None]) -> dict[str, str]:
     """Writes the safetensors files of a base, merged, into `folder`; returns the sha256 of each by its name.
 
-    `on_bytes` is told (bytes done, bytes in all), from several threads. Raises UserError if an adapter tensor has no home.
+    `on_bytes` is told (bytes done, bytes in all), from several threads. Raises UserError if an adapter tensor has no module there.
     """
     headers = {shard: read_header(shard) for shard in shards}  # all of them first: a damaged last one would show after an hour
     total = sum(shard.stat().st_size for shard in shards)
@@ -229,7 +229,7 @@ def merge_files(shards: Sequence[Path], folder: Path, deltas: Deltas, on_bytes: 
             stop.set()
     if deltas.left:
         raise UserError(*(
-            Problem(f"{deltas.where}: {module}", "has no home in the base", "give the right base with --model DIR")
+            Problem(f"{deltas.where}: {module}", "has no module in the base", "give the right base with --model DIR")
             for module in sorted(deltas.left)
         ))  # fmt: skip
     return digests

@@ -137,19 +137,19 @@ def _fit(folder: Path, shapes: dict[str, list[int]], base: Path) -> list[Problem
         return []  # whose files have other keys and shapes
     stored = {module_of(of.key): of.shape for path in sorted(base.glob("*.safetensors")) for of in read_header(path)[1]}
     stored.setdefault(HEAD, stored.get(EMBEDDINGS, []))  # tied: stored once
-    homeless, unlike = [], []
+    unplaced, unlike = [], []
     for key, shape in shapes.items():
         if _is_old(key) or not (match := LORA_KEY.match(key)):
             continue  # told already
         wanted = stored.get(module_of(match[1]))
         if not wanted:
-            homeless.append(key)
+            unplaced.append(key)
         elif shape[1:] != wanted[1:] if match[2] == "A" else shape[0] != wanted[0]:
             unlike.append(key)
     where, fix = str(folder / ADAPTER_WEIGHTS), "bring the base that it was trained on, or export with --model DIR"
     problems = []
-    if homeless:
-        problems.append(Problem(where, f"{len(homeless)} tensors have no module in {base} ({homeless[0]})", fix))
+    if unplaced:
+        problems.append(Problem(where, f"{len(unplaced)} tensors have no module in {base} ({unplaced[0]})", fix))
     if unlike:
         problems.append(Problem(where, f"{len(unlike)} tensors do not fit the sizes of {base} ({unlike[0]})", fix))
     return problems

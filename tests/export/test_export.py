@@ -246,7 +246,7 @@ def changed_adapter(trained, folder, change):
     [
         (
             lambda t: t.update({key.replace("layers.0", "layers.9"): t.pop(key) for key in list(t) if "layers.0" in key}),
-            "has no home",
+            "has no module in the base",
         ),
         (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(1)}), "not a LoRA tensor"),
         (lambda t: t.update({key: t[key] / 0 for key in t}), "NaN or infinity"),
