@@ -120,6 +120,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_records(t
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+def test_a_base_without_its_weights_is_said_before_anything_is_loaded(tmp_path):
+    """A folder with all but the weights, as `download --file '*.json'` leaves it, ended in a traceback of transformers."""
+    shutil.copytree(ROOT / "data/tiny", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UserError, match="holds no safetensors"):
+        run(tmp_path, model=tmp_path / "base")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_one_process_alone_met_is_said_by_that_one(tmp_path, monkeypatch, capsys):
     """The command line prints the problems of the first process of a machine only; this row was another's."""
     monkeypatch.setattr(loop, "summed_loss", lambda *args: torch.tensor(float("nan"), requires_grad=True))
