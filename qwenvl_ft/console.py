@@ -83,18 +83,15 @@ def draw_counts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
 def draw_plan(summary: dict[str, Any]) -> Table:
     """What `qwenvl-ft plan` shows."""
     tokens = summary["tokens"]
-    return draw_counts(
-        "Plan",
-        [
-            ("records", f"{summary['records']:,}, {summary['used']:,} used, {len(summary['skipped']):,} problems"),
-            ("pictures", f"{summary['pictures']:,}, {summary['pictures_shrunk']:,} of them made smaller by max_pixels"),
-            ("tokens", f"{tokens['total']:,} ({tokens['min']:,} to {tokens['max']:,} a record, median {tokens['median']:,})"),
-            ("taught", f"{summary['taught_tokens']:,} tokens"),
-            ("rows", f"{summary['rows']:,} of {summary['row_tokens']:,} tokens, {summary['fill']:.1%} full"),
-            ("steps", f"{summary['steps']:,} ({summary['steps_per_epoch']:,} an epoch)"),
-            *(("note", note) for note in summary["notes"]),
-        ],
-    )
+    facts = [
+        ("records", f"{summary['records']:,}, {summary['used']:,} used, {len(summary['skipped']):,} problems"),
+        ("pictures", f"{summary['pictures']:,}, {summary['pictures_shrunk']:,} of them made smaller by max_pixels"),
+        ("tokens", f"{tokens['total']:,} ({tokens['min']:,} to {tokens['max']:,} a record, median {tokens['median']:,})"),
+        ("taught", f"{summary['taught_tokens']:,} tokens"),
+        ("rows", f"{summary['rows']:,} of {summary['row_tokens']:,} tokens, {summary['fill']:.1%} full"),
+        ("steps", f"{summary['steps']:,} ({summary['steps_per_epoch']:,} an epoch)"),
+    ]
+    return draw_counts("Plan", facts + [("note", note) for note in summary["notes"]])
 
 
 class Display:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from qwenvl_ft.folders.tensors import read_header
+from qwenvl_ft.folders.adapter import read_header
 
 PEFT = """
 import sys, torch

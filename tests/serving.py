@@ -19,14 +19,12 @@ import uvicorn
 
 from qwenvl_ft.data.families import family_of
 from qwenvl_ft.infer.engine import Engine, open_beside
-from qwenvl_ft.model.load import load_base
-from qwenvl_ft.model.lora import add_lora, trainable
+from qwenvl_ft.model.load import add_lora, load_base, trainable
 from qwenvl_ft.serve.api import Bounds
 from qwenvl_ft.serve.app import make_app
 from qwenvl_ft.serve.open_request import Opener
 from qwenvl_ft.serve.timeouts import TimeoutProtocol
 from qwenvl_ft.serve.transformers_backend import TransformersBackend
-from qwenvl_ft.serve.uploads import Uploads
 from tests.conftest import SAMPLE, TINY
 
 BOUNDS = Bounds()
@@ -80,9 +78,9 @@ class Served:
 @contextmanager
 def serving(engines, key=None, bounds=BOUNDS, max_batch=16, max_waiting=64, hosts=(), prefix="", public_url="") -> Iterator[Served]:
     """A server over these engines, stopped at the end."""
-    opener = Opener(bounds, Uploads(), hosts)
+    opener = Opener(bounds, hosts)
     backend = TransformersBackend(engines, opener, max_batch)
-    served = Served(make_app(backend, bounds, opener.uploads, max_batch + max_waiting, key, prefix, public_url), backend)
+    served = Served(make_app(backend, opener, max_batch + max_waiting, key, prefix, public_url), backend)
     try:
         yield served
     finally:

@@ -59,11 +59,12 @@ def test_what_is_installed_plans_from_an_empty_folder(installed, tmp_path):
     file, version = run("-c", code, cwd=tmp_path, path=installed).stdout.split()
     assert Path(file).is_relative_to(installed)
     assert run("-m", "qwenvl_ft", "--version", cwd=tmp_path, path=installed).stdout == f"qwenvl-ft {version}\n"
-    wrote = run("-m", "qwenvl_ft", "init", "--sample", cwd=tmp_path, path=installed)
+    wrote = run("-m", "qwenvl_ft", "init", cwd=tmp_path, path=installed)
     assert (wrote.returncode, wrote.stderr) == (0, "")
     planned = run("-m", "qwenvl_ft", "plan", "--json", cwd=tmp_path, path=installed)
     assert (planned.returncode, planned.stderr) == (0, "")
-    of_the_checkout = run("-m", "qwenvl_ft", "plan", "--config", "configs/demo.yaml", "--json", cwd=ROOT, path=ROOT)
+    sample = ("model=data/tiny", "train_meta_file=data/sample/train.json", "train_data_dir=data/sample/images")
+    of_the_checkout = run("-m", "qwenvl_ft", "plan", "--config", "configs/lora.yaml", *sample, "--json", cwd=ROOT, path=ROOT)
     assert json.loads(planned.stdout) == json.loads(of_the_checkout.stdout)
 
 

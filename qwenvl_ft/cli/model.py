@@ -97,7 +97,7 @@ def export(
     if push:
         check_adapter(adapter)  # no repository is made for one that is not there
         hubs.pushable(push)  # what is wrong with it is said before the merge
-    from qwenvl_ft.export.write import export as run
+    from qwenvl_ft.export.merge import export as run
 
     with counting("merging bytes") as on_bytes:
         proofs = run(adapter, out, model, verify, on_bytes)

@@ -11,8 +11,7 @@ import typer
 
 from qwenvl_ft.console import print_line
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.serve.api import Bounds
-from qwenvl_ft.serve.backend import Backend
+from qwenvl_ft.serve.api import Backend, Bounds
 from qwenvl_ft.serve.middleware import SPARE_CONNECTIONS, is_loopback
 
 
@@ -58,60 +57,38 @@ def serve(
     """
     key = _key(api_key_env, host)
     listening = context.with_resource(_bind(host, port))  # closed at the command's end, however it comes
-    bounds = Bounds(
-        max_body_mib << 20, max_pictures, max_megapixels * 1_000_000, 2 * max_megapixels * 1_000_000,
-        max_prompt_tokens, max_answer_tokens, timeout, min(timeout, Bounds.body_seconds),
-    )  # fmt: skip
+    bounds = Bounds(max_body_mib << 20, max_pictures, max_megapixels * 1_000_000, max_prompt_tokens, max_answer_tokens, timeout)
     from qwenvl_ft.serve.open_request import Opener
-    from qwenvl_ft.serve.uploads import Uploads
 
-    opener = Opener(bounds, Uploads(), map(str.lower, allow_host or []))
+    opener = Opener(bounds, map(str.lower, allow_host or []))
     folders = dict(map(_adapter, adapter or []))
     if (model is None) == (engine_url is None):
         raise typer.BadParameter("give the model's folder, or --engine-url", param_hint="MODEL")
+    if engine_url and (adapter or name or engine_arg):
+        raise typer.BadParameter("the server there has its own models and arguments", param_hint="--engine-url")
+    if engine_arg and engine != "vllm":
+        raise typer.BadParameter("it is for --engine vllm", param_hint="--engine-arg")
     names = name or ([model.resolve().name] if model else [])
     if doubled := set(names) & set(folders):
         raise UserError(Problem("--adapter", f"{', '.join(doubled)} names the base, too", "give the adapter another name"))
-    if model:
-        from qwenvl_ft.infer.engine import check_folders
-
-        check_folders(model, folders.values())
     backend: Backend
     if model is None or engine == "vllm":
-        backend = _vllm(model, engine_url, names, folders, engine_arg or [], opener)
+        from qwenvl_ft.serve.vllm_backend import VllmBackend, start_vllm
+
+        backend = start_vllm(model, names, folders, engine_arg or [], opener) if model else VllmBackend(engine_url or "", opener)
     else:
         from qwenvl_ft.infer.engine import open_beside
-        from qwenvl_ft.serve.transformers_backend import TransformersBackend
 
         engines = open_beside(model, folders)
+        from qwenvl_ft.serve.transformers_backend import TransformersBackend
+
         named = dict.fromkeys(names, engines[None]) | {name: engines[name] for name in folders}
         backend = TransformersBackend(named, opener, max_batch)
     from qwenvl_ft.serve.app import make_app
 
-    root = "/" + root_path.strip("/") if root_path.strip("/") else ""
-    max_requests = max_batch + max_waiting
-    app = make_app(backend, bounds, opener.uploads, max_requests, key, root, public_url)
+    max_requests, prefix = max_batch + max_waiting, f"/{root_path.strip('/')}".rstrip("/")
+    app = make_app(backend, opener, max_requests, key, prefix, public_url)
     _run(app, listening, timeout, backend.names, max_requests)
-
-
-def _vllm(
-    model: Path | None, url: str | None, names: list[str], adapters: dict[str, Path], arguments: list[str], opener: Any
-) -> Any:
-    """vLLM at `url`, or started for `model`."""
-    from qwenvl_ft.data.geometry import read_limits
-    from qwenvl_ft.folders.runs import holds_processor, run_folder_of
-    from qwenvl_ft.serve.vllm_backend import VllmBackend, start_vllm
-
-    if model is None:
-        return VllmBackend(url or "", opener)
-    limits = dict.fromkeys(names, read_limits(model))
-    limits |= {
-        name: read_limits(own if holds_processor(own := run_folder_of(folder)) else model) for name, folder in adapters.items()
-    }
-    with _bind("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    process = start_vllm(model, names, adapters, port, arguments)
-    return VllmBackend(f"http://127.0.0.1:{port}", opener, process, limits)
 
 
 def _run(app: Any, listening: socket.socket, timeout: float, names: Sequence[str], max_requests: int) -> None:
@@ -139,19 +116,16 @@ def _adapter(text: str) -> tuple[str, Path]:
 
 def _key(variable: str | None, host: str) -> str | None:
     """The key that callers must have. Raises UserError where one is needed and there is none."""
-    if variable:
-        if key := os.environ.get(variable, "").strip():
-            if not (key.isascii() and key.isprintable()):
-                what = "has letters that no header can carry"
-                raise UserError(
-                    Problem(f"--api-key-env {variable}", what, "use a key of printable ASCII, such as `openssl rand -hex 32`")
-                )
-            return key
+    key = os.environ.get(variable, "").strip() if variable else ""
+    if variable and not key:
         raise UserError(Problem(f"--api-key-env {variable}", "is not set, or empty", f"export {variable}=... first"))
-    if not is_loopback(host):
+    if not (key.isascii() and key.isprintable()):
+        what = "has letters that no header can carry"
+        raise UserError(Problem(f"--api-key-env {variable}", what, "use printable ASCII, such as `openssl rand -hex 32`"))
+    if not key and not is_loopback(host):
         what = "would answer everyone who reaches this machine, without a key"
         raise UserError(Problem(f"--host {host}", what, "put a key into the environment and name it with --api-key-env VAR"))
-    return None
+    return key or None
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -8,6 +8,7 @@ refuses records whose own text holds a control token.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,6 @@ class Chat:
         messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
         return self.template.render(messages=messages, add_generation_prompt=answer_next, tools=None)
 
-    def grid(self, picture: Picture) -> tuple[int, int, int]:
-        """The grid of patches that the processor will make of this picture."""
-        return grid_of(picture.height, picture.width, self.limits)
-
     def write_scripts(self, record: Record) -> list[Script]:
         """The record as training examples: one, or one per answer where the template rewrites earlier turns.
 
@@ -91,9 +88,8 @@ class Chat:
         text = self.render(turns)
         spans = [match.span(1) for match in TAUGHT.finditer(text)]
         if not spans:
-            raise UserError(
-                Problem(where, "the chat template leaves nothing to teach", "use the chat template of an instruct model")
-            )
+            what, fix = "the chat template leaves nothing to teach", "use the chat template of an instruct model"
+            raise UserError(Problem(where, what, fix))
         if last_only:
             spans = spans[-1:]
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
@@ -106,7 +102,7 @@ class Chat:
                 labels[token] = encoding.ids[token]
                 token += 1
         pictures = Record(where, turns).pictures
-        grids = [self.grid(picture) for picture in pictures]
+        grids = [grid_of(picture.height, picture.width, self.limits) for picture in pictures]
         counts = [tokens_of(grid, self.limits.merge_size) for grid in grids]
         return Script(where, encoding.ids, labels, pictures, grids, counts, self.picture_id)
 
@@ -116,13 +112,8 @@ class Chat:
 
     def taught_texts(self, script: Script) -> list[str]:
         """What the record teaches, one text for each run of labels."""
-        texts: list[list[int]] = []
-        for before, label in zip([IGNORE, *script.labels], script.labels, strict=False):
-            if label != IGNORE:
-                if before == IGNORE:
-                    texts.append([])
-                texts[-1].append(label)
-        return [self.said(ids) for ids in texts]
+        runs = groupby(script.labels, lambda label: label != IGNORE)
+        return [self.said(list(labels)) for is_taught, labels in runs if is_taught]
 
 
 def open_chat(model_dir: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Chat:
@@ -134,9 +125,8 @@ def open_chat(model_dir: Path, min_pixels: int | None = None, max_pixels: int | 
     if problems := talk_problems(model_dir):
         raise UserError(*problems)
     path = model_dir / "tokenizer.json"
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )  # as transformers renders it
+    # As transformers renders it.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals["raise_exception"] = _refuse
     template = environment.from_string(read_template(model_dir) or "")
     read_model_json(path)  # the tokenizers library's own error names neither the file nor the cause

@@ -52,11 +52,6 @@ def family_of(model_dir: Path) -> Family:
     """The family of the model in this folder. Raises UserError where there is none or it is not known."""
     model_type = read_config(model_dir).get("model_type")
     if model_type not in FAMILIES:
-        raise UserError(
-            Problem(
-                str(model_dir / "config.json"),
-                f"model_type {model_type!r} is not one of {', '.join(FAMILIES)}",
-                "use a Qwen-VL model",
-            )
-        )
+        what = f"model_type {model_type!r} is not one of {', '.join(FAMILIES)}"
+        raise UserError(Problem(str(model_dir / "config.json"), what, "use a Qwen-VL model"))
     return FAMILIES[model_type]

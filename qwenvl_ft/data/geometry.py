@@ -8,13 +8,12 @@ one token. `grid_of` does the same arithmetic without opening the picture.
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.model import read_model_json
+from qwenvl_ft.folders.runs import PROCESSORS
 
 MAX_ASPECT = 200  # the processors refuse a picture whose sides differ by more
 
@@ -37,7 +36,7 @@ class Limits:
 def resized(height: int, width: int, limits: Limits) -> tuple[int, int]:
     """(height, width) in px after the processor's resize. Source: `smart_resize` of transformers 5.23.
 
-    The aspect ratio must be at most MAX_ASPECT: `media.size_of` has refused others.
+    The aspect ratio must be at most MAX_ASPECT: `pictures.size_of` has refused others.
     """
     unit = limits.unit_px
     new_height, new_width = round(height / unit) * unit, round(width / unit) * unit
@@ -63,37 +62,17 @@ def tokens_of(grid: tuple[int, int, int], merge_size: int) -> int:
 
 
 def read_limits(model_dir: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Limits:
-    """The picture settings of the processor in `model_dir`, with the given bounds in place of its own."""
-    settings = _image_settings(model_dir)
-    size = settings.get("size") or {}
-    own_min = settings.get("min_pixels") or size["shortest_edge"]
-    own_max = settings.get("max_pixels") or size["longest_edge"]
-    return Limits(settings["patch_size"], settings["merge_size"], int(min_pixels or own_min), int(max_pixels or own_max))
+    """The picture settings of the processor in `model_dir`, with the given bounds in place of its own.
 
-
-def _image_settings(model_dir: Path) -> dict[str, Any]:
-    for name in ("processor_config.json", "preprocessor_config.json"):  # written by transformers 5 and by 4
-        path = model_dir / name
-        if path.is_file():
-            content = read_model_json(path)
-            settings: dict[str, Any] = content.get("image_processor", content)
-            if {"patch_size", "merge_size"} <= settings.keys() and (
-                "max_pixels" in settings or "longest_edge" in settings.get("size", {})
-            ):
-                return settings
-    raise UserError(
-        Problem(
-            str(model_dir),
-            "holds no preprocessor_config.json or processor_config.json with patch_size and limits of pixels",
-            "download the whole model",
-        )
-    )
-
-
-if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4) or not all(side.isdecimal() and int(side) for side in sys.argv[1:3]):
-        sys.exit("usage: python -m qwenvl_ft.data.geometry WIDTH HEIGHT [MODEL_DIR]")
-    at = read_limits(Path(sys.argv[3])) if len(sys.argv) == 4 else Limits(14, 2, 3136, 1280 * 28 * 28)
-    shape = resized(int(sys.argv[2]), int(sys.argv[1]), at)
-    tokens = tokens_of(grid_of(int(sys.argv[2]), int(sys.argv[1]), at), at.merge_size)
-    sys.stdout.write(f"{sys.argv[1]} x {sys.argv[2]} px -> {shape[1]} x {shape[0]} px, {tokens} tokens\n")
+    Raises UserError where its files do not say them.
+    """
+    for path in (model_dir / name for name in PROCESSORS):
+        content = read_model_json(path) if path.is_file() else {}
+        settings = content.get("image_processor", content)
+        size = settings.get("size") or {}
+        least = min_pixels or settings.get("min_pixels") or size.get("shortest_edge")
+        most = max_pixels or settings.get("max_pixels") or size.get("longest_edge")
+        if {"patch_size", "merge_size"} <= settings.keys() and least is not None and most is not None:
+            return Limits(settings["patch_size"], settings["merge_size"], int(least), int(most))
+    what = f"holds no {' or '.join(sorted(PROCESSORS))} with patch_size and limits of pixels"
+    raise UserError(Problem(str(model_dir), what, "download the whole model"))

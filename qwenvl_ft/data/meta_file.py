@@ -30,10 +30,7 @@ class MetaFile(NamedTuple):
 
 
 def read_records(
-    meta_file: Path | str,
-    data_dir: Path | str,
-    on_record: OnRecord = lambda done, total: None,
-    most: int | None = None,
+    meta_file: Path | str, data_dir: Path | str, on_record: OnRecord = lambda done, total: None, most: int | None = None
 ) -> MetaFile:
     """Reads all records, or until `most` are good. `on_record(done, total)` is called after each.
 
@@ -95,19 +92,15 @@ class _PictureFolder:
 
     def find(self, name: str, where: str) -> Picture:
         """Raises UserError where the name is no readable picture inside the folder."""
-        if name not in self.seen:
-            self.seen[name] = self._open(name, where)
-        return self.seen[name]
-
-    def _open(self, name: str, where: str) -> Picture:
+        if name in self.seen:
+            return self.seen[name]
         if not name:
             raise UserError(Problem(where, "an <img> tag is empty", "write <img>file.png</img>"))
         if OPEN in name:
             raise UserError(Problem(where, "an <img> tag stands inside another", "close the first one: <img>file.png</img>"))
         if "://" in name or name.startswith("data:"):
-            raise UserError(
-                Problem(where, f"{name[:60]} is not a file name", f"download the picture to {self.folder} and name its file")
-            )
+            fix = f"download the picture to {self.folder} and name its file"
+            raise UserError(Problem(where, f"{name[:60]} is not a file name", fix))
         try:
             path = (self.root / name).resolve()
             inside = path.is_relative_to(self.root)
@@ -119,11 +112,11 @@ class _PictureFolder:
         if not there:
             close = self.close_to(name)
             fix = f"did you mean {close[0]}?" if close else f"copy it there, or give the right folder {FOLDER_KEYS}"
-            problem = Problem(where, f"{name[:120]!s} is not in {self.folder}", fix)
+            problem = Problem(where, f"{name[:120]} is not in {self.folder}", fix)
             self.missing[problem] = name
             raise UserError(problem)
         self.one_is_there = True
         if not path.is_file():
             raise UserError(Problem(where, f"{name} is not a regular file", "name a picture file"))
         height, width = size_of(path, where)
-        return Picture(path, height, width)
+        return self.seen.setdefault(name, Picture(path, height, width))

@@ -47,10 +47,9 @@ def size_of(path: Path, where: str) -> tuple[int, int]:
     if width * height > MAX_PIXELS:
         raise UserError(Problem(where, f"{path.name} has {width} x {height} px, more than 100 megapixels", "make it smaller"))
     check_aspect(width, height, where, path.name)
-    if mark and mark not in _tail(path) and not _decodes(path):
-        raise UserError(
-            Problem(where, f"{path.name} ends before its picture does: the file was cut off", "copy it again from its source")
-        )
+    if mark and not _ends(path, mark):
+        what = f"{path.name} ends before its picture does: the file was cut off"
+        raise UserError(Problem(where, what, "copy it again from its source"))
     return (width, height) if sideways else (height, width)
 
 
@@ -88,16 +87,11 @@ def bounded(part: Medium, limits: Limits) -> Medium:
     """
     if not (part.min_pixels or part.max_pixels):
         return part
-    if part.max_pixels and part.max_pixels < max(limits.min_pixels, part.min_pixels or 0):
-        raise UserError(
-            Problem(
-                f"a {part.kind}'s max_pixels",
-                f"is {part.max_pixels}, below the least that it may have, {max(limits.min_pixels, part.min_pixels or 0)}",
-                "raise it, or leave it out",
-            )
-        )
-    most = min(part.max_pixels or limits.max_pixels, limits.max_pixels)
-    own = Limits(limits.patch_size, limits.merge_size, min(max(part.min_pixels or 0, limits.min_pixels), most), most)
+    least, most = max(limits.min_pixels, part.min_pixels or 0), min(part.max_pixels or limits.max_pixels, limits.max_pixels)
+    if part.max_pixels and part.max_pixels < least:
+        what = f"is {part.max_pixels}, below the least that it may have, {least}"
+        raise UserError(Problem(f"a {part.kind}'s max_pixels", what, "raise it, or leave it out"))
+    own = replace(limits, min_pixels=min(least, most), max_pixels=most)
     frames = [opened(part)] if isinstance(part, Picture) else part.frames
     height, width = resized(frames[0].height, frames[0].width, own)
     sized = tuple(frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames)
@@ -107,9 +101,8 @@ def bounded(part: Medium, limits: Limits) -> Medium:
 def check_aspect(width: int, height: int, where: str, name: str = "it") -> None:
     """Raises UserError where one side is so much longer than the other that the processor would refuse the picture."""
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UserError(
-            Problem(where, f"{name} is {width} x {height} px: one side is over {MAX_ASPECT} times the other", "crop it or pad it")
-        )
+        what = f"{name} is {width} x {height} px: one side is over {MAX_ASPECT} times the other"
+        raise UserError(Problem(where, what, "crop it or pad it"))
 
 
 def as_seen(picture: Image.Image) -> Image.Image:
@@ -151,7 +144,10 @@ def _opened(path: Path, where: str) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise UserError(Problem(where, f"{path.name} has more than 100 megapixels", "make it smaller")) from error
     except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # RuntimeError: a damaged AVIF
-        raise UserError(_unreadable(path, where)) from error
+        if path.is_file() and path.stat().st_size == 0:
+            raise UserError(Problem(where, f"{path.name} is empty", "copy it again from its source")) from error
+        fix = "open it in a viewer; save it again as PNG or JPEG"
+        raise UserError(Problem(where, f"{path.name} is not a picture that can be read", fix)) from error
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
@@ -162,22 +158,14 @@ def _turn(picture: Image.Image) -> Image.Transpose | None:
     return TURNS.get(Image.Image.getexif(picture).get(ORIENTATION, 1))
 
 
-def _decodes(path: Path) -> bool:
-    """Whether a file without its end mark near its end is whole: phones append films and depth maps to their photos."""
+def _ends(path: Path, mark: bytes) -> bool:
+    """Whether a file is whole: its end mark near its end, or else it decodes (phones append videos and depth maps to photos)."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        if mark in file.read():
+            return True
     try:
         load(path, "")
     except UserError:
         return False
     return True
-
-
-def _tail(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        return file.read()
-
-
-def _unreadable(path: Path, where: str) -> Problem:
-    if path.is_file() and path.stat().st_size == 0:
-        return Problem(where, f"{path.name} is empty", "copy it again from its source")
-    return Problem(where, f"{path.name} is not a picture that can be read", "open it in a viewer; save it again as PNG or JPEG")

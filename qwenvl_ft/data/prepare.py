@@ -1,8 +1,9 @@
 """From a config to everything that is known before a GPU is touched: records, scripts, rows, and what was left out and why."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import count, islice
 from statistics import median
 from typing import Any
 
@@ -90,7 +91,7 @@ def write_scripts(chat: Chat, records: Sequence[Record], problems: list[Problem]
         try:
             scripts += chat.write_scripts(record)
         except UserError as error:
-            problems += [Problem(record.where, problem.what, problem.fix) for problem in error.problems]
+            problems += [replace(problem, where=record.where) for problem in error.problems]
     return scripts
 
 
@@ -127,18 +128,14 @@ def notes(num_rows: int, num_steps: int, config: Config) -> list[str]:
 
 def schedule(prepared: Prepared, config: Config) -> list[tuple[int, list[int]]]:
     """(epoch, rows) of every optimizer step of the run, the same whatever the number of processes."""
-    found: list[tuple[int, list[int]]] = []
-    epoch = 0
-    while epoch < config.num_train_epochs if config.max_steps is None else len(found) < config.max_steps:
-        found += [(epoch, rows) for rows in steps(len(prepared.plan.rows), config.rows_per_step, config.seed, epoch)]
-        epoch += 1
-    return found[: config.max_steps]
+    num_rows, epochs = len(prepared.plan.rows), count() if config.max_steps else range(config.num_train_epochs)
+    found = ((epoch, rows) for epoch in epochs for rows in steps(num_rows, config.rows_per_step, config.seed, epoch))
+    return list(islice(found, config.max_steps))
 
 
 def token_counts(lengths: Sequence[int]) -> dict[str, int]:
     """min, median, max and total, as the commands print them."""
-    if not lengths:
-        return {"min": 0, "median": 0, "max": 0, "total": 0}
+    lengths = lengths or [0]
     return {"min": min(lengths), "median": int(median(lengths)), "max": max(lengths), "total": sum(lengths)}
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from qwenvl_ft.data.chat import IGNORE, Chat, Script
 from qwenvl_ft.data.pictures import opened
@@ -74,7 +73,7 @@ def _first_ignored(labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.full((1,), IGNORE), labels[1:]])
 
 
-class Rows(Dataset[Row]):
+class Rows:
     """The rows of a plan, each built when it is asked for. `image_processor` is the model's own, within `chat.limits`.
 
     `always_look` gives a row without pictures a blank one, in a record of its own that teaches nothing: where processes
@@ -95,6 +94,13 @@ class Rows(Dataset[Row]):
         if self.always_look and not any("pixel_values" in example for example in examples):
             examples.append(self.blank())
         return join(examples)
+
+    def row_or_problems(self, index: int) -> Row | UserError:
+        """The row, or what is wrong with it: what a worker of a DataLoader raises loses its problems on the way."""
+        try:
+            return self[index]
+        except UserError as error:
+            return error
 
     def blank(self) -> Row:
         """A record of one picture of one token, nothing of it taught."""

@@ -1,5 +1,6 @@
 """A record as the model sees it."""
 
+from itertools import groupby, islice
 from typing import Any
 
 from qwenvl_ft.console import Drawing, draw_panel
@@ -9,24 +10,18 @@ from qwenvl_ft.data.chat import IGNORE, PICTURE, Chat, Script
 def draw_record(script: Script, chat: Chat) -> Drawing:
     """The record as the model sees it: pictures as blocks with their tokens, what is taught in green."""
     pieces: list[tuple[str, str]] = []
-    pictures = iter(zip(script.pictures, script.grids, script.picture_tokens, strict=True))
-    runs: list[tuple[bool, list[int]]] = []
-    for token, label in zip(script.ids, script.labels, strict=True):
-        if token == script.picture_id:
-            runs.append((False, [token]))
-        elif runs and runs[-1][0] == (label != IGNORE) and runs[-1][1][0] != script.picture_id:
-            runs[-1][1].append(token)
-        else:
-            runs.append((label != IGNORE, [token]))
-    for is_taught, ids in runs:
-        if ids[0] == script.picture_id:
-            picture, (_, rows, columns), tokens = next(pictures)
-            merge = chat.limits.merge_size
-            size = f"{picture.width} x {picture.height} px, {columns // merge} x {rows // merge} = {tokens} tokens"
-            pieces.append((f" ▦ {picture.name}: {size} ", "#101010 on #5fd7d7"))
-        else:
+    pictures = zip(script.pictures, script.grids, script.picture_tokens, strict=True)
+    merge = chat.limits.merge_size
+    tokens = zip(script.ids, script.labels, strict=True)
+    for (is_picture, is_taught), run in groupby(tokens, lambda of: (of[0] == script.picture_id, of[1] != IGNORE)):
+        ids = [token for token, _ in run]
+        if not is_picture:
             said = chat.said(ids)
             pieces.append((said, "bold green" if is_taught else "" if "<|" not in said else "bright_black"))
+            continue
+        for picture, (_, rows, columns), count in islice(pictures, len(ids)):
+            size = f"{picture.width} x {picture.height} px, {columns // merge} x {rows // merge} = {count} tokens"
+            pieces.append((f" ▦ {picture.name}: {size} ", "#101010 on #5fd7d7"))
     taught = sum(label != IGNORE for label in script.labels)
     return draw_panel(pieces, script.where, f"{script.length} tokens, {taught} taught (green); {PICTURE} widened")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.adapter import module_of, read_header
 from qwenvl_ft.folders.model import weight_files
-from qwenvl_ft.folders.tensors import module_of, read_header
 from qwenvl_ft.infer.engine import Engine
 
 HALF_ULP = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # of a number: what storing it may change

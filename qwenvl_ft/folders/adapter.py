@@ -1,20 +1,93 @@
-"""How an adapter names its tensors, and which base it belongs to."""
+"""Which tensors an adapter and its base hold, how each names them, and whether the two belong together. Without torch."""
 
 import hashlib
+import json
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.model import read_model_json
 from qwenvl_ft.folders.runs import run_folder_of
-from qwenvl_ft.folders.tensors import read_header
 from qwenvl_ft.folders.whole import short_hash
 
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight$")
+# How transformers before 4.52 named modules, in released Qwen2-VL and Qwen2.5-VL checkpoints, and in adapters behind PEFT's own
+# prefix -> as transformers 5 does. PEFT takes the table as its `key_mapping`.
+OLD_KEYS = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\.)": "model.language_model."}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes; source: vllm/config/lora.py, MaxLoRARanks
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy knows no bfloat16: its bits
 SAMPLE_BYTES = 4096
 BASE = "base_model.json"  # in an adapter's folder: the fingerprint of the base that it was trained on
+Floats = NDArray[np.float32]
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file, which holds them one behind the other; `start` is its place in the file."""
+
+    path: Path
+    key: str
+    dtype: str
+    shape: list[int]
+    start: int
+    num_bytes: int
+
+    def read(self) -> Floats:
+        """Its values; `dtype` must be one of DTYPES."""
+        stored = np.fromfile(self.path, DTYPES[self.dtype], math.prod(self.shape), offset=self.start)
+        return as_float32(stored).reshape(self.shape)
+
+
+def read_header(path: Path) -> tuple[bytes, list[Stored]]:
+    """The head of a safetensors file as it stands there, and its tensors in the file's order.
+
+    Raises UserError if the file is not whole.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        head = start + file.read(length) if length < size else b""
+    try:
+        table = json.loads(head[8:])
+        table.pop("__metadata__", None)
+        places = {key: of["data_offsets"] for key, of in table.items()}
+        tensors = [
+            Stored(path, key, table[key]["dtype"], table[key]["shape"], len(head) + first, end - first)
+            for key, (first, end) in sorted(places.items(), key=lambda place: place[1])
+        ]
+        whole = size == len(head) + sum(tensor.num_bytes for tensor in tensors)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        what = "is a git-lfs pointer, not the file" if start == b"version " else "is not a whole safetensors file"
+        raise UserError(Problem(str(path), what, "download or copy it again"))
+    return head, tensors
+
+
+def as_float32(stored: Any) -> Floats:
+    """An array as a file holds it, in float32; uint16 holds the bits of bfloat16, which are float32's upper half."""
+    found: Floats = (
+        np.left_shift(stored, 16, dtype=np.uint32).view(np.float32) if stored.dtype == np.uint16 else stored.astype(np.float32)
+    )
+    return found
+
+
+def module_of(key: str) -> str:
+    """The module that a checkpoint's key belongs to, as transformers 5 names it."""
+    module = key.removesuffix(".weight")
+    for old, new in OLD_KEYS.items():
+        module = re.sub(old, new, module)
+    return module
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The --max-lora-rank that vLLM needs for an adapter of this rank; None if it takes none so large."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
 def base_fingerprint(model_dir: Path) -> dict[str, Any]:
@@ -27,12 +100,11 @@ def base_fingerprint(model_dir: Path) -> dict[str, Any]:
     files = {}
     for path in sorted(model_dir.glob("*.safetensors")):
         head, tensors = read_header(path)
-        digest, start = hashlib.sha256(head), len(head)
+        digest = hashlib.sha256(head)
         with path.open("rb") as file:
             for tensor in tensors:
-                file.seek(start + max(0, tensor.num_bytes // 2 - SAMPLE_BYTES))
+                file.seek(tensor.start + max(0, tensor.num_bytes // 2 - SAMPLE_BYTES))
                 digest.update(file.read(min(SAMPLE_BYTES, tensor.num_bytes)))
-                start += tensor.num_bytes
         files[path.name] = [path.stat().st_size, digest.hexdigest()]
     return {"config": short_hash(config), "weights": files}
 

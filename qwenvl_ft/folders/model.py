@@ -7,6 +7,7 @@ from typing import Any
 from qwenvl_ft.errors import Problem, UserError
 
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def read_model_json(path: Path) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def read_model_json(path: Path) -> dict[str, Any]:
 def read_config(model_dir: Path) -> dict[str, Any]:
     """config.json. Raises UserError where the folder holds none: it is an adapter's, or no model's."""
     if not (model_dir / "config.json").is_file():
-        if (model_dir / "adapter_config.json").is_file():
+        if (model_dir / ADAPTER_CONFIG).is_file():
             raise UserError(Problem(str(model_dir), "is an adapter, not a model", "give its base, and this folder with --adapter"))
         fix = "download one: qwenvl-ft download Qwen/Qwen2-VL-7B-Instruct --hub modelscope --local-dir DIR"
         raise UserError(Problem(str(model_dir), "holds no config.json, so it is not a model's folder", fix))

@@ -6,10 +6,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.model import INDEX, read_config, read_model_json, read_template
-from qwenvl_ft.folders.runs import PROCESSORS, checkpoints
+from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, read_config, read_model_json, read_template
+from qwenvl_ft.folders.runs import PROCESSORS, checkpoints, holds_processor
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 AGAIN = "download the model again: `qwenvl-ft download` brings what is missing or damaged"
 
 
@@ -69,7 +68,7 @@ def unreadable(path: Path) -> str | None:
 
 def whole_problems(folder: Path) -> list[Problem]:
     """What a download must end without: what keeps the folder from being a whole model, or a whole adapter."""
-    if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         return adapter_file_problems(folder)
     return model_problems(folder)
 
@@ -96,7 +95,7 @@ def model_problems(folder: Path) -> list[Problem]:
 def talk_problems(folder: Path) -> list[Problem]:
     """What a processor and a chat need beside the weights, and the folder lacks."""
     found = []
-    if not any((folder / name).is_file() for name in PROCESSORS):
+    if not holds_processor(folder):
         found.append(Problem(str(folder), f"holds no {' or '.join(sorted(PROCESSORS))}", AGAIN))
     if not (folder / "tokenizer.json").is_file():
         found.append(Problem(str(folder), "holds no tokenizer.json", AGAIN))
@@ -120,24 +119,24 @@ def adapter_file_problems(folder: Path) -> list[Problem]:
     """Which of an adapter's two files is missing or broken."""
     found = pointers(folder) if folder.is_dir() else []
     again = "download it again, or copy it from the run's output_dir"
-    settings, weights = folder / CONFIG, folder / WEIGHTS
+    settings, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     pickle = (folder / "adapter_model.bin").is_file()
     if not settings.is_file() and not weights.is_file() and not pickle:
         unfinished = checkpoints(folder)
         fix = f"give its newest checkpoint, {unfinished[-1]}" if unfinished else "give the output_dir of a finished run"
-        what = f"holds no {CONFIG} with {WEIGHTS}"
+        what = f"holds no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}"
         if (folder / "config.json").is_file():
             what, fix = "is a whole model, not an adapter", "give it as the model, without --adapter"
         return [Problem(str(folder), what, fix)]
     if not settings.is_file():
-        found.append(Problem(str(folder), f"{CONFIG} is missing", again))
+        found.append(Problem(str(folder), f"{ADAPTER_CONFIG} is missing", again))
     elif not is_pointer(settings):
         try:
             read_model_json(settings)
         except UserError:
             found.append(Problem(str(settings), "is no JSON object", again))
     if not weights.is_file():
-        what = "its weights are a pickle" if pickle else f"{WEIGHTS} is missing"
+        what = "its weights are a pickle" if pickle else f"{ADAPTER_WEIGHTS} is missing"
         found.append(Problem(str(folder), what, "save it again as safetensors" if pickle else again))
     elif not is_pointer(weights) and (reason := unreadable(weights)):
         found.append(Problem(str(weights), f"is not a whole safetensors file ({reason})", again))
@@ -148,9 +147,9 @@ def adapter_problems(folder: Path) -> list[Problem]:
     """Everything that keeps a folder from being a PEFT adapter whose settings and tensors can be read."""
     if found := adapter_file_problems(folder):
         return found
-    said = read_model_json(folder / CONFIG)
+    said = read_model_json(folder / ADAPTER_CONFIG)
     if said.get("peft_type") != "LORA" or not all(isinstance(said.get(key), int | float) for key in ("r", "lora_alpha")):
-        return [Problem(str(folder / CONFIG), "names no LoRA with r and lora_alpha", "copy or train the adapter again")]
+        return [Problem(str(folder / ADAPTER_CONFIG), "names no LoRA with r and lora_alpha", "copy or train the adapter again")]
     return []
 
 

@@ -47,6 +47,12 @@ def holds_processor(folder: Path) -> bool:
     return any((folder / name).is_file() for name in PROCESSORS)
 
 
+def processor_folder(model_dir: Path, adapter: Path | None) -> Path:
+    """Where the processor is that an adapter is asked with: its own, with training's limits, else the base's."""
+    own = adapter and run_folder_of(adapter)
+    return own if own and holds_processor(own) else model_dir
+
+
 def rotate(output_dir: Path, keep: int) -> None:
     """Deletes the oldest checkpoints but never the newest whole one."""
     for folder in checkpoints(output_dir)[:-keep]:

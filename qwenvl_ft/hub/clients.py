@@ -53,7 +53,7 @@ class ModelScope:
     def __init__(self) -> None:
         from modelscope_hub import HubApi, HubConfig  # not `modelscope`, which takes ten times as long to import
 
-        logging.getLogger("modelscope_hub.download").addFilter(_no_error)  # which we say
+        logging.getLogger("modelscope_hub.download").addFilter(lambda record: record.levelno < logging.ERROR)  # those we say
         self.api = HubApi(HubConfig())
 
     def listing(self, repo: str, revision: str | None) -> tuple[str, dict[str, Wanted]]:
@@ -222,10 +222,6 @@ def _place(where: str) -> tuple[Source, Hub]:
     if not (source := read_source(where)) or source.revision:
         raise UserError(Problem(f"--push {where}", "names no repository on a hub", "write modelscope:ORG/NAME or hf:ORG/NAME"))
     return source, HUBS[source.hub]()
-
-
-def _no_error(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR
 
 
 @contextmanager

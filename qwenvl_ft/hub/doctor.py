@@ -1,6 +1,5 @@
 """Looks at a model's or an adapter's folder: what is wrong with it, and how vLLM can serve it. Never imports torch."""
 
-import math
 import re
 import shlex
 from pathlib import Path
@@ -11,19 +10,10 @@ import numpy as np
 from qwenvl_ft.data.families import family_of
 from qwenvl_ft.data.geometry import read_limits
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import BASE, LORA_KEY, VLLM_RANKS, base_fingerprint
-from qwenvl_ft.folders.model import read_model_json
-from qwenvl_ft.folders.problems import (
-    CONFIG,
-    WEIGHTS,
-    adapter_problems,
-    is_pointer,
-    model_problems,
-    talk_problems,
-    unreadable,
-)
+from qwenvl_ft.folders.adapter import BASE, DTYPES, LORA_KEY, Stored, base_fingerprint, module_of, read_header, vllm_rank
+from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_model_json
+from qwenvl_ft.folders.problems import adapter_problems, is_pointer, model_problems, talk_problems, unreadable
 from qwenvl_ft.folders.runs import checkpoints, holds_processor
-from qwenvl_ft.folders.tensors import DTYPES, Stored, as_float32, has_old_name, module_of, read_header
 from qwenvl_ft.folders.whole import MANIFEST, damage
 from qwenvl_ft.hub.download import damaged
 from qwenvl_ft.hub.environment import Report
@@ -39,7 +29,7 @@ def examine(folder: Path) -> Report:
     """Facts and problems of a folder that holds a model or an adapter."""
     if not folder.is_dir():
         return Report({}, [Problem(str(folder), "is not a folder", "give a model's folder, or the output_dir of a run")])
-    if (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file() or (folder / "adapter_model.bin").is_file():
+    if (folder / ADAPTER_CONFIG).is_file() or (folder / ADAPTER_WEIGHTS).is_file() or (folder / "adapter_model.bin").is_file():
         return _adapter(folder)
     if unfinished := checkpoints(folder):
         return Report({}, [Problem(str(folder), f"is a run that did not finish; its newest checkpoint is {unfinished[-1].name}",
@@ -74,13 +64,13 @@ def _model(folder: Path) -> Report:
 
 def _adapter(folder: Path) -> Report:
     problems = adapter_problems(folder)
-    settings = _json(folder / CONFIG)
+    settings = _json(folder / ADAPTER_CONFIG)
     shapes: dict[str, list[int]] = {}
-    weights = folder / WEIGHTS
+    weights = folder / ADAPTER_WEIGHTS
     if weights.is_file() and not is_pointer(weights) and not unreadable(weights):
-        head, tensors = read_header(weights)
+        tensors = read_header(weights)[1]
         shapes = {tensor.key: tensor.shape for tensor in tensors}
-        problems += _tensors(folder, settings, shapes) + _not_finite(weights, len(head), tensors)
+        problems += _tensors(folder, settings, shapes) + _not_finite(weights, tensors)
     if (folder / MANIFEST).is_file() and (reason := damage(folder)):
         problems.append(Problem(str(folder), reason, "copy it again"))
     base_problems, base = _base(folder, settings)
@@ -104,7 +94,7 @@ def _adapter(folder: Path) -> Report:
 
 def _tensors(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]]) -> list[Problem]:
     """Names that transformers 5 will not find, tensors without their other half, a rank that the config does not name."""
-    where, problems = str(folder / WEIGHTS), []
+    where, problems = str(folder / ADAPTER_WEIGHTS), []
     old = [key for key in shapes if _is_old(key)]
     if old:
         what = f"{len(old)} tensors have the names of transformers 4 ({old[0]}): PEFT and vLLM may load the model without them"
@@ -121,7 +111,7 @@ def _tensors(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]
         problems.append(Problem(where, f"{len(alone)} tensors lack their other half ({alone[0]})", "copy it again"))
     ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key}
     if settings and not settings.get("rank_pattern") and ranks - {settings.get("r")}:
-        what = f"its tensors have rank {', '.join(map(str, sorted(ranks)))}, {CONFIG} says {settings.get('r')}"
+        what = f"its tensors have rank {', '.join(map(str, sorted(ranks)))}, {ADAPTER_CONFIG} says {settings.get('r')}"
         problems.append(Problem(where, what, "copy both files from the same run"))
     if not shapes:
         problems.append(Problem(where, "holds no tensors", "copy it again"))
@@ -130,18 +120,13 @@ def _tensors(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]
 
 def _is_old(key: str) -> bool:
     """Whether a tensor is named as transformers 4 before 4.52 named modules."""
-    module = key.removeprefix(TOP)
-    return module != key and has_old_name(module)
+    module = key.removeprefix(TOP).removesuffix(".weight")
+    return key.startswith(TOP) and module_of(module) != module
 
 
-def _not_finite(weights: Path, offset: int, tensors: list[Stored]) -> list[Problem]:
-    """A NaN or an infinity, of which a single one spoils every answer. The tensors lie from `offset` on."""
-    found = []
-    for tensor in tensors:
-        if tensor.dtype in DTYPES:
-            values = np.fromfile(weights, DTYPES[tensor.dtype], math.prod(tensor.shape), offset=offset)
-            found += [tensor.key] if not np.isfinite(as_float32(values)).all() else []
-        offset += tensor.num_bytes
+def _not_finite(weights: Path, tensors: list[Stored]) -> list[Problem]:
+    """A NaN or an infinity, of which a single one spoils every answer."""
+    found = [tensor.key for tensor in tensors if tensor.dtype in DTYPES and not np.isfinite(tensor.read()).all()]
     what = f"{len(found)} tensors hold NaN or infinity ({', '.join(found[:1])})"
     return [Problem(str(weights), what, "take an earlier checkpoint, and train with a lower learning_rate")] if found else []
 
@@ -152,19 +137,19 @@ def _fit(folder: Path, shapes: dict[str, list[int]], base: Path) -> list[Problem
         return []  # whose files have other keys and shapes
     stored = {module_of(of.key): of.shape for path in sorted(base.glob("*.safetensors")) for of in read_header(path)[1]}
     stored.setdefault(HEAD, stored.get(EMBEDDINGS, []))  # tied: stored once
-    homeless, unlike = [], []
+    unplaced, unlike = [], []
     for key, shape in shapes.items():
         if _is_old(key) or not (match := LORA_KEY.match(key)):
             continue  # told already
         wanted = stored.get(module_of(match[1]))
         if not wanted:
-            homeless.append(key)
+            unplaced.append(key)
         elif shape[1:] != wanted[1:] if match[2] == "A" else shape[0] != wanted[0]:
             unlike.append(key)
-    where, fix = str(folder / WEIGHTS), "bring the base that it was trained on, or export with --model DIR"
+    where, fix = str(folder / ADAPTER_WEIGHTS), "bring the base that it was trained on, or export with --model DIR"
     problems = []
-    if homeless:
-        problems.append(Problem(where, f"{len(homeless)} tensors have no module in {base} ({homeless[0]})", fix))
+    if unplaced:
+        problems.append(Problem(where, f"{len(unplaced)} tensors have no module in {base} ({unplaced[0]})", fix))
     if unlike:
         problems.append(Problem(where, f"{len(unlike)} tensors do not fit the sizes of {base} ({unlike[0]})", fix))
     return problems
@@ -174,20 +159,19 @@ def _base(folder: Path, settings: dict[str, Any]) -> tuple[list[Problem], str | 
     """Problems of the base that the adapter names, and that name: a folder, or a hub's ORG/NAME, which vLLM takes as well."""
     if not settings:
         return [], None
-    named = settings.get("base_model_name_or_path")
+    where, named = str(folder / ADAPTER_CONFIG), settings.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
-        return [Problem(str(folder / CONFIG), "names no base model", "give the base with --model DIR when you export")], None
+        return [Problem(where, "names no base model", "give the base with --model DIR when you export")], None
     base = Path(named)
     if not base.is_dir():
         if ON_A_HUB.fullmatch(named) and not (folder / BASE).is_file():  # which training here writes, of a folder
             return [], named
-        return [Problem(str(folder / CONFIG), f"its base {named} is not here", "bring it there, or export with --model DIR")], named
+        return [Problem(where, f"its base {named} is not here", "bring it there, or export with --model DIR")], named
     problems = model_problems(base)
     recorded = _json(folder / BASE)
     if not problems and recorded and recorded != base_fingerprint(base):
-        problems.append(
-            Problem(str(base), "is not the base that this adapter was trained on", "bring that one, or export with --model DIR")
-        )
+        what = "is not the base that this adapter was trained on"
+        problems.append(Problem(str(base), what, "bring that one, or export with --model DIR"))
     return problems, named
 
 
@@ -208,11 +192,11 @@ def _serving(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]
         return f"leaves out LoRA on {' and '.join(unseen)}{merge}"
     more = [key for key in MORE_THAN_LORA if settings.get(key)] + [f"LoRA on {tower}" for tower in beyond if tower != "language"]
     rank = max((shape[0] for key, shape in shapes.items() if ".lora_A." in key), default=0)
-    fitting = [allowed for allowed in VLLM_RANKS if allowed >= rank]
+    fitting = vllm_rank(rank)
     if more or not fitting:
         return f"does not take {', '.join(more) or f'rank {rank}'}{merge}"
     command = ["vllm", "serve", base or "BASE", "--enable-lora", "--lora-modules", f"NAME={folder}"]
-    return shlex.join([*command, "--max-lora-rank", str(fitting[0])])
+    return shlex.join([*command, "--max-lora-rank", str(fitting)])
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -42,11 +42,11 @@ def with_local_model(config: Config, say: Say) -> Config:
         if found := [*pointers(config.model), *broken_weights(config.model)]:
             raise UserError(*found)
         return config
-    home = MODELS / source.hub / source.repo
-    named = MODELS / home.name  # where a user of `qwenvl-ft download` may have brought the same one
-    folder = next((folder for folder in (home, named) if is_complete(folder, source)), None)
+    own = MODELS / source.hub / source.repo
+    named = MODELS / own.name  # where a user of `qwenvl-ft download` may have brought the same one
+    folder = next((folder for folder in (own, named) if is_complete(folder, source)), None)
     if folder is None:
-        folder = home
+        folder = own
         with alone(folder, say):  # of several processes the first downloads, the others wait and then find it whole
             if not is_complete(folder, source):
                 download(source, folder, (), say)

@@ -30,7 +30,7 @@ def environment(folder: Path) -> Report:
     facts: dict[str, Any] = {"python": platform.python_version(), **versions}
     problems = wrong_versions()
     cards = gpus()
-    facts["GPUs"] = [f"{card['name']}, {card['memory']}, {card['bf16']}" for card in cards] or "none"
+    facts["GPUs"] = cards or "none"
     if cards and versions["torch"]:
         import torch
 
@@ -77,7 +77,7 @@ def wrong_versions() -> list[Problem]:
     return problems
 
 
-def gpus() -> list[dict[str, str]]:
+def gpus() -> list[str]:
     """name, memory and bf16, in words, of every NVIDIA card that the driver shows."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,compute_cap", "--format=csv,noheader"]
     try:
@@ -92,5 +92,5 @@ def gpus() -> list[dict[str, str]]:
         total, free, capability = (value if value[:1].isdecimal() else None for value in values)  # else [N/A] and the like
         memory = f"{total}, {free} free" if total and free else "memory not told"  # where the GPU shares the machine's
         bf16 = "bf16 not told" if capability is None else "bf16" if float(capability) >= BF16_CAPABILITY else "no bf16"
-        cards.append({"name": name, "memory": memory, "bf16": bf16})
+        cards.append(f"{name}, {memory}, {bf16}")
     return cards

@@ -5,13 +5,14 @@ Out: {"line": 1, "id": "anything", "asked": "...", "answer": "..."}, or "error" 
 the questions. `asked` is a hash of the question and of who was asked how: a second run goes on only where they are the same.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.whole import short_hash
 from qwenvl_ft.infer.engine import Engine
 
 Line = tuple[int, dict[str, Any]]
@@ -40,27 +41,17 @@ def read_questions(path: Path) -> list[Line]:
     return found
 
 
-def answer_file(
-    engine: Engine,
-    lines: Sequence[Line],
-    out: Path,
-    batch_size: int,
-    max_new_tokens: int,
-    on_answer: Callable[[int, int], None],
-    who: str = "",
-) -> tuple[int, list[Problem]]:
+def answer_file(engine: Engine, lines: Sequence[Line], out: Path, batch_size: int, max_new_tokens: int,
+                on_answer: Callable[[int, int], None], who: str = "") -> tuple[int, list[Problem]]:  # fmt: skip
     """Appends to `out` what is not yet answered there. `who` names model and adapter.
 
     Returns how many lines were answered there already, and the problems of those that could not be asked, now or before.
     Raises UserError if `out` holds the answers to other questions, or of another model.
     """
-    hashes = [_hash([who, max_new_tokens, line["messages"]]) for _, line in lines]
+    hashes = [short_hash([who, max_new_tokens, line["messages"]]) for _, line in lines]
     before = _answered(out, hashes)
-    problems = [
-        Problem(f"{out}, line {said['line']}", "has an error in place of an answer", "mend the question, answer into another --out")
-        for said in before
-        if "error" in said
-    ]
+    what, fix = "has an error in place of an answer", "mend the question, answer into another --out"
+    problems = [Problem(f"{out}, line {said['line']}", what, fix) for said in before if "error" in said]
     with out.open("a", encoding="utf-8") as file:
         for start in range(len(before), len(lines), batch_size):
             batch = lines[start : start + batch_size]
@@ -70,9 +61,7 @@ def answer_file(
                 if isinstance(answer, str):
                     said["answer"] = answer
                 else:
-                    problems += [
-                        Problem(f"line {number}, {problem.where}", problem.what, problem.fix) for problem in answer.problems
-                    ]
+                    problems += [replace(problem, where=f"line {number}, {problem.where}") for problem in answer.problems]
                     said["error"] = str(answer)
                 file.write(json.dumps(said, ensure_ascii=False) + "\n")
             file.flush()
@@ -107,7 +96,3 @@ def _answered(out: Path, hashes: Sequence[str]) -> list[dict[str, Any]]:
     with out.open("rb+") as file:
         file.truncate(len(whole) + bool(whole))
     return said
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

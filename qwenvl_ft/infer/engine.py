@@ -49,8 +49,7 @@ class Engine:
         chat = check_folders(model_dir, [adapter] if adapter else [])
         import torch
 
-        from qwenvl_ft.model.load import load_base, open_processor
-        from qwenvl_ft.model.lora import add_adapter
+        from qwenvl_ft.model.load import add_adapter, load_base, open_processor
 
         processor = open_processor(model_dir, adapter)
         model = load_base(model_dir, "auto")
@@ -138,8 +137,7 @@ def open_beside(model_dir: Path, adapters: Mapping[str, Path]) -> dict[str | Non
     Whoever runs them must switch the model to `engine.adapter` first, as a Batcher does. Raises UserError.
     """
     check_folders(model_dir, adapters.values())
-    from qwenvl_ft.model.load import open_processor
-    from qwenvl_ft.model.lora import add_adapter
+    from qwenvl_ft.model.load import add_adapter, open_processor
 
     base = Engine.open(model_dir)
     model = base.model

@@ -84,9 +84,8 @@ class _Opening:
             yield content
             return
         if not isinstance(content, list | tuple) or not content:
-            raise UserError(
-                Problem(where, "is neither text nor a list of parts", 'send "..." or [{"type": "text", "text": "..."}]')
-            )
+            fix = 'send "..." or [{"type": "text", "text": "..."}]'
+            raise UserError(Problem(where, "is neither text nor a list of parts", fix))
         for number, part in enumerate(content):
             place = f"{where}[{number}]"
             if isinstance(part, str):
@@ -101,12 +100,11 @@ class _Opening:
                     raise UserError(Problem(place, "its text is no text", "send a string"))
                 yield source
                 continue
-            bounds = {key: _count(part, key, place) for key in ("min_pixels", "max_pixels")}
+            bounds: dict[str, Any] = {key: _count(part, key, place) for key in ("min_pixels", "max_pixels")}
             if kind.startswith("image"):
                 yield Picture.of(self.image(source, _named(place, source)), **bounds)
             else:
-                video = self.video(part, source, _named(place, source))
-                yield replace(video, min_pixels=bounds["min_pixels"], max_pixels=bounds["max_pixels"])
+                yield replace(self.video(part, source, _named(place, source)), **bounds)
 
     def image(self, source: Any, place: str) -> Image.Image:
         self.allowance.take(place, pictures=1)

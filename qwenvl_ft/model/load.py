@@ -1,17 +1,22 @@
-"""Loads a base model and its processor."""
+"""Loads a base model and its processor, and hangs LoRA on it: fresh for training, or as an adapter's folder has it."""
 
+from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from qwenvl_ft.data.families import Family
 from qwenvl_ft.data.geometry import Limits
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.runs import holds_processor, run_folder_of
+from qwenvl_ft.folders.adapter import OLD_KEYS
+from qwenvl_ft.folders.runs import processor_folder
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -28,13 +33,9 @@ class PatchEmbedding(nn.Conv3d):
     @classmethod
     def like(cls, conv: nn.Conv3d) -> "PatchEmbedding":
         """Shares the weights of `conv`, so state dicts keep their keys."""
-        time, height, width = conv.kernel_size
-        with torch.device("meta"):
-            same = cls(
-                conv.in_channels, conv.out_channels, (time, height, width), (time, height, width), bias=conv.bias is not None
-            )
-        same.weight, same.bias = conv.weight, conv.bias
-        return same
+        same = copy(conv)
+        same.__class__ = cls
+        return cast(PatchEmbedding, same)
 
 
 def load_base(model_dir: Path, dtype: str, attention: str = "auto") -> Any:
@@ -61,8 +62,7 @@ def load_base(model_dir: Path, dtype: str, attention: str = "auto") -> Any:
 
 def open_processor(model_dir: Path, adapter: Path | None = None) -> Any:
     """The processor for answering: the adapter's own, if it has one (an adapter of another tool has none), else the base's."""
-    own = adapter and run_folder_of(adapter)
-    processor = AutoProcessor.from_pretrained(own if own and holds_processor(own) else model_dir)
+    processor = AutoProcessor.from_pretrained(processor_folder(model_dir, adapter))
     if hasattr(processor.video_processor, "cap_pixels_per_frame"):
         processor.video_processor.cap_pixels_per_frame = True  # as qwen_vl_utils does; unset, it is a warning and no bound
     processor.tokenizer.padding_side = "left"  # is not saved with a tokenizer; answers start at the right edge
@@ -73,3 +73,29 @@ def limited_image_processor(processor: Any, limits: Limits) -> Any:
     """The processor's image processor, held to the limits that the plan was made with; saved with it, they are what is served."""
     processor.image_processor.size = {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
     return processor.image_processor
+
+
+def add_lora(model: Any, family: Family, on: Sequence[str], rank: int, alpha: float, dropout: float, seed: int) -> Any:
+    """The model with fresh LoRA weights, drawn from `seed`, on the named towers (language, vision, merger)."""
+    torch.manual_seed(seed)
+    targets = "|".join(f"(?:{getattr(family, tower)})" for tower in on)
+    # PEFT takes an alpha that is a fraction, too.
+    lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    return get_peft_model(model, lora)
+
+
+def trainable(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def add_adapter(model: Any, folder: Path, name: str, model_dir: Path) -> Any:
+    """The model with one more adapter. Raises UserError for one that does not fit."""
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, name, key_mapping=OLD_KEYS)
+            return model
+        return PeftModel.from_pretrained(model, folder, adapter_name=name, key_mapping=OLD_KEYS)
+    except (RuntimeError, ValueError) as error:
+        what = f"does not fit the base {model_dir}"
+        raise UserError(Problem(str(folder), what, "give the base that it was trained on")) from error

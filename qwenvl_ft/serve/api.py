@@ -1,13 +1,13 @@
-"""What the two dialects of the server share: a request, how its answer is drawn, what it costs, why it is refused.
+"""What the two dialects of the server share: a request, who answers it, what it costs, why it is refused.
 
 Nothing here opens a picture or knows a model.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 DEFAULT_TOKENS = 1024  # of an answer whose request names no bound
 MESSAGE_CHARS = 1000  # of an error's message; a caller's own text may be part of it
@@ -68,18 +68,38 @@ class Usage:
         return {"text_tokens": self.input - self.image - self.video, "image_tokens": self.image, "video_tokens": self.video}
 
 
+Pieces = AsyncGenerator[tuple[str, str | None, Usage], None]
+
+
+class Backend(Protocol):
+    """Something that answers: the models of this process, or another server."""
+
+    names: list[str]  # of its models
+
+    def answer(self, chat: ChatRequest, request_id: str, until: float) -> Pieces:
+        """Pieces of text, each with the tokens so far; only the last has a finish: stop or length. Closing it stops the model.
+
+        Raises ApiError for what is wrong with the question, and where the model fails. Whoever asks ends it at `until`, of the
+        monotonic clock; no picture is opened later.
+        """
+
+    async def close(self) -> None:
+        """Finishes what has begun."""
+
+    def status(self) -> dict[str, float]:
+        """What /metrics shows of it; alive is 1 or 0."""
+
+
 @dataclass(frozen=True)
 class Bounds:
-    """What one request may cost. `pictures` counts the frames of videos, `pixels` adds up all of them."""
+    """What one request may cost. `pictures` counts the frames of videos; together they may have twice the `picture_pixels`."""
 
     body_bytes: int = 32 << 20
     pictures: int = 64
     picture_pixels: int = 50_000_000
-    pixels: int = 100_000_000
     prompt_tokens: int = 16_384
     answer_tokens: int = 4096
     seconds: float = 120
-    body_seconds: float = 30
 
 
 class ApiError(Exception):
@@ -93,6 +113,11 @@ class ApiError(Exception):
 def unknown_model(names: Sequence[str]) -> ApiError:
     """What is said to whoever asks for a model that is not here."""
     return ApiError(404, "model_not_found", f"no model of this name is served here, but {', '.join(names)}")
+
+
+def model_failed() -> ApiError:
+    """What is said where an answer breaks off; why is in the log only."""
+    return ApiError(500, "model_error", "the model failed on this request")
 
 
 def read_json(body: bytes) -> Any:

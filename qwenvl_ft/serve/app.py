@@ -1,6 +1,6 @@
 """The server: OpenAI's and DashScope's dialects, and a PAI EAS service's root, over one backend.
 
-    uvicorn.run(make_app(backend, Bounds(), Uploads(), max_requests=80), http=TimeoutProtocol, port=8000)
+    uvicorn.run(make_app(backend, opener, max_requests=80), http=TimeoutProtocol, port=8000)
 
 A request is let in (429 if too many are here), read, answered and forgotten; a client that goes away ends it at once.
 """
@@ -8,51 +8,58 @@ A request is let in (429 if too many are here), read, answered and forgotten; a 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlencode
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from qwenvl_ft.serve import dashscope_api, openai_api
-from qwenvl_ft.serve.api import ApiError, Bounds, ChatRequest, Usage, read_json, unknown_model
-from qwenvl_ft.serve.backend import AnswerStream, Backend, out_of_time
-from qwenvl_ft.serve.metrics import Metrics
-from qwenvl_ft.serve.middleware import SPARE_CONNECTIONS, AccessMiddleware, error_response, host_of, json_response
-from qwenvl_ft.serve.uploads import Uploads, read_form
+from qwenvl_ft.serve.api import ApiError, Backend, Bounds, ChatRequest, Usage, read_json, unknown_model
+from qwenvl_ft.serve.middleware import HEALTH, SPARE_CONNECTIONS, UPLOAD, AccessMiddleware, error_response, host_of, json_response
+from qwenvl_ft.serve.open_request import Opener
+from qwenvl_ft.serve.uploads import read_form
 
 CHAT = ("/", "/v1/chat/completions", "/compatible-mode/v1/chat/completions")
 MODELS = ("/v1/models", "/compatible-mode/v1/models")
-HEALTH = ("/", "/health")
-PERMIT, UPLOAD = "/api/v1/uploads", "/api/v1/uploads/files"
+PERMIT = "/api/v1/uploads"
 GENERATION = "/api/v1/services/aigc/multimodal-generation/generation"
 HELD_BODIES = 16  # bodies of the largest size, all together, that are in memory at a time
-GRACE_SECONDS = 10  # for sending what is ready
+BODY_SECONDS = 30
+SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # of answers, as /metrics sorts them
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 log = logging.getLogger("qwenvl_ft.serve")
 
 
-@dataclass
 class State:
-    """What all requests share."""
+    """What all requests share: who answers, what may be here and what is, and the counts that /metrics shows."""
 
-    backend: Backend
-    bounds: Bounds
-    uploads: Uploads
-    max_requests: int
-    num_requests: int = 0  # that are here
-    held_bytes: int = 0  # of bodies
+    def __init__(self, backend: Backend, bounds: Bounds, max_requests: int):
+        self.backend, self.bounds, self.max_requests = backend, bounds, max_requests
+        self.num_requests = self.held_bytes = 0  # requests that are here, and their bodies
+        self.registry = CollectorRegistry()
+        self.requests = Counter("qwenvl_requests", "Answered requests.", ["dialect", "status"], registry=self.registry)
+        self.tokens = Counter("qwenvl_tokens", "Tokens of whole answers.", ["kind"], registry=self.registry)
+        self.seconds = Histogram("qwenvl_answer_seconds", "Seconds of whole answers.", buckets=SECONDS, registry=self.registry)
+        for name in (*backend.status(), "requests_now"):
+            Gauge(f"qwenvl_{name}", "At this moment.", registry=self.registry).set_function(partial(self._now, name))
 
-    def __post_init__(self) -> None:
-        self.metrics = Metrics(lambda: {**self.backend.status(), "requests_now": self.num_requests})
+    def count_answer(self, seconds: float, usage: Usage) -> None:
+        """An answer that was given in full."""
+        self.seconds.observe(seconds)
+        self.tokens.labels("input").inc(usage.input)
+        self.tokens.labels("output").inc(usage.output)
+
+    def _now(self, name: str) -> float:
+        return self.num_requests if name == "requests_now" else self.backend.status()[name]
 
 
 class ChatEndpoint:
@@ -73,8 +80,7 @@ class ChatEndpoint:
             size = len(body)
             chat = await asyncio.to_thread(self._read, body, request)
             del body
-            with suppress(ClientDisconnect, TimeoutError):  # gone, or too slow at reading what it asked for
-                await run_until_disconnect(receive, self._answer(chat, scope, receive, send, until))
+            await run_until_disconnect(receive, self._answer(chat, scope, receive, send, until))
         finally:
             state.num_requests -= 1
             state.held_bytes -= size
@@ -88,75 +94,63 @@ class ChatEndpoint:
         return chat if chat.model else replace(chat, model=self.state.backend.names[0])
 
     async def _answer(self, chat: ChatRequest, scope: Any, receive: Any, send: Any, until: float) -> None:
-        request_id, began = scope["request_id"], time.monotonic()
+        """Sends what the backend says; until the first piece of a stream an error has a status, later it is an event."""
+        state, request_id, began, begun = self.state, scope["request_id"], time.monotonic(), False
+        writer, said, usage = self.dialect.EventWriter(chat, request_id), [], Usage()
         try:
-            async with asyncio.timeout(until - began):
-                answer = await self.state.backend.begin(chat, request_id, until)
-        except TimeoutError:
-            raise out_of_time() from None
-        try:
-            if chat.stream:
-                async with asyncio.timeout(until + GRACE_SECONDS - time.monotonic()):
-                    usage = await self._stream(chat, request_id, answer, until, send)
-            else:
-                pieces = [piece async for piece in answer.pieces(until)]
-                text, (_, finish, usage) = "".join(piece for piece, _, _ in pieces), pieces[-1]
-                response = json_response(self.dialect.write_answer(chat, request_id, text, finish, usage))
-                await response(scope, receive, send)
-        finally:
-            answer.cancel()
-        if usage:
-            self.state.metrics.count_answer(time.monotonic() - began, usage.input, usage.output)
-
-    async def _stream(self, chat: ChatRequest, request_id: str, answer: AnswerStream, until: float, send: Any) -> Usage | None:
-        """Sends the events; the usage, or None where the answer broke off. Until its first piece an error has a status."""
-        writer, begun, usage = self.dialect.EventWriter(chat, request_id), False, None
-        try:
-            async for text, finish, usage in answer.pieces(until):
-                if not begun:
-                    await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
-                    begun = True
-                await send_events(send, writer.piece(text, finish, usage))
-        except ApiError as error:
+            async with asyncio.timeout(until - began), aclosing(state.backend.answer(chat, request_id, until)) as pieces:
+                async for text, finish, usage in pieces:
+                    if not chat.stream:
+                        said.append(text)
+                        continue
+                    if not begun:
+                        await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
+                        begun = True
+                    await send_events(send, writer.piece(text, finish, usage))
+        except (ApiError, TimeoutError) as broken:
+            late = "the answer takes longer than a request may take here: ask for fewer tokens"
+            error = broken if isinstance(broken, ApiError) else ApiError(504, "timeout", late)
             if not begun:
-                raise
+                raise error from None
             log.warning("%s broke off: %s", request_id, error.code)
-            await send_events(send, writer.fail(error))
-            usage = None
-        await send({"type": "http.response.body", "body": b""})
-        return usage
+            await send_events(send, writer.fail(error), last=True)
+            return
+        if chat.stream:
+            await send_events(send, (), last=True)
+        else:
+            response = json_response(self.dialect.write_answer(chat, request_id, "".join(said), finish, usage))
+            await response(scope, receive, send)
+        state.count_answer(time.monotonic() - began, usage)
 
 
-async def send_events(send: Any, events: Any) -> None:
-    """Server-sent events, as one write."""
-    if body := "".join(events).encode():
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+async def send_events(send: Any, events: Iterable[str], last: bool = False) -> None:
+    """Server-sent events, as one write; none are none."""
+    await send({"type": "http.response.body", "body": "".join(events).encode(), "more_body": not last})
 
 
-async def run_until_disconnect(receive: Any, work: Any) -> None:
+async def run_until_disconnect(receive: Any, work: Coroutine[Any, Any, None]) -> None:
     """Does the work; cancels it when the client goes away. The request's body must have been read."""
-    task = asyncio.create_task(work)
 
-    async def watch() -> None:
+    async def disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        task.cancel()
 
-    watcher = asyncio.create_task(watch())
+    task, gone = asyncio.create_task(work), asyncio.create_task(disconnect())
     try:
-        await task
-    except asyncio.CancelledError:
-        if not watcher.done():  # it is this server that stops
-            raise
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task  # for its error
     finally:
-        watcher.cancel()
+        task.cancel()
+        gone.cancel()
 
 
 async def read_body(request: Request, state: State) -> bytes:
     """The body, counted in `held_bytes`. Raises ApiError where it is too large or too slow."""
     bounds, chunks, size = state.bounds, [], 0
+    seconds = min(BODY_SECONDS, bounds.seconds)
     try:
-        async with asyncio.timeout(bounds.body_seconds):
+        async with asyncio.timeout(seconds):
             if int(request.headers.get("content-length") or 0) > bounds.body_bytes:
                 raise ApiError(413, "body_too_large", f"the body has more than {bounds.body_bytes} bytes")
             async for chunk in request.stream():
@@ -171,25 +165,19 @@ async def read_body(request: Request, state: State) -> bytes:
     except BaseException as error:
         state.held_bytes -= size
         if isinstance(error, TimeoutError):
-            raise ApiError(408, "body_too_slow", f"the body did not come within {bounds.body_seconds} s") from None
+            raise ApiError(408, "body_too_slow", f"the body did not come within {seconds:g} s") from None
         raise
 
 
 def make_app(
-    backend: Backend,
-    bounds: Bounds,
-    uploads: Uploads,
-    max_requests: int,
-    key: str | None = None,
-    prefix: str = "",
-    public_url: str = "",
-) -> Starlette:
-    """The application; it holds `max_requests` at a time.
+    backend: Backend, opener: Opener, max_requests: int, key: str | None = None, prefix: str = "", public_url: str = ""
+) -> AccessMiddleware:
+    """The application; it holds `max_requests` at a time, each within the opener's bounds, as the backend does.
 
     Its routes answer below `prefix`, too, as behind a gateway that does not strip it. `public_url` is where clients reach it,
-    if not where they say they do.
+    if not where they say they do. It needs uvicorn with the TimeoutProtocol.
     """
-    state = State(backend, bounds, uploads, max_requests)
+    state, uploads = State(backend, opener.bounds, max_requests), opener.uploads
 
     async def health(request: Request) -> Response:
         alive = backend.status()["alive"]
@@ -204,19 +192,19 @@ def make_app(
         return json_response(openai_api.write_model(name))
 
     async def metrics(request: Request) -> Response:
-        return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(state.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def permit(request: Request) -> Response:
         if request.query_params.get("action") != "getPolicy":
             raise ApiError(400, "invalid_parameter", "action must be getPolicy")
-        folder, policy, signature = uploads.permit()
-        url = request.url
-        host = public_url.rstrip("/") or f"{url.scheme}://{url.netloc}{url.path.removesuffix(PERMIT)}"
-        host += f"{UPLOAD}?{urlencode({'policy': policy, 'signature': signature})}"  # so that it is checked before a byte is read
-        return json_response(dashscope_api.write_policy(host, folder, policy, signature, request.scope["request_id"]))
+        folder, signature = uploads.permit()
+        host = (public_url or str(request.base_url)).rstrip("/")
+        host += f"{UPLOAD}?{urlencode({'policy': folder, 'signature': signature})}"  # so that it is checked before a byte is read
+        return json_response(dashscope_api.write_policy(host, folder, signature, request.scope["request_id"]))
 
     async def upload(request: Request) -> Response:
-        folder = uploads.check(request.query_params.get("policy", ""), request.query_params.get("signature", ""))
+        folder = request.query_params.get("policy", "")
+        uploads.check(folder, request.query_params.get("signature", ""))
         body = await read_body(request, state)
         try:
             form = await asyncio.to_thread(read_form, body, request.headers.get("content-type", ""))
@@ -226,39 +214,30 @@ def make_app(
         return Response(status_code=200)
 
     openai, dashscope = ChatEndpoint(state, openai_api), ChatEndpoint(state, dashscope_api)
-    routes = []
-    for start in {"", prefix}:
-        routes += [Route(start + path, openai, methods=["POST"]) for path in CHAT]
-        routes += [Route(start + path, health) for path in HEALTH] + [Route(start + path, models) for path in MODELS]
-        routes += [Route(f"{start}{path}/{{name:path}}", model) for path in MODELS]
-        routes += [Route(start + "/metrics", metrics), Route(start + GENERATION, dashscope, methods=["POST"])]
-        routes += [Route(start + PERMIT, permit), Route(start + UPLOAD, upload, methods=["POST"])]
-    if prefix:
-        routes += [Route(prefix, openai, methods=["POST"]), Route(prefix, health)]
-    starts = ("", prefix)
-    free = {(method, start + path) for method in ("GET", "HEAD") for start in starts for path in (*HEALTH, "")}
-    free |= {("POST", start + UPLOAD) for start in starts}  # which asks for its permit
+    routes = [Route(path, openai, methods=["POST"]) for path in CHAT]
+    routes += [Route(path, health) for path in HEALTH] + [Route(path, models) for path in MODELS]
+    routes += [Route(f"{path}/{{name:path}}", model) for path in MODELS] + [Route("/metrics", metrics)]
+    routes += [Route(GENERATION, dashscope, methods=["POST"]), Route(PERMIT, permit), Route(UPLOAD, upload, methods=["POST"])]
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         await backend.close()
 
-    most, host = max_requests + SPARE_CONNECTIONS, host_of(public_url)
-    access = Middleware(AccessMiddleware, key=key, free=free, requests=state.metrics.requests, host=host, connections=most)
-    handlers = {ApiError: _refuse, HTTPException: _refuse, ClientDisconnect: _disconnected}
-    app = Starlette(routes=routes, lifespan=lifespan, middleware=[access], exception_handlers=handlers)
+    handlers = dict.fromkeys((ApiError, HTTPException, ClientDisconnect, Exception), _refuse)
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False  # it would lead to whatever the client calls its Host
-    return app
+    most, host = max_requests + SPARE_CONNECTIONS, host_of(public_url)
+    return AccessMiddleware(app, key, prefix, host, most, state.requests)
 
 
 async def _refuse(request: Request, error: Any) -> Response:
     if isinstance(error, HTTPException):
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
         error = ApiError(error.status_code, code, "there is nothing at this path for this method")
+    elif isinstance(error, ClientDisconnect):
+        error = ApiError(499, "disconnected", "nobody is there to read this")
+    elif not isinstance(error, ApiError):  # nobody foresaw it: an id, never its own text
+        log.error("%s failed: %s", request.scope["request_id"], type(error).__name__)
+        error = ApiError(500, "internal_error", "the server failed on this request")
     return error_response(error, request.scope)
-
-
-async def _disconnected(request: Request, error: Any) -> Response:
-    """Nobody is there to read this."""
-    return Response(status_code=499)

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import Empty, Queue
-from threading import Event, Thread
+from threading import Thread
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch.nn import functional
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.serve.api import Sampling
@@ -35,7 +36,7 @@ class Request:
     sampling: Sampling
     on_piece: Callable[[str, str | None], None]
     name: str = ""
-    cancelled: Event = field(default_factory=Event)
+    cancelled: bool = False
     ids: list[int] = field(default_factory=list)
     text: str = ""
     sent: int = 0  # characters of the text
@@ -44,7 +45,7 @@ class Request:
 
     def cancel(self) -> None:
         """Ends it at the next token, without a last piece; its pixels are let go of now."""
-        self.cancelled.set()
+        self.cancelled = True
         self.inputs = None
 
 
@@ -140,7 +141,7 @@ class Batcher:
             while not (self.closed and not self.active):
                 self._admit()
                 for name, batch in list(self.batches.items()):
-                    batch.keep([row for row, request in enumerate(batch.requests) if not request.cancelled.is_set()])
+                    batch.keep([row for row, request in enumerate(batch.requests) if not request.cancelled])
                     if batch.requests:
                         with self._errors_of(batch.requests):
                             self._step(name, batch)
@@ -161,7 +162,7 @@ class Batcher:
                 return
             if request is None:
                 self.closed = True
-            elif not request.cancelled.is_set():
+            elif not request.cancelled:
                 with self._errors_of([request]):
                     self._prefill(request)
 
@@ -173,13 +174,13 @@ class Batcher:
         except (RuntimeError, ValueError, IndexError, MemoryError, TypeError, KeyError, AttributeError):
             log.exception("the model failed on %s", ", ".join(request.name for request in requests))
             self.adapter = ""
-            concerned = list(requests)
             for batch in self.batches.values():
-                batch.keep([row for row, request in enumerate(batch.requests) if request not in concerned])
-            for request in concerned:
+                batch.keep([row for row, request in enumerate(batch.requests) if request not in requests])
+            for request in requests:
                 request.on_piece("", "error")
 
-    def _forward(self, adapter: str | None, arguments: dict[str, Any]) -> Any:
+    def _switch(self, adapter: str | None) -> None:
+        """The model answers as this adapter from here on; None: as the base."""
         if isinstance(self.model, PeftModel) and adapter != self.adapter:
             layers: Any = self.model.base_model
             if adapter is None:
@@ -188,13 +189,13 @@ class Batcher:
                 layers.enable_adapter_layers()
                 self.model.set_adapter(adapter, inference_mode=True)
         self.adapter = adapter
-        return self.model(**arguments)
 
     def _prefill(self, request: Request) -> None:
         """The first token: all of the request's own."""
         if (inputs := request.inputs) is None:
             return
-        out = self._forward(request.adapter, {**inputs, "use_cache": True, "logits_to_keep": 1})
+        self._switch(request.adapter)
+        out = self.model(**inputs, use_cache=True, logits_to_keep=1)
         length = inputs["input_ids"].shape[1]
         # The model leaves behind by how much its positions differ from counting tokens: a picture takes fewer than it has.
         pictures = "image_grid_thw" in inputs or "video_grid_thw" in inputs
@@ -211,15 +212,13 @@ class Batcher:
         """One more token for each request of a batch."""
         self.steps += 1
         batch.mask_BS = functional.pad(batch.mask_BS, (0, 1), value=1)
-        out = self._forward(
-            adapter,
-            {
-                "input_ids": batch.last_B[:, None],
-                "attention_mask": batch.mask_BS,
-                "position_ids": batch.next_B[None, :, None].expand(3, -1, -1),
-                "past_key_values": batch.cache,
-                "use_cache": True,
-            },
+        self._switch(adapter)
+        out = self.model(
+            input_ids=batch.last_B[:, None],
+            attention_mask=batch.mask_BS,
+            position_ids=batch.next_B[None, :, None].expand(3, -1, -1),
+            past_key_values=batch.cache,
+            use_cache=True,
         )
         batch.next_B = batch.next_B + 1
         tokens = [self._sample(request, logits) for request, logits in zip(batch.requests, out.logits[:, -1], strict=True)]
@@ -231,13 +230,11 @@ class Batcher:
         how = request.sampling
         if how.temperature <= 0:
             return int(logits.argmax())
-        chances = (logits.float() / max(how.temperature, 1e-4)).softmax(-1)
-        ordered, tokens = chances.sort(descending=True)
-        ordered = torch.where(ordered.cumsum(-1) - ordered < how.top_p, ordered, 0.0)
-        ordered[0] = ordered[0].clamp(min=1e-9)  # the likeliest is always kept, with a top_p of 0, too
+        scores = logits.float()[None] / max(how.temperature, 1e-4)
         if how.top_k > 0:
-            ordered[how.top_k :] = 0.0
-        return int(tokens[torch.multinomial(ordered, 1, generator=request.rng)])
+            scores = TopKLogitsWarper(how.top_k)(None, scores)
+        scores = TopPLogitsWarper(how.top_p)(None, scores)
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=request.rng))
 
     def _tell(self, request: Request, token: int) -> bool:
         """Tells the request of its new token; whether that was its last."""
@@ -258,7 +255,7 @@ class Batcher:
         if end > request.sent or finish:
             new, request.sent = request.text[request.sent : end], end
             request.on_piece(new, finish)
-        return finish is not None or request.cancelled.is_set()
+        return finish is not None or request.cancelled
 
     def _decode(self, request: Request, whole: bool) -> None:
         """Adds the newest ids to the text, decoded together with a few before them; half a character waits for its rest."""

@@ -66,10 +66,10 @@ class EventWriter:
         yield f"event:error\nstatus:{error.status}\ndata:{body}\n\n"
 
 
-def write_policy(upload_host: str, folder: str, policy: str, signature: str, request_id: str) -> dict[str, Any]:
+def write_policy(upload_host: str, folder: str, signature: str, request_id: str) -> dict[str, Any]:
     """Where a client may upload a file to, and with what."""
     data = {
-        "policy": policy,
+        "policy": folder,
         "signature": signature,
         "oss_access_key_id": "qwenvl_ft",
         "upload_dir": folder,

@@ -11,8 +11,9 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection
-from contextlib import nullcontext
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,9 +25,10 @@ from qwenvl_ft.serve.api import ApiError
 
 DRAIN_BYTES, DRAIN_SECONDS = 256 << 20, 10
 SPARE_CONNECTIONS = 400  # more than there are requests: with twice as many, all of them fit into the usual limit of 1024 files
+HEALTH, UPLOAD = ("/", "/health"), "/api/v1/uploads/files"
+FREE = {*((method, path) for method in ("GET", "HEAD") for path in HEALTH), ("POST", UPLOAD)}  # an upload shows its permit
 PATH_CHARS = 200  # of a path in the log
 log = logging.getLogger("qwenvl_ft.serve")
-Handler = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 def dialect_of(path: str) -> str:
@@ -71,30 +73,32 @@ def host_of(url: str) -> str:
         return ""
 
 
+@dataclass
 class AccessMiddleware:
-    """ASGI middleware. `free`: (method, path) of what is answered always. `requests` counts by dialect and status.
-
-    `host` is what others may call a server without a key, beside localhost; `connections` as many as may be open.
+    """ASGI middleware. A path loses its `prefix`; `host` is what others may call a server without a key, beside localhost;
+    `connections` as many as may be open; `requests` counts by dialect and status.
     """
 
-    def __init__(
-        self, app: Handler, key: str | None, free: Collection[tuple[str, str]], requests: Counter, host: str, connections: int
-    ):
-        self.app, self.key, self.free, self.requests = app, key, free, requests
-        self.host, self.connections = host, connections
+    app: Callable[[Any, Any, Any], Awaitable[None]]
+    key: str | None
+    prefix: str
+    host: str
+    connections: int
+    requests: Counter
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        connection = scope.get("state", {}).get("connection")  # uvicorn's with a TimeoutProtocol only
-        with connection.request() if connection else nullcontext():
+        if f"{scope['path']}/".startswith(f"{self.prefix}/"):
+            scope["root_path"], scope["path"] = self.prefix, scope["path"][len(self.prefix) :] or "/"
+        with scope["state"]["connection"].request():
             await self.answer(scope, receive, send)
 
     async def answer(self, scope: Any, receive: Any, send: Any) -> None:
         """Numbers a request, lets it in or refuses it, counts and logs what is answered."""
         scope["request_id"] = uuid.uuid4().hex
-        began, read, begun, unread = time.monotonic(), False, False, False
+        began, read, unread = time.monotonic(), False, False
 
         async def watched_receive() -> Any:
             nonlocal read
@@ -103,9 +107,9 @@ class AccessMiddleware:
             return message
 
         async def watched_send(message: Any) -> None:
-            nonlocal begun, unread
+            nonlocal unread
             if message["type"] == "http.response.start":
-                begun, status = True, message["status"]
+                status = message["status"]
                 self.requests.labels(dialect_of(scope["path"]), status).inc()
                 path = scope["raw_path"][:PATH_CHARS].decode("latin-1")  # as it was sent: %0a in it begins no line of the log
                 log.info("%s %s %s %d %.3f s", scope["request_id"], scope["method"], path, status, time.monotonic() - began)
@@ -120,21 +124,14 @@ class AccessMiddleware:
             await send(message)
 
         error = self.refusal(scope)
-        try:
-            await (error_response(error, scope) if error else self.app)(scope, watched_receive, watched_send)
-        except Exception as unforeseen:
-            log.error("%s failed: %s", scope["request_id"], type(unforeseen).__name__)
-            if not begun:  # an id, never its own text
-                error = ApiError(500, "internal_error", "the server failed on this request")
-                await error_response(error, scope)(scope, watched_receive, watched_send)
-            raise
+        await (error_response(error, scope) if error else self.app)(scope, watched_receive, watched_send)
 
     def refusal(self, scope: Any) -> ApiError | None:
         """Why a request does not get in."""
-        if (scope["method"], scope["path"]) in self.free:
+        if (scope["method"], scope["path"]) in FREE:
             return None
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        if len(scope.get("state", {}).get("connections", ())) > self.connections:
+        if len(scope["state"]["connections"]) > self.connections:
             return ApiError(503, "too_many_connections", "too many clients are connected: try again later")
         if self.key is not None:
             if is_allowed(headers.get("authorization"), self.key):
@@ -151,13 +148,9 @@ async def drain(scope: Any, receive: Any) -> None:
     """Reads on and forgets, for a while: a client that is still sending would lose its answer if the connection were closed."""
     if b"expect" in dict(scope["headers"]):
         return  # it waits for leave to send
-    left = DRAIN_BYTES
-    try:
+    left, more = DRAIN_BYTES, True
+    with suppress(TimeoutError):
         async with asyncio.timeout(DRAIN_SECONDS):
-            while left > 0:
+            while more and left > 0:
                 message = await receive()
-                left -= len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return
-    except TimeoutError:
-        return
+                left, more = left - len(message.get("body", b"")), message.get("more_body", False)

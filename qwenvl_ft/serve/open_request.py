@@ -26,8 +26,8 @@ class Opener:
     Pictures come from the request itself (data:), from what was uploaded (oss://), from URLs of `hosts`. Never from a path.
     """
 
-    def __init__(self, bounds: Bounds, uploads: Uploads, hosts: Iterable[str] = ()):
-        self.bounds, self.uploads, self.hosts = bounds, uploads, frozenset(hosts)
+    def __init__(self, bounds: Bounds, hosts: Iterable[str] = ()):
+        self.bounds, self.uploads, self.hosts = bounds, Uploads(), frozenset(hosts)
         self.threads = ThreadPoolExecutor(THREADS, "opener")
 
     async def open(self, chat: ChatRequest, until: float, then: Callable[[list[Turn]], T]) -> T:
@@ -43,7 +43,7 @@ class Opener:
     def _messages(self, chat: ChatRequest, until: float) -> list[Turn]:
         bounds = self.bounds
         try:
-            allowance = Allowance(bounds.pictures, bounds.picture_pixels, bounds.pixels, until)
+            allowance = Allowance(bounds.pictures, bounds.picture_pixels, 2 * bounds.picture_pixels, until)
             messages = read_messages(chat.messages, self._read, allowance)
         except UserError as error:
             raise invalid_messages(error) from error

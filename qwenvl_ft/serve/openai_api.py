@@ -43,7 +43,8 @@ class EventWriter:
     """Server-sent events of one answer: the role, pieces, the end, the usage if asked for, [DONE]."""
 
     def __init__(self, chat: ChatRequest, request_id: str):
-        self.chat, self.request_id, self.begun = chat, request_id, False
+        self.usage, self.request_id, self.begun = chat.usage_in_stream, request_id, False
+        self.head = _head(chat, request_id, "chat.completion.chunk")
 
     def piece(self, text: str, finish: str | None, usage: Usage) -> Iterator[str]:
         """A piece of the answer, and all that comes before the first and after the last, which has a `finish`."""
@@ -54,9 +55,8 @@ class EventWriter:
             yield self._event({"content": text}, None)
         if finish:
             yield self._event({}, finish)
-            if self.chat.usage_in_stream:
-                end = _head(self.chat, self.request_id, "chat.completion.chunk")
-                yield _sse(end | {"choices": [], "usage": write_usage(usage)})
+            if self.usage:
+                yield _sse(self.head | {"choices": [], "usage": write_usage(usage)})
             yield "data: [DONE]\n\n"
 
     def fail(self, error: ApiError) -> Iterator[str]:
@@ -65,8 +65,7 @@ class EventWriter:
 
     def _event(self, delta: dict[str, str], finish: str | None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
-        chunk = _head(self.chat, self.request_id, "chat.completion.chunk") | {"choices": [choice]}
-        return _sse(chunk | ({"usage": None} if self.chat.usage_in_stream else {}))
+        return _sse(self.head | {"choices": [choice]} | ({"usage": None} if self.usage else {}))
 
 
 def write_usage(usage: Usage) -> dict[str, Any]:

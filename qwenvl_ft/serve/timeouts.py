@@ -25,9 +25,9 @@ class TimeoutProtocol(asyncio.Protocol):
     def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any], _loop: Any = None):
         self.loop = asyncio.get_running_loop()
         self.timers: dict[str, asyncio.TimerHandle] = {}
-        self.connections: set[TimeoutProtocol] = app_state.setdefault("connections", set())  # one state for all of a server
         self.num_requests = 0  # under way; the next of a pipeline may begin before the last one's task has ended
-        self.inner = H11Protocol(config, server_state, {**app_state, "connection": self}, _loop)
+        state = {**app_state, "connection": self, "connections": server_state.connections}
+        self.inner = H11Protocol(config, server_state, state, _loop)
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -44,7 +44,6 @@ class TimeoutProtocol(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
         transport.set_write_buffer_limits(0)  # `pause_writing` is called once the system takes no more
-        self.connections.add(self)
         self._wait_for_head()
         self.inner.connection_made(transport)
 
@@ -63,11 +62,10 @@ class TimeoutProtocol(asyncio.Protocol):
         self.inner.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.connections.discard(self)
         for timer in self.timers.values():
             timer.cancel()
         self.inner.connection_lost(exc)
 
     def _wait_for_head(self) -> None:
-        if self in self.connections:
+        if not self.transport.is_closing():
             self.timers["head"] = self.loop.call_later(HEAD_SECONDS, self.transport.close)

@@ -11,8 +11,7 @@ from qwenvl_ft.data.geometry import Limits, grid_of, tokens_of
 from qwenvl_ft.data.records import Picture, Turn
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine
-from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, unknown_model
-from qwenvl_ft.serve.backend import AnswerStream
+from qwenvl_ft.serve.api import ApiError, ChatRequest, Pieces, Usage, model_failed, unknown_model
 from qwenvl_ft.serve.batching import Batcher, Request
 from qwenvl_ft.serve.open_request import Opener, invalid_messages
 
@@ -29,30 +28,31 @@ class TransformersBackend:
         self.processing = threading.Lock()  # a processor's tokenizer is not for two threads
         self.opened = asyncio.Semaphore(max_batch + AHEAD)
 
-    async def begin(self, chat: ChatRequest, request_id: str, until: float) -> AnswerStream:
-        """Opens the pictures and puts the request into the batch."""
+    async def answer(self, chat: ChatRequest, request_id: str, until: float) -> Pieces:
+        """Opens the pictures, puts the request into the batch and hands on what the batch's thread says."""
         if (engine := self.engines.get(chat.model)) is None:
             raise unknown_model(self.names)
         if not self.batcher.alive:
             raise ApiError(503, "unavailable", "the model has stopped")
-        await self.opened.acquire()
-        try:
+        async with self.opened:
             inputs, usage = await self.opener.open(chat, until, partial(self._inputs, engine))
-        except BaseException:
-            self.opened.release()
-            raise
+            loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[str, str | None, Usage]]()
 
-        def cancel() -> None:
-            request.cancel()
-            self.opened.release()
+            def on_piece(text: str, finish: str | None) -> None:
+                loop.call_soon_threadsafe(pieces.put_nowait, (text, finish, replace(usage, output=len(request.ids))))
 
-        def on_piece(text: str, finish: str | None) -> None:
-            answer.put(text, finish, replace(usage, output=len(request.ids)))
-
-        answer = AnswerStream(cancel)
-        request = Request(inputs, engine.adapter, chat.sampling, on_piece, request_id)
-        self.batcher.submit(request)
-        return answer
+            request = Request(inputs, engine.adapter, chat.sampling, on_piece, request_id)
+            del inputs  # the request lets go of its pixels early
+            self.batcher.submit(request)
+            try:
+                finish = None
+                while finish is None:
+                    text, finish, so_far = await pieces.get()
+                    if finish == "error":
+                        raise model_failed()
+                    yield text, finish, so_far
+            finally:
+                request.cancel()
 
     def _inputs(self, engine: Engine, messages: Sequence[Turn]) -> tuple[Any, Usage]:
         try:

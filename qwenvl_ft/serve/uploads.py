@@ -3,10 +3,7 @@
 They are held in memory, the oldest given up for the newest. A folder's name cannot be guessed, and holds no other's files.
 """
 
-import base64
-import hashlib
 import hmac
-import json
 import secrets
 import time
 from collections.abc import Callable
@@ -33,20 +30,17 @@ class Uploads:
         self.files: dict[str, tuple[float, bytes]] = {}  # by key, oldest first
         self.held_bytes = 0
 
-    def permit(self) -> tuple[str, str, str]:
-        """(folder, policy, signature) for a client that may upload."""
-        folder = f"uploads/{secrets.token_hex(16)}"
-        policy = base64.b64encode(json.dumps({"folder": folder, "until": self.clock() + self.seconds}).encode()).decode()
-        return folder, policy, self._sign(policy)
+    def permit(self) -> tuple[str, str]:
+        """(folder, signature) for a client that may upload. The folder's name says until when; nothing else is kept of it."""
+        folder = f"uploads/{self.clock() + self.seconds:.0f}-{secrets.token_hex(16)}"
+        return folder, self._sign(folder)
 
-    def check(self, policy: str, signature: str) -> str:
-        """The folder of a permit. Raises ApiError unless it is ours and has not run out."""
-        if not hmac.compare_digest(signature.encode("utf-8", "replace"), self._sign(policy).encode()):
+    def check(self, folder: str, signature: str) -> None:
+        """Raises ApiError unless the permit is ours and has not run out."""
+        if not hmac.compare_digest(signature.encode("utf-8", "replace"), self._sign(folder).encode()):
             raise ApiError(403, "no_permit", "the upload carries no permit of this server")
-        permit = json.loads(base64.b64decode(policy))
-        if self.clock() > permit["until"]:
+        if self.clock() > int(folder.removeprefix("uploads/").split("-")[0]):
             raise ApiError(403, "no_permit", "the permit has run out: ask for another")
-        return str(permit["folder"])
 
     def put(self, folder: str, form: dict[str, bytes]) -> None:
         """Keeps the file of a form. Raises ApiError where its key lies outside of the folder, is too long or taken."""
@@ -61,21 +55,19 @@ class Uploads:
             raise ApiError(409, "exists", "a file of this name was uploaded with this permit already")
         self.files[key] = self.clock(), form["file"]
         self.held_bytes += _size(key, form["file"])
-        while self.held_bytes > self.max_bytes or self._age() > self.seconds:
-            oldest = next(iter(self.files))
-            self.held_bytes -= _size(oldest, self.files.pop(oldest)[1])
+        for oldest, (since, content) in list(self.files.items()):
+            if self.held_bytes <= self.max_bytes and self.clock() - since <= self.seconds:
+                break
+            del self.files[oldest]
+            self.held_bytes -= _size(oldest, content)
 
     def get(self, url: str) -> bytes | None:
         """The file of an oss:// URL; None if it is not here, or no longer."""
         kept = self.files.get(url.removeprefix("oss://"))
         return kept[1] if kept and self.clock() - kept[0] <= self.seconds else None
 
-    def _age(self) -> float:
-        """Seconds since the oldest file came."""
-        return self.clock() - next(iter(self.files.values()))[0] if self.files else 0.0
-
-    def _sign(self, policy: str) -> str:
-        return hmac.new(self.secret, policy.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+    def _sign(self, folder: str) -> str:
+        return hmac.digest(self.secret, folder.encode("utf-8", "replace"), "sha256").hex()
 
 
 def _size(key: str, content: bytes) -> int:

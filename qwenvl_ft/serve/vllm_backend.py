@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -24,21 +25,21 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from qwenvl_ft.data.geometry import Limits
+from qwenvl_ft.data.geometry import Limits, read_limits
 from qwenvl_ft.data.pictures import bounded, opened
 from qwenvl_ft.data.records import Part, Picture, Turn, Video, as_text
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import VLLM_RANKS
+from qwenvl_ft.folders.adapter import vllm_rank
 from qwenvl_ft.folders.model import read_model_json
-from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, unknown_model
-from qwenvl_ft.serve.backend import AnswerStream
+from qwenvl_ft.folders.runs import processor_folder
+from qwenvl_ft.infer.engine import check_folders
+from qwenvl_ft.serve.api import ApiError, ChatRequest, Pieces, Usage, model_failed, unknown_model
 from qwenvl_ft.serve.open_request import Opener, invalid_messages
 
 log = logging.getLogger("qwenvl_ft.serve")
 Process = subprocess.Popen[bytes]
 START_SECONDS = 1800  # a large model is read from a slow disk
 STOP_SECONDS = 15
-DEAD = "the engine behind this server does not answer"
 
 
 class VllmBackend:
@@ -60,52 +61,45 @@ class VllmBackend:
         self.client = httpx.AsyncClient(timeout=timeout, limits=unlimited, trust_env=False)
         self.active = 0
 
-    async def begin(self, chat: ChatRequest, request_id: str, until: float) -> AnswerStream:
-        """Opens the pictures and asks the other server."""
+    async def answer(self, chat: ChatRequest, request_id: str, until: float) -> Pieces:
+        """Opens the pictures, asks the other server and hands on what it says; the last piece once the usage is known."""
         if chat.model not in self.names:
             raise unknown_model(self.names)
-        messages = await self.opener.open(chat, until, partial(self._write, chat.model))
-        body = write_request(chat, messages)
-        request = self.client.build_request("POST", f"{self.url}/v1/chat/completions", json=body)
+        body = write_request(chat, await self.opener.open(chat, until, partial(self._write, chat.model)))
+        usage, finish = Usage(), None
+        self.active += 1
         try:
-            response = await self.client.send(request, stream=True)
+            async with self.client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response:  # left, vLLM stops
+                del body
+                if (status := response.status_code) != 200:  # why is for our own log only
+                    log.warning("%s: the engine said %s: %.500r", request_id, status, await response.aread())
+                    status = status if status in (400, 404, 413, 422, 429) else 503
+                    what = f"the engine behind this server refused the request (status {status})"
+                    raise ApiError(status, "engine_refused", what)
+                async for event in read_events(response.aiter_bytes()):
+                    if "error" in event:
+                        raise ValueError(event["error"])
+                    for choice in event.get("choices", []):
+                        finish = choice.get("finish_reason") or finish
+                        if text := choice.get("delta", {}).get("content"):
+                            yield text, None, usage
+                    if event.get("usage"):
+                        usage = read_usage(event["usage"])
+            if not finish:
+                raise ValueError("the answer has no end")
+            yield "", "length" if finish == "length" else "stop", usage
         except httpx.HTTPError:
-            raise ApiError(503, "unavailable", DEAD) from None
-        if response.status_code != 200:
-            with suppress(httpx.HTTPError):  # why is for our own log only
-                log.warning("%s: the engine said %s: %.500r", request_id, response.status_code, await response.aread())
-            await response.aclose()
-            status = response.status_code if response.status_code in (400, 404, 413, 422, 429) else 503
-            raise ApiError(status, "engine_refused", f"the engine behind this server refused the request (status {status})")
-        answer = AnswerStream(lambda: task.cancel())
-        task = asyncio.create_task(self._relay(response, answer))
-        return answer
+            raise ApiError(503, "unavailable", "the engine behind this server does not answer") from None
+        except (ValueError, AttributeError, TypeError, KeyError) as error:  # it failed, or speaks another dialect
+            log.warning("%s: the engine's answer broke off: %.500r", request_id, error)
+            raise model_failed() from None
+        finally:
+            self.active -= 1
 
     def _write(self, model: str, messages: Sequence[Turn]) -> list[dict[str, Any]]:
         limits, base = self.limits.get(model), next(iter(self.limits.values()), None)
         fitting = (replace(message, parts=tuple(sized(part, limits, base) for part in message.parts)) for message in messages)
         return [*map(write_message, fitting)]
-
-    async def _relay(self, response: httpx.Response, answer: AnswerStream) -> None:
-        """Hands the pieces on; the last once the usage is known."""
-        self.active += 1
-        usage, finish = Usage(), None
-        try:
-            async for event in read_events(response.aiter_bytes()):
-                if "error" in event:
-                    raise ValueError(event["error"])
-                for choice in event.get("choices", []):
-                    finish = choice.get("finish_reason") or finish
-                    if text := choice.get("delta", {}).get("content"):
-                        answer.put(text, None, usage)
-                if event.get("usage"):
-                    usage = read_usage(event["usage"])
-            answer.put("", "length" if finish == "length" else "stop" if finish else "error", usage)
-        except (httpx.HTTPError, ValueError, AttributeError, TypeError, KeyError):  # it failed, or speaks another dialect
-            answer.put("", "error", usage)
-        finally:
-            self.active -= 1
-            await response.aclose()  # which tells vLLM to stop
 
     async def close(self) -> None:
         """Ends the connections, and the engine if it was started here."""
@@ -194,19 +188,28 @@ def read_usage(usage: Mapping[str, Any]) -> Usage:
     return Usage(usage["prompt_tokens"], usage["completion_tokens"], image, video)
 
 
-def start_vllm(model: Path, names: Sequence[str], adapters: Mapping[str, Path], port: int, arguments: Sequence[str]) -> Process:
+def start_vllm(
+    model: Path, names: Sequence[str], adapters: Mapping[str, Path], arguments: Sequence[str], opener: Opener
+) -> VllmBackend:
     """Starts `vllm serve` on loopback and waits until it is up. It ends with this process, however that ends but by SIGKILL.
 
-    Raises UserError where it is not installed or ends.
+    Raises UserError for what is wrong with the folders, and where it is not installed or ends.
     """
+    check_folders(model, adapters.values())
+    limits = dict.fromkeys(names, read_limits(model))
+    for name, folder in adapters.items():
+        limits[name] = read_limits(processor_folder(model, folder))
     if not (program := shutil.which("vllm")):
         raise UserError(
             Problem("--engine vllm", "vllm is not installed", "install it in an environment of its own: pip install vllm")
         )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
     command = [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", *names]
     if adapters:
         rank = max(int(read_model_json(folder / "adapter_config.json")["r"]) for folder in adapters.values())
-        command += ["--enable-lora", "--max-lora-rank", str(next((r for r in VLLM_RANKS if r >= rank), rank))]
+        command += ["--enable-lora", "--max-lora-rank", str(vllm_rank(rank) or rank)]
         command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one; the server has its own SIGTERM once it runs
@@ -217,8 +220,8 @@ def start_vllm(model: Path, names: Sequence[str], adapters: Mapping[str, Path], 
     until = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < until:
         with suppress(httpx.HTTPError):
-            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5, trust_env=False).status_code == 200:
-                return process
+            if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
+                return VllmBackend(url, opener, process, limits)
         time.sleep(0.5)
     raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))
 

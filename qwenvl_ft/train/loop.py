@@ -22,15 +22,14 @@ from qwenvl_ft.console import Display, counting, draw_plan, print_drawing, print
 from qwenvl_ft.data.prepare import Prepared, prepare, schedule
 from qwenvl_ft.data.rows import Row
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
+from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.problems import check_model
 from qwenvl_ft.folders.runs import check_output_dir
-from qwenvl_ft.model.load import limited_image_processor, load_base
-from qwenvl_ft.model.lora import add_lora, trainable
+from qwenvl_ft.model.load import add_lora, limited_image_processor, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss
 from qwenvl_ft.train.launch import Signals, open_trackers, start
 from qwenvl_ft.train.output_dir import open_metrics, write_results, write_settings
-from qwenvl_ft.train.resume import find_resume, fingerprint
-from qwenvl_ft.train.state import ADAPTER, Run
+from qwenvl_ft.train.state import Run, find_resume, fingerprint
 
 
 def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Row | UserError], signals: Signals) -> tuple[float, int]:
@@ -133,11 +132,8 @@ def train(config: Config) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     if resume:
-        set_peft_model_state_dict(model, load_file(resume / ADAPTER))
-    sizes = (
-        sum(p.numel() for p in trainable(model).values()),
-        sum(p.numel() for p in model.parameters()),
-    )
+        set_peft_model_state_dict(model, load_file(resume / ADAPTER_WEIGHTS))
+    sizes = model.get_nb_trainable_parameters()
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(config, accelerator, model, optimizer, prepared, image_processor, bf16)
     done = run.load(resume) if resume else 0

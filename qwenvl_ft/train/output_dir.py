@@ -14,6 +14,7 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
 from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.folders.adapter import BASE, base_fingerprint
+from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_whole
 
 METRICS = "metrics.jsonl"
@@ -23,10 +24,7 @@ def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
     """Writes what belongs to every adapter of the run, before its first step: processor (with the limits that training
     uses), settings with whole paths, plan, and which base it is."""
     out = config.output_dir
-    settings = {
-        key: str(value.resolve()) if isinstance(value, Path) else value
-        for key, value in config.model_dump().items()
-    }  # fmt: skip
+    settings = {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in config.model_dump().items()}
     # First of all the file that says whose folder this is: check_output_dir looks for it after a kill at any moment.
     with (out / "config.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(settings, file)
@@ -48,7 +46,7 @@ def write_results(config: Config, model: Any, state: dict[str, torch.Tensor]) ->
         lora.base_model_name_or_path = str(config.model)
         lora.inference_mode = True
         lora.save_pretrained(folder)
-        save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+        save_file(state, folder / ADAPTER_WEIGHTS, {"format": "pt"})
 
     write_whole(aside, write)
     (aside / MANIFEST).unlink()

@@ -1,4 +1,5 @@
-"""What one process holds of a run: its rows, its model and optimizer, how its gradients join the others', its checkpoints."""
+"""What one process holds of a run: its rows, its model and optimizer, how its gradients join the others'; its checkpoints, and
+from which of them a run goes on, if it is still the same run."""
 
 import json
 import math
@@ -12,34 +13,21 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from qwenvl_ft.config import Config
+from qwenvl_ft.console import print_line
 from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.data.rows import Row, Rows
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.runs import rotate
-from qwenvl_ft.folders.whole import INCOMING, write_whole
-from qwenvl_ft.model.lora import trainable
-from qwenvl_ft.train.resume import STATE
+from qwenvl_ft.folders.adapter import base_fingerprint
+from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
+from qwenvl_ft.folders.runs import checkpoints, newest, rotate
+from qwenvl_ft.folders.whole import INCOMING, short_hash, write_whole
+from qwenvl_ft.model.load import trainable
 
-ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
-
-
-class _RowsOrProblems(Dataset[Row | UserError]):
-    """Rows, with what is wrong in place of one that cannot be built: what a worker raises loses its problems on the way."""
-
-    def __init__(self, rows: Rows):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Row | UserError:
-        try:
-            return self.rows[index]
-        except UserError as error:
-            return error
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"  # in a checkpoint: its step, how it was launched, and the fingerprint of its run
 
 
 class Run:
@@ -71,8 +59,9 @@ class Run:
     def loader(self, steps: list[tuple[int, list[int]]]) -> DataLoader[Row | UserError]:
         """This process's rows in the order of the steps, built ahead by the workers."""
         order = [0 if row is None else row for _, rows in steps for row in self.mine(rows)]
-        rows = _RowsOrProblems(self.rows_of(self.prepared))
-        return DataLoader(rows, sampler=order, batch_size=None, num_workers=self.config.dataloader_num_workers)
+        build, workers = self.rows_of(self.prepared).row_or_problems, self.config.dataloader_num_workers
+        # A list does for a Dataset, whatever its type says.
+        return DataLoader(order, batch_size=None, num_workers=workers, collate_fn=build)  # type: ignore[arg-type]
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Adds the gradients of one row; the processes exchange theirs with the last row of a step."""
@@ -83,17 +72,14 @@ class Run:
                 self.accelerator.backward(loss)
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
-        """The adapter's tensors under PEFT's own names, on the CPU."""
-        with self.gathered():
+        """The adapter's tensors under PEFT's own names, on the CPU; under ZeRO-3 each process has a part of them."""
+        gathered: Any = nullcontext()
+        if self.deepspeed and self.model.zero_optimization_stage() == 3:
+            import deepspeed
+
+            gathered = deepspeed.zero.GatheredParameters(list(trainable(self.bare).values()))
+        with gathered:
             return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(self.bare).items()}
-
-    def gathered(self) -> Any:
-        """A context in which this process holds the adapter whole; under ZeRO-3 each has a part of it."""
-        if not self.deepspeed or self.model.zero_optimization_stage() != 3:
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(trainable(self.bare).values()))
 
     def save(self, step: int, same: dict[str, str]) -> None:
         """Writes checkpoint-N whole, then takes the oldest away."""
@@ -101,7 +87,7 @@ class Run:
         state = self.adapter_state()
 
         def write(incoming: Path) -> None:
-            save_file(state, incoming / ADAPTER, {"format": "pt"})
+            save_file(state, incoming / ADAPTER_WEIGHTS, {"format": "pt"})
             self.bare.peft_config["default"].save_pretrained(incoming)
             if self.deepspeed:
                 parts.rename(incoming / "deepspeed")
@@ -139,3 +125,58 @@ class Run:
                 entries.setdefault(int(number), {})[key] = tensor
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
         return int(facts["step"])
+
+
+def find_resume(config: Config, same: dict[str, str], prepared: Prepared) -> Path | None:
+    """The checkpoint to go on from. Raises UserError if there is one that was not asked for, or that is of another run."""
+    if not config.resume:
+        if found := checkpoints(config.output_dir):
+            raise UserError(Problem(str(config.output_dir), f"already holds {found[-1].name}",
+                                    "set resume=true to go on from it, or choose another output_dir"))  # fmt: skip
+        return None
+    folder, skipped = newest(config.output_dir)
+    for reason in skipped:
+        print_line(f"passed over {reason}", "yellow")
+    if folder:
+        before = json.loads((folder / STATE).read_text())["same"]
+        plan = config.output_dir / "plan.json"
+        if changed := differences(before, same, json.loads(plan.read_text()) if plan.is_file() else {}, prepared):
+            fix = "set it back, or choose another output_dir"
+            raise UserError(*(Problem(str(folder), what, fix) for what in changed))
+    return folder
+
+
+def fingerprint(prepared: Prepared, config: Config) -> dict[str, str]:
+    """What a checkpoint must agree on before a run goes on from it, each as a short hash or text."""
+    pictures = {(str(of.source), of.height, of.width) for record in prepared.records for of in record.pictures}
+    same = "lora_on lora_rank lora_alpha lora_dropout rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay "
+    same += "max_grad_norm seed dtype num_train_epochs max_steps"
+    settings = {key: str(getattr(config, key)) for key in same.split()}
+    return {
+        **settings,
+        "base model": short_hash(base_fingerprint(config.model)),
+        "training records": short_hash([script.ids for script in prepared.scripts]),
+        "pictures": short_hash(sorted(pictures)),
+        "packed rows": short_hash(prepared.plan.rows),
+    }
+
+
+def differences(before: dict[str, str], now: dict[str, str], plan: dict[str, Any], prepared: Prepared) -> list[str]:
+    """What two fingerprints differ in, in words and each cause once: other records have other pictures and rows, too.
+
+    `plan` is the summary of the run before, as far as it is known.
+    """
+    changed = [key for key, value in now.items() if before.get(key) != value]
+    said = [f"{key} was {before.get(key)} and is now {now[key]}" for key in changed if key in Config.model_fields]
+    if "base model" in changed:
+        said.append("the base model changed: its config.json or its weights")
+    if "training records" in changed:
+        was, count = plan.get("records", prepared.num_records), prepared.num_records
+        said.append("the training records changed" + (f": {was:,} before, {count:,} now" if was != count else ""))
+    elif "pictures" in changed:
+        said.append("the pictures changed: their folder, names or sizes")
+    elif "packed rows" in changed:
+        was, room = plan.get("row_tokens", prepared.plan.row_tokens), prepared.plan.row_tokens
+        repacked = "the rows are packed in another way: min_pixels or max_pixels changed"
+        said.append(f"row_tokens was {was} and is now {room}" if was != room else repacked)
+    return said

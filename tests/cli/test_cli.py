@@ -29,6 +29,15 @@ def test_the_sample_is_valid_and_its_tokens_are_counted(run):
     assert (code, err) == (0, "") and f"{num_records}, {num_records} good" in out
 
 
+@pytest.mark.parametrize(
+    "ignored", [["--adapter", "a=b"], ["--name", "a"], ["--engine-arg=--x"], ["data/tiny", "--engine-arg=--enforce-eager"]]
+)
+def test_serve_refuses_what_it_would_ignore(run, ignored):
+    where = [] if ignored[0] == "data/tiny" else ["--engine-url", "http://127.0.0.1:9"]
+    code, _, err = run("serve", "--port", "0", *where, *ignored)
+    assert code == 2 and ("its own models" in err or "it is for --engine vllm" in err)
+
+
 def test_what_comes_before_the_gpu_never_imports_torch():
     """Importing torch takes 6 s here, transformers' Trainer 25 s; these commands answer at once."""
     code = """

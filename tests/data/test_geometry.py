@@ -65,11 +65,3 @@ def test_a_folder_without_a_processor_is_named(tmp_path):
 def test_the_examples_in_the_docstrings_hold():
     result = doctest.testmod(geometry)
     assert result.attempted and not result.failed
-
-
-def test_the_module_runs_by_itself():
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "qwenvl_ft.data.geometry", *arguments], capture_output=True, text=True)
-
-    assert run("500", "400").stdout == "500 x 400 px -> 504 x 392 px, 252 tokens\n"
-    assert "usage: python -m qwenvl_ft.data.geometry WIDTH HEIGHT" in run("500").stderr

@@ -4,8 +4,8 @@ import doctest
 
 import pytest
 
-from qwenvl_ft.evaluate import metrics
-from qwenvl_ft.evaluate.metrics import exact, relaxed
+from qwenvl_ft.evaluate import scoring
+from qwenvl_ft.evaluate.scoring import exact, relaxed
 
 RELAXED = [
     # answer, wanted, right
@@ -61,5 +61,5 @@ def test_the_exact_rule_forgives_case_and_white_space_only(answer, wanted, right
 
 
 def test_the_examples_in_the_docstrings_hold():
-    result = doctest.testmod(metrics)
+    result = doctest.testmod(scoring)
     assert result.attempted and not result.failed

@@ -13,11 +13,9 @@ from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.records import Turn
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.export import merge
-from qwenvl_ft.export import write as export_module
-from qwenvl_ft.export.merge import Deltas, store
-from qwenvl_ft.export.write import _copy_settings as export_settings
-from qwenvl_ft.export.write import export
-from qwenvl_ft.folders.tensors import as_float32, module_of
+from qwenvl_ft.export.merge import Deltas, export, store
+from qwenvl_ft.export.merge import _copy_settings as export_settings
+from qwenvl_ft.folders.adapter import as_float32, module_of
 from qwenvl_ft.folders.whole import damage
 from qwenvl_ft.infer.engine import Engine
 from tests.conftest import SAMPLE, TINY
@@ -107,7 +105,7 @@ def test_the_proof_refuses_a_merge_with_another_scale(trained, tmp_path, monkeyp
 
 def test_the_proof_refuses_a_folder_that_reads_pictures_otherwise(trained, tmp_path, monkeypatch):
     """Right weights beside a wrong processor: only the logits show it."""
-    monkeypatch.setattr(export_module, "_copy_settings", lambda folder, run, base: export_settings(folder, base, base))
+    monkeypatch.setattr(merge, "_copy_settings", lambda folder, run, base: export_settings(folder, base, base))
     with pytest.raises(UserError, match="tokens where base and adapter read"):
         export(trained, tmp_path / "merged", None, 1, lambda done, total: None)
 
@@ -248,7 +246,7 @@ def changed_adapter(trained, folder, change):
     [
         (
             lambda t: t.update({key.replace("layers.0", "layers.9"): t.pop(key) for key in list(t) if "layers.0" in key}),
-            "has no home",
+            "has no module in the base",
         ),
         (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(1)}), "not a LoRA tensor"),
         (lambda t: t.update({key: t[key] / 0 for key in t}), "NaN or infinity"),

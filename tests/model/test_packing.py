@@ -9,8 +9,7 @@ from torch.nn import functional
 from qwenvl_ft.data.chat import IGNORE, open_chat
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.rows import Rows, join
-from qwenvl_ft.model.load import PatchEmbedding, limited_image_processor, load_base
-from qwenvl_ft.model.lora import add_lora, trainable
+from qwenvl_ft.model.load import PatchEmbedding, add_lora, limited_image_processor, load_base, trainable
 from qwenvl_ft.model.loss import picture_features, summed_loss, taught
 
 TALKS = [

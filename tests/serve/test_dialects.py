@@ -7,8 +7,8 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from qwenvl_ft.serve import dashscope_api, openai_api
-from qwenvl_ft.serve.api import JSON_VALUES, ApiError, ChatRequest, Sampling, Usage, read_json, unknown_model
-from qwenvl_ft.serve.metrics import Metrics
+from qwenvl_ft.serve.api import JSON_VALUES, ApiError, Bounds, ChatRequest, Sampling, Usage, read_json, unknown_model
+from qwenvl_ft.serve.app import State
 from qwenvl_ft.serve.middleware import is_allowed
 from qwenvl_ft.serve.uploads import FIELDS, FILE_BYTES, KEY_BYTES, Uploads, read_form
 
@@ -239,9 +239,9 @@ def test_a_form_is_read_to_the_byte(monkeypatch):
 
 def test_uploads_are_kept_for_their_time_and_within_their_size():
     now = [0.0]
-    uploads = Uploads(max_bytes=10 + 2 * (len("uploads//a") + 32 + FILE_BYTES), seconds=100, clock=lambda: now[0])
-    folder, policy, signature = uploads.permit()
-    assert uploads.check(policy, signature) == folder
+    uploads = Uploads(max_bytes=10 + 2 * (len("uploads/100-/a") + 32 + FILE_BYTES), seconds=100, clock=lambda: now[0])
+    folder, signature = uploads.permit()
+    uploads.check(folder, signature)
     for name, size in (("a", 6), ("b", 3), ("c", 4)):
         now[0] += 1
         uploads.put(folder, {"key": f"{folder}/{name}".encode(), "file": name.encode() * size})
@@ -249,16 +249,17 @@ def test_uploads_are_kept_for_their_time_and_within_their_size():
     assert uploads.get(f"oss://{folder}/b") == b"bbb" and uploads.get(f"oss://{folder}/c") == b"cccc"
     assert refusal(lambda: uploads.put(folder, {"key": f"{folder}/c".encode(), "file": b"x"})).status == 409
     assert refusal(lambda: uploads.put(folder, {"key": b"uploads/elsewhere/a", "file": b"x"})).status == 400
-    assert refusal(lambda: uploads.check(policy, signature[:-1] + "x")).status == 403
+    assert refusal(lambda: uploads.check(folder, signature[:-1] + "x")).status == 403
+    assert refusal(lambda: uploads.check(folder.replace("uploads/1", "uploads/9"), signature)).status == 403
     now[0] += 100
-    assert refusal(lambda: uploads.check(policy, signature)).status == 403
+    assert refusal(lambda: uploads.check(folder, signature)).status == 403
     assert uploads.get(f"oss://{folder}/b") is None
 
 
 def test_keys_count_and_have_an_end():
     """Sixty files of one byte, each with a key of 31 MiB, were 4.4 GB of memory: only the files' own bytes were counted."""
     uploads = Uploads(max_bytes=50 * FILE_BYTES)
-    folder, _, _ = uploads.permit()
+    folder, _ = uploads.permit()
     long = f"{folder}/{'x' * KEY_BYTES}".encode()
     assert refusal(lambda: uploads.put(folder, {"key": long, "file": b"x"})).status == 400
     assert refusal(lambda: uploads.put(folder, {"key": f"{folder}/{'图' * 200}".encode(), "file": b"x"})).status == 400
@@ -273,7 +274,7 @@ def test_keys_count_and_have_an_end():
 def test_a_file_that_does_not_fit_is_refused_and_drives_no_other_out():
     """It was answered with 200, and nothing was left, itself included."""
     uploads = Uploads(max_bytes=10_000)
-    folder, _, _ = uploads.permit()
+    folder, _ = uploads.permit()
     uploads.put(folder, {"key": f"{folder}/a".encode(), "file": b"a"})
     assert refusal(lambda: uploads.put(folder, {"key": f"{folder}/b".encode(), "file": b"b" * 10_000})).status == 413
     assert uploads.get(f"oss://{folder}/a") == b"a"
@@ -281,14 +282,19 @@ def test_a_file_that_does_not_fit_is_refused_and_drives_no_other_out():
 
 def test_metrics_are_what_prometheus_reads():
     """The names and labels are those that people scrape."""
-    metrics = Metrics(lambda: {"active": 1, "alive": True})
-    metrics.requests.labels("openai", 200).inc(2)
-    metrics.count_answer(0.3, 20, 3)
-    families = text_string_to_metric_families(generate_latest(metrics.registry).decode())
+
+    class Idle:
+        def status(self):
+            return {"active": 1, "alive": True}
+
+    state = State(Idle(), Bounds(), 8)
+    state.requests.labels("openai", 200).inc(2)
+    state.count_answer(0.3, USAGE)
+    families = text_string_to_metric_families(generate_latest(state.registry).decode())
     read = {(sample.name, *sample.labels.values()): (family.type, sample.value) for family in families for sample in family.samples}
     assert read["qwenvl_requests_total", "openai", "200"] == ("counter", 2)
     assert read["qwenvl_tokens_total", "input"] == ("counter", 20) and read["qwenvl_tokens_total", "output"] == ("counter", 3)
     buckets = [read["qwenvl_answer_seconds_bucket", le][1] for le in ("0.25", "0.5", "120.0", "+Inf")]
     assert buckets == [0, 1, 1, 1] and read["qwenvl_answer_seconds_sum",] == ("histogram", 0.3)
     assert read["qwenvl_answer_seconds_count",] == ("histogram", 1)
-    assert read["qwenvl_active",] == read["qwenvl_alive",] == ("gauge", 1)
+    assert read["qwenvl_active",] == read["qwenvl_alive",] == ("gauge", 1) and read["qwenvl_requests_now",] == ("gauge", 0)

@@ -311,6 +311,20 @@ def test_a_server_without_a_key_has_no_strange_name(engines):
         assert httpx.get(served.url + "/v1/models", headers={"Host": "any.example", "Authorization": "secret"}).status_code == 200
 
 
+@pytest.mark.parametrize("prefix", ["", "/api/predict/chart"])
+def test_an_upload_goes_to_where_its_permit_was_asked_for(served, prefix):
+    """Behind a gateway that does not strip its path, a client must not be sent to the path alone."""
+    permit = httpx.get(f"{served.url}{prefix}/api/v1/uploads", params={"action": "getPolicy"}).json()["data"]
+    assert permit["upload_host"].startswith(f"{served.url}{prefix}/api/v1/uploads/files?")
+    data, files = {"key": f"{permit['upload_dir']}/a.png"}, {"file": ("a.png", CHARTS[0].read_bytes())}
+    assert httpx.post(permit["upload_host"], data=data, files=files).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/api/predict/charts/v1/models", "/api/predict/v1/models", "/v1/models/api/predict/chart"])
+def test_only_the_whole_prefix_is_left_out_of_a_path(served, path):
+    assert httpx.get(served.url + path).status_code == 404
+
+
 def test_a_slash_at_the_end_leads_nowhere(served):
     """It led to whatever the client had called its Host."""
     answer = httpx.post(f"{served.url}{CHAT}/", content=b"{}")

@@ -18,7 +18,6 @@ from qwenvl_ft.infer.messages import read_messages
 from qwenvl_ft.serve.api import ApiError, Bounds
 from qwenvl_ft.serve.app import make_app
 from qwenvl_ft.serve.open_request import Opener
-from qwenvl_ft.serve.uploads import Uploads
 from qwenvl_ft.serve.vllm_backend import VllmBackend, end, sized, write_message
 from tests.conftest import TINY
 from tests.serving import CHARTS, Running, Served, data_url, events, question, random_adapter, serving, tiny_engines, wait_for
@@ -35,9 +34,9 @@ def behind(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def front(behind):
-    opener = Opener(Bounds(pictures=4), Uploads())
+    opener = Opener(Bounds(pictures=4))
     backend = VllmBackend(behind.url, opener)
-    served = Served(make_app(backend, opener.bounds, opener.uploads, 8), backend)
+    served = Served(make_app(backend, opener, 8), backend)
     yield served
     served.stop()
     served.thread.join(30)
@@ -125,7 +124,7 @@ def test_pictures_go_on_at_the_size_of_their_bounds_and_of_their_adapters_traini
 
 def test_no_server_behind():
     with pytest.raises(UserError, match="does not list models"):
-        VllmBackend("http://127.0.0.1:1", Opener(Bounds(), Uploads()))
+        VllmBackend("http://127.0.0.1:1", Opener(Bounds()))
 
 
 STAND_IN = """#!{python}

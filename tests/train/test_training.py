@@ -40,8 +40,7 @@ def test_a_step_divides_once_by_the_tokens_taught_in_all_rows(tmp_path):
 
     from qwenvl_ft.data.prepare import prepare, schedule
     from qwenvl_ft.data.rows import Rows
-    from qwenvl_ft.model.load import load_base
-    from qwenvl_ft.model.lora import add_lora, trainable
+    from qwenvl_ft.model.load import add_lora, load_base, trainable
     from qwenvl_ft.model.loss import summed_loss
 
     settings = config(tmp_path, max_steps=1, max_grad_norm=1e9, lr_scheduler_type="constant", warmup_ratio=0.0)
@@ -119,6 +118,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_records(t
     with pytest.raises(NonFiniteLoss, match=r"few\.json\[\d\]"):
         run(tmp_path)
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_a_base_without_its_weights_is_said_before_anything_is_loaded(tmp_path):
+    """A folder with all but the weights, as `download --file '*.json'` leaves it, ended in a traceback of transformers."""
+    shutil.copytree(ROOT / "data/tiny", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UserError, match="holds no safetensors"):
+        run(tmp_path, model=tmp_path / "base")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_one_process_alone_met_is_said_by_that_one(tmp_path, monkeypatch, capsys):

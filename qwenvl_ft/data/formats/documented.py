@@ -66,9 +66,8 @@ def turns_of(entry: Any, where: str, find: Find, problems: list[Problem]) -> Ite
             complain(place, "a system turn stands after the first place", "move it to the front or delete it")
             continue
         elif role not in ("system", expected):
-            complain(
-                place, f"is from the {role} where the {expected}'s turn was due", "let user and assistant take turns, user first"
-            )
+            what = f"is from the {role} where the {expected}'s turn was due"
+            complain(place, what, "let user and assistant take turns, user first")
         answered |= (role or expected) == "assistant"
         if role != "system":
             expected = "user" if (role or expected) == "assistant" else "assistant"
@@ -79,11 +78,8 @@ def turns_of(entry: Any, where: str, find: Find, problems: list[Problem]) -> Ite
     if not answered:
         complain(where, "has no assistant turn, so it teaches nothing", "add the answer that the model should learn")
     elif expected == "assistant":
-        complain(
-            f"{where}.conversations[{len(talk) - 1}]",
-            "the last turn is the user's and nobody answers it",
-            "add the answer or delete it",
-        )
+        place = f"{where}.conversations[{len(talk) - 1}]"
+        complain(place, "the last turn is the user's and nobody answers it", "add the answer or delete it")
 
 
 def _parts(text: str, role: str, place: str, find: Find, problems: list[Problem]) -> Iterator[str | Picture]:

@@ -15,9 +15,8 @@ def entries_of(meta_file: Path) -> tuple[list[tuple[str, Any]], list[Problem]]:
     try:
         raw = meta_file.read_bytes()
     except OSError:
-        return [], [
-            Problem(str(meta_file), "cannot be read as a file", "give the JSON file of conversations (a config's train_meta_file)")
-        ]
+        fix = "give the JSON file of conversations (a config's train_meta_file)"
+        return [], [Problem(str(meta_file), "cannot be read as a file", fix)]
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -64,8 +63,8 @@ def _is_record(value: Any) -> bool:
     return isinstance(value, dict) and "conversations" in value
 
 
-class _Repeated(ValueError):
-    """A key that stands twice in one object: JSON would keep the last and lose the first without a word."""
+class _Refused(ValueError):
+    """What Python's reader lets pass, with its fix: of a key that stands twice it would lose the first without a word."""
 
 
 def _parse(text: str) -> Any:
@@ -73,11 +72,12 @@ def _parse(text: str) -> Any:
         entry = dict(items)
         if len(entry) < len(items):
             keys = [key for key, _ in items]
-            raise _Repeated(next(key for key in keys if keys.count(key) > 1))
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise _Refused(f'an object has the key "{twice}" twice', "keep one of them, or make two records")
         return entry
 
     def constant(word: str) -> Any:
-        raise _Repeated(word)
+        raise _Refused(f"holds {word}, which is not JSON", "write a number or a text")
 
     try:
         return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
@@ -93,11 +93,8 @@ def _not_json(error: ValueError, name: str, line: int | None = None) -> Problem:
             return Problem(f"{name}:{line}", f"{what} at column {error.colno}", "mend this line, or write the record again")
         return Problem(f"{name}:{error.lineno}:{error.colno}", what, "mend the file at this line and column")
     where = f"{name}:{line}" if line else name
-    if isinstance(error, _Repeated):
-        word = error.args[0]
-        if word in ("NaN", "Infinity", "-Infinity"):
-            return Problem(where, f"holds {word}, which is not JSON", "write a number or a text")
-        return Problem(where, f'an object has the key "{word}" twice', "keep one of them, or make two records")
+    if isinstance(error, _Refused):
+        return Problem(where, *error.args)
     return Problem(where, f"is not a meta-file: {error}", f"write a JSON list of records: [{EXAMPLE}]")
 
 
