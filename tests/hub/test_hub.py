@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -711,7 +712,9 @@ def test_an_upload_that_breaks_says_how_to_go_on(hub, kind, merged, monkeypatch)
     (problem,) = caught.value.problems
     command = shlex.split(problem.fix.split("finished folder: ")[1])
     assert command == [{"hf": "hf", "modelscope": "modelscope"}[kind], "upload", "org/tiny", str(spaced)]
-    known = subprocess.run([ROOT / ".venv/bin" / command[0], "upload", "--help"], capture_output=True, text=True).stdout.lower()
+    known = subprocess.run(
+        [Path(sys.executable).parent / command[0], "upload", "--help"], capture_output=True, text=True
+    ).stdout.lower()
     assert "repo_id" in known and "local_path" in known
 
 
