@@ -9,6 +9,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parent.parent
+# What DeepSpeed compiles. In the home folder, environments build over each other, and a build that was killed leaves a lock there
+# that every later one waits for, for ever.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
 TINY = ROOT / "data" / "tiny"
 SAMPLE = ROOT / "data" / "sample"
 
