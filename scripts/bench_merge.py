@@ -44,8 +44,8 @@ MAKE = """
 import shutil, sys, torch
 from pathlib import Path
 from transformers import AutoConfig, AutoModelForImageTextToText
-from qwenvl_ft.families import FAMILIES
-from qwenvl_ft.model import add_lora
+from qwenvl_ft.data.families import FAMILIES
+from qwenvl_ft.model.load import add_lora
 tiny, folder, gb = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 config = AutoConfig.from_pretrained(tiny)
 text = config.text_config

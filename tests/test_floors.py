@@ -1,6 +1,7 @@
 """The house rules, read from the source: who may import whom, and what nobody may write."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 
 def imports(tree: ast.Module) -> list[tuple[str, str]]:
-    """(module, name here) of everything that is imported anywhere; `from qwenvl_ft import plan` is qwenvl_ft.plan."""
+    """(module, name here) of everything that is imported anywhere; `from qwenvl_ft import config` is qwenvl_ft.config."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -86,3 +87,28 @@ def test_nobody_writes_into_what_others_wrote():
             if roots & theirs:
                 written.append(f"{name}.py:{node.lineno}")
     assert written == []
+
+
+def test_every_import_of_the_package_that_stands_in_a_text_is_there():
+    """A benchmark that hands Python a program as text imported a module that had moved, and no test read it."""
+    root = PACKAGE.parent
+    files = [path for pattern in ("scripts/*.py", "tests/**/*.py", "docs/**/*.md", "*.md") for path in root.glob(pattern)]
+    wanted = {
+        (module, name.split(" as ")[0].strip("() \"',;"))
+        for path in files
+        for module, names in re.findall(r"from (qwenvl_ft(?:\.\w+)*) import ([\w ,]+)", path.read_text(encoding="utf-8"))
+        for name in names.split(",")
+        if name.strip()
+    }
+    assert len(wanted) > 100
+    lacking = [f"{module}.{name}" for module, name in sorted(wanted) if not defines(module, name)]
+    assert lacking == []
+
+
+def defines(module: str, name: str) -> bool:
+    """Whether a module of the package has this name at its top, or a module below it is called so."""
+    at = PACKAGE.parent / module.replace(".", "/")
+    if (at / f"{name}.py").is_file() or (at / name).is_dir():
+        return True
+    file = at / "__init__.py" if at.is_dir() else at.with_suffix(".py")
+    return file.is_file() and re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) is not None
