@@ -66,13 +66,15 @@ Part = str | Medium
 
 @dataclass(frozen=True)
 class Turn:
-    """`role` is system, user or assistant; `parts` are texts and media in their order.
+    """`role` is system, user or assistant; `parts` are texts and media in their order; `taught` is false for an answer that is
+    shown and not learnt.
 
     Neighbouring texts become one part: a control token in halves would be whole again once a template has joined them.
     """
 
     role: str
     parts: tuple[Part, ...]
+    taught: bool = True
 
     def __post_init__(self) -> None:
         joined: list[Part] = []
