@@ -64,6 +64,7 @@ class Config(BaseModel):
     min_pixels: Area | None = None
     max_pixels: Annotated[Area, Field(validate_default=True)] = 1280 * 28 * 28
     row_tokens: Positive = 4096
+    thinking: Literal["off", "on", "template"] = "off"
     on_bad_record: Literal["error", "skip"] = "error"
     dataloader_num_workers: Count = 2
 
@@ -110,6 +111,12 @@ class Config(BaseModel):
             return [] if value == "none" else [value]
         return value
 
+    @field_validator("thinking", mode="before")
+    @classmethod
+    def off_and_on_are_words(cls, value: Any) -> Any:
+        """`thinking: true`, as peers' enable_thinking has it, means on."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
 
 # What peers call it -> what to write here.
 PEERS = {
@@ -122,6 +129,7 @@ PEERS = {
     "image_resolution": "max_pixels",
     "cutoff_len": "row_tokens", "max_length": "row_tokens", "max_seq_length": "row_tokens", "model_max_length": "row_tokens",
     "sequence_len": "row_tokens", "max_seq_len": "row_tokens", "packing_length": "row_tokens",
+    "enable_thinking": "thinking",
     "strict": "on_bad_record", "on_bad_sample": "on_bad_record",
     "preprocessing_num_workers": "dataloader_num_workers", "dataset_num_proc": "dataloader_num_workers",
     "lora_r": "lora_rank", "r": "lora_rank", "rank": "lora_rank", "alpha": "lora_alpha",

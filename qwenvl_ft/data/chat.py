@@ -1,31 +1,47 @@
-"""Writes a record as the model's own chat template does, and marks what is taught. Needs no torch.
+"""Writes what a model reads: the prompt before an answer, and the answers that a record teaches. Needs no torch.
 
-What is taught follows from the rendered text by one rule for every family: each assistant turn from after its header to the
-<|im_end|> that closes it; not the newline after that, which the model never has to produce. The rule is safe because the reader
-refuses records whose own text holds a control token.
+`Chat.prompt` is the one place where a prompt is made: an answer is taught behind the very ids that asking for it sends. The model's
+own template writes them. A control token in somebody's text is tokenised as the letters that it is written with.
+
+    >>> chat = open_chat(Path("data/tiny"))
+    >>> chat.said(chat.prompt([Turn("user", ("Hi",))]))[-46:]
+    '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Template
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from qwenvl_ft.data.families import Family, family_of
 from qwenvl_ft.data.geometry import Limits, grid_of, read_limits, tokens_of
 from qwenvl_ft.data.records import Picture, Record, Turn
+from qwenvl_ft.data.template import (
+    CLOSE_THOUGHT,
+    OPEN_THOUGHT,
+    Thinking,
+    compile_template,
+    render,
+    settle,
+    settled,
+    split_thought,
+    thinks,
+)
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.model import read_model_json, read_template
 from qwenvl_ft.folders.problems import talk_problems
+from qwenvl_ft.folders.runs import processor_folder
 
 IGNORE = -100  # the label that torch's cross entropy skips
-TAUGHT = re.compile(r"<\|im_start\|>assistant\n(?:<think>\n\n</think>\n\n)?(.*?<\|im_end\|>)", re.DOTALL)
-PICTURE = "<|image_pad|>"
+END, PICTURE, VIDEO = "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
+# Special tokens that people write and models say. Each other one ends a turn or poses as a picture.
+MEANT = {f"<|{name}_{side}|>" for name in ("object_ref", "box", "quad") for side in ("start", "end")}
 
 
 @dataclass(frozen=True)
@@ -61,89 +77,213 @@ class Script:
 
 @dataclass(frozen=True)
 class Chat:
-    """A model's way of writing: its tokenizer, its chat template, its picture limits."""
+    """A model's way of writing: its tokenizer, its chat template, its picture limits.
 
-    tokenizer: Tokenizer
-    template: Template
+    `source` is the template's text, with the default that `thinking` has given it: whoever renders it asks as was taught.
+    """
+
+    tokenizer: Tokenizer  # with `encode_special_tokens`: it reads no special token out of a text
+    source: str
     limits: Limits
     family: Family
-    picture_id: int
+    thinking: Thinking
 
-    def render(self, turns: Sequence[Turn], answer_next: bool = False) -> str:
-        """The conversation as text, one placeholder per picture; `answer_next` ends it with the assistant's header."""
-        messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
-        return self.template.render(messages=messages, add_generation_prompt=answer_next, tools=None)
+    def prompt(self, turns: Sequence[Turn], thinking: bool | None = None) -> list[int]:
+        """The ids that ask for the next answer, one placeholder per picture or video. `thinking` replaces the default.
+
+        Raises UserError for a conversation that the template refuses.
+        """
+        return self._prompt(turns, thinking)[0]
+
+    def opens_thought(self, prompt: Sequence[int]) -> bool:
+        """Whether the prompt ends within a thought, whose opening tag the answer then lacks."""
+        return self.said(prompt[-8:]).endswith(OPEN_THOUGHT)
 
     def write_scripts(self, record: Record) -> list[Script]:
-        """The record as training examples: one, or one per answer where the template rewrites earlier turns.
+        """The record as training examples: one, or several where the prompt of a later answer is not what was taught so far and
+        goes on. Templates drop the thoughts of earlier turns, and white space is tokenised otherwise at an answer's beginning.
 
-        Raises UserError if the template leaves nothing taught.
+        Raises UserError if nothing is taught, or a thought is missing or too much.
         """
-        if not self.family.rewrites_turns:
-            return [self._script(record.where, record.turns, last_only=False)]
-        answers = [number for number, turn in enumerate(record.turns) if turn.role == "assistant"]
-        return [self._script(record.where, record.turns[: number + 1], last_only=True) for number in answers]
-
-    def _script(self, where: str, turns: tuple[Turn, ...], last_only: bool) -> Script:
-        text = self.render(turns)
-        spans = [match.span(1) for match in TAUGHT.finditer(text)]
-        if not spans:
+        scripts: list[Script] = []
+        ids: list[int] = []
+        labels: list[int] = []
+        last = 0
+        cache: dict[str, list[int]] = {}
+        for number, turn in enumerate(record.turns):
+            if turn.role != "assistant" or not turn.taught:
+                continue
+            prompt, text = self._prompt(record.turns[:number], None, cache)
+            if prompt[: len(ids)] != ids:
+                scripts.append(self._script(record.where, ids, labels, record.turns[:last]))
+                ids, labels = [], []
+            answer = [*self._encode(self._continuation(turn, text, number), cache), self._special[END]]
+            labels = labels + [IGNORE] * (len(prompt) - len(ids)) + answer
+            ids, last = prompt + answer, number + 1
+        if not ids or not self._closing.startswith(END):
             what, fix = "the chat template leaves nothing to teach", "use the chat template of an instruct model"
-            raise UserError(Problem(where, what, fix))
-        if last_only:
-            spans = spans[-1:]
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        labels = [IGNORE] * len(encoding.ids)
-        token = 0
-        for start, end in spans:
-            while encoding.offsets[token][0] < start:
-                token += 1
-            while token < len(labels) and encoding.offsets[token][0] < end:
-                labels[token] = encoding.ids[token]
-                token += 1
-        pictures = Record(where, turns).pictures
+            raise UserError(Problem(record.where, what, fix))
+        return [*scripts, self._script(record.where, ids, labels, record.turns[:last])]
+
+    def _script(self, where: str, ids: list[int], labels: list[int], turns: Sequence[Turn]) -> Script:
+        pictures = Record(where, tuple(turns)).pictures
         grids = [grid_of(picture.height, picture.width, self.limits) for picture in pictures]
         counts = [tokens_of(grid, self.limits.merge_size) for grid in grids]
-        return Script(where, encoding.ids, labels, pictures, grids, counts, self.picture_id)
+        closing = self._encode(self._closing.removeprefix(END), {})  # not taught: a model never has to say it
+        return Script(where, ids + closing, labels + [IGNORE] * len(closing), pictures, grids, counts, self.picture_id)
+
+    def _continuation(self, turn: Turn, prompt: str, number: int) -> str:
+        """What the model has to say behind the prompt, without its end token: the turn's text, its thought in the form that
+        templates write."""
+        if not self.thinks:
+            return turn.text
+        thought, answer = split_thought(turn.text)
+        place = f"conversations[{number}]"
+        if thought and prompt.endswith(CLOSE_THOUGHT):
+            fix = "set thinking: on to teach it, or take it out of the record"
+            raise UserError(Problem(place, "holds a thought, and thinking is off", fix))
+        if not thought and self.thinking == "on":
+            fix = 'write it as "reasoning": "..." beside the value, or set thinking: off'
+            raise UserError(Problem(place, "holds no thought, and thinking is on", fix))
+        if prompt.endswith(OPEN_THOUGHT):
+            return f"{thought}{CLOSE_THOUGHT}{answer}"
+        return f"{OPEN_THOUGHT}{thought}{CLOSE_THOUGHT}{answer}" if thought else answer
+
+    def _prompt(
+        self, turns: Sequence[Turn], thinking: bool | None, cache: dict[str, list[int]] | None = None
+    ) -> tuple[list[int], str]:
+        """The prompt's ids and its text, in which control tokens of the turns are marked."""
+        texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
+        mark = next(mark for code in range(0xF8FF, 0, -1) if not any((mark := chr(code)) in text for text in texts))
+        messages = [self._message(turn, mark) for turn in turns]
+        text = render(self.template, messages, answer_next=True, thinking=thinking)
+        return self._encode(text, {} if cache is None else cache, mark), text
+
+    def _message(self, turn: Turn, mark: str) -> dict[str, Any]:
+        """A turn for the template; in its texts the mark stands for the first letter of each control token."""
+
+        def marked(text: str) -> str:
+            return self._acting.sub(lambda token: mark + token[0][1:], text)
+
+        if turn.role == "user":
+            parts = [{"type": "text", "text": marked(of)} if isinstance(of, str) else {"type": of.kind} for of in turn.parts]
+            return {"role": turn.role, "content": parts}
+        thought, said = split_thought(turn.text) if turn.role == "assistant" and self._takes_thoughts else ("", turn.text)
+        message = {"role": turn.role, "content": marked(said)}  # some templates want these turns as one text
+        return message | ({"reasoning_content": marked(thought)} if thought else {})
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text whose special tokens are meant."""
+        return self._encode(text, {})
+
+    def _encode(self, text: str, cache: dict[str, list[int]], mark: str = "") -> list[int]:
+        """Special tokens as their ids and what is between them as text, as tokenizers do; then the mark is a "<" again."""
+        ids: list[int] = []
+        for piece in self._splits.split(text):
+            if piece in self._special:
+                ids.append(self._special[piece])
+            elif piece:
+                letters = piece.replace(mark, "<") if mark else piece
+                if letters not in cache:
+                    cache[letters] = self.tokenizer.encode(letters, add_special_tokens=False).ids
+                ids += cache[letters]
+        return ids
 
     def said(self, ids: Sequence[int]) -> str:
         """The text of ids, control tokens included."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def answered(self, ids: Sequence[int]) -> str:
+        """The text of an answer's ids: without ends, with boxes and references."""
+        return self.said([id for id in ids if id not in self._silent])
 
     def taught_texts(self, script: Script) -> list[str]:
         """What the record teaches, one text for each run of labels."""
         runs = groupby(script.labels, lambda label: label != IGNORE)
         return [self.said(list(labels)) for is_taught, labels in runs if is_taught]
 
+    @cached_property
+    def template(self) -> Template:
+        """The compiled template."""
+        return compile_template(self.source)
 
-def open_chat(model_dir: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Chat:
-    """Reads tokenizer, template and limits from a model's folder; the bounds replace the processor's own.
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether the template knows thoughts: see `template.thinks`."""
+        return thinks(self.template)
 
+    @cached_property
+    def picture_id(self) -> int:
+        """The placeholder's id, of which a picture has one for each of its tokens."""
+        return self._special[PICTURE]
+
+    @cached_property
+    def video_id(self) -> int | None:
+        """The placeholder of a video."""
+        return self._special.get(VIDEO)
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        return {token.content: id for id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def _splits(self) -> re.Pattern[str]:
+        return re.compile(f"({_any_of(self._special)})")
+
+    @cached_property
+    def _acting(self) -> re.Pattern[str]:
+        return re.compile(_any_of(self._special.keys() - MEANT))
+
+    @cached_property
+    def _silent(self) -> frozenset[int]:
+        return frozenset(id for token, id in self._special.items() if token not in MEANT)
+
+    @cached_property
+    def _takes_thoughts(self) -> bool:
+        """Whether the template wants the thought of an answer apart from its text."""
+        return PROBE in self._probed({"content": "b", "reasoning_content": PROBE})
+
+    @cached_property
+    def _closing(self) -> str:
+        """What the template writes behind an answer: the end token and perhaps a newline."""
+        return self._probed({"content": PROBE}).partition(PROBE)[2]
+
+    def _probed(self, answer: dict[str, str]) -> str:
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", **answer}]
+        return render(self.template, talk, answer_next=False)
+
+
+PROBE = "a text that no template writes"
+
+
+def open_chat(
+    model_dir: Path, min_pixels: int | None = None, max_pixels: int | None = None, thinking: Thinking | None = None,
+    adapter: Path | None = None,
+) -> Chat:  # fmt: skip
+    """Reads tokenizer, template and limits from a model's folder, the latter two from an adapter's own if it has them.
+
+    The bounds replace the processor's. `thinking` defaults to what the template was set to in training, else to off.
     Raises UserError naming the file that is missing.
     """
     family = family_of(model_dir)
     if problems := talk_problems(model_dir):
         raise UserError(*problems)
     path = model_dir / "tokenizer.json"
-    # As transformers renders it.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.globals["raise_exception"] = _refuse
-    template = environment.from_string(read_template(model_dir) or "")
+    folder = processor_folder(model_dir, adapter)
+    source = read_template(folder) or read_template(model_dir) or ""
+    thinking = thinking or settled(source) or "off"
+    source = settle(source, thinking)
     read_model_json(path)  # the tokenizers library's own error names neither the file nor the cause
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library has no error of its own
         raise UserError(Problem(str(path), "is not a tokenizer", "download it again")) from error
-    if (picture_id := tokenizer.token_to_id(PICTURE)) is None:
-        raise UserError(Problem(str(path), f"has no token {PICTURE}", "use a Qwen-VL model"))
-    return Chat(tokenizer, template, read_limits(model_dir, min_pixels, max_pixels), family, picture_id)
+    tokenizer.encode_special_tokens = True
+    chat = Chat(tokenizer, source, read_limits(folder, min_pixels, max_pixels), family, thinking)
+    if missing := [token for token in (PICTURE, END) if token not in chat._special]:
+        raise UserError(Problem(str(path), f"has no token {missing[0]}", "use a Qwen-VL model"))
+    return chat
 
 
-def _content(turn: Turn) -> Any:
-    if turn.role != "user":  # some templates want these turns as one text
-        return turn.text
-    return [{"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind} for part in turn.parts]
-
-
-def _refuse(message: str) -> None:
-    raise UserError(Problem("chat template", message, "change the record so that the model's template accepts it"))
+def _any_of(tokens: Iterable[str]) -> str:
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))

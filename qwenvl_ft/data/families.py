@@ -19,15 +19,12 @@ class Family:
 
     `linear_attention`: some layers keep a state in place of keys and values. It leaks from record to record of a row without a
     word unless flash-linear-attention is installed, so a row gets one record, and it cannot be padded.
-    `rewrites_turns`: the chat template writes an answer differently once it is no longer the last (Qwen3.5 drops the empty
-    thought), so a record with three answers becomes three examples, each teaching its last answer.
     """
 
     language: str
     vision: str
     merger: str
     linear_attention: bool = False
-    rewrites_turns: bool = False
 
 
 LANGUAGE = rf"model\.language_model\.layers\.\d+\.(?:{ATTENTION}|{GATED_MLP})"
@@ -43,7 +40,6 @@ FAMILIES = {
         QWEN3_VISION,
         r"model\.visual\.merger\.linear_fc[12]",
         linear_attention=True,
-        rewrites_turns=True,
     ),
 }
 

@@ -55,7 +55,7 @@ class Prepared:
             "fill": round(self.plan.fill, 4),
             "steps_per_epoch": len(steps(len(self.plan.rows), config.rows_per_step, config.seed, 0)),
             "steps": num_steps,
-            "notes": notes(len(self.plan.rows), num_steps, config),
+            "notes": notes(len(self.plan.rows), num_steps, config) + spaced_answers(self.records),
         }
 
 
@@ -66,7 +66,7 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     """
     meta_file = config.eval_meta_file if evaluation and config.eval_meta_file else config.train_meta_file
     data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
-    chat = open_chat(config.model, config.min_pixels, config.max_pixels)
+    chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking)
     if chat.limits.min_pixels > chat.limits.max_pixels:
         raise UserError(Problem("max_pixels", f"is {chat.limits.max_pixels}, less than the model's own min_pixels, "
                                 f"{chat.limits.min_pixels}", "raise it, or set min_pixels, too"))  # fmt: skip
@@ -124,6 +124,14 @@ def notes(num_rows: int, num_steps: int, config: Config) -> list[str]:
             "flash_attention_2 is not installed here, where train would stop; attn_implementation: auto takes what there is"
         )
     return found
+
+
+def spaced_answers(records: Sequence[Record]) -> list[str]:
+    """How many answers begin with white space, which stands in the tokens of its own that asking then waits for."""
+    answers = [turn for record in records for turn in record.turns if turn.role == "assistant" and turn.taught]
+    found = sum(turn.text[:1].isspace() for turn in answers)
+    what = "1 answer begins" if found == 1 else f"{found:,} answers begin"
+    return [f"{what} with white space, which is taught, too: take it out if it is not meant"] if found else []
 
 
 def schedule(prepared: Prepared, config: Config) -> list[tuple[int, list[int]]]:

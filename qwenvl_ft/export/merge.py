@@ -19,12 +19,21 @@ from ruamel.yaml import YAML
 from threadpoolctl import threadpool_limits
 
 from qwenvl_ft.config import load_config
+from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.geometry import read_limits
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.export.prove import prove
 from qwenvl_ft.folders.adapter import DTYPES, LORA_KEY, Floats, Stored, as_float32, module_of, read_header
-from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, read_config, read_model_json, weight_files
+from qwenvl_ft.folders.model import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    read_config,
+    read_model_json,
+    read_template,
+    weight_files,
+)
 from qwenvl_ft.folders.problems import check_adapter
 from qwenvl_ft.folders.runs import PROCESSORS, holds_processor, run_folder_of
 from qwenvl_ft.folders.whole import write_json, write_whole
@@ -35,6 +44,7 @@ COPIED = (
     "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "video_preprocessor_config.json", *PROCESSORS, "LICENSE", "NOTICE",
 )  # fmt: skip
+TEMPLATED = ("tokenizer_config.json", *PROCESSORS)  # which may hold a template, too
 BLOCK_BYTES = 1 << 19  # a block and its float32 stay in a core's cache
 # Settings of PEFT that make an adapter more than B @ A.
 NOT_PLAIN = (
@@ -83,10 +93,15 @@ def export(
 
 def _copy_settings(folder: Path, run: Path, base: Path) -> None:
     """Config, tokenizer, processor and the like as the base has them, so that whatever reads the base reads this, too; in the
-    processor the limits that training used."""
+    processor the limits that training used, and a template that asks as was taught."""
     for name in COPIED:
         if (base / name).is_file():
             shutil.copy(base / name, folder / name)
+    if (source := open_chat(base, adapter=run).source) != read_template(base):
+        for path in (folder / name for name in TEMPLATED if (folder / name).is_file()):
+            write_json(path, {key: value for key, value in read_model_json(path).items() if key != "chat_template"})
+        (folder / "chat_template.json").unlink(missing_ok=True)
+        (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
     if not holds_processor(run):
         return
     limits = read_limits(run)

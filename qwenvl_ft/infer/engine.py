@@ -10,6 +10,7 @@ imported once a model is opened, so that `from qwenvl_ft import Engine` costs no
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import Queue
 from threading import Thread
 from typing import Any
 
@@ -18,9 +19,11 @@ from PIL import Image
 from qwenvl_ft.data.chat import Chat, open_chat
 from qwenvl_ft.data.geometry import Limits
 from qwenvl_ft.data.pictures import bounded, opened
-from qwenvl_ft.data.records import Medium, Part, Picture, Turn, Video, as_text
+from qwenvl_ft.data.records import Medium, Part, Picture, Turn, Video
+from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.folders.adapter import check_base
 from qwenvl_ft.folders.problems import check_adapter, check_model
+from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.messages import read_messages
 
 MAX_NEW_TOKENS = 512
@@ -41,12 +44,15 @@ class Engine:
     adapter: str | None = None
 
     @classmethod
-    def open(cls, model_dir: Path | str, adapter: Path | str | None = None, blank: bool = False) -> "Engine":
-        """Loads model and adapter, onto the GPU if there is one. With an adapter its own processor is used, with the limits that
-        training used. Raises UserError for what is wrong with either folder.
+    def open(
+        cls, model_dir: Path | str, adapter: Path | str | None = None, blank: bool = False, thinking: Thinking | None = None
+    ) -> "Engine":
+        """Loads model and adapter, onto the GPU if there is one. With an adapter its own processor and template are used, with
+        the limits and the `thinking` that training used. Raises UserError for what is wrong with either folder.
         """
         model_dir, adapter = Path(model_dir), Path(adapter) if adapter else None
-        chat = check_folders(model_dir, [adapter] if adapter else [])
+        check_folders(model_dir, [adapter] if adapter else [])
+        chat = open_chat(model_dir, thinking=thinking, adapter=adapter)
         import torch
 
         from qwenvl_ft.model.load import add_adapter, load_base, open_processor
@@ -62,28 +68,52 @@ class Engine:
         media = self.processor.image_processor if kind == "image" else self.processor.video_processor
         return Limits(media.patch_size, media.merge_size, media.size["shortest_edge"], media.size["longest_edge"])
 
-    def inputs(self, conversations: Sequence[Conversation]) -> Any:
-        """The model's inputs for a batch, on its device, padded on the left. Raises UserError for what cannot be opened."""
+    def inputs(self, conversations: Sequence[Conversation], thinking: bool | None = None) -> Any:
+        """The model's inputs for a batch, on its device, padded on the left: ids as `Chat.prompt` writes them, placeholders at
+        their real number of tokens. Raises UserError for what cannot be opened, ValueError for what the processor refuses.
+        """
+        import torch
+        from transformers import BatchFeature
         from transformers.video_utils import VideoMetadata
 
         talks = [[self._ready(turn) for turn in turns_of(conversation)] for conversation in conversations]
-        texts = [self.chat.render(turns, answer_next=True) for turns in talks]
         media = [medium for turns in talks for turn in turns for medium in turn.media]
         pictures = [medium.source for medium in media if isinstance(medium, Picture)]
         videos = [medium for medium in media if isinstance(medium, Video)]
         # A video's own rate must come with it: without, its timestamps are silently those of 24 frames a second.
         metadata = [VideoMetadata(total_num_frames=of.num_frames, fps=of.fps, frames_indices=list(of.indices)) for of in videos]
-        video = {"videos": [list(of.frames) for of in videos], "video_metadata": metadata, "do_sample_frames": False}
-        inputs = self.processor(text=texts, images=pictures or None, **(video if videos else {}), padding=True, return_tensors="pt")
-        inputs.pop("video_metadata", None)
-        return inputs.to(self.model.device)
+        seen: dict[str, Any] = {}
+        if media:
+            frames = {"videos": [list(of.frames) for of in videos], "video_metadata": metadata, "do_sample_frames": False}
+            seen = dict(
+                self.processor(images=pictures or None, **(frames if videos else {}), return_metadata=True, return_tensors="pt")
+            )
+        texts = {
+            self.chat.picture_id: iter([self.processor.replace_image_token(seen, at) for at in range(len(pictures))]),
+            self.chat.video_id: iter([self.processor.replace_video_token(seen, at) for at in range(len(videos))]),
+        }
+        rows = []
+        for turns in talks:
+            prompt = self.chat.prompt(turns, thinking)
+            rows.append([id for token in prompt for id in (self.chat.encode(next(texts[token])) if token in texts else [token])])
+        width = max(map(len, rows))
+        pad = self.processor.tokenizer.pad_token_id
+        ids = [[pad] * (width - len(row)) + row for row in rows]
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": [[0] * (width - len(row)) + [1] * len(row) for row in rows],
+            "mm_token_type_ids": self.processor.create_mm_token_type_ids(ids),
+        }
+        seen.pop("video_metadata", None)
+        known = {key: torch.tensor(value) for key, value in inputs.items() if key in self.processor.model_input_names}
+        return BatchFeature(known | seen).to(self.model.device)
 
     def _ready(self, turn: Turn) -> Turn:
-        """The turn as it is shown: its texts without control tokens, its pictures open, at their own bounds, blank if so wished."""
+        """The turn as it is shown: its pictures open, at their own bounds, blank if so wished."""
         parts: list[Part] = []
         for part in turn.parts:
             if isinstance(part, str):
-                parts.append(as_text(part))
+                parts.append(part)
                 continue
             medium = bounded(part, self.limits(part.kind))
             if isinstance(medium, Picture):
@@ -91,27 +121,33 @@ class Engine:
             parts.append(_blank(medium) if self.blank else medium)
         return Turn(turn.role, tuple(parts))
 
-    def ask_many(self, conversations: Sequence[Conversation], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
+    def ask_many(
+        self, conversations: Sequence[Conversation], max_new_tokens: int = MAX_NEW_TOKENS, thinking: bool | None = None
+    ) -> list[str]:
         """The greedy answer to each conversation, generated as one batch; equal to asking them one by one."""
         import torch
 
-        inputs = self.inputs(conversations)
+        inputs = self.inputs(conversations, thinking)
         with torch.inference_mode():
             out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        answers: list[str] = self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return answers
+        asked = inputs["input_ids"].tolist()
+        said = out[:, len(asked[0]) :].tolist()
+        return [Detokenizer(self.chat, prompt).add(ids, whole=True) for prompt, ids in zip(asked, said, strict=True)]
 
-    def ask(self, conversation: Conversation, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
+    def ask(self, conversation: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, thinking: bool | None = None) -> str:
         """The greedy answer to one conversation."""
-        return self.ask_many([conversation], max_new_tokens)[0]
+        return self.ask_many([conversation], max_new_tokens, thinking)[0]
 
-    def stream(self, conversation: Conversation, max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[str]:
+    def stream(
+        self, conversation: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, thinking: bool | None = None
+    ) -> Iterator[str]:
         """The greedy answer in pieces, as they are generated."""
         import torch
-        from transformers import TextIteratorStreamer
 
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        settings = dict(self.inputs([conversation]), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+        inputs = self.inputs([conversation], thinking)
+        tokens = _Tokens()
+        text = Detokenizer(self.chat, inputs["input_ids"][0].tolist())
+        settings = dict(inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=tokens)
         errors: list[BaseException] = []
 
         def generate() -> None:
@@ -120,18 +156,41 @@ class Engine:
                     self.model.generate(**settings)
             except BaseException as error:
                 errors.append(error)
-                streamer.end()
+                tokens.end()
                 raise
 
         thread = Thread(target=generate, daemon=True)
         thread.start()
-        yield from streamer
+        for ids in tokens:
+            if piece := text.add(ids):
+                yield piece
+        if piece := text.add([], whole=True):
+            yield piece
         thread.join()
         if errors:
             raise errors[0]
 
 
-def open_beside(model_dir: Path, adapters: Mapping[str, Path]) -> dict[str | None, Engine]:
+class _Tokens:
+    """What `generate` calls a streamer: an iterator over the ids of each call but the first, which are the prompt's."""
+
+    def __init__(self) -> None:
+        self.queue: Queue[list[int] | None] = Queue()
+        self.skipped = False
+
+    def put(self, ids: Any) -> None:
+        if self.skipped:
+            self.queue.put(ids.tolist())
+        self.skipped = True
+
+    def end(self) -> None:
+        self.queue.put(None)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.queue.get, None)
+
+
+def open_beside(model_dir: Path, adapters: Mapping[str, Path], thinking: Thinking | None = None) -> dict[str | None, Engine]:
     """The base, under None, and each adapter by its name, on one copy of the base's weights.
 
     Whoever runs them must switch the model to `engine.adapter` first, as a Batcher does. Raises UserError.
@@ -139,25 +198,25 @@ def open_beside(model_dir: Path, adapters: Mapping[str, Path]) -> dict[str | Non
     check_folders(model_dir, adapters.values())
     from qwenvl_ft.model.load import add_adapter, open_processor
 
-    base = Engine.open(model_dir)
+    base = Engine.open(model_dir, thinking=thinking)
     model = base.model
     engines: dict[str | None, Engine] = {None: base}
     for number, (name, folder) in enumerate(adapters.items()):
         slot = f"adapter_{number}"  # PEFT takes no name with a dot
         model = add_adapter(model, folder, slot, model_dir)
-        engines[name] = replace(base, processor=open_processor(model_dir, folder), adapter=slot)
+        own = open_chat(model_dir, thinking=thinking, adapter=folder)
+        engines[name] = replace(base, processor=open_processor(model_dir, folder), chat=own, adapter=slot)
     model = model.to(base.model.device).eval()
     return {name: replace(engine, model=model) for name, engine in engines.items()}
 
 
-def check_folders(model_dir: Path, adapters: Iterable[Path]) -> Chat:
+def check_folders(model_dir: Path, adapters: Iterable[Path]) -> None:
     """Says what is wrong with a model's folder and with adapters of it before torch is imported, which takes seconds."""
     check_model(model_dir)
-    chat = open_chat(model_dir)
+    open_chat(model_dir)
     for adapter in adapters:
         check_adapter(adapter)
         check_base(adapter, model_dir)
-    return chat
 
 
 def turns_of(conversation: Conversation) -> Sequence[Turn]:

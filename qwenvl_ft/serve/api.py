@@ -19,7 +19,7 @@ UNSUPPORTED = {
     "logit_bias": (None, {}), "logprobs": (None, False), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
     "repetition_penalty": (None, 1), "min_p": (None, 0), "stop_token_ids": (None, []), "guided_json": (None,),
     "tool_choice": (None, "none", "auto"), "modalities": (None, ["text"]), "top_logprobs": (None, 0), "echo": (None, False),
-    "enable_thinking": (None, False), "vl_high_resolution_images": (None, False),
+    "vl_high_resolution_images": (None, False),
 }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ class ChatRequest:
     """A request. `messages` are as they were sent, nothing in them opened; no model named: the first that is served.
 
     `increments`: the events of a stream hold pieces, not the text so far. `min_pixels` and `max_pixels` are for pictures that
-    have no bounds of their own.
+    have no bounds of their own. `thinking` replaces what the model's chat template does by itself.
     """
 
     model: str
@@ -51,6 +51,7 @@ class ChatRequest:
     increments: bool = True
     min_pixels: int | None = None
     max_pixels: int | None = None
+    thinking: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,17 @@ def read_json(body: bytes) -> Any:
     except (ValueError, RecursionError):
         raise ApiError(400, "invalid_json", "the body is no JSON that can be read") from None
     return value
+
+
+def read_thinking(values: dict[str, Any]) -> bool | None:
+    """`enable_thinking`, as DashScope's clients send it or as vLLM's do, in chat_template_kwargs. Raises ApiError."""
+    template = {} if values.get("chat_template_kwargs") is None else values["chat_template_kwargs"]
+    if not isinstance(template, dict) or template.keys() - {"enable_thinking"}:
+        raise ApiError(400, "unsupported_parameter", "chat_template_kwargs may hold enable_thinking and nothing else here")
+    asked = [wanted for of in (values, template) if (wanted := of.get("enable_thinking")) is not None]
+    if not all(isinstance(wanted, bool) for wanted in asked) or len({*asked}) > 1:
+        raise ApiError(400, "invalid_parameter", "enable_thinking must be true or false, and one of them")
+    return asked[0] if asked else None
 
 
 def read_sampling(values: dict[str, Any], max_tokens_keys: tuple[str, ...], most: int) -> Sampling:

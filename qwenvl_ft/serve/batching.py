@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch.nn import functional
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.serve.api import Sampling
 
@@ -38,9 +39,9 @@ class Request:
     name: str = ""
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)
+    words: Detokenizer | None = None
     text: str = ""
     sent: int = 0  # characters of the text
-    window: tuple[int, int] = (0, 0)  # of ids: those in the text that the next ones are decoded with, those in the text
     rng: torch.Generator | None = None
 
     def cancel(self) -> None:
@@ -108,7 +109,7 @@ class Batcher:
         self.max_batch = 1 if engine.chat.family.linear_attention else max_batch
         self.waiting: Queue[Request | None] = Queue()
         self.batches: dict[str | None, _Batch] = {}
-        self.tokenizer = engine.chat.tokenizer  # not the processor's, which other threads set up for padding
+        self.chat = engine.chat
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
         self.inner: Any = (self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model).model
@@ -202,6 +203,7 @@ class Batcher:
         position = length + (int(self.inner.rope_deltas) if pictures else 0)
         if request.sampling.seed is not None:
             request.rng = torch.Generator(self.model.device).manual_seed(request.sampling.seed)
+        request.words = Detokenizer(self.chat, inputs["input_ids"][0].tolist())
         request.inputs = None  # its pixels are not needed any more
         token = self._sample(request, out.logits[0, -1])
         if not self._tell(request, token):
@@ -239,13 +241,14 @@ class Batcher:
     def _tell(self, request: Request, token: int) -> bool:
         """Tells the request of its new token; whether that was its last."""
         how, finish = request.sampling, None
-        if token in self.ends:
+        ids = [] if token in self.ends else [token]
+        request.ids += ids
+        if not ids:
             finish = "stop"
-        else:
-            request.ids.append(token)
-            if len(request.ids) >= how.max_new_tokens:
-                finish = "length"
-        self._decode(request, whole=finish is not None)
+        elif len(request.ids) >= how.max_new_tokens:
+            finish = "length"
+        if request.words:
+            request.text += request.words.add(ids, whole=finish is not None)
         end = len(request.text)
         cut = min((at for word in how.stop if (at := request.text.find(word)) >= 0), default=math.inf)
         if cut < math.inf:
@@ -256,12 +259,3 @@ class Batcher:
             new, request.sent = request.text[request.sent : end], end
             request.on_piece(new, finish)
         return finish is not None or request.cancelled
-
-    def _decode(self, request: Request, whole: bool) -> None:
-        """Adds the newest ids to the text, decoded together with a few before them; half a character waits for its rest."""
-        start, end = request.window
-        before = self.tokenizer.decode(request.ids[start:end], skip_special_tokens=True)
-        after = self.tokenizer.decode(request.ids[start:], skip_special_tokens=True)
-        if whole or not after.endswith("\ufffd"):
-            request.text += after[len(before) :]
-            request.window = end, len(request.ids)

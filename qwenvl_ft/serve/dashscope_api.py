@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, read_sampling
+from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, read_sampling, read_thinking
 
 CODES: dict[int | str, str] = {  # by status, and where that says too little by our own code
     400: "InvalidParameter", 401: "InvalidApiKey", 403: "AccessDenied", 404: "ModelNotFound", 408: "RequestTimeOut",
@@ -30,6 +30,7 @@ def read_generation(body: Any, most_tokens: int, stream: bool) -> ChatRequest:
         sampling=read_sampling(parameters, ("max_tokens",), most_tokens),
         stream=stream,
         increments=increments is True,
+        thinking=read_thinking(parameters),
     )
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, read_number, read_sampling
+from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, read_number, read_sampling, read_thinking
 
 MAX_TOKENS_KEYS = ("max_completion_tokens", "max_tokens")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -29,6 +29,7 @@ def read_chat(body: Any, most_tokens: int) -> ChatRequest:
         usage_in_stream=isinstance(options, dict) and options.get("include_usage") is True,
         min_pixels=read_number(body, "min_pixels", 1, 1 << 40, whole=True),
         max_pixels=read_number(body, "max_pixels", 1, 1 << 40, whole=True),
+        thinking=read_thinking(body),
     )
 
 

@@ -35,7 +35,7 @@ class TransformersBackend:
         if not self.batcher.alive:
             raise ApiError(503, "unavailable", "the model has stopped")
         async with self.opened:
-            inputs, usage = await self.opener.open(chat, until, partial(self._inputs, engine))
+            inputs, usage = await self.opener.open(chat, until, partial(self._inputs, engine, chat.thinking))
             loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[str, str | None, Usage]]()
 
             def on_piece(text: str, finish: str | None) -> None:
@@ -54,11 +54,13 @@ class TransformersBackend:
             finally:
                 request.cancel()
 
-    def _inputs(self, engine: Engine, messages: Sequence[Turn]) -> tuple[Any, Usage]:
+    def _inputs(self, engine: Engine, thinking: bool | None, messages: Sequence[Turn]) -> tuple[Any, Usage]:
+        if thinking and not engine.chat.thinks:
+            raise ApiError(400, "unsupported_parameter", "enable_thinking: this model's chat template knows no thoughts")
         try:
             self._check_pictures(messages, engine.limits("image"))
             with self.processing:
-                inputs = engine.inputs([messages])
+                inputs = engine.inputs([messages], thinking)
         except ValueError as error:
             raise ApiError(400, "invalid_messages", "the model's processor refuses these messages") from error
         except UserError as error:  # the template refuses this order of roles, or the processor these bounds

@@ -122,6 +122,7 @@ def write_request(chat: ChatRequest, messages: Sequence[dict[str, Any]]) -> dict
         "stream": True, "stream_options": {"include_usage": True},
         "max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p,
         "top_k": how.top_k if how.top_k > 0 else None, "seed": how.seed, "stop": list(how.stop) or None,
+        "chat_template_kwargs": None if chat.thinking is None else {"enable_thinking": chat.thinking},
     }  # fmt: skip
     return {key: value for key, value in body.items() if value is not None}
 

@@ -122,6 +122,7 @@ def train(config: Config) -> None:
     open_trackers(accelerator, config)
 
     processor = AutoProcessor.from_pretrained(config.model)
+    processor.chat_template = prepared.chat.source  # which asks as was taught
     image_processor = limited_image_processor(processor, prepared.chat.limits)
     model = load_base(config.model, config.dtype, config.attn_implementation)
     bf16 = model.dtype == torch.bfloat16

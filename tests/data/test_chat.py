@@ -7,8 +7,10 @@ import pytest
 from qwenvl_ft.data.chat import IGNORE, open_chat
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.errors import UserError
+from tests.data.test_prompts import messages_of, spans_of
 
 TALKS = {
+    "several answers": ["Hi", "Hello!", "<img>b.png</img>\nand this?", "A dog.", "ok?", "ok"],
     "no picture": ["Who are you?", "I am Qwen."],
     "one picture": ["<img>a.png</img>\nWhat is this? ", "A chart."],
     "three pictures": ["<img>a.png</img>\n<img>b.png</img>\nand <img>c.jpg</img>, which?", "the second"],
@@ -26,23 +28,28 @@ def processor(family_model):
 
 
 @pytest.mark.parametrize("name", TALKS)
-def test_ids_and_grids_equal_the_processors(name, family_model, processor, talk, pictures):
+def test_each_answer_stands_behind_the_processors_prompt_for_it(name, family_model, processor, talk, pictures):
     chat = open_chat(family_model)
     (record,), problems, _ = read_records(talk(TALKS[name]), pictures)
     assert not problems
-    scripts = chat.write_scripts(record)
+    spans = [span for script in chat.write_scripts(record) for span in spans_of(script)]
     answers = [number for number, turn in enumerate(record.turns) if turn.role == "assistant"]
-    for script, last in zip(scripts, answers if chat.family.rewrites_turns else answers[-1:], strict=True):
-        messages = [
-            {"role": turn.role, "content": [
-                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": str(part.source)}
-                for part in turn.parts
-            ]}
-            for turn in record.turns[: last + 1]
-        ]  # fmt: skip
-        wanted = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
-        assert script.widened()[0] == wanted["input_ids"][0]
-        assert [list(grid) for grid in script.grids] == [list(map(int, grid)) for grid in wanted.get("image_grid_thw", [])]
+    for (prompt, taught), number in zip(spans, answers, strict=True):
+        asked = processor.apply_chat_template(
+            messages_of(record.turns[:number]), tokenize=True, return_dict=True, add_generation_prompt=True, enable_thinking=False
+        )
+        assert prompt == asked["input_ids"][0]
+        assert taught == processor.tokenizer.encode(record.turns[number].text + "<|im_end|>")
+
+
+@pytest.mark.parametrize("name", [name for name, texts in TALKS.items() if all(text == text.strip() for text in texts[1::2])])
+def test_ids_and_grids_equal_the_processors(name, family_model, processor, talk, pictures):
+    chat = open_chat(family_model)
+    (record,), _, _ = read_records(talk(TALKS[name]), pictures)
+    script = chat.write_scripts(record)[-1]
+    wanted = processor.apply_chat_template(messages_of(record.turns), tokenize=True, return_dict=True)
+    assert script.widened()[0] == wanted["input_ids"][0]
+    assert [list(grid) for grid in script.grids] == [list(map(int, grid)) for grid in wanted.get("image_grid_thw", [])]
 
 
 def test_each_answer_is_taught_to_its_end_token_and_nothing_else_is(family_model, talk, pictures):
