@@ -24,6 +24,7 @@ def validate_meta(
     Example: validate-meta data/sample/train.json --data-dir data/sample/images --model data/tiny
     """
     from qwenvl_ft.data.chat import open_chat
+    from qwenvl_ft.data.formats.documented import box_note
     from qwenvl_ft.data.meta_file import read_records
 
     chat = open_chat(model) if model else None
@@ -41,6 +42,7 @@ def validate_meta(
         "pictures": len({picture.source for record in records for picture in record.pictures}),
         "shown": sum(len(record.pictures) for record in records),
         "tokens": tokens,
+        "notes": box_note(records),
         "problems": [vars(problem) for problem in problems],
     }
     if as_json:
@@ -55,6 +57,8 @@ def validate_meta(
                 ("tokens", f"{tokens['total']:,} ({tokens['min']:,} to {tokens['max']:,} a record, median {tokens['median']:,})")
             )
         print_drawing(draw_counts(str(meta), facts))
+        for note in report["notes"]:
+            print_line(f"note: {note}")
         if problems:
             print_problems(problems)
     if problems:

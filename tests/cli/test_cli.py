@@ -235,3 +235,11 @@ def test_a_model_with_a_pointer_in_place_of_its_weights_is_named_before_anything
     (tmp_path / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     code, _, err = run("ask", str(tmp_path / "model"), "Who are you?")
     assert code == 1 and "without git-lfs" in err and "Traceback" not in err
+
+
+def test_boxes_that_are_taught_as_letters_are_noted_and_are_no_problem(run, talk, pictures):
+    meta = talk(["where?", "<ref>the bar</ref><box>(100,200),(300,400)</box>"])
+    code, out, err = run("validate-meta", str(meta), "--data-dir", str(pictures))
+    assert (code, err) == (0, "") and "note: 1 record holds <ref> or <box>, which is taught as letters" in out
+    code, out, _ = run("validate-meta", str(meta), "--data-dir", str(pictures), "--json")
+    assert code == 0 and len(json.loads(out)["notes"]) == 1
