@@ -8,13 +8,14 @@ import typer
 from qwenvl_ft.cli.options import LORA_YAML, ConfigFile, DataDir, Json, Meta, Overrides, read_settings
 from qwenvl_ft.console import counting, draw_counts, draw_plan, print_drawing, print_json, print_line, print_problems, save_svg
 from qwenvl_ft.data.show import draw_record, facts_of
-from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.errors import MOST_ALONE, Problem, UserError, alike
 
 
 def validate_meta(
     meta: Meta,
     data_dir: DataDir,
     model: Annotated[Path | None, typer.Option("--model", help="Count tokens as this model would.")] = None,
+    list_all: Annotated[bool, typer.Option("--all", help="List every problem, not the first of each kind with a count.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check a meta-file and its pictures: every problem in one run, with its place and its fix.
@@ -43,7 +44,7 @@ def validate_meta(
         "shown": sum(len(record.pictures) for record in records),
         "tokens": tokens,
         "notes": box_note(records),
-        "problems": [vars(problem) for problem in problems],
+        "problems": [found.facts for found in alike(problems, len(problems) if list_all else MOST_ALONE)],
     }
     if as_json:
         print_json(report)
@@ -60,7 +61,7 @@ def validate_meta(
         for note in report["notes"]:
             print_line(f"note: {note}")
         if problems:
-            print_problems(problems)
+            print_problems(problems, list_all, "--all lists each")
     if problems:
         raise typer.Exit(1)
 

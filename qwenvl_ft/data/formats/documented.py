@@ -60,14 +60,18 @@ TURN_FIXES = SHARED | {
     **dict.fromkeys(("role", "speaker"), 'write it as "from"'),
     **dict.fromkeys(("reasoning_content", "thinking", "thought", "thoughts", "think"), 'write it as "reasoning"'),
 }  # fmt: skip
+TAG_FIXES = {
+    "<video>": "videos are not trained on: leave the record out, or take the tag out if the talk needs no video",
+    "<audio>": "sound is not trained on: leave the record out, or take the tag out if the talk needs none",
+}
 BOX_TAG = re.compile(r"</?(?:ref|box|quad)>")
 
 
 def turns_of(entry: Any, where: str, find: Find, problems: list[Problem]) -> Iterator[Turn]:
     """The turns of one record as far as they can be read; what is wrong with it is added to `problems`."""
 
-    def complain(place: str, what: str, fix: str) -> None:
-        problems.append(Problem(place, what, fix))
+    def complain(place: str, what: str, fix: str, kind: str = "") -> None:
+        problems.append(Problem(place, what, fix, kind))
 
     if not isinstance(entry, dict):
         return complain(where, f"is {kind_of(entry)}, not an object", f"write {EXAMPLE}")
@@ -98,7 +102,8 @@ def turns_of(entry: Any, where: str, find: Find, problems: list[Problem]) -> Ite
             continue
         role = ROLES.get(turn["from"])
         if role is None:
-            complain(place, f'is from "{turn["from"]}"', "write from: user or assistant (human, gpt and system are understood)")
+            fix = "write from: user or assistant (human, gpt and system are understood)"
+            complain(place, f'is from "{turn["from"][:60]}"', fix, kind=fix)
         elif role == "system" and number > 0:
             complain(place, "a system turn stands after the first place", "move it to the front or delete it")
             continue
@@ -183,7 +188,8 @@ def _parts(text: str, role: str, place: str, find: Find, problems: list[Problem]
             yield text
         return
     if match := FOREIGN_TAG.search(text):
-        complain(f"holds {match[0]}, which is no tag here: it would be read as text", "write <img>file.png</img>")
+        fix = TAG_FIXES.get(match[0].lower(), "write <img>file.png</img>")
+        complain(f"holds {match[0]}, which is no tag here: it would be read as text", fix)
     at = 0
     while at < len(text):
         start = text.find(OPEN, at)
