@@ -23,6 +23,7 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionStartEvent, ScalarEvent
 
 from qwenvl_ft.errors import Problem, UserError
 
@@ -118,6 +119,8 @@ class Config(BaseModel):
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+# What ruamel.yaml raises: also what its constructors stumble over, such as `!!bool x`, `!!int ""` and a list as a key.
+NOT_YAML = (YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError)
 # What peers call it -> what to write here.
 PEERS = {
     "model_name_or_path": "model", "model_id": "model", "model_path": "model", "base_model": "model", "pretrained_model": "model",
@@ -179,7 +182,7 @@ NOT_NEEDED = {
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The settings of a YAML file, `key=value` overrides on top. Raises UserError with every problem of both."""
     path = Path(path)
-    values, lines = _read(path)
+    values, lines = read_yaml(path)
     problems = []
     for whole, group in groupby(overrides, lambda word: "=" in word and word != "="):
         words = list(group)
@@ -192,9 +195,12 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
             continue
         for override in words:
             key, _, text = override.removeprefix("--").partition("=")
+            if alias := _alias(text):
+                problems.append(Problem(override, alias[0], "write the value out"))
+                continue
             try:
                 values[key] = YAML(typ="safe").load(text)
-            except (YAMLError, ValueError, RecursionError):
+            except NOT_YAML:
                 problems.append(Problem(override, "its value is not YAML", f"""quote it: '{key}="..."'"""))
                 continue
             lines[key] = f"command line, {override}"
@@ -210,8 +216,27 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of the file and the place of each key, as file:line."""
+def _alias(text: str) -> tuple[str, int, int] | None:
+    """(what, line, column) of the first alias of a list or an object, which no setting needs: nine that hold each other nine
+    times never come to an end, and one may hold itself. None for what is not YAML, too: loading it says why.
+    """
+    collections: set[str | None] = set()
+    try:
+        for event in YAML(typ="safe", pure=True).parse(text):
+            if isinstance(event, AliasEvent) and event.anchor in collections:
+                mark = event.start_mark
+                return f"the alias *{event.anchor} stands for a list or an object", mark.line + 1, mark.column + 1
+            if isinstance(event, CollectionStartEvent):
+                collections.add(event.anchor)
+            elif isinstance(event, ScalarEvent):  # an anchor may be given again
+                collections.discard(event.anchor)
+    except (YAMLError, ValueError):
+        return None
+    return None
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of a file of settings and the place of each key, as file:line. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -219,6 +244,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(Problem(str(path), "is not there", fix)) from None
     except (OSError, UnicodeDecodeError):
         raise UserError(Problem(str(path), "cannot be read as a text file", "give a config such as configs/lora.yaml")) from None
+    if alias := _alias(text):
+        what, line, column = alias
+        raise UserError(Problem(f"{path}:{line}:{column}", what, "write the value out"))
     try:
         marked = YAML(typ="rt").load(text)
         plain = YAML(typ="safe").load(text)
@@ -227,8 +255,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         what = (error.problem or "is not YAML").split("\n")[0]
         raise UserError(Problem(place, what, "mend the file at this line and column")) from None
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise UserError(Problem(str(path), f"is not YAML: {str(error).splitlines()[0]}", "mend the file")) from None
+    except NOT_YAML as error:
+        raise UserError(Problem(str(path), f"is not YAML: {(str(error).splitlines() or ['?'])[0]}", "mend the file")) from None
     if not isinstance(plain, dict):
         raise UserError(Problem(str(path), "holds no settings", "write key: value lines, as configs/lora.yaml does"))
     places = marked.lc.data or {}  # without the keys that come through a YAML merge
@@ -252,7 +280,7 @@ def _problem(detail: Any, path: Path, lines: dict[str, str]) -> Problem:
         return Problem(str(path), f"has no key {key}", f"write {key}: ...")
     if detail["input"] is None:
         return Problem(lines.get(key, str(path)), f"{key} is empty", "give it a value")
-    shown = detail["input"] if not isinstance(detail["input"], dict) else "an object"
+    shown = str(detail["input"])[:200] if not isinstance(detail["input"], dict) else "an object"
     fix = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "path_type":
         fix = "it should be a path, a text"

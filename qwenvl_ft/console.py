@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from qwenvl_ft.errors import Problem
+from qwenvl_ft.errors import MOST_ALONE, Problem, alike
 
 Drawing = Panel | Table
 console = Console(highlight=False)
@@ -42,12 +42,19 @@ def print_drawing(drawing: Drawing) -> None:
     console.print(drawing)
 
 
-def print_problems(problems: Sequence[Problem]) -> None:
-    """Where, what and the fix of each, on standard error; then how many."""
-    for problem in problems:
-        where, what, fix = map(_writable, (problem.where, problem.what, problem.fix))
+def print_problems(problems: Sequence[Problem], every: bool = False, more: str = "") -> None:
+    """Where, what and the fix of each kind, or of `every` problem, on standard error; then how many, and how to see `more`."""
+    groups = alike(problems, len(problems) if every else MOST_ALONE)
+    for group in groups:
+        where, what, fix = map(_writable, (group.first.where, group.first.what, group.first.fix))
+        if group.count > 1:
+            where = _writable(", ".join(group.places[:MOST_ALONE])) + f" and {group.count - MOST_ALONE:,} more"
+            what += ", for one" * group.differ
         error_console.print(Text.assemble((where, "bold"), ": ", what, ("\n  fix: ", "green"), fix), soft_wrap=True)
-    error_console.print(Text(f"{len(problems)} problem{'s' * (len(problems) != 1)}", "bold red"))
+    count = f"{len(problems):,} problem{'s' * (len(problems) != 1)}"
+    if len(groups) < len(problems):
+        count += f", {len(groups)} different" + f" ({more})" * bool(more)
+    error_console.print(Text(count, "bold red"))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Settings: YAML 1.2, every complaint at once with its line, and the right key for every wrong one."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,53 @@ def test_all_problems_of_file_and_overrides_come_at_once(complaints):
 def test_what_is_not_yaml_is_said_with_its_place(text, where, what, complaints):
     ((found_where, found_what, fix),) = complaints(text)
     assert (found_where, found_what[: len(what)]) == (where, what) and fix
+
+
+BOMB = "a: &a [x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghijk"))
+STUMBLES = [
+    "!!bool x",
+    "!!int ''",
+    "!!float ''",
+    "!!omap x",
+    "!!set x",
+    "{[a, {b: c}]: d}",
+    "{{a: b}: c}",
+    "!!timestamp x",
+    "9" * 5000,
+]
+
+
+@pytest.mark.parametrize(("text", "where", "name"), [
+    (BOMB + "seed: *k\n", "a.yaml:6:8", "a"),
+    ("a: &a\n  <<: *a\n", "a.yaml:6:7", "a"),
+    ("a: &a [*a]\n", "a.yaml:5:8", "a"),
+    ("lora_on: &towers [language]\nreport_to: *towers\n", "a.yaml:6:12", "towers"),
+    ("a: &s x\nb: &s {c: d}\n<<: *s\n", "a.yaml:7:5", "s"),
+])  # fmt: skip
+def test_an_alias_of_a_list_or_an_object_is_refused_with_its_place(text, where, name, complaints):
+    """A bomb of 315 bytes never came back; one that merged itself was a traceback."""
+    problem = (f"the alias *{name} stands for a list or an object", "write the value out")
+    assert complaints(text) == [(where, *problem)]
+
+
+def test_aliases_in_an_override_are_refused_and_those_of_a_text_are_read(load, complaints):
+    for value in (BOMB + "k: *k", "&a [*a]", "&a {<<: *a}"):
+        assert complaints("", f"seed={value}") == [
+            (f"seed={value}", "the alias *a stands for a list or an object", "write the value out")
+        ]
+    assert load("eval_data_dir: &d images\nrun_name: *d\n").run_name == "images"
+
+
+@pytest.mark.parametrize("value", STUMBLES, ids=[value[:20] for value in STUMBLES])
+def test_what_the_yaml_library_stumbles_over_is_a_problem_in_a_file_and_in_an_override(value, complaints):
+    """`seed: !!bool x` was a traceback of KeyError."""
+    for found in (complaints(f"seed: {value}\n"), complaints("", f"seed={value}")):
+        assert len(found) == 1 and ("seed" in found[0][0] or "a.yaml" in found[0][0])
+
+
+def test_a_value_without_an_end_is_not_printed_whole(complaints):
+    ((_, what, _),) = complaints(f"seed: {'x' * 10_000}\n")
+    assert what.startswith("seed is xxx") and len(what) < 300
 
 
 def test_a_file_without_settings_and_no_file_are_named(complaints, tmp_path):

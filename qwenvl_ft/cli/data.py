@@ -8,13 +8,14 @@ import typer
 from qwenvl_ft.cli.options import LORA_YAML, ConfigFile, DataDir, Json, Meta, Overrides, read_settings
 from qwenvl_ft.console import counting, draw_counts, draw_plan, print_drawing, print_json, print_line, print_problems, save_svg
 from qwenvl_ft.data.show import draw_record, facts_of
-from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.errors import MOST_ALONE, Problem, UserError, alike
 
 
 def validate_meta(
     meta: Meta,
     data_dir: DataDir,
     model: Annotated[Path | None, typer.Option("--model", help="Count tokens as this model would.")] = None,
+    list_all: Annotated[bool, typer.Option("--all", help="List every problem, not the first of each kind with a count.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check a meta-file and its pictures: every problem in one run, with its place and its fix.
@@ -24,6 +25,7 @@ def validate_meta(
     Example: validate-meta data/sample/train.json --data-dir data/sample/images --model data/tiny
     """
     from qwenvl_ft.data.chat import open_chat
+    from qwenvl_ft.data.formats.documented import box_note
     from qwenvl_ft.data.meta_file import read_records
 
     chat = open_chat(model) if model else None
@@ -41,7 +43,8 @@ def validate_meta(
         "pictures": len({picture.source for record in records for picture in record.pictures}),
         "shown": sum(len(record.pictures) for record in records),
         "tokens": tokens,
-        "problems": [vars(problem) for problem in problems],
+        "notes": box_note(records),
+        "problems": [found.facts for found in alike(problems, len(problems) if list_all else MOST_ALONE)],
     }
     if as_json:
         print_json(report)
@@ -55,8 +58,10 @@ def validate_meta(
                 ("tokens", f"{tokens['total']:,} ({tokens['min']:,} to {tokens['max']:,} a record, median {tokens['median']:,})")
             )
         print_drawing(draw_counts(str(meta), facts))
+        for note in report["notes"]:
+            print_line(f"note: {note}")
         if problems:
-            print_problems(problems)
+            print_problems(problems, list_all, "--all lists each")
     if problems:
         raise typer.Exit(1)
 

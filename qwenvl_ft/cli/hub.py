@@ -60,7 +60,7 @@ def doctor(
     problems += here.problems
     facts["machine"] = here.facts
     if as_json:
-        print_json({**facts, "problems": [vars(problem) for problem in problems]})
+        print_json({**facts, "problems": [problem.facts for problem in problems]})
     else:
         for title, rows in facts.items():
             lacking = "not told" if title == "folder" else "not installed"

@@ -45,7 +45,7 @@ class Prepared:
         return {
             "records": self.num_records,
             "used": len({self.scripts[index].where for index in used}),
-            "skipped": [vars(problem) for problem in self.problems],
+            "skipped": [problem.facts for problem in self.problems],
             "pictures": len(pictures),
             "pictures_shrunk": sum(shrunk(picture, self.chat) for picture in pictures),
             "tokens": token_counts([self.scripts[index].length for index in used]),

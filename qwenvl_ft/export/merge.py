@@ -15,10 +15,9 @@ from threading import Event
 from typing import IO, Any
 
 import numpy as np
-from ruamel.yaml import YAML
 from threadpoolctl import threadpool_limits
 
-from qwenvl_ft.config import load_config
+from qwenvl_ft.config import load_config, read_yaml
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.geometry import read_limits
 from qwenvl_ft.data.meta_file import read_records
@@ -146,7 +145,7 @@ def model_card(run: Path, base: Path, proofs: list[dict[str, Any]]) -> str:
     if (run / "all_results.json").is_file():
         lines += ["## Results", "", "```json", (run / "all_results.json").read_text(encoding="utf-8").strip(), "```", ""]
     if (run / "config.yaml").is_file():
-        settings = YAML(typ="safe").load((run / "config.yaml").read_text(encoding="utf-8"))
+        settings, _ = read_yaml(run / "config.yaml")
         shown = {
             key: value
             for key, value in settings.items()

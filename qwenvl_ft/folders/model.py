@@ -14,7 +14,7 @@ def read_model_json(path: Path) -> dict[str, Any]:
     """A JSON object out of a model's folder. Raises UserError where it is none, as in a git clone without LFS."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise UserError(Problem(str(path), "is no JSON object (a git-lfs pointer, perhaps)", "download the whole model"))

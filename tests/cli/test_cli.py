@@ -235,3 +235,35 @@ def test_a_model_with_a_pointer_in_place_of_its_weights_is_named_before_anything
     (tmp_path / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     code, _, err = run("ask", str(tmp_path / "model"), "Who are you?")
     assert code == 1 and "without git-lfs" in err and "Traceback" not in err
+
+
+def test_boxes_that_are_taught_as_letters_are_noted_and_are_no_problem(run, talk, pictures):
+    meta = talk(["where?", "<ref>the bar</ref><box>(100,200),(300,400)</box>"])
+    code, out, err = run("validate-meta", str(meta), "--data-dir", str(pictures))
+    assert (code, err) == (0, "") and "note: 1 record holds <ref> or <box>, which is taught as letters" in out
+    code, out, _ = run("validate-meta", str(meta), "--data-dir", str(pictures), "--json")
+    assert code == 0 and len(json.loads(out)["notes"]) == 1
+
+
+def test_problems_of_one_kind_are_a_line_with_their_count_for_people_and_programs(run, tmp_path):
+    """300 records of LLaVA's form were 1,201 lines."""
+    turns = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": "Red."}]
+    (tmp_path / "train.json").write_text(json.dumps([{"id": str(i), "image": "a.png", "conversations": turns} for i in range(300)]))
+    command = ["validate-meta", str(tmp_path / "train.json"), "--data-dir", str(tmp_path)]
+    code, _, err = run(*command)
+    assert code == 1 and err.count("\n") == 5
+    assert err.startswith('train.json[0], train.json[1], train.json[2] and 297 more: has a key "image", which is not read\n')
+    assert err.endswith("\n600 problems, 2 different (--all lists each)\n")
+    found = json.loads(run(*command, "--json")[1])["problems"]
+    assert [(problem["count"], len(problem["places"])) for problem in found] == [(300, 10)] * 2
+    assert run(*command, "--all")[2].count("\n  fix: ") == 600
+    assert len(json.loads(run(*command, "--json", "--all")[1])["problems"]) == 600
+
+
+def test_the_plan_keeps_every_record_that_is_left_out_though_it_prints_kinds(run, talk, tmp_path):
+    meta = talk(["q", "a"], *([["q"]] * 30))
+    settings = [*PLAN, f"train_meta_file={meta}", f"train_data_dir={tmp_path}", "on_bad_record=skip"]
+    assert "and 27 more: has no assistant turn" in run(*settings)[2]
+    assert [problem["where"] for problem in json.loads(run(*settings, "--json")[1])["skipped"]] == [
+        f"train.json[{i}]" for i in range(1, 31)
+    ]

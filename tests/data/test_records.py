@@ -11,7 +11,7 @@ from qwenvl_ft.data import meta_file
 from qwenvl_ft.data.formats.json_entries import EXAMPLE
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.records import Picture, Turn
-from qwenvl_ft.errors import Problem
+from qwenvl_ft.errors import Problem, alike
 
 TURN = 'write {"from": "user", "value": "..."}'
 TAG = "write <img>file.png</img>"
@@ -114,8 +114,10 @@ RECORDS = [
     (talk("<img>\0</img>", "a"), USER, "\0 is not in FOLDER", COPY),
     (talk("<img>nope.png</img>", "a"), USER, "nope.png is not in FOLDER", COPY),
     (talk("<image>\nq", "a"), USER, "holds <image>, which is no tag here: it would be read as text", TAG),
-    (talk("q<video>", "a"), USER, "holds <video>, which is no tag here: it would be read as text", TAG),
-    (talk("<Audio>q", "a"), USER, "holds <Audio>, which is no tag here: it would be read as text", TAG),
+    (talk("q<video>", "a"), USER, "holds <video>, which is no tag here: it would be read as text",
+     "videos are not trained on: leave the record out, or take the tag out if the talk needs no video"),
+    (talk("<Audio>q", "a"), USER, "holds <Audio>, which is no tag here: it would be read as text",
+     "sound is not trained on: leave the record out, or take the tag out if the talk needs none"),
     (talk("<IMG>a.png</IMG>q", "a"), USER, "holds <IMG>, which is no tag here: it would be read as text", TAG),
     (talk("<img>a.png</img><Img>a.png</Img>", "a"), USER, "holds <Img>, which is no tag here: it would be read as text", TAG),
     (talk("<img>b</img>", "a"), USER, "b is not a regular file", "name a picture file"),
@@ -255,3 +257,40 @@ def test_a_folder_of_missing_pictures_is_not_compared_name_by_name_for_hours(fol
     monkeypatch.setattr(meta_file, "MAX_COMPARED", 6)  # the folder holds two files: a.png and the meta-file
     _, problems = read(folder, [talk("<img>a.png</img>q", "a"), *(talk(f"<img>a{i}.png</img>", "a") for i in range(5))])
     assert [problem.fix[:12] for problem in problems] == ["did you mean"] * 3 + ["copy it ther"] * 2
+
+
+@pytest.mark.parametrize(("name", "meant"), [
+    ("A.PNG", "a.png"), ("./images/a.png", "a.png"), ("a%2Epng", "a.png"), ("images\\a.png", "a.png"), ("x/IMAGES/A.png", "a.png"),
+    ("pic_2.jpg", "pic_02.jpg"), ("pic_002.jpg", "pic_02.jpg"), ("x/cafe\u0301.png", "caf\u00e9.png"), ("deep.png", "sub/deep.png"),
+    ("set/sub/deep.png", "sub/deep.png"),
+])  # fmt: skip
+def test_a_picture_in_another_spelling_is_told_which_it_is(name, meant, folder):
+    """pic_2.jpg was told pic_29.jpg though pic_02.jpg was there, A.PNG to look for another folder."""
+    (folder / "sub").mkdir()
+    for file in ("pic_02.jpg", "pic_29.jpg", "caf\u00e9.png", "sub/deep.png", "sub/same.png"):
+        Image.new("RGB", (50, 40)).save(folder / file)
+    _, problems = read(folder, [talk("<img>a.png</img>q", "a"), talk(f"<img>{name}</img>q", "a")])
+    assert [problem.fix for problem in problems] == [f"did you mean {meant}?"]
+
+
+def test_a_picture_with_another_number_is_not_what_was_meant(folder):
+    for file in ("pic_29.jpg", "pic_20.jpg", "x/1.png", "y/1.png"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(b"")
+    _, problems = read(folder, [talk(f"<img>{name}</img>q", "a") for name in ("pic_2.jpg", "1.png")])
+    assert all("did you mean" not in problem.fix for problem in problems)
+
+
+def test_a_folder_whose_pictures_are_all_spelt_otherwise_is_the_right_one(folder):
+    _, problems = read(folder, [talk(f"<img>{name}</img>q", "a") for name in ("A.PNG", "./images/a.png", "a%2Epng")])
+    assert [(problem.where, problem.fix) for problem in problems] == [
+        (f"train.json[{i}].conversations[0]", "did you mean a.png?") for i in range(3)
+    ]
+
+
+def test_missing_pictures_and_broken_ones_are_of_a_kind_each(folder):
+    names = [f"{word}.jpg" for word in ("cat in hat", "dog", "a bird", "图", "fish", "is not in")]
+    for name in names:
+        (folder / f"broken {name}").write_bytes(b"")
+    _, problems = read(folder, [talk(f"<img>{first}{name}</img>", "a") for name in names for first in ("nowhere ", "broken ")])
+    assert sorted(group.count for group in alike(problems)) == [6, 6]

@@ -13,7 +13,7 @@ from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.records import Turn
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.export import merge
-from qwenvl_ft.export.merge import Deltas, export, store
+from qwenvl_ft.export.merge import Deltas, export, model_card, store
 from qwenvl_ft.export.merge import _copy_settings as export_settings
 from qwenvl_ft.folders.adapter import as_float32, module_of
 from qwenvl_ft.folders.whole import damage
@@ -417,3 +417,9 @@ def test_one_side_of_tied_embeddings_is_refused(trained, tmp_path):
     for place in ({"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}):
         with pytest.raises(UserError, match="one side of embeddings"):
             Deltas(adapter, place)
+
+
+def test_settings_that_are_not_yaml_any_more_are_named_in_place_of_a_model_card(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: &a\n  <<: *a\n")
+    with pytest.raises(UserError, match=r"config.yaml:2:7: the alias \*a"):
+        model_card(tmp_path, tmp_path, [])

@@ -7,7 +7,7 @@ import pytest
 
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.errors import UserError
-from qwenvl_ft.folders.model import read_template
+from qwenvl_ft.folders.model import read_model_json, read_template
 from qwenvl_ft.hub.doctor import examine
 from qwenvl_ft.infer.engine import check_folders
 from tests.conftest import TINY
@@ -98,3 +98,10 @@ def test_of_two_templates_the_one_counts_that_transformers_takes(model):
     (model / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'json' }}"}))
     assert AutoProcessor.from_pretrained(model).chat_template == read_template(model) == "{{ 'json' }}"
     assert open_chat(model).render([]) == "json"
+
+
+def test_json_that_is_nested_too_deeply_is_a_problem_of_its_file(tmp_path):
+    """100,000 brackets in config.json were a traceback of RecursionError."""
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is no JSON object"):
+        read_model_json(tmp_path / "config.json")
