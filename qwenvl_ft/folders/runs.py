@@ -54,8 +54,15 @@ def processor_folder(model_dir: Path, adapter: Path | None) -> Path:
 
 
 def rotate(output_dir: Path, keep: int) -> None:
-    """Deletes the oldest checkpoints but never the newest whole one."""
-    for folder in checkpoints(output_dir)[:-keep]:
+    """Deletes what is older than the `keep` newest whole checkpoints; a damaged one counts for nothing.
+
+    Every one that counts is read and hashed again: it was whole when it was written, and the others are deleted on its account.
+    """
+    found = checkpoints(output_dir)
+    whole = 0
+    while found and whole < keep < whole + len(found):  # else nothing is to go, and nothing need be read
+        whole += damage(found.pop()) is None
+    for folder in found if whole == keep else []:
         doomed = output_dir / INCOMING / folder.name
         shutil.rmtree(doomed, ignore_errors=True)
         doomed.parent.mkdir(exist_ok=True)

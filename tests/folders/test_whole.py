@@ -123,6 +123,24 @@ def test_the_oldest_go_and_order_is_by_number(tmp_path):
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
 
 
+def spoil(folder):
+    (folder / "state.json").write_text("[]")
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("damaged", [[4], [3, 4], [2, 3, 4], [2, 4], [1, 2, 3, 4]])
+def test_rotation_never_counts_a_damaged_checkpoint_and_never_deletes_for_its_sake(tmp_path, keep, damaged):
+    """With two to keep and the two newest damaged, the only whole one was deleted: the run could not go on from anything."""
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    for step in damaged:
+        spoil(tmp_path / f"checkpoint-{step}")
+    whole = [step for step in (1, 2, 3, 4) if step not in damaged]
+    oldest = whole[-keep] if len(whole) >= keep else 1
+    rotate(tmp_path, keep)
+    assert [folder.name for folder in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in range(oldest, 5)]
+
+
 def test_the_manifest_lists_sizes_and_hashes(tmp_path):
     save(tmp_path, 1)
     manifest = json.loads((tmp_path / "checkpoint-1" / "MANIFEST.json").read_text())
