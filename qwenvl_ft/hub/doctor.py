@@ -70,9 +70,7 @@ def _adapter(folder: Path) -> Report:
     if weights.is_file() and not is_pointer(weights) and not unreadable(weights):
         tensors = read_header(weights)[1]
         shapes = {tensor.key: tensor.shape for tensor in tensors}
-        problems += _tensors(folder, settings, shapes) + _not_finite(weights, tensors)
-    if (folder / MANIFEST).is_file() and (reason := damage(folder)):
-        problems.append(Problem(str(folder), reason, "copy it again"))
+        problems += _tensors(folder, shapes) + _not_finite(weights, tensors)
     base_problems, base = _base(folder, settings)
     problems += base_problems
     base_is_here = base is not None and Path(base).is_dir()
@@ -92,8 +90,8 @@ def _adapter(folder: Path) -> Report:
     return Report(facts, problems)
 
 
-def _tensors(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]]) -> list[Problem]:
-    """Names that transformers 5 will not find, tensors without their other half, a rank that the config does not name."""
+def _tensors(folder: Path, shapes: dict[str, list[int]]) -> list[Problem]:
+    """Names that transformers 5 will not find, tensors without their other half."""
     where, problems = str(folder / ADAPTER_WEIGHTS), []
     old = [key for key in shapes if _is_old(key)]
     if old:
@@ -109,10 +107,6 @@ def _tensors(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]
     alone = [key for key, other in halves.items() if other not in shapes]
     if alone:
         problems.append(Problem(where, f"{len(alone)} tensors lack their other half ({alone[0]})", "copy it again"))
-    ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key}
-    if settings and not settings.get("rank_pattern") and ranks - {settings.get("r")}:
-        what = f"its tensors have rank {', '.join(map(str, sorted(ranks)))}, {ADAPTER_CONFIG} says {settings.get('r')}"
-        problems.append(Problem(where, what, "copy both files from the same run"))
     if not shapes:
         problems.append(Problem(where, "holds no tensors", "copy it again"))
     return problems

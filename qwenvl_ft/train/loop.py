@@ -184,7 +184,7 @@ def train(config: Config) -> None:
     model = accelerator.unwrap_model(run.model)
     state = run.adapter_state()
     if main:
-        write_results(config, model, state)
+        write_results(config, model, state, processor)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

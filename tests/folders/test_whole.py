@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from filelock import FileLock
 
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.folders.runs import checkpoints, newest, rotate
@@ -114,6 +115,20 @@ def test_two_that_write_the_same_folder_do_not_mix(tmp_path):
     with pytest.raises(UserError, match="exists already"):
         write_whole(tmp_path / "out", lambda folder: None, replace=False)
     assert (tmp_path / "out" / "file").read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_left_aside_is_taken_away_by_the_next_that_writes_there(tmp_path):
+    """An export that was killed left gigabytes, which only one of the same name took away."""
+    aside = tmp_path / ".incoming"
+    for name in ("killed", "alive"):
+        (aside / name).mkdir(parents=True)
+        (aside / name / "model.safetensors").write_bytes(b"gigabytes")
+        (aside / f"{name}.lock").touch()
+    with FileLock(aside / "alive.lock"):
+        write_whole(tmp_path / "out", lambda folder: None)
+        assert sorted(path.name for path in aside.iterdir()) == ["alive", "alive.lock"]
+    write_whole(tmp_path / "again", lambda folder: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"]
 
 
 def test_the_oldest_go_and_order_is_by_number(tmp_path):
