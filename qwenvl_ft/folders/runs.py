@@ -12,7 +12,10 @@ PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # written by
 FOR_RESUMING = re.compile(r"(?:state\.json|metrics\.jsonl|optimizer.*\.safetensors)$")  # in a checkpoint, beside its adapter
 NAME = re.compile(r"checkpoint-(\d+)$")
 # What train writes there, its trackers' folder among it, and eval, which may come first.
-OF_A_RUN = re.compile(r"(?:config\.yaml|plan\.json|metrics\.jsonl|checkpoint-\d+|qwenvl_ft|predictions.*\.json)$")
+PICTURE_HASHES = "picture_hashes.json"  # in a run's folder: what was hashed already
+OF_A_RUN = re.compile(
+    r"(?:config\.yaml|plan\.json|metrics\.jsonl|picture_hashes\.json|checkpoint-\d+|qwenvl_ft|predictions.*\.json)$"
+)
 
 
 def newest(output_dir: Path) -> tuple[Path | None, list[str]]:

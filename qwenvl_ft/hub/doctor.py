@@ -10,7 +10,7 @@ import numpy as np
 from qwenvl_ft.data.families import family_of
 from qwenvl_ft.data.geometry import read_limits
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import BASE, DTYPES, LORA_KEY, Stored, base_fingerprint, module_of, read_header, vllm_rank
+from qwenvl_ft.folders.adapter import BASE, DTYPES, LORA_KEY, Stored, base_problems, module_of, read_header, vllm_rank
 from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_model_json
 from qwenvl_ft.folders.problems import adapter_problems, is_pointer, model_problems, talk_problems, unreadable
 from qwenvl_ft.folders.runs import checkpoints, holds_processor
@@ -162,11 +162,7 @@ def _base(folder: Path, settings: dict[str, Any]) -> tuple[list[Problem], str | 
             return [], named
         return [Problem(where, f"its base {named} is not here", "bring it there, or export with --model DIR")], named
     problems = model_problems(base)
-    recorded = _json(folder / BASE)
-    if not problems and recorded and recorded != base_fingerprint(base):
-        what = "is not the base that this adapter was trained on"
-        problems.append(Problem(str(base), what, "bring that one, or export with --model DIR"))
-    return problems, named
+    return problems or base_problems(folder, base), named
 
 
 def _towers(shapes: dict[str, list[int]]) -> list[str]:

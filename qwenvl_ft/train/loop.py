@@ -113,7 +113,7 @@ def train(config: Config) -> None:
         prepared = prepare(config, on_record=on_record)
         held_out = prepare(config, evaluation=True) if config.eval_meta_file else None
     steps = schedule(prepared, config)
-    same = fingerprint(prepared, config)
+    same = fingerprint(prepared, held_out, config)
     resume = find_resume(config, same, prepared)
     if main:
         print_drawing(draw_plan(prepared.summary(config)))
