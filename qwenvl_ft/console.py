@@ -58,12 +58,24 @@ def print_problems(problems: Sequence[Problem], every: bool = False, more: str =
 
 
 @contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for work that calls back with (done, total); on standard error, so that --json stays clean."""
+def counting(what: str, patience_s: float = 0) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for work that calls back with (done, total), once it has taken `patience_s` seconds.
+
+    On standard error, so that --json stays clean.
+    """
     columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal) as progress:
-        task = progress.add_task(what)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    progress = Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal)
+    task, began = progress.add_task(what), time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total)
+        if time.monotonic() - began >= patience_s:
+            progress.start()  # which does nothing the second time
+
+    try:
+        yield tell
+    finally:
+        progress.stop()
 
 
 def save_svg(drawing: Drawing, path: Path) -> None:

@@ -10,6 +10,7 @@ import bisect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,14 @@ def pack(lengths: Sequence[int], row_tokens: int, share: bool = True) -> Plan:
 def steps(num_rows: int, rows_per_step: int, seed: int, epoch: int) -> list[list[int]]:
     """The rows of each optimizer step of one epoch: every row once, in an order drawn from (seed, epoch) and nothing else.
 
-    The last step takes what is left, which may be fewer than `rows_per_step`.
+    The steps are as few as `rows_per_step` allows and take equally many rows, to within one: a step of the few rows that are
+    left would take a full step's stride on them, and its loss would look like a jump.
+
+    >>> [len(rows) for rows in steps(9, rows_per_step=8, seed=42, epoch=0)]
+    [5, 4]
     """
     order = list(range(num_rows))
     random.Random(f"{seed} {epoch}").shuffle(order)
-    return [order[start : start + rows_per_step] for start in range(0, num_rows, rows_per_step)]
+    count = -(-num_rows // rows_per_step)
+    bounds = [-(-num_rows * number // count) for number in range(count + 1)] if count else []
+    return [order[start:end] for start, end in pairwise(bounds)]

@@ -1,6 +1,5 @@
 """Which tensors an adapter and its base hold, how each names them, and whether the two belong together. Without torch."""
 
-import hashlib
 import json
 import math
 import re
@@ -11,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.model import read_model_json
+from qwenvl_ft.folders.hashes import digests, user_cache
+from qwenvl_ft.folders.model import read_model_json, weight_files
 from qwenvl_ft.folders.runs import run_folder_of
 from qwenvl_ft.folders.whole import short_hash
 
@@ -21,7 +21,6 @@ LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight$")
 OLD_KEYS = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\.)": "model.language_model."}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes; source: vllm/config/lora.py, MaxLoRARanks
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy knows no bfloat16: its bits
-SAMPLE_BYTES = 4096
 BASE = "base_model.json"  # in an adapter's folder: the fingerprint of the base that it was trained on
 Floats = NDArray[np.float32]
 
@@ -91,27 +90,32 @@ def vllm_rank(rank: int) -> int | None:
 
 
 def base_fingerprint(model_dir: Path) -> dict[str, Any]:
-    """Names a base model without reading it whole: its config, and the header and some of every tensor of its safetensors.
+    """Names a base model: its config, and all of its weights, which are read once and then remembered.
 
-    Of every tensor, because a merge changes only some. Raises UserError for a file that is not whole.
+    Raises UserError for a file that cannot be read.
     """
     config = read_model_json(model_dir / "config.json")
     config.pop("transformers_version", None)
-    files = {}
-    for path in sorted(model_dir.glob("*.safetensors")):
-        head, tensors = read_header(path)
-        digest = hashlib.sha256(head)
-        with path.open("rb") as file:
-            for tensor in tensors:
-                file.seek(tensor.start + max(0, tensor.num_bytes // 2 - SAMPLE_BYTES))
-                digest.update(file.read(min(SAMPLE_BYTES, tensor.num_bytes)))
-        files[path.name] = [path.stat().st_size, digest.hexdigest()]
-    return {"config": short_hash(config), "weights": files}
+    found = digests(weight_files(model_dir), user_cache(), f"hashing {model_dir.name} (once)")
+    return {"config": short_hash(config), "sha256": {path.name: digest for path, digest in found.items()}}
+
+
+def base_problems(adapter: Path, model_dir: Path) -> list[Problem]:
+    """A problem if the adapter says that it was trained on another base, or says it in a way that proves nothing."""
+    said = run_folder_of(adapter) / BASE
+    if not said.is_file():
+        return []
+    recorded = read_model_json(said)
+    if "sha256" not in recorded:
+        what = "names the base by samples of its weights, as older versions did, and a sample proves nothing"
+        return [Problem(str(said), what, f"if {model_dir} is the base that it was trained on, delete this file")]
+    if recorded != base_fingerprint(model_dir):
+        return [Problem(str(model_dir), f"is not the base that {adapter} was trained on",
+                        f"give that base; if it is the same, saved anew, delete {said}")]  # fmt: skip
+    return []
 
 
 def check_base(adapter: Path, model_dir: Path) -> None:
-    """Raises UserError if the adapter says that it was trained on another base."""
-    said = run_folder_of(adapter) / BASE
-    if said.is_file() and read_model_json(said) != base_fingerprint(model_dir):
-        raise UserError(Problem(str(model_dir), f"is not the base that {adapter} was trained on",
-                                f"give that base; if it is the same, saved anew, delete {said}"))  # fmt: skip
+    """Raises UserError if the adapter says that it was trained on another base, or cannot tell."""
+    if problems := base_problems(adapter, model_dir):
+        raise UserError(*problems)

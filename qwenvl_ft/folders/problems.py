@@ -7,8 +7,10 @@ from safetensors import SafetensorError, safe_open
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, read_config, read_model_json, read_template
-from qwenvl_ft.folders.runs import PROCESSORS, checkpoints, holds_processor
+from qwenvl_ft.folders.runs import FOR_RESUMING, PROCESSORS, checkpoints, holds_processor
+from qwenvl_ft.folders.whole import MANIFEST, damage
 
+MOST_ALPHA = 1e30  # far above any that trains, and below what the scale's arithmetic can hold
 AGAIN = "download the model again: `qwenvl-ft download` brings what is missing or damaged"
 
 
@@ -144,13 +146,31 @@ def adapter_file_problems(folder: Path) -> list[Problem]:
 
 
 def adapter_problems(folder: Path) -> list[Problem]:
-    """Everything that keeps a folder from being a PEFT adapter whose settings and tensors can be read."""
+    """Everything that keeps a folder from being a PEFT adapter as it was written, whose settings and tensors can be used."""
     if found := adapter_file_problems(folder):
         return found
+    if (folder / MANIFEST).is_file() and (reason := damage(folder, but=FOR_RESUMING)):
+        fix = f"copy it again from the run's output_dir; if it was changed on purpose, delete its {MANIFEST}"
+        return [Problem(str(folder), reason, fix)]
+    where, again = str(folder / ADAPTER_CONFIG), "copy or train the adapter again"
     said = read_model_json(folder / ADAPTER_CONFIG)
-    if said.get("peft_type") != "LORA" or not all(isinstance(said.get(key), int | float) for key in ("r", "lora_alpha")):
-        return [Problem(str(folder / ADAPTER_CONFIG), "names no LoRA with r and lora_alpha", "copy or train the adapter again")]
-    return []
+    if said.get("peft_type") != "LORA" or any(type(said.get(key)) not in (int, float) for key in ("r", "lora_alpha")):
+        return [Problem(where, "names no LoRA with r and lora_alpha", again)]
+    rank, alpha = said["r"], said["lora_alpha"]
+    if type(rank) is not int or rank <= 0:
+        found.append(Problem(where, f"r is {rank}, no rank", again))
+    if not 0 < alpha < MOST_ALPHA:  # NaN is not, either
+        found.append(Problem(where, f"lora_alpha is {alpha}, no scale", again))
+    if not isinstance(said.get("base_model_name_or_path") or "", str):
+        found.append(Problem(where, f"base_model_name_or_path is {said['base_model_name_or_path']!r}, no name", again))
+    with safe_open(folder / ADAPTER_WEIGHTS, "np") as file:
+        down = [file.get_slice(key).get_shape() for key in list(file.keys()) if ".lora_A." in key]
+    ranks = {shape[0] for shape in down if shape}
+    if ranks - {rank} and not said.get("rank_pattern"):
+        stored = ", ".join(map(str, sorted(ranks)))
+        what = f"its tensors have rank {stored}, {ADAPTER_CONFIG} says {rank}"
+        found.append(Problem(str(folder / ADAPTER_WEIGHTS), what, "copy both files from the same run"))
+    return found
 
 
 def check_adapter(folder: Path) -> None:

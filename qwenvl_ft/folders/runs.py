@@ -9,9 +9,13 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import INCOMING, damage, discard
 
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # written by transformers 5 and by 4
+FOR_RESUMING = re.compile(r"(?:state\.json|metrics\.jsonl|optimizer.*\.safetensors)$")  # in a checkpoint, beside its adapter
 NAME = re.compile(r"checkpoint-(\d+)$")
 # What train writes there, its trackers' folder among it, and eval, which may come first.
-OF_A_RUN = re.compile(r"(?:config\.yaml|plan\.json|metrics\.jsonl|checkpoint-\d+|qwenvl_ft|predictions.*\.json)$")
+PICTURE_HASHES = "picture_hashes.json"  # in a run's folder: what was hashed already
+OF_A_RUN = re.compile(
+    r"(?:config\.yaml|plan\.json|metrics\.jsonl|picture_hashes\.json|checkpoint-\d+|qwenvl_ft|predictions.*\.json)$"
+)
 
 
 def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -54,8 +58,15 @@ def processor_folder(model_dir: Path, adapter: Path | None) -> Path:
 
 
 def rotate(output_dir: Path, keep: int) -> None:
-    """Deletes the oldest checkpoints but never the newest whole one."""
-    for folder in checkpoints(output_dir)[:-keep]:
+    """Deletes what is older than the `keep` newest whole checkpoints; a damaged one counts for nothing.
+
+    Every one that counts is read and hashed again: it was whole when it was written, and the others are deleted on its account.
+    """
+    found = checkpoints(output_dir)
+    whole = 0
+    while found and whole < keep < whole + len(found):  # else nothing is to go, and nothing need be read
+        whole += damage(found.pop()) is None
+    for folder in found if whole == keep else []:
         doomed = output_dir / INCOMING / folder.name
         shutil.rmtree(doomed, ignore_errors=True)
         doomed.parent.mkdir(exist_ok=True)

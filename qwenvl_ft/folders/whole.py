@@ -7,6 +7,7 @@ No pickle is written or read: tensors are safetensors, the rest is JSON.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,13 +25,15 @@ INCOMING = ".incoming"
 def write_whole(folder: Path, write: Callable[[Path], dict[str, str] | None], replace: bool = True) -> None:
     """Calls `write` with a folder beside `folder`, then gives it that name. An older `folder` is replaced at the end, or refused.
 
-    `write` may return the sha256 of files by name, where it knows them: gigabytes need not be read again. Raises UserError
-    if another process writes the same folder, or if the disk refuses.
+    `write` may return the sha256 of files by name, where it knows them: gigabytes need not be read again. What a killed
+    process left aside here is taken away first. Raises UserError if another process writes the same folder, or if the disk
+    refuses.
     """
     incoming = folder.parent / INCOMING / folder.name
     lock = incoming.with_name(f"{folder.name}.lock")
     try:
         incoming.parent.mkdir(parents=True, exist_ok=True)
+        _clear(incoming.parent)
         with FileLock(lock, blocking=False):  # the system lets go of it when this process ends, however it does
             try:
                 shutil.rmtree(incoming, ignore_errors=True)
@@ -54,6 +57,16 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, str] | None], re
                                 "mend that and run it again, a training with resume=true")) from error  # fmt: skip
 
 
+def _clear(aside: Path) -> None:
+    """Deletes what was written aside by processes that ended in the middle: no lock of theirs is held any more."""
+    for name in sorted({path.name.removesuffix(".lock") for path in aside.iterdir()}):
+        lock = aside / f"{name}.lock"
+        with suppress(Timeout), FileLock(lock, blocking=False):
+            shutil.rmtree(aside / name, ignore_errors=True)
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
+
+
 def seal(folder: Path, known: dict[str, str]) -> None:
     """Flushes every file of the folder to the disk and writes the manifest of their sizes and hashes.
 
@@ -70,12 +83,14 @@ def seal(folder: Path, known: dict[str, str]) -> None:
         _flush(path)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a folder against its manifest, in words; None if it is whole."""
+def damage(folder: Path, but: re.Pattern[str] | None = None) -> str | None:
+    """What is wrong with a folder against its manifest, in words; None if it is whole. Names that match `but` are not looked at."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         for name, wanted in manifest.items():
             path = folder / name
+            if but and but.match(name):
+                continue
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != wanted["bytes"] or sha256(path) != wanted["sha256"]:

@@ -10,7 +10,7 @@ import numpy as np
 from qwenvl_ft.data.families import family_of
 from qwenvl_ft.data.geometry import read_limits
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import BASE, DTYPES, LORA_KEY, Stored, base_fingerprint, module_of, read_header, vllm_rank
+from qwenvl_ft.folders.adapter import BASE, DTYPES, LORA_KEY, Stored, base_problems, module_of, read_header, vllm_rank
 from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_model_json
 from qwenvl_ft.folders.problems import adapter_problems, is_pointer, model_problems, talk_problems, unreadable
 from qwenvl_ft.folders.runs import checkpoints, holds_processor
@@ -70,9 +70,7 @@ def _adapter(folder: Path) -> Report:
     if weights.is_file() and not is_pointer(weights) and not unreadable(weights):
         tensors = read_header(weights)[1]
         shapes = {tensor.key: tensor.shape for tensor in tensors}
-        problems += _tensors(folder, settings, shapes) + _not_finite(weights, tensors)
-    if (folder / MANIFEST).is_file() and (reason := damage(folder)):
-        problems.append(Problem(str(folder), reason, "copy it again"))
+        problems += _tensors(folder, shapes) + _not_finite(weights, tensors)
     base_problems, base = _base(folder, settings)
     problems += base_problems
     base_is_here = base is not None and Path(base).is_dir()
@@ -92,8 +90,8 @@ def _adapter(folder: Path) -> Report:
     return Report(facts, problems)
 
 
-def _tensors(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]]) -> list[Problem]:
-    """Names that transformers 5 will not find, tensors without their other half, a rank that the config does not name."""
+def _tensors(folder: Path, shapes: dict[str, list[int]]) -> list[Problem]:
+    """Names that transformers 5 will not find, tensors without their other half."""
     where, problems = str(folder / ADAPTER_WEIGHTS), []
     old = [key for key in shapes if _is_old(key)]
     if old:
@@ -109,10 +107,6 @@ def _tensors(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]
     alone = [key for key, other in halves.items() if other not in shapes]
     if alone:
         problems.append(Problem(where, f"{len(alone)} tensors lack their other half ({alone[0]})", "copy it again"))
-    ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key}
-    if settings and not settings.get("rank_pattern") and ranks - {settings.get("r")}:
-        what = f"its tensors have rank {', '.join(map(str, sorted(ranks)))}, {ADAPTER_CONFIG} says {settings.get('r')}"
-        problems.append(Problem(where, what, "copy both files from the same run"))
     if not shapes:
         problems.append(Problem(where, "holds no tensors", "copy it again"))
     return problems
@@ -168,11 +162,7 @@ def _base(folder: Path, settings: dict[str, Any]) -> tuple[list[Problem], str | 
             return [], named
         return [Problem(where, f"its base {named} is not here", "bring it there, or export with --model DIR")], named
     problems = model_problems(base)
-    recorded = _json(folder / BASE)
-    if not problems and recorded and recorded != base_fingerprint(base):
-        what = "is not the base that this adapter was trained on"
-        problems.append(Problem(str(base), what, "bring that one, or export with --model DIR"))
-    return problems, named
+    return problems or base_problems(folder, base), named
 
 
 def _towers(shapes: dict[str, list[int]]) -> list[str]:

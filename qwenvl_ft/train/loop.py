@@ -113,7 +113,7 @@ def train(config: Config) -> None:
         prepared = prepare(config, on_record=on_record)
         held_out = prepare(config, evaluation=True) if config.eval_meta_file else None
     steps = schedule(prepared, config)
-    same = fingerprint(prepared, config)
+    same = fingerprint(prepared, held_out, config)
     resume = find_resume(config, same, prepared)
     if main:
         print_drawing(draw_plan(prepared.summary(config)))
@@ -185,7 +185,7 @@ def train(config: Config) -> None:
     model = accelerator.unwrap_model(run.model)
     state = run.adapter_state()
     if main:
-        write_results(config, model, state)
+        write_results(config, model, state, processor)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -15,7 +15,7 @@ from qwenvl_ft.console import print_line
 from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.folders.adapter import BASE, base_fingerprint
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
-from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_whole
+from qwenvl_ft.folders.whole import INCOMING, write_json, write_whole
 
 METRICS = "metrics.jsonl"
 
@@ -33,10 +33,11 @@ def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
     processor.save_pretrained(out)
 
 
-def write_results(config: Config, model: Any, state: dict[str, torch.Tensor]) -> None:
+def write_results(config: Config, model: Any, state: dict[str, torch.Tensor], processor: Any) -> None:
     """Writes the adapter and the run's results; prints what to do next.
 
-    The adapter is written aside and moved, its weights last.
+    Adapter and processor are written aside, listed in a manifest that goes with them, and moved, the weights last: until
+    those are there the folder is no adapter, or one that its manifest refuses.
     """
     out = config.output_dir
     aside = out / INCOMING / "final"
@@ -47,9 +48,9 @@ def write_results(config: Config, model: Any, state: dict[str, torch.Tensor]) ->
         lora.inference_mode = True
         lora.save_pretrained(folder)
         save_file(state, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+        processor.save_pretrained(folder)
 
     write_whole(aside, write)
-    (aside / MANIFEST).unlink()
     for path in sorted(aside.iterdir(), key=lambda path: path.name.startswith("adapter_model")):
         path.replace(out / path.name)
     shutil.rmtree(out / INCOMING)  # with the folder that is empty now

@@ -18,16 +18,19 @@ from torch.utils.data import DataLoader
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
 from qwenvl_ft.data.prepare import Prepared
+from qwenvl_ft.data.records import Picture
 from qwenvl_ft.data.rows import Row, Rows
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import base_fingerprint
-from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
-from qwenvl_ft.folders.runs import checkpoints, newest, rotate
+from qwenvl_ft.folders.hashes import digests
+from qwenvl_ft.folders.model import ADAPTER_WEIGHTS, read_model_json
+from qwenvl_ft.folders.runs import PICTURE_HASHES, PROCESSORS, checkpoints, newest, rotate
 from qwenvl_ft.folders.whole import INCOMING, short_hash, write_whole
 from qwenvl_ft.model.load import trainable
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"  # in a checkpoint: its step, how it was launched, and the fingerprint of its run
+FORM = 2  # of a checkpoint: raised with every change to what is in it, or to which rows a step takes
 
 
 class Run:
@@ -95,7 +98,10 @@ class Run:
                 moments = self.optimizer.state_dict()["state"]
                 flat = {f"{number}.{key}": value for number, entry in moments.items() for key, value in entry.items()}
                 save_file({key: value.detach().cpu().contiguous() for key, value in flat.items()}, incoming / OPTIMIZER)
-            facts = {"step": step, "processes": self.accelerator.num_processes, "deepspeed": self.deepspeed, "same": same}
+            facts = {
+                "form": FORM, "step": step, "processes": self.accelerator.num_processes, "deepspeed": self.deepspeed,
+                "records": self.prepared.num_records, "row_tokens": self.prepared.plan.row_tokens, "same": same,
+            }  # fmt: skip
             (incoming / STATE).write_text(json.dumps(facts, indent=1) + "\n")
 
         parts = self.config.output_dir / INCOMING / "deepspeed"
@@ -138,45 +144,78 @@ def find_resume(config: Config, same: dict[str, str], prepared: Prepared) -> Pat
     for reason in skipped:
         print_line(f"passed over {reason}", "yellow")
     if folder:
-        before = json.loads((folder / STATE).read_text())["same"]
-        plan = config.output_dir / "plan.json"
-        if changed := differences(before, same, json.loads(plan.read_text()) if plan.is_file() else {}, prepared):
+        before = json.loads((folder / STATE).read_text())
+        if before.get("form") != FORM:
+            what = "was written by another version of this tool, which saved other things and whose steps took other rows"
+            raise UserError(Problem(str(folder), what, "finish the run with that version, or choose another output_dir"))
+        if changed := differences(before, same, prepared):
             fix = "set it back, or choose another output_dir"
             raise UserError(*(Problem(str(folder), what, fix) for what in changed))
     return folder
 
 
-def fingerprint(prepared: Prepared, config: Config) -> dict[str, str]:
-    """What a checkpoint must agree on before a run goes on from it, each as a short hash or text."""
-    pictures = {(str(of.source), of.height, of.width) for record in prepared.records for of in record.pictures}
+def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -> dict[str, str]:
+    """What a checkpoint must agree on before a run goes on from it, each as a short hash or text: all that training reads.
+
+    Hashes pictures and base, each file once. Raises UserError for a file that is gone.
+    """
     same = "lora_on lora_rank lora_alpha lora_dropout rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay "
     same += "max_grad_norm seed dtype num_train_epochs max_steps"
     settings = {key: str(getattr(config, key)) for key in same.split()}
+    sources = {of.source for part in (prepared, held_out) if part for of in pictures_of(part)}
+    files = sorted(source for source in sources if isinstance(source, Path))
+    contents = digests(files, config.output_dir / PICTURE_HASHES, "hashing pictures")
+    seen = [read_model_json(path) for name in PROCESSORS if (path := config.model / name).is_file()]
+
+    def records(part: Prepared) -> list[Any]:
+        return [[script.ids, script.labels] for script in part.scripts]
+
+    def names(part: Prepared) -> list[Any]:
+        return sorted({(str(of.source), of.height, of.width) for of in pictures_of(part)})
+
+    def content(part: Prepared) -> list[str]:
+        return [contents[source] for source in sorted({of.source for of in pictures_of(part) if isinstance(of.source, Path)})]
+
     return {
         **settings,
         "base model": short_hash(base_fingerprint(config.model)),
-        "training records": short_hash([script.ids for script in prepared.scripts]),
-        "pictures": short_hash(sorted(pictures)),
+        "processor": short_hash([found.get("image_processor", found) for found in seen]),
+        "training records": short_hash(records(prepared)),
+        "pictures": short_hash(names(prepared)),
+        "contents": short_hash(content(prepared)),
         "packed rows": short_hash(prepared.plan.rows),
+        **({"held out": short_hash([records(held_out), names(held_out), content(held_out)])} if held_out else {}),
     }
 
 
-def differences(before: dict[str, str], now: dict[str, str], plan: dict[str, Any], prepared: Prepared) -> list[str]:
-    """What two fingerprints differ in, in words and each cause once: other records have other pictures and rows, too.
+def pictures_of(prepared: Prepared) -> list[Picture]:
+    """Every picture of its records."""
+    return [of for record in prepared.records for of in record.pictures]
 
-    `plan` is the summary of the run before, as far as it is known.
+
+def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared) -> list[str]:
+    """What the run of a checkpoint, as its state says, and this run differ in: in words, and each cause once.
+
+    Other records have other pictures and rows, too. An evaluation may come, or be left out, but not change.
     """
-    changed = [key for key, value in now.items() if before.get(key) != value]
-    said = [f"{key} was {before.get(key)} and is now {now[key]}" for key in changed if key in Config.model_fields]
+    was = before["same"]
+    changed = [key for key, value in now.items() if key in was and was[key] != value]
+    said = [f"{key} was {was[key]} and is now {now[key]}" for key in changed if key in Config.model_fields]
     if "base model" in changed:
         said.append("the base model changed: its config.json or its weights")
+    if "processor" in changed:
+        said.append("the base model's processor changed: its settings of pictures")
     if "training records" in changed:
-        was, count = plan.get("records", prepared.num_records), prepared.num_records
-        said.append("the training records changed" + (f": {was:,} before, {count:,} now" if was != count else ""))
+        count, records = before["records"], prepared.num_records
+        said.append("the training records changed" + (f": {count:,} before, {records:,} now" if count != records else ""))
     elif "pictures" in changed:
         said.append("the pictures changed: their folder, names or sizes")
     elif "packed rows" in changed:
-        was, room = plan.get("row_tokens", prepared.plan.row_tokens), prepared.plan.row_tokens
+        tokens, room = before["row_tokens"], prepared.plan.row_tokens
         repacked = "the rows are packed in another way: min_pixels or max_pixels changed"
-        said.append(f"row_tokens was {was} and is now {room}" if was != room else repacked)
+        said.append(f"row_tokens was {tokens} and is now {room}" if tokens != room else repacked)
+    elif "contents" in changed:
+        said.append("the pictures changed: what is in them, under the same names and in the same sizes")
+    if "held out" in changed:
+        said.append("the records or pictures of the evaluation changed, so its losses could not be compared")
     return said

@@ -48,11 +48,24 @@ def test_equal_lengths_give_equal_plans():
     assert pack(LENGTHS[9], 1000) == pack(tuple(LENGTHS[9]), 1000)
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 7, 8, 9, 100])
-def test_an_epoch_takes_every_row_once(num_rows):
-    epoch = steps(num_rows, rows_per_step=8, seed=42, epoch=3)
+@pytest.mark.parametrize("rows_per_step", [1, 3, 8, 1000])
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 8, 9, 16, 17, 100])
+def test_an_epoch_takes_every_row_once_in_as_few_steps_as_it_can(num_rows, rows_per_step):
+    epoch = steps(num_rows, rows_per_step, seed=42, epoch=3)
     assert sorted(row for rows in epoch for row in rows) == list(range(num_rows))
-    assert [len(rows) for rows in epoch[:-1]] == [8] * (num_rows and (num_rows - 1) // 8)
+    assert len(epoch) == -(-num_rows // rows_per_step) and all(len(rows) <= rows_per_step for rows in epoch)
+
+
+@pytest.mark.parametrize("num_rows", range(1, 40))
+@pytest.mark.parametrize("rows_per_step", [1, 2, 5, 8, 64])
+def test_no_step_of_an_epoch_is_left_with_a_few_rows(num_rows, rows_per_step):
+    """Nine rows with eight a step were steps of 8 and 1: the loss jumped in every second one, and the one row had as much say."""
+    sizes = {len(rows) for rows in steps(num_rows, rows_per_step, seed=42, epoch=0)}
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_what_divides_evenly_fills_every_step():
+    assert [len(rows) for rows in steps(24, 8, seed=42, epoch=0)] == [8, 8, 8]
 
 
 def test_the_order_is_drawn_from_seed_and_epoch_and_from_nothing_else():
@@ -68,7 +81,8 @@ def test_the_order_is_drawn_from_seed_and_epoch_and_from_nothing_else():
 
 def test_the_order_is_the_one_that_older_checkpoints_were_trained_in():
     """A run goes on in the middle of an epoch: another order after an update would repeat some rows and miss others."""
-    assert steps(6, 4, seed=42, epoch=0) == [[4, 2, 1, 5], [0, 3]]
+    assert steps(6, 6, seed=42, epoch=0) == [[4, 2, 1, 5, 0, 3]]
+    assert steps(6, 4, seed=42, epoch=0) == [[4, 2, 1], [5, 0, 3]]
 
 
 def test_the_examples_in_the_docstrings_hold():

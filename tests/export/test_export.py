@@ -17,6 +17,7 @@ from qwenvl_ft.export.merge import Deltas, export, model_card, store
 from qwenvl_ft.export.merge import _copy_settings as export_settings
 from qwenvl_ft.folders.adapter import as_float32, module_of
 from qwenvl_ft.folders.whole import damage
+from qwenvl_ft.hub.doctor import examine
 from qwenvl_ft.infer.engine import Engine
 from tests.conftest import SAMPLE, TINY
 from tests.runs import run
@@ -234,7 +235,9 @@ def test_shards_and_their_index_are_kept(trained, merged, tmp_path, question):
 
 
 def changed_adapter(trained, folder, change):
+    """A copy that was changed on purpose, so it goes without the manifest."""
     shutil.copytree(trained, folder)
+    (folder / "MANIFEST.json").unlink()
     tensors = load_file(folder / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
@@ -252,7 +255,7 @@ def changed_adapter(trained, folder, change):
         (lambda t: t.update({key: t[key] / 0 for key in t}), "NaN or infinity"),
         (
             lambda t: t.update(
-                {f"base_model.model.model.visual.patch_embed.proj.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+                {f"base_model.model.model.visual.patch_embed.proj.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
             ),
             "LoRA on a convolution",
         ),
@@ -288,6 +291,17 @@ SETTINGS = "adapter_config.json"
     [
         (SETTINGS, {"base_model_name_or_path": None}, "is not a model's folder"),
         (SETTINGS, {"r": None}, "names no LoRA with r and lora_alpha"),
+        (SETTINGS, {"r": True}, "names no LoRA with r and lora_alpha"),
+        (SETTINGS, {"r": 0}, "r is 0, no rank"),
+        (SETTINGS, {"r": -4}, "r is -4, no rank"),
+        (SETTINGS, {"r": 4.0}, "r is 4.0, no rank"),
+        (SETTINGS, {"r": 2}, "its tensors have rank 4, adapter_config.json says 2"),
+        (SETTINGS, {"lora_alpha": -64}, "lora_alpha is -64, no scale"),
+        (SETTINGS, {"lora_alpha": 0}, "lora_alpha is 0, no scale"),
+        (SETTINGS, {"lora_alpha": 10**400}, "no scale"),
+        (SETTINGS, {"lora_alpha": float("nan")}, "lora_alpha is nan, no scale"),
+        (SETTINGS, {"lora_alpha": float("inf")}, "lora_alpha is inf, no scale"),
+        (SETTINGS, {"base_model_name_or_path": 5}, "base_model_name_or_path is 5, no name"),
         (SETTINGS, {"init_lora_weights": "pissa"}, "is no plain LoRA adapter .init_lora_weights."),
         (SETTINGS, {"use_dora": True, "bias": "all"}, "is no plain LoRA adapter .use_dora, bias."),
         ("base_model.json", "{", "is not JSON|not valid JSON|base_model.json"),
@@ -300,6 +314,73 @@ def test_an_adapter_that_is_damaged_or_more_than_lora_is_named(trained, tmp_path
     (adapter / name).write_text(content)
     with pytest.raises(UserError, match=complaint):
         export(adapter, tmp_path / "out", None, 0, lambda done, total: None)
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def scale(path):
+    save_file({key: tensor * 3 for key, tensor in load_file(path).items()}, path, {"format": "pt"})
+
+
+def another_mean(path):
+    content = json.loads(path.read_text())
+    content["image_processor"]["image_mean"] = [0, 0, 0]
+    path.write_text(json.dumps(content))
+
+
+CHANGES = {
+    "a flipped bit": ("adapter_model.safetensors", flip),
+    "scaled weights": ("adapter_model.safetensors", scale),
+    "another alpha": ("adapter_config.json", lambda path: edit(path, lora_alpha=64)),
+    "a negative alpha": ("adapter_config.json", lambda path: edit(path, lora_alpha=-64)),
+    "another mean": ("processor_config.json", another_mean),
+    "no processor": ("processor_config.json", lambda path: path.unlink()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_adapter_that_is_not_as_it_was_written_is_refused_by_whoever_opens_it(trained, tmp_path, change):
+    """Each of them was exported with exit 0: the final adapter had no manifest, and nobody looked into a checkpoint's."""
+    name, spoil = CHANGES[change]
+    (checkpoint,) = trained.glob("checkpoint-*")
+    for number, source in enumerate((trained, checkpoint)):
+        adapter = tmp_path / str(number)
+        shutil.copytree(source, adapter)
+        if not (adapter / name).is_file():
+            continue
+        spoil(adapter / name)
+        reason = f"{name} is (damaged|missing)"
+        with pytest.raises(UserError, match=reason):
+            export(adapter, tmp_path / "out", TINY, 0, lambda done, total: None)
+        with pytest.raises(UserError, match=reason):
+            Engine.open(TINY, adapter)
+        assert any(problem.what.startswith(name) for problem in examine(adapter).problems)
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_was_copied_is_as_it_was_written(trained, tmp_path):
+    """Its own files make it, not those of the run beside it; a checkpoint's adapter does without what only resume reads."""
+    manifest = json.loads((trained / "MANIFEST.json").read_text())
+    assert {"adapter_model.safetensors", "adapter_config.json", "processor_config.json", "tokenizer.json"} <= manifest.keys()
+    (tmp_path / "final").mkdir()
+    for name in (*manifest, "MANIFEST.json"):
+        shutil.copy(trained / name, tmp_path / "final")
+    export(tmp_path / "final", tmp_path / "one", None, 0, lambda done, total: None)
+    (checkpoint,) = trained.glob("checkpoint-*")
+    shutil.copytree(checkpoint, tmp_path / "light")
+    (tmp_path / "light" / "optimizer.safetensors").unlink()
+    export(tmp_path / "light", tmp_path / "two", TINY, 0, lambda done, total: None)
+    flip(tmp_path / "final" / "adapter_model.safetensors")
+    (tmp_path / "final" / "MANIFEST.json").unlink()  # as the message says, where it was changed on purpose
+    export(tmp_path / "final", tmp_path / "three", None, 0, lambda done, total: None)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from filelock import FileLock
 
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.folders.runs import checkpoints, newest, rotate
@@ -116,11 +117,43 @@ def test_two_that_write_the_same_folder_do_not_mix(tmp_path):
     assert (tmp_path / "out" / "file").read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_a_killed_process_left_aside_is_taken_away_by_the_next_that_writes_there(tmp_path):
+    """An export that was killed left gigabytes, which only one of the same name took away."""
+    aside = tmp_path / ".incoming"
+    for name in ("killed", "alive"):
+        (aside / name).mkdir(parents=True)
+        (aside / name / "model.safetensors").write_bytes(b"gigabytes")
+        (aside / f"{name}.lock").touch()
+    with FileLock(aside / "alive.lock"):
+        write_whole(tmp_path / "out", lambda folder: None)
+        assert sorted(path.name for path in aside.iterdir()) == ["alive", "alive.lock"]
+    write_whole(tmp_path / "again", lambda folder: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"]
+
+
 def test_the_oldest_go_and_order_is_by_number(tmp_path):
     for step in (9, 10, 100):
         save(tmp_path, step)
     rotate(tmp_path, keep=2)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+
+
+def spoil(folder):
+    (folder / "state.json").write_text("[]")
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("damaged", [[4], [3, 4], [2, 3, 4], [2, 4], [1, 2, 3, 4]])
+def test_rotation_never_counts_a_damaged_checkpoint_and_never_deletes_for_its_sake(tmp_path, keep, damaged):
+    """With two to keep and the two newest damaged, the only whole one was deleted: the run could not go on from anything."""
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    for step in damaged:
+        spoil(tmp_path / f"checkpoint-{step}")
+    whole = [step for step in (1, 2, 3, 4) if step not in damaged]
+    oldest = whole[-keep] if len(whole) >= keep else 1
+    rotate(tmp_path, keep)
+    assert [folder.name for folder in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in range(oldest, 5)]
 
 
 def test_the_manifest_lists_sizes_and_hashes(tmp_path):

@@ -267,7 +267,8 @@ ADAPTER_DAMAGE = {
     "its tensors have rank 5, adapter_config.json says 4":
         lambda folder: save_file(lora(LAYER, rank=5), folder / "adapter_model.safetensors"),
     "names no base model": lambda folder: write(folder, adapter_config__json={"r": 4}),
-    "is not the base that this adapter was trained on": lambda folder: write(folder, **{BASE: {"config": "other"}}),
+    "adapter was trained on": lambda folder: write(folder, **{BASE: {"config": "other", "sha256": {}}}),
+    "as older versions did, and a sample proves nothing": lambda folder: write(folder, **{BASE: {"config": "", "weights": {}}}),
     "model-2.safetensors is missing": lambda folder: (folder.parent / "base" / "model-2.safetensors").unlink(),
     "tokenizer.json is damaged": lambda folder: (write(folder, tokenizer__json={}), seal(folder, {}), write(folder, tokenizer__json=1)),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -9,9 +10,11 @@ import time
 import accelerate
 import pytest
 import torch
+from PIL import Image, ImageOps
 from torch import nn
 
 from qwenvl_ft.errors import NonFiniteLoss, UserError
+from qwenvl_ft.folders.whole import seal
 from qwenvl_ft.model.load import limited_image_processor
 from qwenvl_ft.train import loop
 from qwenvl_ft.train.loop import learning_rate
@@ -229,6 +232,98 @@ def test_resume_says_in_words_what_else_changed_and_each_cause_once(tmp_path):
     facts = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(facts | {"note": "another"}))
     assert said(model=tmp_path / "model") == ["the base model changed: its config.json or its weights"]
+
+
+def test_resume_sees_what_changed_under_the_same_names_and_sizes(tmp_path):
+    """It compared names and sizes of pictures, and 4 KiB of each tensor of the base; the processor not at all. And it went on."""
+    pictures, base = tmp_path / "images", tmp_path / "base"
+    shutil.copytree(ROOT / "data/sample/images", pictures)
+    shutil.copytree(ROOT / "data/tiny", base)
+    few = tmp_path / "few.json"
+    settings = {"train_data_dir": pictures, "model": base, "eval_meta_file": tmp_path / "held_out.json", "max_steps": 1}
+    shutil.copy(config(tmp_path).train_meta_file, tmp_path / "held_out.json")
+    run(tmp_path, **settings)
+
+    def said(path, change):
+        before, times = path.read_bytes(), path.stat()
+        change(path)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(UserError) as refused:
+            run(tmp_path, **settings, resume=True)
+        path.write_bytes(before)
+        return [problem.what for problem in refused.value.problems]
+
+    def invert(path):
+        with Image.open(path) as picture:
+            ImageOps.invert(picture.convert("RGB")).save(path, picture.format)
+
+    def last_value(path):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1  # of a tensor of which the middle was looked at
+        path.write_bytes(content)
+
+    def mean(path):
+        content = json.loads(path.read_text())
+        content["image_processor"]["image_mean"] = [0.1, 0.2, 0.3]
+        path.write_text(json.dumps(content))
+
+    def another_answer(path):
+        content = json.loads(path.read_text())
+        content[0]["conversations"][1]["value"] += " and more"
+        path.write_text(json.dumps(content))
+
+    name = re.search(r"<img>(.*?)</img>", few.read_text())[1]
+    of_both = "the records or pictures of the evaluation changed, so its losses could not be compared"
+    contents = "the pictures changed: what is in them, under the same names and in the same sizes"
+    assert said(pictures / name, invert) == [contents, of_both]
+    assert said(base / "model.safetensors", last_value) == ["the base model changed: its config.json or its weights"]
+    assert said(base / "processor_config.json", mean) == ["the base model's processor changed: its settings of pictures"]
+    assert said(tmp_path / "held_out.json", another_answer) == [of_both]
+    trained = adapter(tmp_path / "run")
+    assert same(trained, run(tmp_path, **settings, resume=True))  # all is as it was
+
+
+def test_resume_sees_pictures_that_have_swapped_their_names(tmp_path):
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (112, 112), color).save(tmp_path / name)
+        os.utime(tmp_path / name, ns=(10**18, 10**18))
+    talk = [{"conversations": [{"from": "user", "value": f"<img>{name}.png</img>colour?"},
+                               {"from": "assistant", "value": word}]} for name, word in (("a", "red"), ("b", "blue"))]  # fmt: skip
+    (tmp_path / "talk.json").write_text(json.dumps(talk))
+    settings = {"train_meta_file": tmp_path / "talk.json", "train_data_dir": tmp_path, "max_steps": 1}
+    run(tmp_path, **settings)
+    (tmp_path / "a.png").rename(tmp_path / "c"), (tmp_path / "b.png").rename(tmp_path / "a.png")
+    (tmp_path / "c").rename(tmp_path / "b.png")
+    with pytest.raises(UserError, match="the pictures changed: what is in them"):
+        run(tmp_path, **settings, resume=True)
+
+
+def test_resume_sees_that_another_answer_is_taught_in_the_same_words(tmp_path, monkeypatch):
+    """The records' ids alone were compared, not which of them are taught."""
+    run(tmp_path, max_steps=1)
+    stock = loop.prepare
+
+    def untaught(*args, **settings):
+        prepared = stock(*args, **settings)
+        script = prepared.scripts[0]
+        script.labels[script.labels.index(next(label for label in script.labels if label != -100))] = -100
+        return prepared
+
+    monkeypatch.setattr(loop, "prepare", untaught)
+    with pytest.raises(UserError, match="the training records changed"):
+        run(tmp_path, max_steps=1, resume=True)
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_words(tmp_path):
+    """Its steps took other rows: going on from it would repeat some and miss others."""
+    run(tmp_path, max_steps=1)
+    folder = tmp_path / "run" / "checkpoint-1"
+    facts = json.loads((folder / "state.json").read_text())
+    del facts["form"]
+    (folder / "state.json").write_text(json.dumps(facts))
+    seal(folder, {})
+    with pytest.raises(UserError, match="was written by another version of this tool"):
+        run(tmp_path, max_steps=1, resume=True)
 
 
 def test_resume_passes_over_a_damaged_checkpoint(tmp_path):
