@@ -21,6 +21,7 @@ from qwenvl_ft.data.pictures import bounded, opened
 from qwenvl_ft.data.records import Medium, Part, Picture, Turn, Video, as_text
 from qwenvl_ft.folders.adapter import check_base
 from qwenvl_ft.folders.problems import check_adapter, check_model
+from qwenvl_ft.infer.decoding import read_decoding
 from qwenvl_ft.infer.messages import read_messages
 
 MAX_NEW_TOKENS = 512
@@ -48,11 +49,14 @@ class Engine:
         model_dir, adapter = Path(model_dir), Path(adapter) if adapter else None
         chat = check_folders(model_dir, [adapter] if adapter else [])
         import torch
+        from transformers import GenerationConfig
 
         from qwenvl_ft.model.load import add_adapter, load_base, open_processor
 
         processor = open_processor(model_dir, adapter)
         model = load_base(model_dir, "auto")
+        # In place of what the folder's file made of it, so that nothing else of that file has a say.
+        model.generation_config = GenerationConfig(**read_decoding(model_dir, chat.tokenizer).settings())
         if adapter:
             model = add_adapter(model, adapter, "default", model_dir)
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor, chat, blank)
@@ -154,6 +158,7 @@ def check_folders(model_dir: Path, adapters: Iterable[Path]) -> Chat:
     """Says what is wrong with a model's folder and with adapters of it before torch is imported, which takes seconds."""
     check_model(model_dir)
     chat = open_chat(model_dir)
+    read_decoding(model_dir, chat.tokenizer)
     for adapter in adapters:
         check_adapter(adapter)
         check_base(adapter, model_dir)

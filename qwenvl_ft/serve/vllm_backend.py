@@ -32,6 +32,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import vllm_rank
 from qwenvl_ft.folders.model import read_model_json
 from qwenvl_ft.folders.runs import processor_folder
+from qwenvl_ft.infer.decoding import Decoding, read_decoding
 from qwenvl_ft.infer.engine import check_folders
 from qwenvl_ft.serve.api import ApiError, ChatRequest, Pieces, Usage, model_failed, unknown_model
 from qwenvl_ft.serve.open_request import Opener, invalid_messages
@@ -45,11 +46,14 @@ STOP_SECONDS = 15
 class VllmBackend:
     """The models of the server at `url`, by their names there.
 
-    `limits`, where they are known, are the models' processors', the base's first. Raises UserError where it does not answer.
+    `limits`, where they are known, are the models' processors', the base's first; `decoding` is the base's. Raises UserError
+    where it does not answer.
     """
 
-    def __init__(self, url: str, opener: Opener, process: Process | None = None, limits: Mapping[str, Limits] | None = None):
+    def __init__(self, url: str, opener: Opener, process: Process | None = None, limits: Mapping[str, Limits] | None = None,
+                 decoding: Decoding | None = None):  # fmt: skip
         self.url, self.opener, self.process, self.limits = url.rstrip("/"), opener, process, limits or {}
+        self.decoding = decoding
         try:
             # Not by a proxy that the environment names for the internet, here as below.
             listed = httpx.get(f"{self.url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()
@@ -65,7 +69,7 @@ class VllmBackend:
         """Opens the pictures, asks the other server and hands on what it says; the last piece once the usage is known."""
         if chat.model not in self.names:
             raise unknown_model(self.names)
-        body = write_request(chat, await self.opener.open(chat, until, partial(self._write, chat.model)))
+        body = write_request(chat, await self.opener.open(chat, until, partial(self._write, chat.model)), self.decoding)
         usage, finish = Usage(), None
         self.active += 1
         try:
@@ -114,14 +118,20 @@ class VllmBackend:
         return {"active": self.active, "alive": self.process is None or self.process.poll() is None}
 
 
-def write_request(chat: ChatRequest, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The request in OpenAI's dialect, with vLLM's top_k."""
+def write_request(chat: ChatRequest, messages: Sequence[dict[str, Any]], decoding: Decoding | None) -> dict[str, Any]:
+    """The request in OpenAI's dialect, with vLLM's additions.
+
+    It names every setting for which vLLM would look into the model's generation_config.json; the ends and the penalty, where the
+    folder is not known here, are left to that.
+    """
     how = chat.sampling
+    penalty = decoding.repetition_penalty if decoding and how.repetition_penalty is None else how.repetition_penalty
     body = {
         "model": chat.model, "messages": messages,
         "stream": True, "stream_options": {"include_usage": True},
-        "max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p,
-        "top_k": how.top_k if how.top_k > 0 else None, "seed": how.seed, "stop": list(how.stop) or None,
+        "max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p, "min_p": 0,
+        "top_k": how.top_k if how.top_k > 0 else -1, "seed": how.seed, "stop": list(how.stop) or None,
+        "repetition_penalty": penalty, "stop_token_ids": list(decoding.ends) if decoding else None,
     }  # fmt: skip
     return {key: value for key, value in body.items() if value is not None}
 
@@ -195,7 +205,7 @@ def start_vllm(
 
     Raises UserError for what is wrong with the folders, and where it is not installed or ends.
     """
-    check_folders(model, adapters.values())
+    decoding = read_decoding(model, check_folders(model, adapters.values()).tokenizer)
     limits = dict.fromkeys(names, read_limits(model))
     for name, folder in adapters.items():
         limits[name] = read_limits(processor_folder(model, folder))
@@ -221,7 +231,7 @@ def start_vllm(
     while process.poll() is None and time.monotonic() < until:
         with suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
-                return VllmBackend(url, opener, process, limits)
+                return VllmBackend(url, opener, process, limits, decoding)
         time.sleep(0.5)
     raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))
 
