@@ -68,7 +68,7 @@ def read_decoding(model_dir: Path, tokenizer: Tokenizer) -> Decoding:
         problems.append(Problem(f"{path}: repetition_penalty", f"is {penalty!r}", "set it to a number above 0, 1.0 for none"))
     config = read_config(model_dir)
     text = config.get("text_config") or {}
-    said = next((ids for of in (settings, config, text) if (ids := of.get("eos_token_id")) is not None), [])
+    said: Any = next((ids for of in (settings, config, text) if (ids := of.get("eos_token_id")) is not None), [])
     ends = [*(said if isinstance(said, list) else [said])]
     if (end := tokenizer.token_to_id(END)) is not None and end not in ends:
         ends.append(end)
