@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qwenvl_ft.config import Config, load_config
+from qwenvl_ft.config import FOUR_TOKENS, Config, load_config
 from qwenvl_ft.errors import Problem, UserError
 
 Meta = Annotated[Path, typer.Argument(help="The meta-file: a JSON array or JSON lines of conversations.")]
@@ -16,6 +16,13 @@ ConfigFile = Annotated[Path, typer.Option("--config", help="The settings; `qwenv
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for a program.")]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="The output_dir of a training run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings in place of the file's: key=value ...")]
+
+PixelsOf = Annotated[
+    Path | None,
+    typer.Option("--config", help="See pictures within the min_pixels and max_pixels of these settings: RUN/config.yaml."),
+]
+MinPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Enlarge smaller pictures to this area, in px.")]
+MaxPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Shrink larger pictures to this area, in px.")]
 
 LORA_YAML = Path("lora.yaml")  # what --config is where it is not given
 
@@ -40,3 +47,17 @@ def read_settings(config: Path, overrides: list[str] | None, say: Callable[[str]
     if problems:
         raise UserError(*problems)
     return settings
+
+
+def read_pixels(config: Path | None, min_pixels: int | None, max_pixels: int | None) -> tuple[int | None, int | None]:
+    """The bounds of pictures that a command was given: its options, else those of the settings. None: not given."""
+    if config:
+        settings = load_config(config)
+        return min_pixels or settings.min_pixels, max_pixels or settings.max_pixels
+    return min_pixels, max_pixels
+
+
+def training_pixels(config: Path | None, min_pixels: int | None, max_pixels: int | None) -> tuple[int | None, int | None]:
+    """The bounds that `plan` and `train` would use: those of `read_pixels`, else a config's defaults."""
+    least, most = read_pixels(config, min_pixels, max_pixels)
+    return least, most or Config.model_fields["max_pixels"].default

@@ -11,7 +11,7 @@ from qwenvl_ft.folders.whole import INCOMING, damage, discard
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # written by transformers 5 and by 4
 NAME = re.compile(r"checkpoint-(\d+)$")
 # What train writes there, its trackers' folder among it, and eval, which may come first.
-OF_A_RUN = re.compile(r"(?:config\.yaml|plan\.json|metrics\.jsonl|checkpoint-\d+|qwenvl_ft|predictions.*\.json)$")
+OF_A_RUN = re.compile(r"(?:config\.yaml|plan\.json|metrics\.jsonl|checkpoint-\d+|qwenvl_ft|predictions.*\.jsonl?)$")
 
 
 def newest(output_dir: Path) -> tuple[Path | None, list[str]]:

@@ -7,7 +7,7 @@ A conversation is a question, a list of messages as messages.py reads them, or a
 imported once a model is opened, so that `from qwenvl_ft import Engine` costs nothing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -16,16 +16,25 @@ from typing import Any
 from PIL import Image
 
 from qwenvl_ft.data.chat import Chat, open_chat
-from qwenvl_ft.data.geometry import Limits
+from qwenvl_ft.data.geometry import Limits, read_limits
 from qwenvl_ft.data.pictures import bounded, opened
 from qwenvl_ft.data.records import Medium, Part, Picture, Turn, Video, as_text
 from qwenvl_ft.folders.adapter import check_base
 from qwenvl_ft.folders.problems import check_adapter, check_model
+from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.infer.decoding import read_decoding
 from qwenvl_ft.infer.messages import read_messages
 
 MAX_NEW_TOKENS = 512
 Conversation = str | Sequence[Turn | dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was answered; `cut`: by max_new_tokens, before the model ended it."""
+
+    text: str
+    cut: bool
 
 
 @dataclass(frozen=True)
@@ -42,9 +51,11 @@ class Engine:
     adapter: str | None = None
 
     @classmethod
-    def open(cls, model_dir: Path | str, adapter: Path | str | None = None, blank: bool = False) -> "Engine":
-        """Loads model and adapter, onto the GPU if there is one. With an adapter its own processor is used, with the limits that
-        training used. Raises UserError for what is wrong with either folder.
+    def open(cls, model_dir: Path | str, adapter: Path | str | None = None, blank: bool = False,
+             min_pixels: int | None = None, max_pixels: int | None = None) -> "Engine":  # fmt: skip
+        """Loads model and adapter, onto the GPU if there is one. Pictures are seen within the limits of the adapter's own
+        processor, which are training's, else of the model's; the bounds replace them. Raises UserError for what is wrong with
+        either folder.
         """
         model_dir, adapter = Path(model_dir), Path(adapter) if adapter else None
         chat = check_folders(model_dir, [adapter] if adapter else [])
@@ -53,7 +64,7 @@ class Engine:
 
         from qwenvl_ft.model.load import add_adapter, load_base, open_processor
 
-        processor = open_processor(model_dir, adapter)
+        processor = limited(open_processor(model_dir, adapter), model_dir, adapter, min_pixels, max_pixels)
         model = load_base(model_dir, "auto")
         # In place of what the folder's file made of it, so that nothing else of that file has a say.
         model.generation_config = GenerationConfig(**read_decoding(model_dir, chat.tokenizer).settings())
@@ -97,31 +108,43 @@ class Engine:
 
     def ask_many(self, conversations: Sequence[Conversation], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
         """The greedy answer to each conversation, generated as one batch; equal to asking them one by one."""
+        return [answer.text for answer in self.answer_many(conversations, max_new_tokens)]
+
+    def answer_many(self, conversations: Sequence[Conversation], max_new_tokens: int = MAX_NEW_TOKENS) -> list[Answer]:
+        """`ask_many`, with whether each answer was cut."""
         import torch
 
         inputs = self.inputs(conversations)
         with torch.inference_mode():
             out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         answers: list[str] = self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return answers
+        return [Answer(text, cut) for text, cut in zip(answers, self._cut(out, inputs), strict=True)]
+
+    def _cut(self, out: Any, inputs: Any) -> list[bool]:
+        """Of each row that was generated, whether it has no end."""
+        ends = set(self.model.generation_config.eos_token_id)
+        return [ends.isdisjoint(ids) for ids in out[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def ask(self, conversation: Conversation, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
         """The greedy answer to one conversation."""
         return self.ask_many([conversation], max_new_tokens)[0]
 
-    def stream(self, conversation: Conversation, max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[str]:
-        """The greedy answer in pieces, as they are generated."""
+    def stream(self, conversation: Conversation, max_new_tokens: int = MAX_NEW_TOKENS,
+               on_cut: Callable[[], None] = lambda: None) -> Iterator[str]:  # fmt: skip
+        """The greedy answer in pieces, as they are generated; `on_cut` is called behind an answer that was cut."""
         import torch
         from transformers import TextIteratorStreamer
 
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        settings = dict(self.inputs([conversation]), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+        inputs = self.inputs([conversation])
+        settings = dict(inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+        generated: list[Any] = []
         errors: list[BaseException] = []
 
         def generate() -> None:
             try:
                 with torch.inference_mode():
-                    self.model.generate(**settings)
+                    generated.append(self.model.generate(**settings))
             except BaseException as error:
                 errors.append(error)
                 streamer.end()
@@ -133,25 +156,39 @@ class Engine:
         thread.join()
         if errors:
             raise errors[0]
+        if self._cut(generated[0], inputs)[0]:
+            on_cut()
 
 
-def open_beside(model_dir: Path, adapters: Mapping[str, Path]) -> dict[str | None, Engine]:
-    """The base, under None, and each adapter by its name, on one copy of the base's weights.
+def open_beside(model_dir: Path, adapters: Mapping[str, Path], min_pixels: int | None = None,
+                max_pixels: int | None = None) -> dict[str | None, Engine]:  # fmt: skip
+    """The base, under None, and each adapter by its name, on one copy of the base's weights, each with its own limits of pixels
+    but where the bounds replace them.
 
     Whoever runs them must switch the model to `engine.adapter` first, as a Batcher does. Raises UserError.
     """
     check_folders(model_dir, adapters.values())
     from qwenvl_ft.model.load import add_adapter, open_processor
 
-    base = Engine.open(model_dir)
+    base = Engine.open(model_dir, min_pixels=min_pixels, max_pixels=max_pixels)
     model = base.model
     engines: dict[str | None, Engine] = {None: base}
     for number, (name, folder) in enumerate(adapters.items()):
         slot = f"adapter_{number}"  # PEFT takes no name with a dot
         model = add_adapter(model, folder, slot, model_dir)
-        engines[name] = replace(base, processor=open_processor(model_dir, folder), adapter=slot)
+        processor = limited(open_processor(model_dir, folder), model_dir, folder, min_pixels, max_pixels)
+        engines[name] = replace(base, processor=processor, adapter=slot)
     model = model.to(base.model.device).eval()
     return {name: replace(engine, model=model) for name, engine in engines.items()}
+
+
+def limited(processor: Any, model_dir: Path, adapter: Path | None, min_pixels: int | None, max_pixels: int | None) -> Any:
+    """The processor, its pictures within these bounds where there are any. Raises UserError for bounds that cross."""
+    if min_pixels or max_pixels:
+        from qwenvl_ft.model.load import limited_image_processor
+
+        limited_image_processor(processor, read_limits(processor_folder(model_dir, adapter), min_pixels, max_pixels))
+    return processor
 
 
 def check_folders(model_dir: Path, adapters: Iterable[Path]) -> Chat:

@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from qwenvl_ft.data.geometry import Limits, read_limits
+from qwenvl_ft.data.geometry import Limits, read_limits, resized
 from qwenvl_ft.data.pictures import bounded, opened
 from qwenvl_ft.data.records import Part, Picture, Turn, Video, as_text
 from qwenvl_ft.errors import Problem, UserError
@@ -46,14 +46,14 @@ STOP_SECONDS = 15
 class VllmBackend:
     """The models of the server at `url`, by their names there.
 
-    `limits`, where they are known, are the models' processors', the base's first; `decoding` is the base's. Raises UserError
-    where it does not answer.
+    `limits`, where they are known, are those that each model's pictures are seen within, `own` those of the base's processor, which
+    is all that vLLM knows; `decoding` is the base's. Raises UserError where it does not answer.
     """
 
     def __init__(self, url: str, opener: Opener, process: Process | None = None, limits: Mapping[str, Limits] | None = None,
-                 decoding: Decoding | None = None):  # fmt: skip
+                 own: Limits | None = None, decoding: Decoding | None = None):  # fmt: skip
         self.url, self.opener, self.process, self.limits = url.rstrip("/"), opener, process, limits or {}
-        self.decoding = decoding
+        self.own, self.decoding = own, decoding
         try:
             # Not by a proxy that the environment names for the internet, here as below.
             listed = httpx.get(f"{self.url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()
@@ -101,8 +101,8 @@ class VllmBackend:
             self.active -= 1
 
     def _write(self, model: str, messages: Sequence[Turn]) -> list[dict[str, Any]]:
-        limits, base = self.limits.get(model), next(iter(self.limits.values()), None)
-        fitting = (replace(message, parts=tuple(sized(part, limits, base) for part in message.parts)) for message in messages)
+        limits = self.limits.get(model)
+        fitting = (replace(message, parts=tuple(sized(part, limits, self.own) for part in message.parts)) for message in messages)
         return [*map(write_message, fitting)]
 
     async def close(self) -> None:
@@ -157,7 +157,7 @@ def write_message(message: Turn) -> dict[str, Any]:
 def sized(part: Part, limits: Limits | None, base: Limits | None) -> Part:
     """A picture at the size that its own bounds or its adapter's training give it: vLLM knows those of its base only.
 
-    Raises ApiError for bounds where `limits` are not known, and for a video's.
+    Raises ApiError for bounds where `limits` are not known, for a video's, and for a size that vLLM would change again.
     """
     if isinstance(part, str):
         return part
@@ -170,9 +170,14 @@ def sized(part: Part, limits: Limits | None, base: Limits | None) -> Part:
         return part
     own = replace(part, min_pixels=part.min_pixels or limits.min_pixels, max_pixels=part.max_pixels or limits.max_pixels)
     try:
-        return bounded(own, limits)
+        fitting = bounded(own, limits)
     except UserError as error:
         raise invalid_messages(error) from error
+    if isinstance(fitting, Picture) and base and resized(fitting.height, fitting.width, base) != (fitting.height, fitting.width):
+        what = f"is seen at {fitting.width} x {fitting.height} px, and the engine's own limits would change that"
+        fix = "the adapter was trained with others than its base has: export it, and serve the merged folder"
+        raise ApiError(400, "invalid_messages", f"a picture {what}: {fix}")
+    return fitting
 
 
 def _png(image: Image.Image) -> str:
@@ -199,16 +204,17 @@ def read_usage(usage: Mapping[str, Any]) -> Usage:
 
 
 def start_vllm(
-    model: Path, names: Sequence[str], adapters: Mapping[str, Path], arguments: Sequence[str], opener: Opener
-) -> VllmBackend:
+    model: Path, names: Sequence[str], adapters: Mapping[str, Path], arguments: Sequence[str], opener: Opener,
+    min_pixels: int | None = None, max_pixels: int | None = None,
+) -> VllmBackend:  # fmt: skip
     """Starts `vllm serve` on loopback and waits until it is up. It ends with this process, however that ends but by SIGKILL.
 
     Raises UserError for what is wrong with the folders, and where it is not installed or ends.
     """
     decoding = read_decoding(model, check_folders(model, adapters.values()).tokenizer)
-    limits = dict.fromkeys(names, read_limits(model))
+    limits = dict.fromkeys(names, read_limits(model, min_pixels, max_pixels))
     for name, folder in adapters.items():
-        limits[name] = read_limits(processor_folder(model, folder))
+        limits[name] = read_limits(processor_folder(model, folder), min_pixels, max_pixels)
     if not (program := shutil.which("vllm")):
         raise UserError(
             Problem("--engine vllm", "vllm is not installed", "install it in an environment of its own: pip install vllm")
@@ -231,7 +237,7 @@ def start_vllm(
     while process.poll() is None and time.monotonic() < until:
         with suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
-                return VllmBackend(url, opener, process, limits, decoding)
+                return VllmBackend(url, opener, process, limits, read_limits(model), decoding)
         time.sleep(0.5)
     raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))
 
