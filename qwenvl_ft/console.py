@@ -37,6 +37,11 @@ def print_line(text: str, style: str = "") -> None:
     console.print(Text(text, style), soft_wrap=True)
 
 
+def print_note(text: str) -> None:
+    """One line on standard error, beside an answer on standard output."""
+    error_console.print(Text(text, "yellow"), soft_wrap=True)
+
+
 def print_drawing(drawing: Drawing) -> None:
     """A table or a panel on standard output."""
     console.print(drawing)
@@ -104,7 +109,10 @@ def draw_plan(summary: dict[str, Any]) -> Table:
     tokens = summary["tokens"]
     facts = [
         ("records", f"{summary['records']:,}, {summary['used']:,} used, {len(summary['skipped']):,} problems"),
-        ("pictures", f"{summary['pictures']:,}, {summary['pictures_shrunk']:,} of them made smaller by max_pixels"),
+        (
+            "pictures",
+            f"{summary['pictures']:,}, {summary['pictures_shrunk']:,} of them made smaller, by max_pixels or rounding",
+        ),
         ("tokens", f"{tokens['total']:,} ({tokens['min']:,} to {tokens['max']:,} a record, median {tokens['median']:,})"),
         ("taught", f"{summary['taught_tokens']:,} tokens"),
         ("rows", f"{summary['rows']:,} of {summary['row_tokens']:,} tokens, {summary['fill']:.1%} full"),

@@ -52,7 +52,8 @@ def main() -> None:
     images = ("--data-dir", "data/sample/images")
     run("1. Is the data good?", "validate-meta", "data/sample/train.json", *images, "--model", "data/tiny")
     run("2. What would a run do?", "qwenvl-ft", "plan", "--config", "configs/demo.yaml")
-    base = accuracy("3. What does the base know?", "--out", str(RUN / "predictions_base.json"))
+    shown = ("--config", "configs/demo.yaml")  # pictures as training will see them
+    base = accuracy("3. What does the base know?", "--out", str(RUN / "predictions-base.jsonl"), *shown)
     run("4. Train.", "accelerate", "launch", *LAUNCH, "train.py", "--config", "configs/demo.yaml")
     tuned = accuracy("5. What has it learnt?", "--adapter", str(RUN))
     blank = accuracy("6. Does it look? The same questions over white pictures.", "--adapter", str(RUN), "--blank")
@@ -61,11 +62,14 @@ def main() -> None:
     name, _, question = first.removeprefix("<img>").partition("</img>\n")
     run("8. Ask the merged model.", "qwenvl-ft", "ask", str(MERGED), "--image", f"data/sample/images/{name}", question)
 
+    if len({(scores["min_pixels"], scores["max_pixels"]) for scores in (base, tuned, blank)}) > 1:
+        sys.exit("the three were shown pictures of other sizes, and cannot be compared")
     print(f"\n\033[1mHeld-out records: {base['questions']} questions about charts and subjects that it was not trained on\033[0m")
-    print(f"{'':34}{'relaxed accuracy':>18}{'exact':>8}")
+    print(f"(pictures of up to {base['max_pixels']:,} px for all three)")
+    print(f"{'':34}{'relaxed accuracy':>18}{'exact':>8}{'cut answers':>14}")
     for name, scores in (("base", base), ("tuned", tuned), ("tuned, shown blank pictures", blank)):
-        print(f"{name:34}{scores['relaxed_accuracy']:>18.1%}{scores['exact_accuracy']:>8.1%}")
-    print(f"\n{time.monotonic() - start:.0f} s in all; every answer is in {RUN}/predictions*.json")
+        print(f"{name:34}{scores['relaxed_accuracy']:>18.1%}{scores['exact_accuracy']:>8.1%}{scores['cut_answers']:>14}")
+    print(f"\n{time.monotonic() - start:.0f} s in all; every answer is in {RUN}/predictions*.jsonl")
 
 
 if __name__ == "__main__":

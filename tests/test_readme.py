@@ -130,7 +130,7 @@ def there(checkout, monkeypatch):
 
 
 def test_every_command_runs_and_leaves_what_the_pages_say(there):
-    assert (there / "runs/first/predictions-eval.json").is_file() and (there / "runs/first-merged/config.json").is_file()
+    assert (there / "runs/first/predictions-eval.jsonl").is_file() and (there / "runs/first-merged/config.json").is_file()
     wanted = json.loads(blocks("docs/ask.md", "json")[0].splitlines()[1])
     found = json.loads((there / "answers.jsonl").read_text())
     assert list(found) == list(wanted) and (found["line"], found["id"]) == (wanted["line"], wanted["id"])

@@ -5,7 +5,20 @@ from typing import Annotated, Any
 
 import typer
 
-from qwenvl_ft.cli.options import LORA_YAML, ConfigFile, DataDir, Json, Meta, Overrides, read_settings
+from qwenvl_ft.cli.options import (
+    LORA_YAML,
+    ConfigFile,
+    DataDir,
+    Json,
+    MaxPixels,
+    Meta,
+    MinPixels,
+    Overrides,
+    PixelsOf,
+    ThinkingOption,
+    read_settings,
+    training_asking,
+)  # fmt: skip
 from qwenvl_ft.console import counting, draw_counts, draw_plan, print_drawing, print_json, print_line, print_problems, save_svg
 from qwenvl_ft.data.show import draw_record, facts_of
 from qwenvl_ft.errors import MOST_ALONE, Problem, UserError, alike
@@ -14,8 +27,12 @@ from qwenvl_ft.errors import MOST_ALONE, Problem, UserError, alike
 def validate_meta(
     meta: Meta,
     data_dir: DataDir,
-    model: Annotated[Path | None, typer.Option("--model", help="Count tokens as this model would.")] = None,
+    model: Annotated[Path | None, typer.Option("--model", help="Count tokens as training on this model would.")] = None,
     list_all: Annotated[bool, typer.Option("--all", help="List every problem, not the first of each kind with a count.")] = False,
+    config: PixelsOf = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    thinking: ThinkingOption = None,
     as_json: Json = False,
 ) -> None:
     """Check a meta-file and its pictures: every problem in one run, with its place and its fix.
@@ -28,7 +45,7 @@ def validate_meta(
     from qwenvl_ft.data.formats.documented import box_note
     from qwenvl_ft.data.meta_file import read_records
 
-    chat = open_chat(model) if model else None
+    chat = open_chat(model, *training_asking(config, min_pixels, max_pixels, thinking)) if model else None
     with counting("reading records") as on_record:
         records, problems, total = read_records(meta, data_dir, on_record)
     tokens = None
@@ -71,17 +88,21 @@ def show(
     number: Annotated[int, typer.Argument(help="Which record, counted from 0.")],
     data_dir: DataDir,
     model: Annotated[Path, typer.Option("--model", help="The model's folder.")],
+    config: PixelsOf = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    thinking: ThinkingOption = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write the drawing to this picture file, too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a record as the model sees it: pictures as blocks with their tokens, what is taught in green.
+    """Show a record as training on the model would: pictures as blocks with their tokens, what is taught in green.
 
     Example: qwenvl-ft show data/sample/train.json 0 --data-dir data/sample/images --model data/tiny
     """
     from qwenvl_ft.data.chat import open_chat
     from qwenvl_ft.data.meta_file import read_records
 
-    chat = open_chat(model)
+    chat = open_chat(model, *training_asking(config, min_pixels, max_pixels, thinking))
     with counting("reading records") as on_record:
         records, problems, _ = read_records(meta, data_dir, on_record)
     in_array, in_lines = f"{meta.name}[{number}]", f"{meta.name}:{number + 1}"

@@ -2,13 +2,29 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qwenvl_ft.cli.options import LORA_YAML, Adapter, ConfigFile, DataDir, Json, Meta, ModelArgument, Overrides, read_settings
-from qwenvl_ft.console import counting, draw_counts, print_drawing, print_json, print_line
+from qwenvl_ft.cli.options import (
+    LORA_YAML,
+    Adapter,
+    ConfigFile,
+    DataDir,
+    Json,
+    MaxPixels,
+    Meta,
+    MinPixels,
+    ModelArgument,
+    Overrides,
+    PixelsOf,
+    ThinkingOption,
+    read_asking,
+    read_settings,
+)
+from qwenvl_ft.console import counting, draw_counts, print_drawing, print_json, print_line, print_note
 from qwenvl_ft.errors import UserError
 
 
@@ -30,8 +46,15 @@ def evaluate(
     adapter: Adapter = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Where every prediction goes; default predictions-META.json beside the adapter or here."),
+        typer.Option(
+            "--out",
+            help="Where every prediction goes; default predictions-META.jsonl beside the adapter, without one -META-MODEL here.",
+        ),
     ] = None,
+    config: PixelsOf = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    thinking: ThinkingOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer is cut here.")] = 128,
     blank: Annotated[
@@ -39,35 +62,41 @@ def evaluate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Ask every question of a meta-file; exact and relaxed accuracy, every prediction in a file.
+    """Ask every question of a meta-file; exact and relaxed accuracy, every prediction in a file, where a second run goes on.
 
     Relaxed is ChartQA's rule: numbers within 5 %. Each assistant turn is a question, the turns before it as they stand in
-    the record. An empty answer is wrong.
+    the record. An empty answer is wrong. To compare a base with an adapter at equal pixels: --config ADAPTER/config.yaml.
 
     Example: qwenvl-ft eval data/tiny data/sample/eval.json --data-dir data/sample/images --adapter runs/demo
     """
     from qwenvl_ft.data.meta_file import read_records
-    from qwenvl_ft.folders.whole import write_json
-    from qwenvl_ft.infer.engine import check_folders
+    from qwenvl_ft.evaluate.scoring import evaluate as run
+    from qwenvl_ft.infer.batch_file import read_answers, who_answers
+    from qwenvl_ft.infer.engine import Engine, check_folders
 
     check_folders(model, [adapter] if adapter else [])
+    asking = read_asking(config, min_pixels, max_pixels, thinking)
     records, problems, _ = read_records(meta, data_dir)
     if problems:
         raise UserError(*problems)
-    from qwenvl_ft.evaluate.scoring import evaluate as run
-    from qwenvl_ft.infer.engine import Engine
-
-    engine = Engine.open(model, adapter, blank)
+    of = f"{meta.stem}{'' if adapter else f'-{model.resolve().name}'}{'-blank' if blank else ''}"
+    target = out or (adapter or Path()) / f"predictions-{of}.jsonl"
+    read_answers(target)  # what is wrong with it is said before the model is loaded
+    engine = Engine.open(model, adapter, blank, *asking)
+    limits = engine.limits("image")
     with counting("answering") as on_answer:
-        scores, predictions = run(engine, records, batch_size, max_new_tokens, on_answer)
-    target = out or (adapter or Path()) / f"predictions-{meta.stem}{'-blank' if blank else ''}.json"
-    write_json(target, predictions)
-    scores["predictions"] = str(target)
+        who = who_answers(model, adapter, [blank, vars(limits)])
+        scores, _ = run(engine, records, batch_size, max_new_tokens, on_answer, target, who)
+    scores |= {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels, "predictions": str(target)}
     if as_json:
         print_json(scores)
     else:
         facts = [
-            (name.replace("_", " "), f"{value:.1%}" if isinstance(value, float) else str(value)) for name, value in scores.items()
+            (
+                name.replace("_", " "),
+                f"{value:.1%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value,
+            )
+            for name, value in scores.items()
         ]
         print_drawing(
             draw_counts(f"{model}{' + ' + str(adapter) if adapter else ''} on {meta}{', blank pictures' if blank else ''}", facts)
@@ -119,6 +148,10 @@ def ask(
     video: Annotated[list[str] | None, typer.Option("--video", help="A video: file or URL; may be given several times.")] = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames taken from each second of a video; 2 if not given.")] = None,
     adapter: Adapter = None,
+    config: PixelsOf = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    thinking: ThinkingOption = None,
     questions: Annotated[
         Path | None, typer.Option("--jsonl", help='Answer a file instead, a line each: {"messages": [...]}; needs --out.')
     ] = None,
@@ -135,33 +168,41 @@ def ask(
     from qwenvl_ft.infer.engine import check_folders
 
     check_folders(model, [adapter] if adapter else [])
+    asking = read_asking(config, min_pixels, max_pixels, thinking)
     if questions and out:
-        from qwenvl_ft.infer.batch_file import answer_file, read_questions
+        from qwenvl_ft.infer.batch_file import answer_file, read_answers, read_questions, who_answers
 
         lines = read_questions(questions)
+        read_answers(out)  # what is wrong with it is said before the model is loaded
         from qwenvl_ft.infer.engine import Engine
 
-        who = f"{model.resolve()} {adapter.resolve() if adapter else ''}"
+        engine = Engine.open(model, adapter, False, *asking)
+        who = who_answers(model, adapter, [vars(engine.limits("image"))])
         with counting("answering") as on_answer:
-            before, problems = answer_file(Engine.open(model, adapter), lines, out, batch_size, max_new_tokens, on_answer, who)
+            before, problems = answer_file(engine, lines, out, batch_size, max_new_tokens, on_answer, who)
         if problems:
             raise UserError(*problems)
-        print_line(f"{len(lines)} answers in {out}" + (f", {before} of them from before" if before else ""))
+        cut = sum(line.get("cut", False) for line in read_answers(out))
+        print_line(f"{len(lines)} answers in {out}" + (f", {before} of them from before" if before else "")
+                   + (f", {cut} of them cut by --max-new-tokens" if cut else ""))  # fmt: skip
         return
     from qwenvl_ft.infer.engine import Engine
 
     media: list[dict[str, Any]] = [{"type": "image", "image": source} for source in image or []]
     media += [{"type": "video", "video": source} | ({"fps": fps} if fps else {}) for source in video or []]
-    engine = Engine.open(model, adapter)
+    engine = Engine.open(model, adapter, False, *asking)
     talk: list[dict[str, Any]] = []
     for asked in [question] if question else chat_lines():
         talk.append({"role": "user", "content": [*media, {"type": "text", "text": asked}]})
         media, answer = [], ""
-        for piece in engine.stream(talk, max_new_tokens):
+        was_cut: list[bool] = []
+        for piece in engine.stream(talk, max_new_tokens, on_cut=partial(was_cut.append, True)):
             answer += piece
             sys.stdout.write(piece)
             sys.stdout.flush()
         print_line("")
+        if was_cut:
+            print_note(f"cut after {max_new_tokens} tokens: --max-new-tokens raises that")
         talk.append({"role": "assistant", "content": answer})
 
 

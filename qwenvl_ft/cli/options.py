@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from qwenvl_ft.config import Config, load_config
+from qwenvl_ft.config import FOUR_TOKENS, Config, load_config
+from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.errors import Problem, UserError
 
 Meta = Annotated[Path, typer.Argument(help="The meta-file: a JSON array or JSON lines of conversations.")]
@@ -16,6 +17,17 @@ ConfigFile = Annotated[Path, typer.Option("--config", help="The settings; `qwenv
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for a program.")]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="The output_dir of a training run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings in place of the file's: key=value ...")]
+
+PixelsOf = Annotated[
+    Path | None,
+    typer.Option("--config", help="Take min_pixels, max_pixels and thinking of these settings: RUN/config.yaml."),
+]
+MinPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Enlarge smaller pictures to this area, in px.")]
+MaxPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Shrink larger pictures to this area, in px.")]
+ThinkingOption = Annotated[
+    Thinking | None,
+    typer.Option("--thinking", help="A thought before the answer: as training had it, or off, where this is not given."),
+]
 
 LORA_YAML = Path("lora.yaml")  # what --config is where it is not given
 
@@ -40,3 +52,20 @@ def read_settings(config: Path, overrides: list[str] | None, say: Callable[[str]
     if problems:
         raise UserError(*problems)
     return settings
+
+
+Asking = tuple[int | None, int | None, Thinking | None]
+
+
+def read_asking(config: Path | None, min_pixels: int | None, max_pixels: int | None, thinking: Thinking | None) -> Asking:
+    """What `open_chat` and `Engine.open` take of a command's options, else of the settings that --config names. None: not given."""
+    if config:
+        settings = load_config(config)
+        return min_pixels or settings.min_pixels, max_pixels or settings.max_pixels, thinking or settings.thinking
+    return min_pixels, max_pixels, thinking
+
+
+def training_asking(config: Path | None, min_pixels: int | None, max_pixels: int | None, thinking: Thinking | None) -> Asking:
+    """What `plan` and `train` would use: that of `read_asking`, else a config's defaults."""
+    least, most, thinks = read_asking(config, min_pixels, max_pixels, thinking)
+    return least, most or Config.model_fields["max_pixels"].default, thinks or Config.model_fields["thinking"].default

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from qwenvl_ft.cli.options import MaxPixels, MinPixels, PixelsOf, ThinkingOption, read_asking
 from qwenvl_ft.console import print_line
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.serve.api import Backend, Bounds
@@ -24,6 +25,10 @@ def serve(
     name: Annotated[
         list[str] | None, typer.Option("--name", help="A name of the base; several times. Default: its folder's name.")
     ] = None,
+    config: PixelsOf = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    thinking: ThinkingOption = None,
     host: Annotated[str, typer.Option(help="Where to listen; anywhere but on this machine needs --api-key-env.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="LISTENING_PORT", min=0, max=65535, help="0: any that is free.")] = 8000,
     api_key_env: Annotated[str | None, typer.Option(metavar="VAR", help="The environment variable that holds the key.")] = None,
@@ -64,7 +69,8 @@ def serve(
     folders = dict(map(_adapter, adapter or []))
     if (model is None) == (engine_url is None):
         raise typer.BadParameter("give the model's folder, or --engine-url", param_hint="MODEL")
-    if engine_url and (adapter or name or engine_arg):
+    asking = read_asking(config, min_pixels, max_pixels, thinking)
+    if engine_url and (adapter or name or engine_arg or any(asking)):
         raise typer.BadParameter("the server there has its own models and arguments", param_hint="--engine-url")
     if engine_arg and engine != "vllm":
         raise typer.BadParameter("it is for --engine vllm", param_hint="--engine-arg")
@@ -75,11 +81,14 @@ def serve(
     if model is None or engine == "vllm":
         from qwenvl_ft.serve.vllm_backend import VllmBackend, start_vllm
 
-        backend = start_vllm(model, names, folders, engine_arg or [], opener) if model else VllmBackend(engine_url or "", opener)
+        if model:
+            backend = start_vllm(model, names, folders, engine_arg or [], opener, *asking)
+        else:
+            backend = VllmBackend(engine_url or "", opener)
     else:
         from qwenvl_ft.infer.engine import open_beside
 
-        engines = open_beside(model, folders)
+        engines = open_beside(model, folders, *asking)
         from qwenvl_ft.serve.transformers_backend import TransformersBackend
 
         named = dict.fromkeys(names, engines[None]) | {name: engines[name] for name in folders}

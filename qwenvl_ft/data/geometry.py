@@ -3,6 +3,10 @@
 The processor resizes a picture to whole units (a merged patch: 28 or 32 px a side) within its limits of pixels; each unit is
 one token. `grid_of` does the same arithmetic without opening the picture.
 
+Which limits those are: a config's `max_pixels` and `min_pixels`, for plan, train and, as `--config` or the defaults, for
+validate-meta and show; training leaves them in the processor of the adapter and of the merged folder, where ask, eval and serve
+find them. `--config`, `--max-pixels` and `--min-pixels` put them in place of a base's own, as eval needs to compare.
+
     >>> grid_of(400, 500, Limits(patch_size=14, merge_size=2, min_pixels=3136, max_pixels=1003520))
     (1, 28, 36)
 """
@@ -64,7 +68,7 @@ def tokens_of(grid: tuple[int, int, int], merge_size: int) -> int:
 def read_limits(model_dir: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Limits:
     """The picture settings of the processor in `model_dir`, with the given bounds in place of its own.
 
-    Raises UserError where its files do not say them.
+    Raises UserError where its files do not say them, and for bounds that cross.
     """
     for path in (model_dir / name for name in PROCESSORS):
         content = read_model_json(path) if path.is_file() else {}
@@ -73,6 +77,9 @@ def read_limits(model_dir: Path, min_pixels: int | None = None, max_pixels: int 
         least = min_pixels or settings.get("min_pixels") or size.get("shortest_edge")
         most = max_pixels or settings.get("max_pixels") or size.get("longest_edge")
         if {"patch_size", "merge_size"} <= settings.keys() and least is not None and most is not None:
+            if least > most:
+                own, fix = ("", "lower min_pixels") if min_pixels else ("the model's own ", "set min_pixels, too")
+                raise UserError(Problem("max_pixels", f"is {most}, less than {own}min_pixels, {least}", f"raise it, or {fix}"))
             return Limits(settings["patch_size"], settings["merge_size"], int(least), int(most))
     what = f"holds no {' or '.join(sorted(PROCESSORS))} with patch_size and limits of pixels"
     raise UserError(Problem(str(model_dir), what, "download the whole model"))

@@ -1,6 +1,7 @@
 """From a config to everything that is known before a GPU is touched: records, scripts, rows, and what was left out and why."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import count, islice
@@ -15,6 +16,8 @@ from qwenvl_ft.data.packing import Plan, pack, steps
 from qwenvl_ft.data.records import Picture, Record
 from qwenvl_ft.errors import Problem, UserError
 
+ROUNDED_AWAY = 0.1  # of a picture's area; less is how every picture is rounded
+FEW_TOKENS = 16  # of a picture: 112 x 112 px where a token is 28 x 28
 FEW_STEPS = 20  # optimizer steps; LoRA has hardly left its zeros after fewer
 
 
@@ -55,7 +58,9 @@ class Prepared:
             "fill": round(self.plan.fill, 4),
             "steps_per_epoch": len(steps(len(self.plan.rows), config.rows_per_step, config.seed, 0)),
             "steps": num_steps,
-            "notes": notes(len(self.plan.rows), num_steps, config) + spaced_answers(self.records),
+            "notes": notes(len(self.plan.rows), num_steps, config)
+            + spaced_answers(self.records)
+            + picture_notes(pictures, self.chat),
         }
 
 
@@ -67,9 +72,6 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     meta_file = config.eval_meta_file if evaluation and config.eval_meta_file else config.train_meta_file
     data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
     chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking)
-    if chat.limits.min_pixels > chat.limits.max_pixels:
-        raise UserError(Problem("max_pixels", f"is {chat.limits.max_pixels}, less than the model's own min_pixels, "
-                                f"{chat.limits.min_pixels}", "raise it, or set min_pixels, too"))  # fmt: skip
     records, problems, total = read_records(meta_file, data_dir, on_record)
     scripts = write_scripts(chat, records, problems)
     plan = pack([script.length for script in scripts], config.row_tokens, share=not chat.family.linear_attention)
@@ -134,6 +136,19 @@ def spaced_answers(records: Sequence[Record]) -> list[str]:
     return [f"{what} with white space, which is taught, too: take it out if it is not meant"] if found else []
 
 
+def picture_notes(pictures: Collection[Picture], chat: Chat) -> list[str]:
+    """What can hardly be seen: pictures of few tokens, the smallest named."""
+    sizes = {picture: resized(picture.height, picture.width, chat.limits) for picture in pictures}
+    few = [picture for picture, (height, width) in sizes.items() if height * width <= FEW_TOKENS * chat.limits.unit_px**2]
+    if not few:
+        return []
+    least = min(few, key=lambda picture: (sizes[picture][0] * sizes[picture][1], picture.name))
+    height, width = sizes[least]
+    tokens = height * width // chat.limits.unit_px**2
+    what = f"{len(few):,} picture{'s' * (len(few) > 1)} of at most {FEW_TOKENS} tokens, in which little can be seen: {least.name}, "
+    return [f"{what}{least.width} x {least.height} px, becomes {width} x {height}, {tokens} tokens; min_pixels enlarges them"]
+
+
 def schedule(prepared: Prepared, config: Config) -> list[tuple[int, list[int]]]:
     """(epoch, rows) of every optimizer step of the run, the same whatever the number of processes."""
     num_rows, epochs = len(prepared.plan.rows), count() if config.max_steps else range(config.num_train_epochs)
@@ -148,6 +163,7 @@ def token_counts(lengths: Sequence[int]) -> dict[str, int]:
 
 
 def shrunk(picture: Picture, chat: Chat) -> bool:
-    """Whether `max_pixels` makes the picture smaller than rounding to whole units would."""
+    """Whether the picture is made smaller: by `max_pixels`, or by rounding to whole units, if that takes a tenth of it or more."""
     height, width = resized(picture.height, picture.width, chat.limits)
-    return height * width < (picture.height - chat.limits.unit_px) * (picture.width - chat.limits.unit_px)
+    rounded = resized(picture.height, picture.width, replace(chat.limits, max_pixels=sys.maxsize))
+    return (height, width) != rounded or height * width <= (1 - ROUNDED_AWAY) * picture.height * picture.width

@@ -14,11 +14,6 @@ from PIL import Image
 CONTROL_TOKEN = re.compile(r"<\|(?:endoftext|im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
 
 
-def as_text(text: str) -> str:
-    """The text with its control tokens made harmless, by a space of no width: what a stranger writes must not act as one."""
-    return CONTROL_TOKEN.sub(lambda token: f"<\u200b{token[0][1:]}", text)
-
-
 @dataclass(frozen=True)
 class Picture:
     """A picture: a file whose header was read, or an image in memory; its size in px as it will be seen, EXIF orientation applied.

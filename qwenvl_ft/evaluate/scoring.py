@@ -2,20 +2,26 @@
 
 Each assistant turn is one question, the turns before it as they stand in the record. Every prediction is kept.
 
->>> relaxed("16.5", "16"), relaxed("17", "16"), relaxed("ferrari", "Ferrari"), relaxed("", "")
-(True, False, True, False)
+>>> relaxed("16.5", "16"), relaxed("17", "16"), relaxed("ferrari", "Ferrari"), relaxed("16%", "0.16"), relaxed("16%", "16")
+(True, False, True, True, False)
 """
 
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data.records import Record, Turn
+from qwenvl_ft.folders.whole import short_hash
+from qwenvl_ft.infer.batch_file import append_answers, other_answers, read_answers
 from qwenvl_ft.infer.engine import Engine
 
 TOLERANCE = 0.05  # of the wanted number; Source: Masry et al. 2022, ChartQA
+Question = tuple[str, tuple[Turn, ...], str]
 
 
-def questions(records: Sequence[Record]) -> Iterator[tuple[str, tuple[Turn, ...], str]]:
+def questions(records: Sequence[Record]) -> Iterator[Question]:
     """(where, the turns before the answer, the wanted answer) of each assistant turn."""
     for record in records:
         for number, turn in enumerate(record.turns):
@@ -24,32 +30,76 @@ def questions(records: Sequence[Record]) -> Iterator[tuple[str, tuple[Turn, ...]
 
 
 def evaluate(
-    engine: Engine, records: Sequence[Record], batch_size: int, max_new_tokens: int, on_answer: Callable[[int, int], None]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(scores, predictions). Scores: questions, exact and relaxed accuracy (0 to 1), empty answers.
+    engine: Engine, records: Sequence[Record], batch_size: int, max_new_tokens: int, on_answer: Callable[[int, int], None],
+    out: Path | None = None, who: str = "",
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+    """(scores, predictions). Scores: questions, exact and relaxed accuracy (0 to 1), empty answers, answers that were cut.
 
-    A prediction: where, question, wanted, answer, exact, relaxed. Order is the meta-file's.
+    A prediction: where, pictures, question, wanted, answer, cut, exact, relaxed, asked. Order is the meta-file's. Each goes to
+    `out`, a JSON line, as it comes; what is there already, of `who` and the same questions (`asked` is their hash), is not asked
+    again. Raises UserError where `out` holds the answers of others.
     """
     asked = list(questions(records))
-    order = sorted(range(len(asked)), key=lambda index: sum(len(turn.text) for turn in asked[index][1]))
-    answers: dict[int, str] = {}
-    for start in range(0, len(order), batch_size):  # questions of like length share a batch
-        batch = order[start : start + batch_size]
-        answers.update(zip(batch, engine.ask_many([asked[index][1] for index in batch], max_new_tokens), strict=True))
-        on_answer(len(answers), len(asked))
-    predictions: list[dict[str, Any]] = [
-        {"where": where, "question": " ".join(part for part in turns[-1].parts if isinstance(part, str)), "wanted": wanted,
-         "answer": answers[index], "exact": exact(answers[index], wanted), "relaxed": relaxed(answers[index], wanted)}
-        for index, (where, turns, wanted) in enumerate(asked)
-    ]  # fmt: skip
-    number = len(asked) or 1
-    scores = {
-        "questions": len(asked),
-        "exact_accuracy": round(sum(prediction["exact"] for prediction in predictions) / number, 4),
-        "relaxed_accuracy": round(sum(prediction["relaxed"] for prediction in predictions) / number, 4),
-        "empty_answers": sum(not answer.strip() for answer in answers.values()),
+    hashes = [short_hash([who, max_new_tokens, where, _shown(turns), wanted]) for where, turns, wanted in asked]
+    said = {line["asked"]: line for line in read_answers(out)} if out else {}
+    if said.keys() - set(hashes):
+        raise other_answers(out or Path())
+    left = [index for index, name in enumerate(hashes) if name not in said]
+    left.sort(key=lambda index: sum(len(turn.text) for turn in asked[index][1]))
+    for start in range(0, len(left), batch_size):  # questions of like length share a batch
+        batch = left[start : start + batch_size]
+        answers = engine.answer_many([asked[index][1] for index in batch], max_new_tokens)
+        new = {
+            hashes[index]: prediction(asked[index], answer.text, answer.cut) | {"asked": hashes[index]}
+            for index, answer in zip(batch, answers, strict=True)
+        }
+        if out:
+            append_answers(out, list(new.values()))
+        said |= new
+        on_answer(len(said), len(asked))
+    predictions = [said[name] for name in hashes]
+    if out and left:  # once all are there, in the meta-file's order
+        aside = out.with_name(out.name + ".incoming")
+        aside.write_text("", encoding="utf-8")
+        append_answers(aside, predictions)
+        os.replace(aside, out)
+    return score(predictions), predictions
+
+
+def prediction(question: Question, answer: str, cut: bool) -> dict[str, Any]:
+    """What is kept of an answer."""
+    where, turns, wanted = question
+    return {
+        "where": where, "pictures": [str(picture.source) for picture in Record(where, turns).pictures],
+        "question": " ".join(part for part in turns[-1].parts if isinstance(part, str)), "wanted": wanted, "answer": answer,
+        "cut": cut, "exact": exact(answer, wanted), "relaxed": relaxed(answer, wanted),
+    }  # fmt: skip
+
+
+def score(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The scores of `evaluate`."""
+    number = len(predictions) or 1
+    return {
+        "questions": len(predictions),
+        "exact_accuracy": round(sum(of["exact"] for of in predictions) / number, 4),
+        "relaxed_accuracy": round(sum(of["relaxed"] for of in predictions) / number, 4),
+        "empty_answers": sum(not of["answer"].strip() for of in predictions),
+        "cut_answers": sum(of["cut"] for of in predictions),
     }
-    return scores, predictions
+
+
+def _shown(turns: Sequence[Turn]) -> list[list[str]]:
+    """The turns as JSON; a picture by its file and that file's size and time."""
+
+    def shown(part: Any) -> str:
+        if isinstance(part, str):
+            return part
+        if not isinstance(part.source, Path):
+            return f"{part.width} x {part.height}"
+        state = part.source.stat()
+        return json.dumps([str(part.source), state.st_size, state.st_mtime_ns])
+
+    return [[turn.role, *map(shown, turn.parts)] for turn in turns]
 
 
 def exact(answer: str, wanted: str) -> bool:
@@ -58,17 +108,22 @@ def exact(answer: str, wanted: str) -> bool:
 
 
 def relaxed(answer: str, wanted: str) -> bool:
-    """Numbers within 5 % of the wanted one, zero exactly; everything else as `exact`."""
+    """ChartQA's relaxed correctness as it is published: numbers within 5 % of the wanted one, percent a hundredth; everything else,
+    and all that is wanted as 0, the same text but for case. An empty answer is wrong.
+
+    Source: Masry et al. 2022, and the evaluation of pix2struct and Qwen-VL (`relaxed_correctness`), which read no thousands
+    separators, nor units.
+    """
+    answer, wanted = answer.strip(), wanted.strip()
     number, target = _number(answer), _number(wanted)
-    if number is None or target is None:
-        return exact(answer, wanted)
-    return abs(number - target) <= TOLERANCE * abs(target)
+    if number is not None and target:
+        return abs(number - target) / abs(target) <= TOLERANCE
+    return bool(answer) and answer.lower() == wanted.lower()
 
 
 def _number(text: str) -> float | None:
-    """The number that the whole text is, a percent sign and thousands separators allowed."""
+    """The number that Python reads in the whole text."""
     try:
-        number = float(text.strip().rstrip("%").replace(",", "").replace("_", "?"))  # 1_6 is no number, but Python's
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
-    return number if abs(number) < float("inf") else None  # "nan" and "infinity" are words here

@@ -36,10 +36,11 @@ from qwenvl_ft.folders.model import (
 from qwenvl_ft.folders.problems import check_adapter
 from qwenvl_ft.folders.runs import PROCESSORS, holds_processor, run_folder_of
 from qwenvl_ft.folders.whole import write_json, write_whole
+from qwenvl_ft.infer.decoding import GENERATION_CONFIG, read_decoding
 from qwenvl_ft.infer.engine import check_folders
 
 COPIED = (
-    "config.json", "generation_config.json", "configuration.json", INDEX, "tokenizer.json", "tokenizer_config.json",
+    "config.json", "configuration.json", INDEX, "tokenizer.json", "tokenizer_config.json",
     "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "video_preprocessor_config.json", *PROCESSORS, "LICENSE", "NOTICE",
 )  # fmt: skip
@@ -72,7 +73,7 @@ def export(
     config = read_config(base)
     if "quantization_config" in config:
         raise UserError(Problem(str(base), "is quantized", "merge into the same model in its full precision, with --model DIR"))
-    check_folders(base, [adapter])
+    decoding = read_decoding(base, check_folders(base, [adapter]).tokenizer)
     run = run_folder_of(adapter)
     deltas = Deltas(adapter, config)
     records = _sample(run, verify)
@@ -81,6 +82,7 @@ def export(
     def write(folder: Path) -> dict[str, str]:
         digests = merge_files(weight_files(base), folder, deltas, on_bytes)
         _copy_settings(folder, run, base)
+        write_json(folder / GENERATION_CONFIG, decoding.settings())
         if records:
             proofs.extend(prove(folder, base, adapter, records))
         (folder / "README.md").write_text(model_card(run, base, proofs), encoding="utf-8")

@@ -14,7 +14,7 @@ NAME = re.compile(r"checkpoint-(\d+)$")
 # What train writes there, its trackers' folder among it, and eval, which may come first.
 PICTURE_HASHES = "picture_hashes.json"  # in a run's folder: what was hashed already
 OF_A_RUN = re.compile(
-    r"(?:config\.yaml|plan\.json|metrics\.jsonl|picture_hashes\.json|checkpoint-\d+|qwenvl_ft|predictions.*\.json)$"
+    r"(?:config\.yaml|plan\.json|metrics\.jsonl|picture_hashes\.json|checkpoint-\d+|qwenvl_ft|predictions.*\.jsonl?)$"
 )
 
 

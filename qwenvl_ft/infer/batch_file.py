@@ -1,8 +1,9 @@
 """Answers a file of conversations, a line each, and goes on where it was stopped.
 
 In:  {"messages": [{"role": "user", "content": [{"image": "chart.png"}, {"text": "read"}]}], "id": "anything"}
-Out: {"line": 1, "id": "anything", "asked": "...", "answer": "..."}, or "error" in place of the answer; the order is that of
-the questions. `asked` is a hash of the question and of who was asked how: a second run goes on only where they are the same.
+Out: {"line": 1, "id": "anything", "asked": "...", "answer": "..."}, or "error" in place of the answer; "cut": true is added to one
+that max_new_tokens cut. The order is that of the questions. `asked` is a hash of the question and of who was asked how: a second
+run goes on only where they are the same.
 """
 
 import json
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_template, weight_files
 from qwenvl_ft.folders.whole import short_hash
-from qwenvl_ft.infer.engine import Engine
+from qwenvl_ft.infer.engine import Answer, Engine
 
 Line = tuple[int, dict[str, Any]]
 
@@ -49,50 +51,78 @@ def answer_file(engine: Engine, lines: Sequence[Line], out: Path, batch_size: in
     Raises UserError if `out` holds the answers to other questions, or of another model.
     """
     hashes = [short_hash([who, max_new_tokens, line["messages"]]) for _, line in lines]
-    before = _answered(out, hashes)
+    before = read_answers(out)
+    if [said["asked"] for said in before] != hashes[: len(before)]:
+        raise other_answers(out)
     what, fix = "has an error in place of an answer", "mend the question, answer into another --out"
     problems = [Problem(f"{out}, line {said['line']}", what, fix) for said in before if "error" in said]
-    with out.open("a", encoding="utf-8") as file:
-        for start in range(len(before), len(lines), batch_size):
-            batch = lines[start : start + batch_size]
-            answers = _answers(engine, batch, max_new_tokens)
-            for (number, line), asked, answer in zip(batch, hashes[start:], answers, strict=False):
-                said: dict[str, Any] = {"line": number} | ({"id": line["id"]} if "id" in line else {}) | {"asked": asked}
-                if isinstance(answer, str):
-                    said["answer"] = answer
-                else:
-                    problems += [replace(problem, where=f"line {number}, {problem.where}") for problem in answer.problems]
-                    said["error"] = str(answer)
-                file.write(json.dumps(said, ensure_ascii=False) + "\n")
-            file.flush()
-            on_answer(start + len(batch), len(lines))
+    for start in range(len(before), len(lines), batch_size):
+        batch, written = lines[start : start + batch_size], []
+        answers = _answers(engine, batch, max_new_tokens)
+        for (number, line), asked, answer in zip(batch, hashes[start:], answers, strict=False):
+            said: dict[str, Any] = {"line": number} | ({"id": line["id"]} if "id" in line else {}) | {"asked": asked}
+            if isinstance(answer, Answer):
+                said |= {"answer": answer.text} | ({"cut": True} if answer.cut else {})
+            else:
+                problems += [replace(problem, where=f"line {number}, {problem.where}") for problem in answer.problems]
+                said["error"] = str(answer)
+            written.append(said)
+        append_answers(out, written)
+        on_answer(start + len(batch), len(lines))
     return len(before), problems
 
 
-def _answers(engine: Engine, batch: Sequence[Line], max_new_tokens: int) -> list[str | UserError]:
+def _answers(engine: Engine, batch: Sequence[Line], max_new_tokens: int) -> list[Answer | UserError]:
     """An answer a line; if the batch cannot be opened, its lines are asked one by one, so that only the bad ones fail."""
     try:
-        return list(engine.ask_many([line["messages"] for _, line in batch], max_new_tokens))
+        return list(engine.answer_many([line["messages"] for _, line in batch], max_new_tokens))
     except UserError as error:
         if len(batch) == 1:
             return [error]
         return [answer for line in batch for answer in _answers(engine, [line], max_new_tokens)]
 
 
-def _answered(out: Path, hashes: Sequence[str]) -> list[dict[str, Any]]:
-    """What `out` holds already; a last line that was torn off is cut away. Raises UserError if it answers other questions."""
-    if not out.is_file():
-        return []
-    whole = out.read_bytes().rpartition(b"\n")[0]
-    kept = whole.split(b"\n") if whole else []
+def read_answers(out: Path) -> list[dict[str, Any]]:
+    """What `out` holds already; a last line that was torn off is cut away.
+
+    The file is there then, its folder made, and can be written to. Raises UserError where it cannot, or holds something else.
+    """
     try:
-        said = [json.loads(line) for line in kept]
-        asked = [line["asked"] for line in said]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("ab+") as file:
+            file.seek(0)
+            content = file.read()
+            whole = content.rpartition(b"\n")[0]
+            said = [json.loads(line) for line in whole.split(b"\n")] if whole else []
+            if (content and not whole) or not all(isinstance(line["asked"], str) for line in said):
+                raise ValueError
+            file.truncate(len(whole) + bool(whole))
+            return said
+    except OSError as error:
+        raise UserError(Problem(str(out), f"cannot be written ({error.strerror})", "choose another --out")) from None
     except (ValueError, KeyError, TypeError):
-        said, asked = [], [""]
-    if asked != list(hashes[: len(asked)]):
-        what = "holds answers to other questions, of another model or with another --max-new-tokens"
-        raise UserError(Problem(str(out), what, "choose another --out, or delete it"))
-    with out.open("rb+") as file:
-        file.truncate(len(whole) + bool(whole))
-    return said
+        raise other_answers(out) from None
+
+
+def append_answers(out: Path, said: Sequence[dict[str, Any]]) -> None:
+    """Adds answers to what `out` holds. Raises UserError where the disk refuses."""
+    try:
+        with out.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in said))
+    except OSError as error:
+        fix = "mend that; the same command goes on there"
+        raise UserError(Problem(str(out), f"cannot be written on ({error.strerror})", fix)) from None
+
+
+def other_answers(out: Path) -> UserError:
+    """What is said where `out` is not to be gone on with, and not to be lost."""
+    what = "holds answers to other questions, of another model or with other settings"
+    return UserError(Problem(str(out), what, "choose another --out, or delete it"))
+
+
+def who_answers(model_dir: Path, adapter: Path | None, engine_settings: Sequence[Any] = ()) -> str:
+    """A hash of what answers: the folders, their weights by size and time, the template, `engine_settings` as they are."""
+    files = [*weight_files(model_dir), model_dir / "tokenizer.json"]
+    files += [adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS] if adapter else []
+    states = [(str(path.resolve()), (of := path.stat()).st_size, of.st_mtime_ns) for path in files]
+    return short_hash([states, read_template(model_dir), *engine_settings])

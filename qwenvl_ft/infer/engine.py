@@ -7,7 +7,7 @@ A conversation is a question, a list of messages as messages.py reads them, or a
 imported once a model is opened, so that `from qwenvl_ft import Engine` costs nothing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Queue
@@ -23,11 +23,20 @@ from qwenvl_ft.data.records import Medium, Part, Picture, Turn, Video
 from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.folders.adapter import check_base
 from qwenvl_ft.folders.problems import check_adapter, check_model
+from qwenvl_ft.infer.decoding import read_decoding
 from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.messages import read_messages
 
 MAX_NEW_TOKENS = 512
 Conversation = str | Sequence[Turn | dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was answered; `cut`: by max_new_tokens, before the model ended it."""
+
+    text: str
+    cut: bool
 
 
 @dataclass(frozen=True)
@@ -44,21 +53,24 @@ class Engine:
     adapter: str | None = None
 
     @classmethod
-    def open(
-        cls, model_dir: Path | str, adapter: Path | str | None = None, blank: bool = False, thinking: Thinking | None = None
-    ) -> "Engine":
-        """Loads model and adapter, onto the GPU if there is one. With an adapter its own processor and template are used, with
-        the limits and the `thinking` that training used. Raises UserError for what is wrong with either folder.
+    def open(cls, model_dir: Path | str, adapter: Path | str | None = None, blank: bool = False, min_pixels: int | None = None,
+             max_pixels: int | None = None, thinking: Thinking | None = None) -> "Engine":  # fmt: skip
+        """Loads model and adapter, onto the GPU if there is one. Pictures are seen within the limits of the adapter's own
+        processor, which are training's, else of the model's, and prompts end as training's did; the bounds and `thinking` replace
+        that. Raises UserError for what is wrong with either folder.
         """
         model_dir, adapter = Path(model_dir), Path(adapter) if adapter else None
         check_folders(model_dir, [adapter] if adapter else [])
-        chat = open_chat(model_dir, thinking=thinking, adapter=adapter)
+        chat = open_chat(model_dir, min_pixels, max_pixels, thinking, adapter)
         import torch
+        from transformers import GenerationConfig
 
         from qwenvl_ft.model.load import add_adapter, load_base, open_processor
 
-        processor = open_processor(model_dir, adapter)
+        processor = limited(open_processor(model_dir, adapter), chat, bool(min_pixels or max_pixels))
         model = load_base(model_dir, "auto")
+        # In place of what the folder's file made of it, so that nothing else of that file has a say.
+        model.generation_config = GenerationConfig(**read_decoding(model_dir, chat.tokenizer).settings())
         if adapter:
             model = add_adapter(model, adapter, "default", model_dir)
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor, chat, blank)
@@ -125,6 +137,12 @@ class Engine:
         self, conversations: Sequence[Conversation], max_new_tokens: int = MAX_NEW_TOKENS, thinking: bool | None = None
     ) -> list[str]:
         """The greedy answer to each conversation, generated as one batch; equal to asking them one by one."""
+        return [answer.text for answer in self.answer_many(conversations, max_new_tokens, thinking)]
+
+    def answer_many(
+        self, conversations: Sequence[Conversation], max_new_tokens: int = MAX_NEW_TOKENS, thinking: bool | None = None
+    ) -> list[Answer]:
+        """`ask_many`, with whether each answer was cut."""
         import torch
 
         inputs = self.inputs(conversations, thinking)
@@ -132,16 +150,22 @@ class Engine:
             out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         asked = inputs["input_ids"].tolist()
         said = out[:, len(asked[0]) :].tolist()
-        return [Detokenizer(self.chat, prompt).add(ids, whole=True) for prompt, ids in zip(asked, said, strict=True)]
+        texts = [Detokenizer(self.chat, prompt).add(ids, whole=True) for prompt, ids in zip(asked, said, strict=True)]
+        return [Answer(text, self._cut(ids)) for text, ids in zip(texts, said, strict=True)]
+
+    def _cut(self, ids: Sequence[int]) -> bool:
+        """Whether an answer's ids have no end."""
+        return set(self.model.generation_config.eos_token_id).isdisjoint(ids)
 
     def ask(self, conversation: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, thinking: bool | None = None) -> str:
         """The greedy answer to one conversation."""
         return self.ask_many([conversation], max_new_tokens, thinking)[0]
 
     def stream(
-        self, conversation: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, thinking: bool | None = None
-    ) -> Iterator[str]:
-        """The greedy answer in pieces, as they are generated."""
+        self, conversation: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, thinking: bool | None = None,
+        on_cut: Callable[[], None] = lambda: None,
+    ) -> Iterator[str]:  # fmt: skip
+        """The greedy answer in pieces, as they are generated; `on_cut` is called behind an answer that was cut."""
         import torch
 
         inputs = self.inputs([conversation], thinking)
@@ -169,6 +193,8 @@ class Engine:
         thread.join()
         if errors:
             raise errors[0]
+        if self._cut(text.ids):
+            on_cut()
 
 
 class _Tokens:
@@ -190,33 +216,47 @@ class _Tokens:
         return iter(self.queue.get, None)
 
 
-def open_beside(model_dir: Path, adapters: Mapping[str, Path], thinking: Thinking | None = None) -> dict[str | None, Engine]:
-    """The base, under None, and each adapter by its name, on one copy of the base's weights.
+def open_beside(model_dir: Path, adapters: Mapping[str, Path], min_pixels: int | None = None, max_pixels: int | None = None,
+                thinking: Thinking | None = None) -> dict[str | None, Engine]:  # fmt: skip
+    """The base, under None, and each adapter by its name, on one copy of the base's weights, each with its own limits of pixels
+    and its own way of asking, but where the bounds and `thinking` replace them.
 
     Whoever runs them must switch the model to `engine.adapter` first, as a Batcher does. Raises UserError.
     """
     check_folders(model_dir, adapters.values())
     from qwenvl_ft.model.load import add_adapter, open_processor
 
-    base = Engine.open(model_dir, thinking=thinking)
+    base = Engine.open(model_dir, None, False, min_pixels, max_pixels, thinking)
     model = base.model
     engines: dict[str | None, Engine] = {None: base}
     for number, (name, folder) in enumerate(adapters.items()):
         slot = f"adapter_{number}"  # PEFT takes no name with a dot
         model = add_adapter(model, folder, slot, model_dir)
-        own = open_chat(model_dir, thinking=thinking, adapter=folder)
-        engines[name] = replace(base, processor=open_processor(model_dir, folder), chat=own, adapter=slot)
+        chat = open_chat(model_dir, min_pixels, max_pixels, thinking, folder)
+        processor = limited(open_processor(model_dir, folder), chat, bool(min_pixels or max_pixels))
+        engines[name] = replace(base, processor=processor, chat=chat, adapter=slot)
     model = model.to(base.model.device).eval()
     return {name: replace(engine, model=model) for name, engine in engines.items()}
 
 
-def check_folders(model_dir: Path, adapters: Iterable[Path]) -> None:
+def limited(processor: Any, chat: Chat, other: bool) -> Any:
+    """The processor, its pictures within the chat's limits where these are others."""
+    if other:
+        from qwenvl_ft.model.load import limited_image_processor
+
+        limited_image_processor(processor, chat.limits)
+    return processor
+
+
+def check_folders(model_dir: Path, adapters: Iterable[Path]) -> Chat:
     """Says what is wrong with a model's folder and with adapters of it before torch is imported, which takes seconds."""
     check_model(model_dir)
-    open_chat(model_dir)
+    chat = open_chat(model_dir)
+    read_decoding(model_dir, chat.tokenizer)
     for adapter in adapters:
         check_adapter(adapter)
         check_base(adapter, model_dir)
+    return chat
 
 
 def turns_of(conversation: Conversation) -> Sequence[Turn]:

@@ -155,10 +155,17 @@ def _named(place: str, source: Any) -> str:
 
 
 def _kind(part: Any, place: str) -> str:
-    kinds = [key for key in ("text", "image", "image_url", "video", "video_url") if isinstance(part, dict) and key in part]
-    if len(kinds) != 1:
+    """The key that holds what the part is: its `type` says which, without one its only key does; null is none."""
+    kinds = ("text", "image", "image_url", "video", "video_url")
+    found = [key for key in kinds if isinstance(part, dict) and part.get(key) is not None]
+    said = part.get("type") if isinstance(part, dict) else None
+    if said is not None and said not in kinds:
+        raise UserError(Problem(f"{place}.type", f"is {str(said)[:40]!r}", f"write one of {', '.join(kinds)}"))
+    if len(found) != 1:
         raise UserError(Problem(place, "is not one part", "send text, image, image_url, video or video_url, one of them a part"))
-    return kinds[0]
+    if said and said.removesuffix("_url") != found[0].removesuffix("_url"):
+        raise UserError(Problem(place, f"its type is {said}, and it holds {found[0]}", "send what its type says"))
+    return found[0]
 
 
 def _count(part: dict[str, Any], key: str, place: str) -> int | None:

@@ -17,7 +17,7 @@ JSON_VALUES = 200_000  # a body of millions of [] keeps every other request wait
 UNSUPPORTED = {
     "n": (None, 1), "tools": (None, []), "functions": (None, []), "response_format": (None, {"type": "text"}),
     "logit_bias": (None, {}), "logprobs": (None, False), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1), "min_p": (None, 0), "stop_token_ids": (None, []), "guided_json": (None,),
+    "min_p": (None, 0), "stop_token_ids": (None, []), "guided_json": (None,),
     "tool_choice": (None, "none", "auto"), "modalities": (None, ["text"]), "top_logprobs": (None, 0), "echo": (None, False),
     "vl_high_resolution_images": (None, False),
 }  # fmt: skip
@@ -25,7 +25,7 @@ UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn. A temperature of 0 takes the likeliest token."""
+    """How an answer is drawn. A temperature of 0 takes the likeliest token; no `repetition_penalty`: the model's own."""
 
     max_new_tokens: int = DEFAULT_TOKENS
     temperature: float = 0.0
@@ -33,6 +33,7 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    repetition_penalty: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,11 @@ def unknown_model(names: Sequence[str]) -> ApiError:
     return ApiError(404, "model_not_found", f"no model of this name is served here, but {', '.join(names)}")
 
 
+def no_thoughts() -> ApiError:
+    """What is said to whoever asks for a thought of a model that is taught none."""
+    return ApiError(400, "unsupported_parameter", "enable_thinking: this model's chat template knows no thoughts")
+
+
 def model_failed() -> ApiError:
     """What is said where an answer breaks off; why is in the log only."""
     return ApiError(500, "model_error", "the model failed on this request")
@@ -163,6 +169,7 @@ def read_sampling(values: dict[str, Any], max_tokens_keys: tuple[str, ...], most
         top_k=read_number(values, "top_k", -1, 1 << 20, whole=True) or 0,
         seed=read_number(values, "seed", -(1 << 63), (1 << 63) - 1, whole=True),
         stop=tuple(words),
+        repetition_penalty=read_number(values, "repetition_penalty", 0.01, 100),
     )
 
 

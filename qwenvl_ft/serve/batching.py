@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.nn import functional
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.engine import Engine
@@ -40,6 +40,7 @@ class Request:
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)
     words: Detokenizer | None = None
+    prompt_S: torch.Tensor | None = None  # its ids, kept where a penalty on repetition asks for them
     text: str = ""
     sent: int = 0  # characters of the text
     rng: torch.Generator | None = None
@@ -110,8 +111,7 @@ class Batcher:
         self.waiting: Queue[Request | None] = Queue()
         self.batches: dict[str | None, _Batch] = {}
         self.chat = engine.chat
-        ends = self.model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends])
+        self.ends = set(self.model.generation_config.eos_token_id)
         self.inner: Any = (self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model).model
         self.adapter: str | None = ""  # the one that is switched on; "": not known
         self.steps = 0  # tokens' turns so far
@@ -204,6 +204,8 @@ class Batcher:
         if request.sampling.seed is not None:
             request.rng = torch.Generator(self.model.device).manual_seed(request.sampling.seed)
         request.words = Detokenizer(self.chat, inputs["input_ids"][0].tolist())
+        if self._penalty(request) != 1:
+            request.prompt_S = inputs["input_ids"][0]
         request.inputs = None  # its pixels are not needed any more
         token = self._sample(request, out.logits[0, -1])
         if not self._tell(request, token):
@@ -228,11 +230,19 @@ class Batcher:
         done = [self._tell(request, token) for request, token in zip(batch.requests, tokens, strict=True)]
         batch.keep([row for row, ended in enumerate(done) if not ended])
 
+    def _penalty(self, request: Request) -> float:
+        """On repetition: the request's own, else the model's."""
+        own = request.sampling.repetition_penalty
+        return float(self.model.generation_config.repetition_penalty if own is None else own)
+
     def _sample(self, request: Request, logits: torch.Tensor) -> int:
-        how = request.sampling
+        how, scores = request.sampling, logits.float()[None]
+        if request.prompt_S is not None:  # of the prompt and the answer so far, as transformers' generate does
+            ids_S = torch.cat([request.prompt_S, request.prompt_S.new_tensor(request.ids)])
+            scores = RepetitionPenaltyLogitsProcessor(self._penalty(request))(ids_S[None], scores)
         if how.temperature <= 0:
-            return int(logits.argmax())
-        scores = logits.float()[None] / max(how.temperature, 1e-4)
+            return int(scores.argmax())
+        scores = scores / max(how.temperature, 1e-4)
         if how.top_k > 0:
             scores = TopKLogitsWarper(how.top_k)(None, scores)
         scores = TopPLogitsWarper(how.top_p)(None, scores)

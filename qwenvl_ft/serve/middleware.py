@@ -1,7 +1,7 @@
 """Stands before every route: a number for each request, the key, a count of what was answered, an end to what is not read.
 
-Without a key only pages of this machine may ask: a page of another site, whose name is turned to 127.0.0.1 once it is loaded,
-still says its own name as Host.
+Without a key only pages of this server may ask: a browser names the site of the page that asks as Origin; a page of another site,
+whose name is turned to 127.0.0.1 once it is loaded, still says its own name as Host. Clients that are no browsers send no Origin.
 """
 
 import asyncio
@@ -137,11 +137,16 @@ class AccessMiddleware:
             if is_allowed(headers.get("authorization"), self.key):
                 return None
             return ApiError(401, "invalid_api_key", "the key is wrong or missing: send it as Authorization")
-        host = host_of(f"//{headers.get('host', '')}")
-        if is_loopback(host) or (host and host == self.host):
+        called = headers.get("host", "")
+        host, origin = host_of(f"//{called}"), headers.get("origin")
+        if not is_loopback(host) and not (host and host == self.host):
+            what = "this server asks for no key and is called localhost only"
+            return ApiError(403, "wrong_host", f"{what}: start it with --public-url for another name, or with --api-key-env")
+        # The port counts: other pages of this machine are other people's, too. Behind a gateway Host may be another name.
+        if origin is None or origin.lower().partition("://")[2] == called.lower() or (self.host and host_of(origin) == self.host):
             return None
-        what = "this server asks for no key and is called localhost only"
-        return ApiError(403, "wrong_host", f"{what}: start it with --public-url for another name, or with --api-key-env")
+        what = "this server asks for no key and answers no page of another site"
+        return ApiError(403, "wrong_origin", f"{what}: start it with --api-key-env, and ask with the key")
 
 
 async def drain(scope: Any, receive: Any) -> None:

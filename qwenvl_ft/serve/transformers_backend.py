@@ -11,7 +11,7 @@ from qwenvl_ft.data.geometry import Limits, grid_of, tokens_of
 from qwenvl_ft.data.records import Picture, Turn
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine
-from qwenvl_ft.serve.api import ApiError, ChatRequest, Pieces, Usage, model_failed, unknown_model
+from qwenvl_ft.serve.api import ApiError, ChatRequest, Pieces, Usage, model_failed, no_thoughts, unknown_model
 from qwenvl_ft.serve.batching import Batcher, Request
 from qwenvl_ft.serve.open_request import Opener, invalid_messages
 
@@ -56,7 +56,7 @@ class TransformersBackend:
 
     def _inputs(self, engine: Engine, thinking: bool | None, messages: Sequence[Turn]) -> tuple[Any, Usage]:
         if thinking and not engine.chat.thinks:
-            raise ApiError(400, "unsupported_parameter", "enable_thinking: this model's chat template knows no thoughts")
+            raise no_thoughts()
         try:
             self._check_pictures(messages, engine.limits("image"))
             with self.processing:

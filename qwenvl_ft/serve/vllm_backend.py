@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,15 +26,17 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from qwenvl_ft.data.geometry import Limits, read_limits
+from qwenvl_ft.data.chat import Chat, open_chat
+from qwenvl_ft.data.geometry import Limits, read_limits, resized
 from qwenvl_ft.data.pictures import bounded, opened
-from qwenvl_ft.data.records import Part, Picture, Turn, Video, as_text
+from qwenvl_ft.data.records import CONTROL_TOKEN, Part, Picture, Turn, Video
+from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import vllm_rank
 from qwenvl_ft.folders.model import read_model_json
-from qwenvl_ft.folders.runs import processor_folder
+from qwenvl_ft.infer.decoding import Decoding, read_decoding
 from qwenvl_ft.infer.engine import check_folders
-from qwenvl_ft.serve.api import ApiError, ChatRequest, Pieces, Usage, model_failed, unknown_model
+from qwenvl_ft.serve.api import ApiError, ChatRequest, Pieces, Usage, model_failed, no_thoughts, unknown_model
 from qwenvl_ft.serve.open_request import Opener, invalid_messages
 
 log = logging.getLogger("qwenvl_ft.serve")
@@ -45,11 +48,14 @@ STOP_SECONDS = 15
 class VllmBackend:
     """The models of the server at `url`, by their names there.
 
-    `limits`, where they are known, are the models' processors', the base's first. Raises UserError where it does not answer.
+    `chats`, where they are known, say what each model's pictures are seen within and how it is asked, `own` are the limits of the
+    base's processor, which is all that vLLM knows; `decoding` is the base's. Raises UserError where it does not answer.
     """
 
-    def __init__(self, url: str, opener: Opener, process: Process | None = None, limits: Mapping[str, Limits] | None = None):
-        self.url, self.opener, self.process, self.limits = url.rstrip("/"), opener, process, limits or {}
+    def __init__(self, url: str, opener: Opener, process: Process | None = None, chats: Mapping[str, Chat] | None = None,
+                 own: Limits | None = None, decoding: Decoding | None = None):  # fmt: skip
+        self.url, self.opener, self.process, self.chats = url.rstrip("/"), opener, process, chats or {}
+        self.own, self.decoding = own, decoding
         try:
             # Not by a proxy that the environment names for the internet, here as below.
             listed = httpx.get(f"{self.url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()
@@ -65,7 +71,12 @@ class VllmBackend:
         """Opens the pictures, asks the other server and hands on what it says; the last piece once the usage is known."""
         if chat.model not in self.names:
             raise unknown_model(self.names)
-        body = write_request(chat, await self.opener.open(chat, until, partial(self._write, chat.model)))
+        if known := self.chats.get(chat.model):
+            if chat.thinking and not known.thinks:
+                raise no_thoughts()
+            if chat.thinking is None and known.thinks:
+                chat = replace(chat, thinking={"on": True, "off": False}.get(known.thinking))
+        body = write_request(chat, await self.opener.open(chat, until, partial(self._write, chat.model)), self.decoding)
         usage, finish = Usage(), None
         self.active += 1
         try:
@@ -97,8 +108,8 @@ class VllmBackend:
             self.active -= 1
 
     def _write(self, model: str, messages: Sequence[Turn]) -> list[dict[str, Any]]:
-        limits, base = self.limits.get(model), next(iter(self.limits.values()), None)
-        fitting = (replace(message, parts=tuple(sized(part, limits, base) for part in message.parts)) for message in messages)
+        limits = self.chats[model].limits if model in self.chats else None
+        fitting = (replace(message, parts=tuple(sized(part, limits, self.own) for part in message.parts)) for message in messages)
         return [*map(write_message, fitting)]
 
     async def close(self) -> None:
@@ -114,14 +125,20 @@ class VllmBackend:
         return {"active": self.active, "alive": self.process is None or self.process.poll() is None}
 
 
-def write_request(chat: ChatRequest, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The request in OpenAI's dialect, with vLLM's top_k."""
+def write_request(chat: ChatRequest, messages: Sequence[dict[str, Any]], decoding: Decoding | None) -> dict[str, Any]:
+    """The request in OpenAI's dialect, with vLLM's additions.
+
+    It names every setting for which vLLM would look into the model's generation_config.json; the ends and the penalty, where the
+    folder is not known here, are left to that.
+    """
     how = chat.sampling
+    penalty = decoding.repetition_penalty if decoding and how.repetition_penalty is None else how.repetition_penalty
     body = {
         "model": chat.model, "messages": messages,
         "stream": True, "stream_options": {"include_usage": True},
-        "max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p,
-        "top_k": how.top_k if how.top_k > 0 else None, "seed": how.seed, "stop": list(how.stop) or None,
+        "max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p, "min_p": 0,
+        "top_k": how.top_k if how.top_k > 0 else -1, "seed": how.seed, "stop": list(how.stop) or None,
+        "repetition_penalty": penalty, "stop_token_ids": list(decoding.ends) if decoding else None,
         "chat_template_kwargs": None if chat.thinking is None else {"enable_thinking": chat.thinking},
     }  # fmt: skip
     return {key: value for key, value in body.items() if value is not None}
@@ -132,7 +149,7 @@ def write_message(message: Turn) -> dict[str, Any]:
     parts: list[dict[str, Any]] = []
     for part in message.parts:
         if isinstance(part, str):
-            parts.append({"type": "text", "text": as_text(part)})
+            parts.append({"type": "text", "text": as_letters(part)})
         elif isinstance(part, Picture):
             parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(opened(part))}"}})
         else:
@@ -145,10 +162,15 @@ def write_message(message: Turn) -> dict[str, Any]:
     return {"role": message.role, "content": parts}
 
 
+def as_letters(text: str) -> str:
+    """The text with a space of no width in its control tokens: vLLM reads a text's tokens itself, and they would act there."""
+    return CONTROL_TOKEN.sub(lambda token: f"<\u200b{token[0][1:]}", text)
+
+
 def sized(part: Part, limits: Limits | None, base: Limits | None) -> Part:
     """A picture at the size that its own bounds or its adapter's training give it: vLLM knows those of its base only.
 
-    Raises ApiError for bounds where `limits` are not known, and for a video's.
+    Raises ApiError for bounds where `limits` are not known, for a video's, and for a size that vLLM would change again.
     """
     if isinstance(part, str):
         return part
@@ -161,9 +183,14 @@ def sized(part: Part, limits: Limits | None, base: Limits | None) -> Part:
         return part
     own = replace(part, min_pixels=part.min_pixels or limits.min_pixels, max_pixels=part.max_pixels or limits.max_pixels)
     try:
-        return bounded(own, limits)
+        fitting = bounded(own, limits)
     except UserError as error:
         raise invalid_messages(error) from error
+    if isinstance(fitting, Picture) and base and resized(fitting.height, fitting.width, base) != (fitting.height, fitting.width):
+        what = f"is seen at {fitting.width} x {fitting.height} px, and the engine's own limits would change that"
+        fix = "the adapter was trained with others than its base has: export it, and serve the merged folder"
+        raise ApiError(400, "invalid_messages", f"a picture {what}: {fix}")
+    return fitting
 
 
 def _png(image: Image.Image) -> str:
@@ -190,16 +217,17 @@ def read_usage(usage: Mapping[str, Any]) -> Usage:
 
 
 def start_vllm(
-    model: Path, names: Sequence[str], adapters: Mapping[str, Path], arguments: Sequence[str], opener: Opener
-) -> VllmBackend:
+    model: Path, names: Sequence[str], adapters: Mapping[str, Path], arguments: Sequence[str], opener: Opener,
+    min_pixels: int | None = None, max_pixels: int | None = None, thinking: Thinking | None = None,
+) -> VllmBackend:  # fmt: skip
     """Starts `vllm serve` on loopback and waits until it is up. It ends with this process, however that ends but by SIGKILL.
 
     Raises UserError for what is wrong with the folders, and where it is not installed or ends.
     """
     check_folders(model, adapters.values())
-    limits = dict.fromkeys(names, read_limits(model))
-    for name, folder in adapters.items():
-        limits[name] = read_limits(processor_folder(model, folder))
+    base = open_chat(model, min_pixels, max_pixels, thinking)
+    chats = dict.fromkeys(names, base)
+    chats |= {name: open_chat(model, min_pixels, max_pixels, thinking, folder) for name, folder in adapters.items()}
     if not (program := shutil.which("vllm")):
         raise UserError(
             Problem("--engine vllm", "vllm is not installed", "install it in an environment of its own: pip install vllm")
@@ -212,6 +240,11 @@ def start_vllm(
         rank = max(int(read_model_json(folder / "adapter_config.json")["r"]) for folder in adapters.values())
         command += ["--enable-lora", "--max-lora-rank", str(vllm_rank(rank) or rank)]
         command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
+    template = tempfile.NamedTemporaryFile("w", suffix=".jinja", encoding="utf-8")  # gone once vLLM has read it
+    if base.thinks:
+        template.write(base.source)
+        template.flush()
+        command += ["--chat-template", template.name]
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one; the server has its own SIGTERM once it runs
             signal.signal(number, _stop)
@@ -222,7 +255,7 @@ def start_vllm(
     while process.poll() is None and time.monotonic() < until:
         with suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
-                return VllmBackend(url, opener, process, limits)
+                return VllmBackend(url, opener, process, chats, read_limits(model), read_decoding(model, base.tokenizer))
         time.sleep(0.5)
     raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))
 

@@ -180,7 +180,15 @@ def test_an_output_dir_that_holds_something_else_is_refused(run, tmp_path):
     (tmp_path / "data" / "train.json").write_text("[]")
     code, _, err = run(*PLAN, f"output_dir={tmp_path}/data")
     assert (code, err.splitlines()[0]) == (1, f"output_dir: {tmp_path}/data: holds files and none of a run")
-    for name in ("config.yaml", "plan.json", "metrics.jsonl", "checkpoint-5", "predictions_base.json", "predictions-eval.json"):
+    for name in (
+        "config.yaml",
+        "plan.json",
+        "metrics.jsonl",
+        "checkpoint-5",
+        "predictions_base.json",
+        "predictions-eval.json",
+        "predictions-eval.jsonl",
+    ):
         (tmp_path / "data" / name).write_text("")
         assert run(*PLAN, f"output_dir={tmp_path}/data")[0] == 0
         (tmp_path / "data" / name).unlink()

@@ -1,6 +1,8 @@
 """A file of questions answered by `ask --jsonl`, stopped and gone on with."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +74,30 @@ def test_a_bad_line_fails_alone_and_is_not_forgotten(engine, tmp_path):
     assert ["answer" in line for line in answered(out)] == [True, False, True]
     _, (problem,) = answer_file(engine, lines, out, 8, 5, lambda done, total: None)
     assert problem.where == f"{out}, line 3" and "error in place of an answer" in problem.what
+
+
+def test_an_answer_that_was_cut_says_so(engine, tmp_path):
+    lines = read_questions(asked(tmp_path, "say one", "say two"))
+    for tokens, cut in ((2, [True, True]), (200, [False, False])):
+        out = tmp_path / f"out{tokens}"
+        answer_file(engine, lines, out, 8, tokens, lambda done, total: None)
+        assert [line.get("cut", False) for line in answered(out)] == cut
+
+
+def test_answers_of_a_model_that_has_changed_in_its_folder_are_not_gone_on_with(tmp_path, capsys):
+    """Only the names of the folders were compared, so a run that had been trained again went on with the answers of the one before."""
+    shutil.copytree(TINY, tmp_path / "model")
+    arguments = ["ask", str(tmp_path / "model"), "--jsonl", str(asked(tmp_path, "say a")), "--out", str(tmp_path / "p" / "out")]
+    arguments += ["--max-new-tokens", "2"]
+    codes = []
+    for changed in ([], [], ["--max-pixels", "50176"]):
+        with pytest.raises(SystemExit) as done:
+            main([*arguments, *changed])
+        codes.append(done.value.code)
+    os.utime(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert [*codes, done.value.code] == [0, 0, 1, 1] and "of another model or with other settings" in capsys.readouterr().err
 
 
 def test_answers_to_other_questions_or_of_another_model_are_not_gone_on_with(engine, tmp_path):

@@ -23,6 +23,7 @@ from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.infer.messages import read_messages
 from tests.conftest import SAMPLE, TINY
 from tests.runs import write_film
+from tests.serving import data_url
 
 CHART = SAMPLE / "images" / "two_col_2954.png"
 
@@ -178,6 +179,10 @@ def test_bounds_that_the_processor_would_override_are_refused(engine, part):
         ([{"role": "robot", "content": "hi"}], r"messages\[0\].role: is 'robot'"),
         ([{"role": "user"}], "is neither text nor a list of parts"),
         (user({"image": "a.png", "video": "b.mp4"}), "is not one part"),
+        (user({"type": "image", "text": "a", "image": None}), "its type is image, and it holds text"),
+        (user({"type": "image", "image": "a.png", "text": "a"}), "is not one part"),
+        (user({"type": "text", "text": None}), "is not one part"),
+        (user({"type": "input_audio", "text": "a"}), r"type: is 'input_audio'"),
         (user({"image": "nowhere.png"}), "cannot be read"),
         (user({"image": 5}), "names no picture"),
         (user({"image": "data:image/png;base64,???"}), "is no base64"),
@@ -195,6 +200,16 @@ def test_bounds_that_the_processor_would_override_are_refused(engine, part):
 def test_what_is_wrong_is_said_with_its_place(messages, complaint):
     with pytest.raises(UserError, match=complaint):
         read_messages(messages)
+
+
+@pytest.mark.parametrize("part", [
+    {"type": "text", "text": "hi", "image_url": None}, {"type": "text", "text": "hi", "video": None, "min_pixels": None},
+    {"text": "hi", "image": None},
+])  # fmt: skip
+def test_null_beside_what_a_part_holds_is_nothing(part):
+    assert read_messages(user(part))[0].parts == ("hi",)
+    picture = {"type": "image_url", "text": None, "image_url": {"url": data_url(CHART)}}
+    assert isinstance(read_messages(user(picture))[0].parts[0], Picture)
 
 
 def test_all_problems_come_at_once():

@@ -54,7 +54,7 @@ def alone(engine: Engine, talk, tokens: int = 24) -> list[int]:
     """The ids that transformers generates for this one, the end left out."""
     inputs = engine.inputs([talk])
     out = engine.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
-    ends = {engine.model.generation_config.eos_token_id}
+    ends = set(engine.model.generation_config.eos_token_id)
     return out[:-1] if out[-1] in ends else out
 
 

@@ -44,9 +44,17 @@ def test_openai_is_read():
 
 
 def test_dashscope_is_read():
-    parameters = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "seed": 1, "stop": ["a", "b"]}
+    parameters = {
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 4,
+        "seed": 1,
+        "stop": ["a", "b"],
+        "repetition_penalty": 1.1,
+    }
     body = {"model": "tiny", "input": {"messages": MESSAGES}, "parameters": parameters}
-    expected = ChatRequest("tiny", MESSAGES, Sampling(7, 0.5, 0.9, 4, 1, ("a", "b")), increments=False)
+    expected = ChatRequest("tiny", MESSAGES, Sampling(7, 0.5, 0.9, 4, 1, ("a", "b"), 1.1), increments=False)
     assert dashscope_api.read_generation(body, 100, stream=False) == expected
     body["parameters"] = {"incremental_output": True}
     assert dashscope_api.read_generation(body, 100, stream=True) == ChatRequest("tiny", MESSAGES, Sampling(100), stream=True)
@@ -56,7 +64,7 @@ def test_dashscope_is_read():
 @pytest.mark.parametrize("key, value", [
     ("max_tokens", 0), ("max_tokens", 101), ("max_tokens", True), ("max_tokens", 1.5), ("temperature", -1), ("temperature", "1"),
     ("temperature", float("nan")), ("top_p", 1.1), ("top_k", 0.5), ("seed", 1 << 63), ("stop", 1), ("stop", [""]), ("stop", [1]),
-    ("n", 2), ("tools", [{}]), ("logprobs", True), ("presence_penalty", 0.1), ("repetition_penalty", 1.05), ("logit_bias", {"1": 2}),
+    ("n", 2), ("tools", [{}]), ("logprobs", True), ("presence_penalty", 0.1), ("repetition_penalty", 0), ("logit_bias", {"1": 2}),
     ("min_p", 0.1), ("stop_token_ids", [5]), ("guided_json", {"type": "object"}), ("tool_choice", "required"), ("modalities", ["audio"]),
     ("echo", True), ("enable_thinking", True), ("vl_high_resolution_images", True), ("top_logprobs", 2), ("stop", False), ("stop", {}),
     ("max_tokens", 5.5), ("max_tokens", float("inf")),

@@ -311,6 +311,43 @@ def test_a_server_without_a_key_has_no_strange_name(engines):
         assert httpx.get(served.url + "/v1/models", headers={"Host": "any.example", "Authorization": "secret"}).status_code == 200
 
 
+def test_a_server_without_a_key_answers_no_page_of_another_origin(engines):
+    """A page on the web may send a question to 127.0.0.1, whose Host is then right: it was answered, and the GPU was its."""
+    body = {"messages": question("hi"), "max_tokens": 2}
+
+    def status(served, origin: str | None, **headers: str) -> int:
+        sent = headers | ({"Origin": origin} if origin is not None else {})
+        return httpx.post(served.url + "/v1/chat/completions", json=body, headers=sent, timeout=60).status_code
+
+    with serving(engines, public_url="https://chart.example/qwen") as served:
+        others = ("https://evil.example", "http://localhost:1", "http://127.0.0.1", f"http://localhost:{served.port}", "null", "")
+        for origin in others:
+            assert status(served, origin) == 403, origin
+        for origin in (None, served.url, "https://chart.example"):
+            assert status(served, origin) == 200, origin
+        assert status(served, f"http://LOCALHOST:{served.port}", Host=f"localhost:{served.port}") == 200
+        asking = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+        for headers in (asking, asking | {"Origin": served.url}):
+            answer = httpx.options(served.url + "/v1/chat/completions", headers=headers)
+            assert answer.status_code in (403, 405) and not [name for name in answer.headers if name.startswith("access-control")]
+    with serving(engines, key="secret") as served:
+        assert status(served, "https://evil.example", Authorization="secret") == 200
+
+
+def test_a_part_is_what_its_type_says_and_null_beside_it_is_nothing(served):
+    """Clients that write every field of a part, the unused ones null, got status 400."""
+    part = {"type": "text", "text": "hi", "image_url": None, "video_url": None}
+
+    def answer(part) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 4}
+        return httpx.post(served.url + "/v1/chat/completions", json=body, timeout=60)
+
+    plain, typed = answer({"text": "hi"}).json(), answer(part).json()
+    assert typed["choices"] == plain["choices"] and typed["usage"] == plain["usage"]
+    wrong = answer({"type": "text", "image_url": {"url": data_url(CHARTS[0])}, "text": None})
+    assert wrong.status_code == 400 and "its type is text, and it holds image_url" in wrong.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("prefix", ["", "/api/predict/chart"])
 def test_an_upload_goes_to_where_its_permit_was_asked_for(served, prefix):
     """Behind a gateway that does not strip its path, a client must not be sent to the path alone."""

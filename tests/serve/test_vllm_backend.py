@@ -117,6 +117,9 @@ def test_pictures_go_on_at_the_size_of_their_bounds_and_of_their_adapters_traini
         own = Limits(14, 2, 3_136, most)
         assert image.size[::-1] == resized(whole.height, whole.width, own)
         assert resized(image.height, image.width, base) == image.size[::-1], "vLLM's own processor leaves it alone"
+    larger = Limits(14, 2, 3_136, 150_000)
+    with pytest.raises(ApiError, match="the engine's own limits would change that"):
+        sized(read_messages(question("read", CHARTS[0]))[0].parts[0], larger, trained)
     for part, limits in ((small, None), (replace(small, max_pixels=9), base)):
         with pytest.raises(ApiError, match="max_pixels"):
             sized(part, limits, base)
