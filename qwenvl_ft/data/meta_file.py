@@ -119,4 +119,4 @@ class _PictureFolder:
         if not path.is_file():
             raise UserError(Problem(where, f"{name} is not a regular file", "name a picture file"))
         height, width = size_of(path, where)
-        return self.seen.setdefault(name, Picture(path, height, width))
+        return self.seen.setdefault(name, Picture(path, height, width, num_bytes=path.stat().st_size))
