@@ -205,7 +205,7 @@ def _opened(file: Path | BytesIO, where: str, name: str) -> Iterator[Image.Image
     name, again, begun = f"{name} ".lstrip(), "copy it again from its source", False
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # of what is refused here in our own words
             with Image.open(file, formats=FORMATS) as picture:
                 begun = True
                 yield picture
