@@ -222,7 +222,8 @@ def run_steps(config: Config, accelerator: Accelerator) -> None:
     finally:
         display.stop()
         if metrics:
-            metrics.close()
+            with writing(config.output_dir / METRICS):  # what is left of a line goes out with it
+                metrics.close()
     model = accelerator.unwrap_model(run.model)
     state = run.adapter_state()
     if main:
