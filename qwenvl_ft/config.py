@@ -46,6 +46,7 @@ Positive = Annotated[Number, Field(gt=0)]
 Area = Annotated[Number, AfterValidator(_area)]
 Count = Annotated[Number, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Step = Annotated[float, Field(gt=0, le=1)]  # AdamW moves every weight by about so much, and float32 ends at 3e38
 Share = Annotated[float, Field(ge=0, lt=1)]
 Tower = Literal["language", "vision", "merger"]
 
@@ -77,7 +78,7 @@ class Config(BaseModel):
     num_train_epochs: Positive = 3
     max_steps: Positive | None = None
     rows_per_step: Positive = 8
-    learning_rate: Rate = 1e-4
+    learning_rate: Step = 1e-4
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Share = 0.03
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0

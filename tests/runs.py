@@ -73,7 +73,7 @@ def launch(
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--mixed_precision", "no", "--dynamo_backend", "no",
                "--num_machines", "1", *launcher, script, "--config", str(empty), *overrides]  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(env or {})},
     )  # fmt: skip
     if not wait:

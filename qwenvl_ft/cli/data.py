@@ -33,11 +33,14 @@ def validate_meta(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Decode every picture, too: finds what breaks behind a good header.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check a meta-file and its pictures: every problem in one run, with its place and its fix.
 
-    Reads picture headers only and never imports torch, so a million records take minutes.
+    Reads picture headers only, unless --deep, and never imports torch, so a million records take minutes.
 
     Example: validate-meta data/sample/train.json --data-dir data/sample/images --model data/tiny
     """
@@ -48,6 +51,11 @@ def validate_meta(
     chat = open_chat(model, *training_asking(config, min_pixels, max_pixels, thinking)) if model else None
     with counting("reading records") as on_record:
         records, problems, total = read_records(meta, data_dir, on_record)
+    if deep:
+        from qwenvl_ft.data.deep import decode_all
+
+        with counting("decoding pictures") as on_picture:
+            problems.extend(decode_all(records, on_picture))
     tokens = None
     if chat:  # imported here, since it brings the whole config with it: a third of the time of a run without a model
         from qwenvl_ft.data.prepare import token_counts, write_scripts

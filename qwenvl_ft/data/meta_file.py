@@ -162,7 +162,7 @@ class _PictureFolder:
         if not path.is_file():
             raise UserError(Problem(where, f"{name} is not a regular file", "name a picture file"))
         height, width = size_of(path, where)
-        return Picture(path, height, width)
+        return Picture(path, height, width, num_bytes=path.stat().st_size)
 
 
 def _plain(name: str) -> str:

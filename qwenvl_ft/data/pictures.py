@@ -1,6 +1,6 @@
 """Opens pictures the one way that training, evaluation and answering share.
 
-What is on the screen is what the model sees: EXIF orientation applied, transparency on white, 16 bits scaled to 8.
+What is on the screen is what the model sees: EXIF orientation applied, transparency on white, more than 8 bits scaled to 8.
 Stock loaders leave phone photos lying on their side and turn 16-bit pictures white, both without a word.
 """
 
@@ -16,31 +16,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from qwenvl_ft.data.geometry import MAX_ASPECT, Limits, resized
+from qwenvl_ft.data.magic import what_it_is
 from qwenvl_ft.data.records import Medium, Picture
 from qwenvl_ft.errors import Problem, UserError
 
 MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
 LARGE_PIXELS = 16_000_000  # of which one at a time is opened for others: its copies take a gigabyte
 LARGE = Lock()
-STRIP_ROWS = 256  # of a 16-bit picture that are in memory as float64
+STRIP_ROWS = 256  # of a picture of more than 8 bits that are in memory as float64
 ORIENTATION = 0x0112
+TIFF_BITS, TIFF_WHITE, TIFF_KIND = 258, 262, 339  # its tags: bits a sample, what white is, the samples' kind
+TIFF_WHITE_IS_ZERO, TIFF_SIGNED = 0, 2
 TURN = Image.Transpose
 TURNS = {  # by EXIF orientation, as PIL.ImageOps.exif_transpose has them
     2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
     6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90,
 }  # fmt: skip
 LIES_ON_ITS_SIDE = (TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
-TAIL_BYTES = 4096
-# What is opened of the formats that Pillow knows, when a file comes from elsewhere: others run programs (EPS) or are rare.
+TAIL_BYTES, HEAD_BYTES = 4096, 4096
+# What is opened of the formats that Pillow knows, in training as in serving: others run programs (EPS) or are rare.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
-END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+OPENED = f"{', '.join(FORMATS)} are opened"
+END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}  # MPO: a phone's JPEG with a second one behind it
+
+
+class PictureChanged(UserError):
+    """A picture is not the one whose header was read: what was planned with it cannot be done any more, nor done again."""
 
 
 def size_of(path: Path, where: str) -> tuple[int, int]:
     """(height, width) in px as it will be seen, from the header alone. Raises UserError where it cannot become a picture."""
-    with _opened(path, where) as picture:
+    with _opened(path, where, path.name) as picture:
         width, height = picture.size
         mark = END_MARKS.get(picture.format or "")
         sideways = _turn(picture) in LIES_ON_ITS_SIDE
@@ -55,29 +64,57 @@ def size_of(path: Path, where: str) -> tuple[int, int]:
 
 def load(path: Path, where: str) -> Image.Image:
     """The picture in RGB, EXIF orientation applied, on white. Raises UserError where its data is damaged."""
-    with _opened(path, where) as picture:
+    with _opened(path, where, path.name) as picture:
         return as_seen(picture)
 
 
 def opened(picture: Picture, where: str = "") -> Image.Image:
-    """The picture in memory, as `load` brings it where it is a file; `where` is named in place of the file's path."""
-    return load(picture.source, where or str(picture.source)) if isinstance(picture.source, Path) else picture.source
+    """The picture in memory, as `load` brings it where it is a file; `where` is named in place of the file's path.
+
+    Raises UserError where its data is damaged, PictureChanged where the file is gone or another than was planned with.
+    """
+    path = picture.source
+    if not isinstance(path, Path):
+        return path
+    where, changed = where or str(path), ""
+    try:
+        image = load(path, where)
+    except UserError as error:
+        if not path.is_file():
+            changed = f"{path.name} is gone"
+        elif _is_bad(path):  # its header could be read before
+            changed = error.problems[0].what
+        if not changed:
+            raise
+    else:
+        if image.size != (picture.width, picture.height):
+            changed = f"{path.name} was {picture.width} x {picture.height} px and is {image.width} x {image.height} px"
+        elif picture.num_bytes not in (None, path.stat().st_size):
+            changed = f"{path.name} is another file of the same size in px"
+        if not changed:
+            return image
+    raise PictureChanged(
+        Problem(where, f"since the records were read it changed: {changed}", "put it back as it was and go on, or start again")
+    )
+
+
+def _is_bad(path: Path) -> bool:
+    try:
+        size_of(path, "")
+    except UserError:
+        return True
+    return False
 
 
 def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """`load` of a file's bytes, with the checks of `size_of` before anything is decoded."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(data), formats=FORMATS) as picture:
-                width, height = picture.size
-                if width * height > max_pixels:
-                    raise UserError(Problem(where, f"has {width} x {height} px, more than {max_pixels:,}", "make it smaller"))
-                check_aspect(width, height, where)
-                with LARGE if width * height > LARGE_PIXELS else nullcontext():
-                    return as_seen(picture)
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        raise UserError(Problem(where, "is not a picture that can be read", "send a PNG or a JPEG")) from error
+    with _opened(BytesIO(data), where, "") as picture:
+        width, height = picture.size
+        if width * height > max_pixels:
+            raise UserError(Problem(where, f"has {width} x {height} px, more than {max_pixels:,}", "make it smaller"))
+        check_aspect(width, height, where)
+        with LARGE if width * height > LARGE_PIXELS else nullcontext():
+            return as_seen(picture)
 
 
 def bounded(part: Medium, limits: Limits) -> Medium:
@@ -106,26 +143,52 @@ def check_aspect(width: int, height: int, where: str, name: str = "it") -> None:
 
 
 def as_seen(picture: Image.Image) -> Image.Image:
-    """An open picture as RGB. 16-bit grey is scaled by its depth; a float picture is taken to run from 0 to its maximum."""
+    """An open picture as RGB; what has more than 8 bits is scaled to 8 as `_in_8_bits` says."""
     turn = _turn(picture)
     picture.load()
+    picture = _in_8_bits(picture)
     if turn is not None:
         picture = picture.transpose(turn)
-    if picture.mode.startswith("I;16"):
-        picture = picture.convert("I")
-    if picture.mode in ("I", "F"):
-        values = np.asarray(picture)
-        grey = np.empty(values.shape, np.uint8)
-        rows = [slice(start, start + STRIP_ROWS) for start in range(0, len(values), STRIP_ROWS)]
-        top = 65535.0 if picture.mode == "I" else max(1e-9, *(float(_finite(values[some]).max()) for some in rows))
-        for some in rows:
-            grey[some] = np.clip(_finite(values[some]) * (255 / top), 0, 255).round()
-        picture = Image.fromarray(grey)
     if picture.has_transparency_data:
+        if picture.mode == "La":  # which Pillow turns into LA and nothing else
+            picture = picture.convert("LA")
         picture = picture.convert("RGBA")
         paper = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(paper, picture)
     return picture.convert("RGB")
+
+
+def _in_8_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 12 or 16 bits is scaled by its depth. Of more bits, or signed, it is scaled by what it holds: from 0, or from its
+    least value below 0, to its greatest. Floats run from 0 to their greatest; only where none is above 0, from their least.
+
+    Pillow itself cuts all of these off at 0 and 255. The other modes have 8 bits already.
+    """
+    tags = picture.tag_v2 if isinstance(picture, TiffImageFile) else {}
+    bits, signed = tags.get(TIFF_BITS, (0,))[0], tags.get(TIFF_KIND, (0,))[0] == TIFF_SIGNED
+    if picture.mode not in ("I", "F") and not picture.mode.startswith("I;16") and not (picture.mode == "L" and signed):
+        return picture
+    values = np.asarray(picture)
+    if signed and bits == 8:
+        values = values.view(np.int8)
+    if bits == 32 and not signed and picture.mode == "I":  # Pillow keeps the bytes and takes them for signed ones
+        values = values.view(np.uint32)
+    strips = [slice(start, start + STRIP_ROWS) for start in range(0, len(values), STRIP_ROWS)]
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):
+        low, high = 0.0, 2.0 ** (bits or 16) - 1
+    else:
+        low = min(float(_finite(values[strip]).min()) for strip in strips)
+        high = max(float(_finite(values[strip]).max()) for strip in strips)
+        low = 0.0 if picture.mode == "F" and high > 0 else min(0.0, low)
+    grey = np.empty(values.shape, np.uint8)
+    for strip in strips:
+        grey[strip] = np.clip((_finite(values[strip]) - low) * (255 / max(1e-9, high - low)), 0, 255).round()
+    if tags.get(TIFF_WHITE) == TIFF_WHITE_IS_ZERO:  # Pillow sees to it up to 8 bits only
+        grey = 255 - grey
+    seen = Image.fromarray(grey)
+    if isinstance(hidden := picture.info.get("transparency"), int):  # the one value of a PNG that is not seen
+        seen.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    return seen
 
 
 def _finite(values: NDArray[Any]) -> NDArray[np.float64]:
@@ -134,20 +197,42 @@ def _finite(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 @contextmanager
-def _opened(path: Path, where: str) -> Iterator[Image.Image]:
-    """The picture, undecoded. Pillow warns above 89 megapixels and refuses above 178; MAX_PIXELS, between them, is our own."""
+def _opened(file: Path | BytesIO, where: str, name: str) -> Iterator[Image.Image]:
+    """The picture, undecoded; raises UserError for what is none, or breaks while the caller decodes it.
+
+    Pillow warns above 89 megapixels and refuses above 178; MAX_PIXELS, between them, is our own.
+    """
+    name, again, begun = f"{name} ".lstrip(), "copy it again from its source", False
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            warnings.simplefilter("ignore")  # of what is refused here in our own words
+            with Image.open(file, formats=FORMATS) as picture:
+                begun = True
                 yield picture
     except Image.DecompressionBombError as error:
-        raise UserError(Problem(where, f"{path.name} has more than 100 megapixels", "make it smaller")) from error
+        raise UserError(Problem(where, f"{name}has more than 100 megapixels", "make it smaller")) from error
     except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # RuntimeError: a damaged AVIF
-        if path.is_file() and path.stat().st_size == 0:
-            raise UserError(Problem(where, f"{path.name} is empty", "copy it again from its source")) from error
-        fix = "open it in a viewer; save it again as PNG or JPEG"
-        raise UserError(Problem(where, f"{path.name} is not a picture that can be read", fix)) from error
+        what, fix = f"{name}is not a picture that can be read", "save it again as PNG or JPEG; " + OPENED
+        if begun:
+            what, fix = f"{what}: it breaks while it is decoded", again
+        elif isinstance(error, PermissionError):
+            what, fix = f"{name}may not be read ({error.strerror})", "let your account read it"
+        elif (head := _head(file)) is not None:
+            if not head:
+                what, fix = f"{name}is empty", again
+            elif known := what_it_is(head):
+                what, fix = f"{name}is {known[0]}, not a picture", known[1]
+        raise UserError(Problem(where, what, fix)) from error
+
+
+def _head(file: Path | BytesIO) -> bytes | None:
+    """The first bytes; None of what is no file."""
+    if isinstance(file, BytesIO):
+        return file.getvalue()[:HEAD_BYTES]
+    if not file.is_file():
+        return None
+    with file.open("rb") as opened_file:
+        return opened_file.read(HEAD_BYTES)
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:

@@ -4,7 +4,7 @@ Record("train.json[3]", (Turn("user", (Picture(Path("a.png"), 40, 50), "How many
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ CONTROL_TOKEN = re.compile(r"<\|(?:endoftext|im_start|im_end|vision_start|vision
 class Picture:
     """A picture: a file whose header was read, or an image in memory; its size in px as it will be seen, EXIF orientation applied.
 
-    The bounds, in px, replace the processor's own for it.
+    The bounds, in px, replace the processor's own for it. `num_bytes` is the file's size when its header was read.
     """
 
     source: Path | Image.Image
@@ -26,6 +26,7 @@ class Picture:
     width: int
     min_pixels: int | None = None
     max_pixels: int | None = None
+    num_bytes: int | None = field(default=None, compare=False)
     kind: ClassVar[str] = "image"
 
     @classmethod

@@ -7,19 +7,21 @@ No pickle is written or read: tensors are safetensors, the rest is JSON.
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from qwenvl_ft.errors import Problem, UserError
 
 MANIFEST = "MANIFEST.json"
 INCOMING = ".incoming"
+LOCK = ".lock"  # left in place: who waits for it must find the same file
 
 
 def write_whole(folder: Path, write: Callable[[Path], dict[str, str] | None], replace: bool = True) -> None:
@@ -31,10 +33,14 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, str] | None], re
     """
     incoming = folder.parent / INCOMING / folder.name
     lock = incoming.with_name(f"{folder.name}.lock")
-    try:
+    with writing(folder):
         incoming.parent.mkdir(parents=True, exist_ok=True)
         _clear(incoming.parent)
-        with FileLock(lock, blocking=False):  # the system lets go of it when this process ends, however it does
+        try:
+            taken = FileLock(lock, blocking=False).acquire()  # the system lets go of it when this process ends, however it does
+        except Timeout:
+            raise UserError(Problem(str(folder), "is being written by another process", "wait for it")) from None
+        with taken:
             try:
                 shutil.rmtree(incoming, ignore_errors=True)
                 incoming.mkdir()
@@ -49,11 +55,24 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, str] | None], re
                 with suppress(OSError):  # Windows deletes no file that is open
                     lock.unlink(missing_ok=True)
                 discard(incoming)
-    except Timeout:
-        raise UserError(Problem(str(folder), "is being written by another process", "wait for it")) from None
-    except OSError as error:
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Says in words what the disk refuses, being full or read-only or gone, whichever library was writing. Raises UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # safetensors and tokenizers put the number into a text, torch's writer of files leaves it out.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        said = os.strerror(int(number[1])) if number else error.strerror if isinstance(error, OSError) else None
+        if said is None and "PytorchStreamWriter" not in str(error):
+            raise
         free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.is_dir())).free
-        raise UserError(Problem(str(error.filename or folder), f"{error.strerror} ({free / 2**30:.1f} GiB free)",
+        place = getattr(error, "filename", None) or folder
+        raise UserError(Problem(str(place), f"{said or 'cannot be written'} ({free / 2**30:.1f} GiB free)",
                                 "mend that and run it again, a training with resume=true")) from error  # fmt: skip
 
 
@@ -65,6 +84,25 @@ def _clear(aside: Path) -> None:
             shutil.rmtree(aside / name, ignore_errors=True)
             with suppress(OSError):
                 lock.unlink(missing_ok=True)
+
+
+def held(output_dir: Path) -> BaseFileLock:
+    """The lock of a run's folder, until it is released or this process ends, however it does. Raises UserError if another has it.
+
+    It is the folder's and not the launcher's: processes that go on after a launcher was killed hold it still.
+    """
+    path = output_dir / LOCK
+    with writing(path):
+        try:
+            lock = FileLock(path, blocking=False).acquire().lock
+        except Timeout:
+            who = "another run"
+            with suppress(OSError):  # Windows lets nobody read it meanwhile
+                who = path.read_text().strip() or who
+            raise UserError(Problem(f"output_dir: {output_dir}", f"{who} is training into it",
+                                    "wait for it or end it, or choose another output_dir")) from None  # fmt: skip
+        path.write_text(f"process {os.getpid()} on {platform.node()}\n")
+    return lock
 
 
 def seal(folder: Path, known: dict[str, str]) -> None:

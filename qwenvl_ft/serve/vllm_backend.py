@@ -240,11 +240,12 @@ def start_vllm(
         rank = max(int(read_model_json(folder / "adapter_config.json")["r"]) for folder in adapters.values())
         command += ["--enable-lora", "--max-lora-rank", str(vllm_rank(rank) or rank)]
         command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
-    template = tempfile.NamedTemporaryFile("w", suffix=".jinja", encoding="utf-8")  # gone once vLLM has read it
     if base.thinks:
-        template.write(base.source)
-        template.flush()
-        command += ["--chat-template", template.name]
+        handle, template = tempfile.mkstemp(suffix=".jinja")
+        atexit.register(os.unlink, template)
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(base.source)
+        command += ["--chat-template", template]
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one; the server has its own SIGTERM once it runs
             signal.signal(number, _stop)

@@ -1,50 +1,140 @@
-"""Before the first step and around it: what was launched, whom it reports to, which signals it got."""
+"""Before the first step and around it: what was launched, who else writes here, which signals came, whom the run reports to."""
 
 import os
 import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.whole import held
+
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+STOPS = [signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else [])]
+GRACE_SECONDS = 5  # for the step that runs; torch's launcher kills 30 s after a signal, and there is a checkpoint to be written
 
 
 class Signals:
-    """Holds SIGTERM and SIGINT back until the end of a step; a second one ends the process as usual."""
+    """Holds Ctrl-C, SIGTERM and SIGHUP back until the end of a step, or of a row where the step is a long one.
+
+    A second one ends the process as usual; but not under torch's launcher, which sends on what the process may have got already,
+    and kills after 30 s by itself.
+    """
 
     def __enter__(self) -> "Signals":
-        self.received = 0
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.received, self.since = 0, 0.0
+        self.terminals = [number for number in (1, 2) if os.isatty(number)]
+        wanted = [number for number in STOPS if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN]  # as with nohup
+        self.before = {number: signal.signal(number, self._note) for number in wanted}
         return self
 
     def _note(self, number: int, frame: Any) -> None:
-        self.received = number
-        signal.signal(number, self.before[signal.Signals(number)])
+        self.received, self.since = number, self.since or time.monotonic()
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(number, self.before[signal.Signals(number)])
+        if number == HANGUP:  # the terminal is gone, and writing to it would end the run before it has saved
+            for terminal in self.terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+
+    def stop(self, accelerator: Accelerator, midway: bool = False) -> int:
+        """The signal that any process got, or 0: the same in all of them, so all have to ask. `midway` through a step one counts
+        only after the time that it was given to end."""
+        counts = self.received and not (midway and time.monotonic() - self.since < GRACE_SECONDS)
+        got = torch.tensor([bool(counts and self.received == number) for number in STOPS], device=accelerator.device).long()
+        return next((int(number) for number, count in zip(STOPS, accelerator.reduce(got).tolist(), strict=True) if count), 0)
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
+def ignore_signals(worker: int) -> None:
+    """For the processes that decode pictures: a terminal sends Ctrl-C to them, too, and the run needs them until its step ends."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def launch_problem(accelerator: Accelerator, before: Mapping[str, str]) -> Problem | None:
+    """What came up that was not asked for; `before` is the environment before accelerate looked at it."""
+    asked, came, what = int(before.get("WORLD_SIZE", "1")), accelerator.num_processes, None
+    command = "accelerate launch --multi_gpu --num_processes N train.py --config FILE"
+    fix = f"start with `{command}`, where N is the number of GPUs (configs/ddp.yaml says it, too)"
+    if asked != came:
+        what = f"{asked} processes were asked for (WORLD_SIZE) and {came} came up"
+    elif came == 1 and "WORLD_SIZE" not in before and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= before.keys():
+        # accelerate starts a single one with --cpu, and where no two GPUs are, whatever --num_processes says; that it said more
+        # shows in the address that it made up for them to meet at.
+        what = "several processes were asked for (accelerate set MASTER_ADDR) and one came up"
+    if before.get("ACCELERATE_USE_DEEPSPEED") == "true" and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        what = "DeepSpeed was asked for and did not come up"
+    if what and before.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true"):
+        fix = f"for processes on the CPU leave --cpu out: `ACCELERATE_USE_CPU=true {command}`; or give --num_processes 1"
+    elif what and not torch.cuda.is_available():
+        hidden = f" (CUDA_VISIBLE_DEVICES is '{before['CUDA_VISIBLE_DEVICES']}')" if "CUDA_VISIBLE_DEVICES" in before else ""
+        what += f": torch finds no GPU here{hidden}"
+        fix = f"mend the driver until `nvidia-smi` lists it; or train on the CPU: `ACCELERATE_USE_CPU=true {command}`"
+    return Problem("launch", what, fix) if what else None
+
+
+def check_gpus() -> None:
+    """Raises UserError for more processes than GPUs, which is a traceback of CUDA's otherwise."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < gpus < here and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true"):
+        what = f"{here} processes were asked for on this machine, and it shows {gpus} GPU{'s' * (gpus > 1)}"
+        raise UserError(Problem("launch", what, f"give --num_processes {gpus}, or look at CUDA_VISIBLE_DEVICES"))
+
+
+@contextmanager
+def alone(accelerator: Accelerator, config: Config) -> Iterator[None]:
+    """Keeps every other run out of output_dir to the end of this one. Raises UserError, in all processes, where one is there."""
+    refused: list[Any] = [None]
+    lock = None
+    if accelerator.is_main_process:
+        try:
+            lock = held(config.output_dir)
+        except UserError as error:
+            refused = [error]
+    broadcast_object_list(refused)
+    if refused[0]:
+        raise refused[0]
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
+def lost(error: RuntimeError, accelerator: Accelerator) -> Problem | None:
+    """What to say where another process of the run, or one that decodes its pictures, is gone; None for any other error."""
+    fix = (
+        "see what stands above; if it was killed, mostly for want of memory, give it more or ask for less; then resume=true goes on"
+    )
+    if str(error).startswith("DataLoader worker"):
+        return Problem("dataloader_num_workers", f"a process that decodes pictures is gone: {error}", fix)
+    if accelerator.num_processes > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+        return Problem("launch", "another process of this run is gone, and what was learnt since the last checkpoint with it", fix)
+    return None
+
+
 def start(config: Config) -> Accelerator:
-    """The accelerator; raises UserError where the launch does not do what was asked."""
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    """The accelerator, in all processes of the run; raises UserError where the launch does not do what was asked."""
+    before = dict(os.environ)
+    check_gpus()
     find = bool({"vision", "merger"} & set(config.lora_on))  # a row without pictures leaves the tower unused
     accelerator = Accelerator(
         log_with=list(config.report_to) or None,
         project_dir=config.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find)],
     )
-    wrong = None
-    if asked != accelerator.num_processes:
-        wrong = f"{asked} processes were asked for (WORLD_SIZE) and {accelerator.num_processes} came up"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        wrong = "DeepSpeed was asked for and did not come up"
-    if wrong:
-        fix = "start with `accelerate launch --num_processes N train.py --config FILE` (configs/ddp.yaml for several GPUs)"
-        raise UserError(Problem("launch", wrong, fix))
+    if problem := launch_problem(accelerator, before):
+        raise UserError(problem)
     if plugin := accelerator.state.deepspeed_plugin:
         rows = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": config.max_grad_norm}
         plugin.deepspeed_config.update(rows)

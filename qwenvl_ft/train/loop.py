@@ -7,12 +7,15 @@ from what ran before, so a run that goes on from a checkpoint ends where the uni
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from accelerate import Accelerator
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoProcessor
@@ -25,44 +28,54 @@ from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.problems import check_model
 from qwenvl_ft.folders.runs import check_output_dir
+from qwenvl_ft.folders.whole import writing
 from qwenvl_ft.model.load import add_lora, limited_image_processor, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss
-from qwenvl_ft.train.launch import Signals, open_trackers, start
-from qwenvl_ft.train.output_dir import open_metrics, write_results, write_settings
+from qwenvl_ft.train.launch import Signals, alone, lost, open_trackers, start
+from qwenvl_ft.train.output_dir import METRICS, open_metrics, write_results, write_settings
 from qwenvl_ft.train.state import Run, find_resume, fingerprint
 
 
-def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Row | UserError], signals: Signals) -> tuple[float, int]:
-    """One optimizer step. Returns the loss per taught token over all processes, and the signal that any of them got."""
+def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Row | UserError], signals: Signals) -> float | None:
+    """One optimizer step. Returns the loss per taught token over all processes; None where all gave the step up between two
+    rows, for a signal: nothing of it has happened then."""
     accelerator, prepared = run.accelerator, run.prepared
     run.model.train()
     mine = run.mine(rows)
     taught = sum(prepared.taught_tokens(row) for row in rows)
-    total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # the loss, who got SIGINT, who SIGTERM
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for number, row in enumerate(mine):
+        if signals.stop(accelerator, midway=True):
+            run.optimizer.zero_grad()
+            return None
         torch.manual_seed(draw_seed(run.config.seed, epoch, row))
         if isinstance(built := next(loader), UserError):
             raise built
         loss = row_loss(run, built) * (row is not None)
-        if not torch.isfinite(loss):
-            raise NonFiniteLoss(Problem(prepared.places(row or 0), f"the loss is {loss.item()}",
-                                        "lower learning_rate; look at this row's records with `qwenvl-ft show`"))  # fmt: skip
-        total[0] += loss.item()
+        check_finite(loss, "the loss", prepared, row)
+        total += loss.item()
         # Processes average their gradients, so times their number: what is left is one division by the global count.
         run.backward(loss * (accelerator.num_processes / taught), last=number == len(mine) - 1)
-    if not run.deepspeed:  # whose engine has clipped and stepped in the last backward
-        norm = accelerator.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm)
-        if not torch.isfinite(norm):
-            places = "; ".join(prepared.places(row) for row in rows)
-            if not accelerator.is_local_main_process:
-                raise SystemExit(1)  # every process has this norm, and one of them says so
-            raise NonFiniteLoss(Problem(places, f"the gradient's norm is {norm.item()}", "lower learning_rate"))
+    if run.deepspeed:  # whose engine has clipped and stepped in the last backward, or undone the step without a word
+        norm = accelerator.deepspeed_engine_wrapped.get_global_grad_norm() if run.model.was_step_applied() else math.nan
+    else:
+        norm = float(accelerator.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm))
+    if not 0 <= norm < math.inf:  # ZeRO-2 says -1 of one that is not finite
+        places = "; ".join(prepared.places(row) for row in rows)
+        if not accelerator.is_local_main_process:
+            raise SystemExit(1)  # every process has this norm, and one of them says so
+        raise NonFiniteLoss(Problem(places, f"the gradient's norm is {'nan' if norm < 0 else norm}", "lower learning_rate"))
+    if not run.deepspeed:
         run.optimizer.step()
         run.optimizer.zero_grad()
-    total[1:] = torch.tensor([signals.received == number for number in (signal.SIGINT, signal.SIGTERM)])
-    total = accelerator.reduce(total)
-    stop = signal.SIGTERM if total[2] else signal.SIGINT if total[1] else 0
-    return total[0].item() / taught, int(stop)
+    return float(accelerator.reduce(total).item()) / taught
+
+
+def check_finite(loss: torch.Tensor, what: str, prepared: Prepared, row: int | None) -> None:
+    """Raises NonFiniteLoss that names the row's records."""
+    if not torch.isfinite(loss):
+        fix = "lower learning_rate; look at this row's records with `qwenvl-ft show`"
+        raise NonFiniteLoss(Problem(prepared.places(row or 0), f"{what} is {loss.item()}", fix))
 
 
 def row_loss(run: Run, row: Row) -> torch.Tensor:
@@ -74,14 +87,18 @@ def row_loss(run: Run, row: Row) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(run: Run, held_out: Prepared) -> float:
-    """Loss per taught token of the held-out records, over all processes."""
+def evaluate(run: Run, held_out: Prepared, signals: Signals) -> float | None:
+    """Loss per taught token of the held-out records, over all processes; None where all gave up between two rows, for a signal."""
     run.model.eval()
     data = run.rows_of(held_out)
     rows = list(range(len(data)))
     total = torch.zeros((), dtype=torch.float64, device=run.accelerator.device)
     for row in run.mine(rows):
-        total += row_loss(run, data[row or 0]) * (row is not None)
+        if signals.stop(run.accelerator, midway=True):
+            return None
+        loss = row_loss(run, data[row or 0]) * (row is not None)
+        check_finite(loss, "the loss of held-out records", held_out, row)
+        total += loss
     return float(run.accelerator.reduce(total).item()) / sum(map(held_out.taught_tokens, rows))
 
 
@@ -108,6 +125,20 @@ def train(config: Config) -> None:
     check_output_dir(config.output_dir)
     check_model(config.model)
     accelerator = start(config)
+    with alone(accelerator, config):
+        try:
+            run_steps(config, accelerator)
+        except RuntimeError as error:
+            if (problem := lost(error, accelerator)) is None:
+                raise
+            # The command line prints the first process's; but that one may be gone, and of a lost worker only its own knows.
+            if accelerator.local_process_index == 1 or (problem.where != "launch" and not accelerator.is_local_main_process):
+                print_problems([problem])
+            raise UserError(problem) from error
+
+
+def run_steps(config: Config, accelerator: Accelerator) -> None:
+    """The run from its records to its results, `output_dir` being its own."""
     main = accelerator.is_main_process
     with counting("reading records") as on_record:
         prepared = prepare(config, on_record=on_record)
@@ -138,21 +169,29 @@ def train(config: Config) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(config, accelerator, model, optimizer, prepared, image_processor, bf16)
     done = run.load(resume) if resume else 0
+    with writing(config.output_dir):
+        if main:
+            write_settings(config, prepared, processor)
+        metrics = open_metrics(config.output_dir, done) if main else None
     if main:
-        write_settings(config, prepared, processor)
         report_start(config, run, sizes, resume)
     display = Display(len(steps), done, config.logging_steps, quiet=not main)
-    metrics = open_metrics(config.output_dir, done) if main else None
-    loader = iter(run.loader(steps[done:]))
+
+    def is_saved(step: int) -> bool:
+        return step in (done, len(steps)) or step % config.save_steps == 0
+
     steps_per_epoch = math.ceil(len(prepared.plan.rows) / config.rows_per_step)
     try:
         with Signals() as signals:
+            loader = iter(run.loader(steps[done:]))
             for step, (epoch, rows) in enumerate(steps[done:], start=done + 1):
                 began = time.monotonic()
                 rate = learning_rate(step, len(steps), config)
                 for group in run.optimizer.param_groups:
                     group["lr"] = rate
-                loss, stop = train_step(run, epoch, rows, loader, signals)
+                loss = train_step(run, epoch, rows, loader, signals)
+                if loss is None:
+                    leave(run, signals, display, step - 1, None if is_saved(step - 1) else same)
                 seconds = time.monotonic() - began
                 tokens = sum(prepared.scripts[index].length for row in rows for index in prepared.plan.rows[row])
                 facts = {
@@ -160,20 +199,23 @@ def train(config: Config) -> None:
                     "tokens_per_s": tokens / seconds, "taught_tokens_per_s": sum(map(prepared.taught_tokens, rows)) / seconds,
                 }  # fmt: skip
                 if held_out and (step == len(steps) or (config.eval_steps and step % config.eval_steps == 0)):
-                    facts["eval_loss"] = evaluate(run, held_out)
-                    display.say(f"step {step}  eval_loss={facts['eval_loss']:.4f}")
+                    eval_loss = evaluate(run, held_out, signals)
+                    if eval_loss is None:
+                        display.say(f"the evaluation after step {step} was given up, and resuming will not do it")
+                    else:
+                        facts["eval_loss"] = eval_loss
+                        display.say(f"step {step}  eval_loss={eval_loss:.4f}")
                 accelerator.log(facts, step=step)
                 if metrics:
-                    metrics.write(json.dumps({"step": step, **facts}) + "\n")
-                    metrics.flush()
+                    with writing(config.output_dir / METRICS):
+                        metrics.write(json.dumps({"step": step, **facts}, allow_nan=False) + "\n")
+                        metrics.flush()
                 display.step(step, facts)
-                if stop or step % config.save_steps == 0 or step == len(steps):
-                    run.save(step, same)
-                if stop:
-                    by = "Ctrl-C (SIGINT)" if stop == signal.SIGINT else "SIGTERM"
-                    display.say(f"stopped by {by} after step {step}; go on with resume=true")
-                    accelerator.end_training()
-                    raise SystemExit(128 + stop)
+                if is_saved(step):
+                    with writing(config.output_dir):
+                        run.save(step, same)
+                if signals.stop(accelerator):
+                    leave(run, signals, display, step, None if is_saved(step) else same)
     except UserError as error:
         if not accelerator.is_local_main_process:  # the command line prints the first one's, which knows nothing of this row
             print_problems(error.problems)
@@ -181,13 +223,30 @@ def train(config: Config) -> None:
     finally:
         display.stop()
         if metrics:
-            metrics.close()
+            with writing(config.output_dir / METRICS):  # what is left of a line goes out with it
+                metrics.close()
     model = accelerator.unwrap_model(run.model)
     state = run.adapter_state()
     if main:
-        write_results(config, model, state, processor)
+        with writing(config.output_dir):
+            write_results(config, model, state, processor)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def leave(run: Run, signals: Signals, display: Display, step: int, same: dict[str, str] | None) -> NoReturn:
+    """Ends the process for the signal that came; first it saves the state after `step`, as that of the run `same`, if given."""
+    stop = signals.stop(run.accelerator)
+    by = {signal.SIGINT: "Ctrl-C (SIGINT)"}.get(signal.Signals(stop), signal.Signals(stop).name)
+    if same:
+        with writing(run.config.output_dir):
+            run.save(step, same)
+    display.say(f"stopped by {by} after step {step}; go on with resume=true" if step else
+                f"stopped by {by} before the first step was done: nothing is saved")  # fmt: skip
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        display.say("what follows is the launcher's, which ends with exit code 1 and a traceback for every signal")
+    run.accelerator.end_training()
+    raise SystemExit(128 + stop)
 
 
 def report_start(config: Config, run: Run, sizes: tuple[int, int], resume: Path | None) -> None:

@@ -20,13 +20,14 @@ from qwenvl_ft.console import print_line
 from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.data.records import Picture
 from qwenvl_ft.data.rows import Row, Rows
-from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.adapter import base_fingerprint
 from qwenvl_ft.folders.hashes import digests
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS, read_model_json
 from qwenvl_ft.folders.runs import PICTURE_HASHES, PROCESSORS, checkpoints, newest, rotate
 from qwenvl_ft.folders.whole import INCOMING, short_hash, write_whole
 from qwenvl_ft.model.load import trainable
+from qwenvl_ft.train.launch import ignore_signals
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"  # in a checkpoint: its step, how it was launched, and the fingerprint of its run
@@ -64,7 +65,8 @@ class Run:
         order = [0 if row is None else row for _, rows in steps for row in self.mine(rows)]
         build, workers = self.rows_of(self.prepared).row_or_problems, self.config.dataloader_num_workers
         # A list does for a Dataset, whatever its type says.
-        return DataLoader(order, batch_size=None, num_workers=workers, collate_fn=build)  # type: ignore[arg-type]
+        return DataLoader(order, batch_size=None, num_workers=workers, collate_fn=build,  # type: ignore[arg-type]
+                          worker_init_fn=ignore_signals)  # fmt: skip
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Adds the gradients of one row; the processes exchange theirs with the last row of a step."""
@@ -75,14 +77,23 @@ class Run:
                 self.accelerator.backward(loss)
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
-        """The adapter's tensors under PEFT's own names, on the CPU; under ZeRO-3 each process has a part of them."""
+        """The adapter's tensors under PEFT's own names, on the CPU; under ZeRO-3 each process has a part of them.
+
+        Raises NonFiniteLoss rather than give away what is spoilt.
+        """
         gathered: Any = nullcontext()
         if self.deepspeed and self.model.zero_optimization_stage() == 3:
             import deepspeed
 
             gathered = deepspeed.zero.GatheredParameters(list(trainable(self.bare).values()))
         with gathered:
-            return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(self.bare).items()}
+            state = {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(self.bare).items()}
+        if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+            if not self.accelerator.is_local_main_process:
+                raise SystemExit(1)  # every process has these weights, and one of them says so
+            what = f"{len(broken)} of the adapter's {len(state)} tensors hold NaN or infinity and are not saved, {broken[0]} first"
+            raise NonFiniteLoss(Problem(str(self.config.output_dir), what, "lower learning_rate"))
+        return state
 
     def save(self, step: int, same: dict[str, str]) -> None:
         """Writes checkpoint-N whole, then takes the oldest away."""

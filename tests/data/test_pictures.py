@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
+from qwenvl_ft.data.magic import what_it_is
 from qwenvl_ft.data.meta_file import read_records
-from qwenvl_ft.data.pictures import as_seen, load, size_of
+from qwenvl_ft.data.pictures import PictureChanged, as_seen, decode, load, opened, size_of
+from qwenvl_ft.data.records import Picture
 from qwenvl_ft.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -161,3 +163,187 @@ def test_a_large_picture_of_16_bits_is_scaled_in_strips():
     tracemalloc.stop()
     assert seen.getpixel((3999, 1999)) == (156, 156, 156)
     assert peak < 16 * 8_000_000, "one float64 of it has 64 MB, and there were five"
+
+
+def tiff(path: Path, values: np.ndarray, bits: int, kind: int, white: int = 1) -> Path:
+    """A grey TIFF of one strip; `kind` 1 is unsigned, 2 signed, 3 float; `white` 0: zero is white."""
+    (height, width), data = values.shape, values.tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: white, 273: 8, 277: 1, 278: height, 279: len(data), 339: kind}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+    return path
+
+
+def grey(path: Path) -> list[int]:
+    """The first row of a picture that is grey, as it is seen."""
+    seen = np.asarray(load(path, ""))
+    assert (seen == seen[:, :, :1]).all()
+    return seen[0, :, 0].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["<i4", "<u4"])
+def test_a_ramp_of_32_bits_is_a_ramp_and_neither_white_nor_black(dtype, tmp_path):
+    """Its values were taken for 16 bits: all but two of them came out white."""
+    down, right = np.mgrid[:64, :96]
+    seen = np.asarray(load(tiff(tmp_path / "a.tif", (3840 * down + 40 * right).astype(dtype), 32, 2 if "i" in dtype else 1), ""))
+    wanted = np.round((3840 * down + 40 * right) * 255 / 245720)
+    assert (seen[:, :, 0] == wanted).all() and len(np.unique(seen)) == 256
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "bits", "kind", "wanted"),
+    [
+        ([0, 2**31, 2**32 - 1], "<u4", 32, 1, [0, 128, 255]),  # Pillow reads the last two as negative
+        ([0, 51, 255], "<i4", 32, 2, [0, 51, 255]),
+        ([0, 500, 1000], "<i4", 32, 2, [0, 128, 255]),
+        ([-1000, 0, 1000, 3000], "<i4", 32, 2, [0, 64, 128, 255]),
+        ([-1024, 0, 3072], "<i2", 16, 2, [0, 64, 255]),  # a CT's, in Hounsfield units
+        ([-2, -1, 1], "<i1", 8, 2, [0, 85, 255]),
+        ([-3, -2, -1], "<i4", 32, 2, [0, 128, 255]),
+        ([0, 0, 0], "<i4", 32, 2, [0, 0, 0]),
+        ([-80, -40, 0], "<f4", 32, 3, [0, 128, 255]),  # decibels: all of it was black
+        ([0, 4095, 65535], "<u2", 16, 1, [0, 16, 255]),  # 12 bits in a file that says 16 are not brightened
+    ],
+)
+def test_values_outside_8_bits_are_scaled_by_their_depth_or_by_what_they_hold(values, dtype, bits, kind, wanted, tmp_path):
+    assert grey(tiff(tmp_path / "a.tif", np.array([values]).astype(dtype), bits, kind)) == wanted
+
+
+def test_a_file_of_12_bits_is_scaled_by_12_bits(tmp_path):
+    """It was scaled as if it had 16, to almost black: two values of 12 bits are three bytes."""
+    packed = np.frombuffer(b"\x00\x07\xff" + b"\xff\xf0\x00", np.uint8)[None]
+    path = tiff(tmp_path / "a.tif", packed, 12, 1)
+    content = bytearray(path.read_bytes())
+    at = content.index(struct.pack("<HHII", 256, 4, 1, 6))
+    content[at : at + 12] = struct.pack("<HHII", 256, 4, 1, 4)
+    path.write_bytes(content)
+    assert grey(path) == [0, 127, 255, 0]
+
+
+def test_where_zero_is_white_it_is_white_above_8_bits_too(tmp_path):
+    """Pillow turns round 1 to 8 bits and leaves 16 bits and floats as they are: scans came as negatives."""
+    assert grey(tiff(tmp_path / "a.tif", np.array([[0, 65535]], "<u2"), 16, 1, white=0)) == [255, 0]
+    assert grey(tiff(tmp_path / "b.tif", np.array([[0, 2]], "<f4"), 32, 3, white=0)) == [255, 0]
+    assert grey(tiff(tmp_path / "c.tif", np.array([[0, 255]], "<u1"), 8, 1, white=0)) == [255, 0]
+
+
+def test_depths_that_pillow_scales_itself_stay_as_it_has_them(tmp_path):
+    for most in (1023, 4095, 65535):
+        (tmp_path / "a.pgm").write_bytes(b"P5 3 1 %d\n" % most + struct.pack(">3H", 0, most // 5, most))
+        assert grey(tmp_path / "a.pgm") == [0, 51, 255]
+    Image.fromarray(np.array([[0, 13107, 65535]] * 8, np.uint16)).save(tmp_path / "a.jp2")
+    assert grey(tmp_path / "a.jp2") == [0, 51, 255]
+
+
+def test_the_hidden_value_of_a_16_bit_png_is_white(tmp_path):
+    raw = zlib.compress(b"\0" + struct.pack(">3H", 0, 300, 65535))
+    chunks = (
+        (b"IHDR", struct.pack(">2I5B", 3, 1, 16, 0, 0, 0, 0)),
+        (b"tRNS", struct.pack(">H", 300)),
+        (b"IDAT", raw),
+        (b"IEND", b""),
+    )
+    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    assert grey(tmp_path / "a.png") == [0, 255, 255]
+
+
+def test_a_picture_of_every_mode_is_seen(tmp_path):
+    """Grey with alpha that is multiplied in already, as some TIFFs have it, was called unreadable."""
+    modes = "1 L P RGB RGBA CMYK YCbCr LAB HSV I F LA PA RGBX RGBa La I;16 I;16L I;16B I;16N".split()
+    assert {as_seen(Image.new(mode, (4, 3))).mode for mode in modes} == {"RGB"}
+    red = Image.new("RGB", (8, 8), (200, 30, 40))
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    ImageCms.profileToProfile(red, *profiles, outputMode="LAB").save(tmp_path / "lab.tif")
+    assert np.abs(np.asarray(load(tmp_path / "lab.tif", "")).astype(int) - [200, 30, 40]).max() <= 3
+
+
+@pytest.mark.parametrize("name", ["a.tga", "a.ico", "a.pcx", "a.sgi", "a.dds", "a.eps"])
+def test_training_opens_no_more_formats_than_the_server(name, tmp_path):
+    """A meta-file could name an EPS, which Pillow hands to Ghostscript; and a model was trained on what it cannot be asked about."""
+    noise(64, 64).save(tmp_path / name)
+    assert refused(tmp_path / name).startswith(f"{name} is ")
+    with pytest.raises(UserError) as error:
+        decode((tmp_path / name).read_bytes(), "here")
+    assert f"{name} {error.value.problems[0].what}" == refused(tmp_path / name)
+
+
+NOT_PICTURES = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12345\n": ("a git-lfs pointer", "git lfs pull"),
+    b"<!DOCTYPE html>\n<html><body>404</body></html>": ("an HTML page", "download"),
+    b"\xef\xbb\xbf\n <?xml version='1.0'?><!-- x -->\n<HTML>": ("an HTML page", "download"),
+    b'<?xml version="1.0"?>\n<!-- Inkscape -->\n<svg xmlns="http://www.w3.org/2000/svg">': ("an SVG drawing", "PNG"),
+    b"<svg/>": ("an SVG drawing", "PNG"),
+    b"\0\0\0\x18ftypheic\0\0\0\0mif1heic": ("an HEIC photo", "JPEG"),
+    b"\0\0\0\x20ftypisom\0\0\2\0isomiso2": ("a video", "frame"),
+    b"\x1aE\xdf\xa3\x01\0\0\0": ("a video", "frame"),
+    b"RIFF\0\0\0\0AVI LIST": ("a video", "frame"),
+    b"%PDF-1.7\n": ("a PDF", "page"),
+    b"8BPS\0\1": ("a Photoshop file", "PNG"),
+    b"PK\x03\x04\x14\0": ("an archive", "unpack"),
+    b'{"error": "not found"}': ("JSON text", "download"),
+    bytes(500): ("nothing but zero bytes", "copy"),
+}
+
+
+@pytest.mark.parametrize("content", NOT_PICTURES, ids=lambda content: content[:24].hex())
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_a_file_that_is_no_picture_is_named_as_what_it_is(name, content, tmp_path):
+    """All of them were to be opened in a viewer."""
+    (tmp_path / name).write_bytes(content)
+    what, fix = NOT_PICTURES[content]
+    for look in (lambda: size_of(tmp_path / name, "here"), lambda: decode(content, "here")):
+        with pytest.raises(UserError) as error:
+            look()
+        (problem,) = error.value.problems
+        assert problem.what.endswith(f"is {what}, not a picture") and fix in problem.fix
+
+
+@pytest.mark.timeout(20)
+def test_no_first_bytes_take_long_to_look_at():
+    for head in (
+        b"\n" * 4096,
+        b"<!--" * 1024,
+        b"<?xml " * 600,
+        b"<!---->" * 500,
+        b"\n<?xml>" * 500,
+        b"{" * 4096,
+        bytes(4095) + b"x",
+    ):
+        what_it_is(head)
+
+
+def test_a_picture_that_a_phone_wrote_in_two_is_cut_off_where_it_is(tmp_path):
+    """With a second picture behind it Pillow calls it MPO, of which no end was looked for."""
+    noise(200, 200).save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[noise(100, 100)])
+    assert size_of(tmp_path / "a.jpg", "") == (200, 200)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[: len(whole) // 3])
+    assert refused(tmp_path / "a.jpg") == "a.jpg ends before its picture does: the file was cut off"
+
+
+def test_a_picture_that_changed_since_its_header_was_read_is_named_so(tmp_path):
+    """Deleted, it was "not a picture that can be read"; replaced by another of its size, the row was trained with that."""
+
+    def said() -> str:
+        with pytest.raises(PictureChanged) as error:
+            opened(picture, "train.json[0]")
+        (problem,) = error.value.problems
+        assert problem.where == "train.json[0]" and "put it back" in problem.fix
+        return problem.what.removeprefix("since the records were read it changed: ")
+
+    path = tmp_path / "a.png"
+    noise().save(path)
+    whole = path.read_bytes()
+    picture = Picture(path, 60, 90, num_bytes=len(whole))
+    assert opened(picture).size == (90, 60)
+    noise(64, 64).save(path)
+    assert said() == "a.png was 90 x 60 px and is 64 x 64 px"
+    Image.new("RGB", (90, 60)).save(path)
+    assert said() == "a.png is another file of the same size in px"
+    path.write_bytes(whole[:2000])
+    assert said() == "a.png is not a picture that can be read: it breaks while it is decoded"
+    path.unlink()
+    assert said() == "a.png is gone"
+    path.write_bytes(whole)
+    assert opened(picture).size == (90, 60)
