@@ -40,13 +40,19 @@ def _area(value: int) -> int:
     return value
 
 
+def _step(value: float) -> float:
+    if value > 1:  # AdamW moves every weight by about so much; from 1e38 on it ends in an OverflowError
+        raise ValueError("write at most 1; 1e-4 is usual")
+    return value
+
+
 FOUR_TOKENS = 4 * 28 * 28
 Number = Annotated[int, BeforeValidator(_number)]
 Positive = Annotated[Number, Field(gt=0)]
 Area = Annotated[Number, AfterValidator(_area)]
 Count = Annotated[Number, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Step = Annotated[float, Field(gt=0, le=1)]  # AdamW moves every weight by about so much, and float32 ends at 3e38
+Step = Annotated[Rate, AfterValidator(_step)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Tower = Literal["language", "vision", "merger"]
 

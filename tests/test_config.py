@@ -253,3 +253,9 @@ def test_min_pixels_above_max_pixels_is_refused_even_where_one_is_the_default(tm
     path.write_text("model: m\ntrain_meta_file: f\ntrain_data_dir: d\noutput_dir: o\nmin_pixels: 2000000\n")
     with pytest.raises(UserError, match="set it to at least min_pixels, 2000000"):
         load_config(path)
+
+
+@pytest.mark.parametrize("rate", ["1e38", "1e308", "1.5"])
+def test_a_learning_rate_that_no_weight_survives_is_refused(rate, complaints):
+    """From 1e38 on AdamW ended in an OverflowError; below, the weights did."""
+    assert [what for _, what, _ in complaints(f"learning_rate: {rate}\n")] == [f"learning_rate is {float(rate)}"]

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, broadcast_object_list
 
 from qwenvl_ft.config import Config
+from qwenvl_ft.console import print_line
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import held
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 STOPS = [signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else [])]
 GRACE_SECONDS = 5  # for the step that runs; torch's launcher kills 30 s after a signal, and there is a checkpoint to be written
+STUCK_SECONDS = 20  # after a signal without coming to the end of a row
 
 
 class Signals:
@@ -32,11 +35,27 @@ class Signals:
         self.terminals = [number for number in (1, 2) if os.isatty(number)]
         wanted = [number for number in STOPS if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN]  # as with nohup
         self.before = {number: signal.signal(number, self._note) for number in wanted}
+        self.launched, self.heard = "TORCHELASTIC_RUN_ID" in os.environ, False
+        if self.launched and os.environ.get("LOCAL_RANK") in ("0", "1"):  # one speaks for all, or another where that one is gone
+            reading, writing = os.pipe()
+            os.set_blocking(writing, False)
+            signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+            Thread(target=self._say_stuck, args=(reading,), daemon=True).start()
         return self
+
+    def _say_stuck(self, reading: int) -> None:
+        """Speaks where a signal is not heard: on GPUs a process waits outside Python for one that is gone, until it is killed."""
+        with os.fdopen(reading, "rb", buffering=0) as pipe:
+            while (got := pipe.read(1)) and got[0] not in STOPS:
+                pass
+        if got:
+            time.sleep(STUCK_SECONDS)
+            if not self.heard:
+                print_line("told to end, and no row ends: another process of this run seems to be gone; go on with resume=true")
 
     def _note(self, number: int, frame: Any) -> None:
         self.received, self.since = number, self.since or time.monotonic()
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if not self.launched:
             signal.signal(number, self.before[signal.Signals(number)])
         if number == HANGUP:  # the terminal is gone, and writing to it would end the run before it has saved
             for terminal in self.terminals:
@@ -47,9 +66,14 @@ class Signals:
         only after the time that it was given to end."""
         counts = self.received and not (midway and time.monotonic() - self.since < GRACE_SECONDS)
         got = torch.tensor([bool(counts and self.received == number) for number in STOPS], device=accelerator.device).long()
-        return next((int(number) for number, count in zip(STOPS, accelerator.reduce(got).tolist(), strict=True) if count), 0)
+        agreed = accelerator.reduce(got).tolist()
+        self.heard = bool(self.received)
+        return next((int(number) for number, count in zip(STOPS, agreed, strict=True) if count), 0)
 
     def __exit__(self, *error: Any) -> None:
+        self.heard = True
+        if (writing := signal.set_wakeup_fd(-1)) >= 0:
+            os.close(writing)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -63,6 +87,7 @@ def ignore_signals(worker: int) -> None:
 def launch_problem(accelerator: Accelerator, before: Mapping[str, str]) -> Problem | None:
     """What came up that was not asked for; `before` is the environment before accelerate looked at it."""
     asked, came, what = int(before.get("WORLD_SIZE", "1")), accelerator.num_processes, None
+    deepspeed = before.get("ACCELERATE_USE_DEEPSPEED") == "true"
     command = "accelerate launch --multi_gpu --num_processes N train.py --config FILE"
     fix = f"start with `{command}`, where N is the number of GPUs (configs/ddp.yaml says it, too)"
     if asked != came:
@@ -71,14 +96,15 @@ def launch_problem(accelerator: Accelerator, before: Mapping[str, str]) -> Probl
         # accelerate starts a single one with --cpu, and where no two GPUs are, whatever --num_processes says; that it said more
         # shows in the address that it made up for them to meet at.
         what = "several processes were asked for (accelerate set MASTER_ADDR) and one came up"
-    if before.get("ACCELERATE_USE_DEEPSPEED") == "true" and accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
         what = "DeepSpeed was asked for and did not come up"
-    if what and before.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true"):
+    if what and not deepspeed and before.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true"):
         fix = f"for processes on the CPU leave --cpu out: `ACCELERATE_USE_CPU=true {command}`; or give --num_processes 1"
     elif what and not torch.cuda.is_available():
         hidden = f" (CUDA_VISIBLE_DEVICES is '{before['CUDA_VISIBLE_DEVICES']}')" if "CUDA_VISIBLE_DEVICES" in before else ""
         what += f": torch finds no GPU here{hidden}"
-        fix = f"mend the driver until `nvidia-smi` lists it; or train on the CPU: `ACCELERATE_USE_CPU=true {command}`"
+        cpu = "on the CPU, without DeepSpeed," if deepspeed else "on the CPU"
+        fix = f"mend the driver until `nvidia-smi` lists it; or train {cpu} with `ACCELERATE_USE_CPU=true {command}`"
     return Problem("launch", what, fix) if what else None
 
 

@@ -7,7 +7,6 @@ from what ran before, so a run that goes on from a checkpoint ends where the uni
 
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -243,7 +242,7 @@ def leave(run: Run, signals: Signals, display: Display, step: int, same: dict[st
             run.save(step, same)
     display.say(f"stopped by {by} after step {step}; go on with resume=true" if step else
                 f"stopped by {by} before the first step was done: nothing is saved")  # fmt: skip
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if signals.launched:
         display.say("what follows is the launcher's, which ends with exit code 1 and a traceback for every signal")
     run.accelerator.end_training()
     raise SystemExit(128 + stop)

@@ -158,6 +158,20 @@ def test_nohup_is_obeyed(tmp_path, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_process_that_waits_for_one_that_is_gone_says_how_to_go_on(monkeypatch, capsys):
+    """On GPUs it waits outside Python, where no handler of a signal runs, and is killed without a word."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(launching, "STUCK_SECONDS", 0)
+    with launching.Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline, said = time.monotonic() + 60, ""
+        while "go on with resume=true" not in said and time.monotonic() < deadline:
+            said += capsys.readouterr().out
+            time.sleep(0.01)
+        assert "another process of this run seems to be gone; go on with resume=true" in said and signals.received
+
+
 def test_two_runs_do_not_write_one_folder(tmp_path):
     """Nine of nine were mixed."""
     run(tmp_path, save_steps=1)
