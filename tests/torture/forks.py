@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LIMIT_S = 120  # a run takes 1 to 20 s
 GRACE_S = 10  # what a launcher gives the others to save once one has failed; torch's agent gives 30 s
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -51,7 +51,7 @@ class Way(NamedTuple):
 
 def import_everything() -> None:
     """Into this process, which must stay of one thread: forks of several hang."""
-    os.environ |= {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE")}
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE"), "1")
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "NO_COLOR": "1"}
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # which its engine imports, and with it torch's compiler
@@ -164,25 +164,27 @@ def adopt_orphans() -> None:
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def orphans(seconds: float) -> list[str]:
-    """What runs left running for longer than that, by command; it is killed."""
+def orphans(seconds: float) -> list[int]:
+    """The processes that runs left running for longer than that; they are killed."""
     deadline = time.monotonic() + seconds
-    while left := _children():
-        if time.monotonic() > deadline:
+    while left := children(os.getpid()):
+        if late := time.monotonic() > deadline:
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
-            return [str(pid) for pid in left]
+        for pid in left:
+            os.waitpid(pid, 0 if late else os.WNOHANG)
+        if late:
+            return left
         time.sleep(0.01)
     return []
 
 
-def _children() -> list[int]:
+def children(pid: int) -> list[int]:
+    """The processes that this one started."""
     try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
         return []
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
 
 
 def _free_port() -> int:
