@@ -17,10 +17,14 @@ def train(overrides: Overrides = None, config: ConfigFile = LORA_YAML) -> None:
 
     Example: qwenvl-ft train --config configs/demo.yaml output_dir=runs/first learning_rate=5e-5
     """
+    from qwenvl_ft.data.prepare import make_ready
+
     settings = read_settings(config, overrides, print_line)
+    with counting("reading records") as on_record:
+        ready = make_ready(settings, on_record)
     from qwenvl_ft.train.loop import train as run
 
-    run(settings)
+    run(settings, ready)
 
 
 def evaluate(
@@ -148,21 +152,24 @@ def ask(
             raise UserError(*problems)
         print_line(f"{len(lines)} answers in {out}" + (f", {before} of them from before" if before else ""))
         return
+    from qwenvl_ft.data.records import Turn
     from qwenvl_ft.infer.engine import Engine
+    from qwenvl_ft.infer.messages import read_messages
 
     media: list[dict[str, Any]] = [{"type": "image", "image": source} for source in image or []]
     media += [{"type": "video", "video": source} | ({"fps": fps} if fps else {}) for source in video or []]
+    shown = read_messages([{"role": "user", "content": media}])[0].parts if media else ()  # before torch is imported
     engine = Engine.open(model, adapter)
-    talk: list[dict[str, Any]] = []
+    talk: list[Turn] = []
     for asked in [question] if question else chat_lines():
-        talk.append({"role": "user", "content": [*media, {"type": "text", "text": asked}]})
-        media, answer = [], ""
+        talk.append(Turn("user", (*shown, asked)))
+        shown, answer = (), ""
         for piece in engine.stream(talk, max_new_tokens):
             answer += piece
             sys.stdout.write(piece)
             sys.stdout.flush()
         print_line("")
-        talk.append({"role": "assistant", "content": answer})
+        talk.append(Turn("assistant", (answer,)))
 
 
 def chat_lines() -> Iterator[str]:

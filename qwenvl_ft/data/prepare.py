@@ -14,6 +14,8 @@ from qwenvl_ft.data.meta_file import OnRecord, read_records
 from qwenvl_ft.data.packing import Plan, pack, steps
 from qwenvl_ft.data.records import Picture, Record
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.problems import check_model
+from qwenvl_ft.folders.runs import check_output_dir
 
 FEW_STEPS = 20  # optimizer steps; LoRA has hardly left its zeros after fewer
 
@@ -59,6 +61,9 @@ class Prepared:
         }
 
 
+Ready = tuple[Prepared, Prepared | None]
+
+
 def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lambda done, total: None) -> Prepared:
     """Reads, writes and packs the training records, or the evaluation records.
 
@@ -82,6 +87,19 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
                                     "mend them, or set on_bad_record: skip to train without these records"))  # fmt: skip
         raise UserError(*problems)
     return Prepared(total, records, scripts, plan, problems, chat)
+
+
+def make_ready(config: Config, on_record: OnRecord = lambda done, total: None) -> Ready:
+    """What a run reads before a model is loaded: the records of training and of evaluation.
+
+    Raises UserError for what is wrong with its folders, its records and whom it reports to: all that can be known without torch.
+    """
+    check_output_dir(config.output_dir)
+    check_model(config.model)
+    installed = {"wandb": find_spec("wandb"), "tensorboard": find_spec("tensorboard") or find_spec("tensorboardX")}
+    if missing := [name for name in config.report_to if not installed[name]]:
+        raise UserError(*(Problem("report_to", f"{name} is not installed", f"pip install {name}") for name in missing))
+    return prepare(config, on_record=on_record), prepare(config, evaluation=True) if config.eval_meta_file else None
 
 
 def write_scripts(chat: Chat, records: Sequence[Record], problems: list[Problem]) -> list[Script]:
