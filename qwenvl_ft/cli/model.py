@@ -33,10 +33,14 @@ def train(overrides: Overrides = None, config: ConfigFile = LORA_YAML) -> None:
 
     Example: qwenvl-ft train --config configs/demo.yaml output_dir=runs/first learning_rate=5e-5
     """
+    from qwenvl_ft.data.prepare import make_ready
+
     settings = read_settings(config, overrides, print_line)
+    with counting("reading records") as on_record:
+        ready = make_ready(settings, on_record)
     from qwenvl_ft.train.loop import train as run
 
-    run(settings)
+    run(settings, ready)
 
 
 def evaluate(
@@ -85,7 +89,7 @@ def evaluate(
     engine = Engine.open(model, adapter, blank, *asking)
     limits = engine.limits("image")
     with counting("answering") as on_answer:
-        who = who_answers(model, adapter, [blank, vars(limits)])
+        who = who_answers(model, adapter, [blank, vars(limits), engine.chat.source])
         scores, _ = run(engine, records, batch_size, max_new_tokens, on_answer, target, who)
     scores |= {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels, "predictions": str(target)}
     if as_json:
@@ -177,7 +181,7 @@ def ask(
         from qwenvl_ft.infer.engine import Engine
 
         engine = Engine.open(model, adapter, False, *asking)
-        who = who_answers(model, adapter, [vars(engine.limits("image"))])
+        who = who_answers(model, adapter, [vars(engine.limits("image")), engine.chat.source])
         with counting("answering") as on_answer:
             before, problems = answer_file(engine, lines, out, batch_size, max_new_tokens, on_answer, who)
         if problems:
@@ -186,15 +190,18 @@ def ask(
         print_line(f"{len(lines)} answers in {out}" + (f", {before} of them from before" if before else "")
                    + (f", {cut} of them cut by --max-new-tokens" if cut else ""))  # fmt: skip
         return
+    from qwenvl_ft.data.records import Turn
     from qwenvl_ft.infer.engine import Engine
+    from qwenvl_ft.infer.messages import read_messages
 
     media: list[dict[str, Any]] = [{"type": "image", "image": source} for source in image or []]
     media += [{"type": "video", "video": source} | ({"fps": fps} if fps else {}) for source in video or []]
+    shown = read_messages([{"role": "user", "content": media}])[0].parts if media else ()  # before torch is imported
     engine = Engine.open(model, adapter, False, *asking)
-    talk: list[dict[str, Any]] = []
+    talk: list[Turn] = []
     for asked in [question] if question else chat_lines():
-        talk.append({"role": "user", "content": [*media, {"type": "text", "text": asked}]})
-        media, answer = [], ""
+        talk.append(Turn("user", (*shown, asked)))
+        shown, answer = (), ""
         was_cut: list[bool] = []
         for piece in engine.stream(talk, max_new_tokens, on_cut=partial(was_cut.append, True)):
             answer += piece
@@ -203,7 +210,7 @@ def ask(
         print_line("")
         if was_cut:
             print_note(f"cut after {max_new_tokens} tokens: --max-new-tokens raises that")
-        talk.append({"role": "assistant", "content": answer})
+        talk.append(Turn("assistant", (answer,)))
 
 
 def chat_lines() -> Iterator[str]:

@@ -15,6 +15,8 @@ from qwenvl_ft.data.meta_file import OnRecord, read_records
 from qwenvl_ft.data.packing import Plan, pack, steps
 from qwenvl_ft.data.records import Picture, Record
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.problems import check_model
+from qwenvl_ft.folders.runs import check_output_dir
 
 ROUNDED_AWAY = 0.1  # of a picture's area; less is how every picture is rounded
 FEW_TOKENS = 16  # of a picture: 112 x 112 px where a token is 28 x 28
@@ -64,6 +66,9 @@ class Prepared:
         }
 
 
+Ready = tuple[Prepared, Prepared | None]
+
+
 def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lambda done, total: None) -> Prepared:
     """Reads, writes and packs the training records, or the evaluation records.
 
@@ -84,6 +89,19 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
                                     "mend them, or set on_bad_record: skip to train without these records"))  # fmt: skip
         raise UserError(*problems)
     return Prepared(total, records, scripts, plan, problems, chat)
+
+
+def make_ready(config: Config, on_record: OnRecord = lambda done, total: None) -> Ready:
+    """What a run reads before a model is loaded: the records of training and of evaluation.
+
+    Raises UserError for what is wrong with its folders, its records and whom it reports to: all that can be known without torch.
+    """
+    check_output_dir(config.output_dir)
+    check_model(config.model)
+    installed = {"wandb": find_spec("wandb"), "tensorboard": find_spec("tensorboard") or find_spec("tensorboardX")}
+    if missing := [name for name in config.report_to if not installed[name]]:
+        raise UserError(*(Problem("report_to", f"{name} is not installed", f"pip install {name}") for name in missing))
+    return prepare(config, on_record=on_record), prepare(config, evaluation=True) if config.eval_meta_file else None
 
 
 def write_scripts(chat: Chat, records: Sequence[Record], problems: list[Problem]) -> list[Script]:

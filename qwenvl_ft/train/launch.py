@@ -164,8 +164,6 @@ def start(config: Config) -> Accelerator:
     if plugin := accelerator.state.deepspeed_plugin:
         rows = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": config.max_grad_norm}
         plugin.deepspeed_config.update(rows)
-    if missing := [name for name in config.report_to if name not in map(str, accelerator.log_with)]:
-        raise UserError(*(Problem("report_to", f"{name} is not installed", f"pip install {name}") for name in missing))
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -20,13 +20,11 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from qwenvl_ft.config import Config
-from qwenvl_ft.console import Display, counting, draw_plan, print_drawing, print_line, print_problems
-from qwenvl_ft.data.prepare import Prepared, prepare, schedule
+from qwenvl_ft.console import Display, draw_plan, print_drawing, print_line, print_problems
+from qwenvl_ft.data.prepare import Prepared, Ready, make_ready, schedule
 from qwenvl_ft.data.rows import Row
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
-from qwenvl_ft.folders.problems import check_model
-from qwenvl_ft.folders.runs import check_output_dir
 from qwenvl_ft.folders.whole import writing
 from qwenvl_ft.model.load import add_lora, limited_image_processor, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss
@@ -116,17 +114,18 @@ def learning_rate(step: int, total: int, config: Config) -> float:
     return config.learning_rate * shapes[config.lr_scheduler_type]
 
 
-def train(config: Config) -> None:
+def train(config: Config, ready: Ready | None = None) -> None:
     """Trains and leaves in `output_dir` a plain PEFT adapter, the processor, the settings, the plan and the results.
+
+    `ready` is what `make_ready` returned, where that was called before torch was imported.
 
     Raises UserError; exits with 128 + signal after SIGTERM or SIGINT, the work so far saved.
     """
-    check_output_dir(config.output_dir)
-    check_model(config.model)
+    prepared, held_out = ready or make_ready(config)
     accelerator = start(config)
     with alone(accelerator, config):
         try:
-            run_steps(config, accelerator)
+            run_steps(config, accelerator, prepared, held_out)
         except RuntimeError as error:
             if (problem := lost(error, accelerator)) is None:
                 raise
@@ -136,12 +135,9 @@ def train(config: Config) -> None:
             raise UserError(problem) from error
 
 
-def run_steps(config: Config, accelerator: Accelerator) -> None:
-    """The run from its records to its results, `output_dir` being its own."""
+def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held_out: Prepared | None) -> None:
+    """The run from its rows to its results, `output_dir` being its own."""
     main = accelerator.is_main_process
-    with counting("reading records") as on_record:
-        prepared = prepare(config, on_record=on_record)
-        held_out = prepare(config, evaluation=True) if config.eval_meta_file else None
     steps = schedule(prepared, config)
     same = fingerprint(prepared, held_out, config)
     resume = find_resume(config, same, prepared)
