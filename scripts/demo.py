@@ -64,8 +64,8 @@ def main() -> None:
 
     if len({(scores["min_pixels"], scores["max_pixels"]) for scores in (base, tuned, blank)}) > 1:
         sys.exit("the three were shown pictures of other sizes, and cannot be compared")
-    print(f"\n\033[1mHeld-out records: {base['questions']} questions about charts and subjects that it was not trained on\033[0m")
-    print(f"(pictures of up to {base['max_pixels']:,} px for all three)")
+    about = f"{base['questions']} questions about charts and subjects that it was not trained on"
+    print(f"\n\033[1mHeld-out records: {about}; pictures of up to {base['max_pixels']:,} px\033[0m")
     print(f"{'':34}{'relaxed accuracy':>18}{'exact':>8}{'cut answers':>14}")
     for name, scores in (("base", base), ("tuned", tuned), ("tuned, shown blank pictures", blank)):
         print(f"{name:34}{scores['relaxed_accuracy']:>18.1%}{scores['exact_accuracy']:>8.1%}{scores['cut_answers']:>14}")

@@ -15,6 +15,7 @@ from typing import Any
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_template, weight_files
 from qwenvl_ft.folders.whole import short_hash
+from qwenvl_ft.infer.decoding import GENERATION_CONFIG
 from qwenvl_ft.infer.engine import Answer, Engine
 
 Line = tuple[int, dict[str, Any]]
@@ -121,8 +122,9 @@ def other_answers(out: Path) -> UserError:
 
 
 def who_answers(model_dir: Path, adapter: Path | None, engine_settings: Sequence[Any] = ()) -> str:
-    """A hash of what answers: the folders, their weights by size and time, the template, `engine_settings` as they are."""
+    """A hash of what answers: the folders, their files by size and time, the template, `engine_settings` as they are."""
     files = [*weight_files(model_dir), model_dir / "tokenizer.json"]
+    files += [path] if (path := model_dir / GENERATION_CONFIG).is_file() else []
     files += [adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS] if adapter else []
     states = [(str(path.resolve()), (of := path.stat()).st_size, of.st_mtime_ns) for path in files]
     return short_hash([states, read_template(model_dir), *engine_settings])

@@ -94,10 +94,12 @@ def test_answers_of_a_model_that_has_changed_in_its_folder_are_not_gone_on_with(
         with pytest.raises(SystemExit) as done:
             main([*arguments, *changed])
         codes.append(done.value.code)
-    os.utime(tmp_path / "model" / "model.safetensors")
-    with pytest.raises(SystemExit) as done:
-        main(arguments)
-    assert [*codes, done.value.code] == [0, 0, 1, 1] and "of another model or with other settings" in capsys.readouterr().err
+    for name in ("generation_config.json", "model.safetensors"):
+        os.utime(tmp_path / "model" / name)
+        with pytest.raises(SystemExit) as done:
+            main(arguments)
+        codes.append(done.value.code)
+    assert codes == [0, 0, 1, 1, 1] and "of another model or with other settings" in capsys.readouterr().err
 
 
 def test_answers_to_other_questions_or_of_another_model_are_not_gone_on_with(engine, tmp_path):
