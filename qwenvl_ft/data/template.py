@@ -15,8 +15,9 @@ from qwenvl_ft.errors import Problem, UserError
 Thinking = Literal["off", "on", "template"]
 OPEN_THOUGHT, CLOSE_THOUGHT = "<think>\n", "\n</think>\n\n"
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-HEAD = "{{#- thinking: {} -#}}{{%- if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif -%}}"
-HEADED = re.compile(r"\{#- thinking: (off|on) -#\}.*?\{% endif -%\}", re.DOTALL)
+MARK = "{{#- thinking: {} -#}}"  # a comment that says how a template was settled
+DEFAULT = "{{%- if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif -%}}"
+HEAD = re.compile(r"\{#- thinking: (off|on|template) -#\}(?:\{%- if enable_thinking is not defined %\}.*?\{% endif -%\})?")
 # For templates that open a thought whatever is asked.
 TAIL = "{% if add_generation_prompt and not enable_thinking %}{{ '\\n</think>\\n\\n' }}{% endif %}"
 
@@ -50,19 +51,23 @@ def thinks(template: Template) -> bool:
 
 
 def settle(source: str, thinking: Thinking) -> str:
-    """The template's text with its default set to `thinking`, unless it knows no thoughts or is to keep its own default."""
-    source = HEADED.sub("", source).removesuffix(TAIL)
+    """The template's text with its default set to `thinking`, or kept, and a comment that says so; as it is, if it knows no
+    thoughts."""
+    source = HEAD.sub("", source).removesuffix(TAIL)
     template = compile_template(source)
-    if thinking == "template" or not thinks(template):
+    if not thinks(template):
         return source
+    mark = MARK.format(thinking)
+    if thinking == "template":
+        return mark + source
     opened = render(template, [{"role": "user", "content": "a"}], True, thinking=False).endswith(OPEN_THOUGHT)
-    head = HEAD.format(thinking, "true" if thinking == "on" else "false")
+    head = mark + DEFAULT.format("true" if thinking == "on" else "false")
     return head + source.removesuffix("\n") + TAIL if opened else head + source
 
 
 def settled(source: str) -> Thinking | None:
     """What the template's default was set to here; None for one as its makers wrote it."""
-    found = HEADED.match(source)
+    found = HEAD.match(source)
     return found[1] if found else None  # type: ignore[return-value]
 
 

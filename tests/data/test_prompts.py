@@ -113,7 +113,7 @@ def test_the_prefix_of_each_taught_span_is_the_prompt_that_asks_for_it(name, thi
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("thinking", ["off", "on"])
+@pytest.mark.parametrize("thinking", ["off", "on", "template"])
 def test_the_template_that_is_exported_asks_in_the_same_way_by_itself(name, thinking, with_template):
     """Plain transformers, which knows of no key `thinking`, writes our prompt from the folder alone."""
     chat = open_chat(with_template(name), thinking=thinking)
@@ -127,7 +127,7 @@ def test_the_template_that_is_exported_asks_in_the_same_way_by_itself(name, thin
     again = open_chat(exported)
     assert again.source == chat.source and again.prompt(turns) == chat.prompt(turns)
     assert again.thinking == (thinking if chat.thinks else "off")
-    other = {"off": "on", "on": "off"}[thinking]
+    other = "off" if thinking == "on" else "on"
     assert open_chat(exported, thinking=other).source == open_chat(with_template(name), thinking=other).source
 
 
