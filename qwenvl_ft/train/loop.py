@@ -5,7 +5,6 @@ of them. Which rows those are, and every random draw, follows from (seed, epoch,
 from what ran before, so a run that goes on from a checkpoint ends where the uninterrupted one does.
 """
 
-import json
 import math
 import signal
 import time
@@ -28,7 +27,7 @@ from qwenvl_ft.folders.runs import check_output_dir
 from qwenvl_ft.model.load import add_lora, limited_image_processor, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss
 from qwenvl_ft.train.launch import Signals, open_trackers, start
-from qwenvl_ft.train.output_dir import open_metrics, write_results, write_settings
+from qwenvl_ft.train.output_dir import Metrics, write_results, write_settings
 from qwenvl_ft.train.state import Run, find_resume, fingerprint
 
 
@@ -140,8 +139,8 @@ def train(config: Config) -> None:
     if main:
         write_settings(config, prepared, processor)
         report_start(config, run, sizes, resume)
-    display = Display(len(steps), done, config.logging_steps, quiet=not main)
-    metrics = open_metrics(config.output_dir, done) if main else None
+    display = Display(len(steps), done, quiet=not main)
+    run.metrics = metrics = Metrics(config.output_dir, resume, config.logging_steps, len(steps)) if main else None
     loader = iter(run.loader(steps[done:]))
     steps_per_epoch = math.ceil(len(prepared.plan.rows) / config.rows_per_step)
     try:
@@ -154,17 +153,17 @@ def train(config: Config) -> None:
                 loss, stop = train_step(run, epoch, rows, loader, signals)
                 seconds = time.monotonic() - began
                 tokens = sum(prepared.scripts[index].length for row in rows for index in prepared.plan.rows[row])
+                taught = sum(map(prepared.taught_tokens, rows))
                 facts = {
-                    "loss": loss, "learning_rate": rate, "epoch": round(step / steps_per_epoch, 4),
-                    "tokens_per_s": tokens / seconds, "taught_tokens_per_s": sum(map(prepared.taught_tokens, rows)) / seconds,
+                    "loss": loss, "taught_tokens": taught, "learning_rate": rate, "epoch": round(step / steps_per_epoch, 4),
+                    "tokens_per_s": tokens / seconds, "taught_tokens_per_s": taught / seconds,
                 }  # fmt: skip
                 if held_out and (step == len(steps) or (config.eval_steps and step % config.eval_steps == 0)):
                     facts["eval_loss"] = evaluate(run, held_out)
                     display.say(f"step {step}  eval_loss={facts['eval_loss']:.4f}")
-                accelerator.log(facts, step=step)
                 if metrics:
-                    metrics.write(json.dumps({"step": step, **facts}) + "\n")
-                    metrics.flush()
+                    facts = metrics.add(step, facts)
+                accelerator.log(facts, step=step)
                 display.step(step, facts)
                 if stop or step % config.save_steps == 0 or step == len(steps):
                     run.save(step, same)
@@ -183,8 +182,8 @@ def train(config: Config) -> None:
             metrics.close()
     model = accelerator.unwrap_model(run.model)
     state = run.adapter_state()
-    if main:
-        write_results(config, model, state, processor)
+    if metrics:
+        write_results(config, model, state, processor, metrics.lines)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

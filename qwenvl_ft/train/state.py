@@ -27,6 +27,7 @@ from qwenvl_ft.folders.model import ADAPTER_WEIGHTS, read_model_json
 from qwenvl_ft.folders.runs import PICTURE_HASHES, PROCESSORS, checkpoints, newest, rotate
 from qwenvl_ft.folders.whole import short_hash, write_whole
 from qwenvl_ft.model.load import trainable
+from qwenvl_ft.train.output_dir import Metrics
 
 PARTS = ".parts"  # in a run's folder, while it saves: what each process adds to the checkpoint
 STATE = "state.json"  # in a checkpoint: its step, how it was launched, and the fingerprint of its run
@@ -42,6 +43,7 @@ class Run:
         self.prepared, self.image_processor, self.bf16 = prepared, image_processor, bf16
         self.bare = accelerator.unwrap_model(model)
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.metrics: Metrics | None = None  # the main process has them
         self.partitions = zero_partitions(model) if self.deepspeed else []
         self.tower_trains = bool({"vision", "merger"} & set(config.lora_on))
         self.always_look = self.deepspeed and (self.tower_trains or model.zero_optimization_stage() == 3)
@@ -93,6 +95,8 @@ class Run:
         def write(incoming: Path) -> None:
             save_file(state, incoming / ADAPTER_WEIGHTS, {"format": "pt"})
             self.bare.peft_config["default"].save_pretrained(incoming)
+            if self.metrics:
+                self.metrics.save(incoming)
             for part in sorted(parts.iterdir()):
                 part.rename(incoming / part.name)
             facts = {
