@@ -122,10 +122,10 @@ def draw_plan(summary: dict[str, Any]) -> Table:
 
 
 class Display:
-    """A run's progress: a bar where there is a terminal, a line each `every` steps everywhere. Quiet on other processes."""
+    """A run's progress: a bar where there is a terminal, a line where one is due everywhere. Quiet on other processes."""
 
-    def __init__(self, total: int, done: int, every: int, quiet: bool):
-        self.every, self.quiet, self.total = every, quiet, total
+    def __init__(self, total: int, done: int, quiet: bool):
+        self.quiet, self.total = quiet, total
         self.began, self.done_before = time.monotonic(), done
         columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         self.progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
@@ -133,13 +133,15 @@ class Display:
         self.progress.start()
 
     def step(self, step: int, facts: dict[str, float]) -> None:
-        """`facts`: loss, learning_rate, tokens_per_s, taught_tokens_per_s, epoch."""
+        """`facts`: learning_rate, tokens_per_s, taught_tokens_per_s, epoch; with line_loss, which is the mean since the last line,
+        and run_loss, which is that over the run, a line is due."""
         self.progress.update(self.task, completed=step)
-        if not self.quiet and (step % self.every == 0 or step == self.total):
+        if not self.quiet and "line_loss" in facts:
             left = (time.monotonic() - self.began) / (step - self.done_before) * (self.total - step)
             rates = f"{facts['tokens_per_s']:,.0f} tokens/s ({facts['taught_tokens_per_s']:,.0f} taught)"
-            result = f"loss={facts['loss']:.4f}  lr {facts['learning_rate']:.2e}"
-            self.say(f"step {step}/{self.total}  epoch {facts['epoch']:.2f}  {result}  {rates}  ETA {left:.0f} s")
+            losses = f"loss={facts['line_loss']:.4f} ({facts['run_loss']:.4f} over the run)"
+            epoch, rate = f"epoch {facts['epoch']:.2f}", f"lr {facts['learning_rate']:.2e}"
+            self.say(f"step {step}/{self.total}  {epoch}  {losses}  {rate}  {rates}  ETA {left:.0f} s")
 
     def say(self, line: str) -> None:
         """A line beside the bar."""

@@ -5,7 +5,6 @@ of them. Which rows those are, and every random draw, follows from (seed, epoch,
 from what ran before, so a run that goes on from a checkpoint ends where the uninterrupted one does.
 """
 
-import json
 import math
 import signal
 import time
@@ -29,7 +28,7 @@ from qwenvl_ft.folders.whole import writing
 from qwenvl_ft.model.load import add_lora, limited_image_processor, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss
 from qwenvl_ft.train.launch import Signals, alone, lost, open_trackers, start
-from qwenvl_ft.train.output_dir import METRICS, open_metrics, write_results, write_settings
+from qwenvl_ft.train.output_dir import METRICS, Metrics, write_results, write_settings
 from qwenvl_ft.train.state import Run, find_resume, fingerprint
 
 
@@ -167,10 +166,10 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
     with writing(config.output_dir):
         if main:
             write_settings(config, prepared, processor)
-        metrics = open_metrics(config.output_dir, done) if main else None
+        run.metrics = metrics = Metrics(config.output_dir, resume, config.logging_steps, len(steps)) if main else None
     if main:
         report_start(config, run, sizes, resume)
-    display = Display(len(steps), done, config.logging_steps, quiet=not main)
+    display = Display(len(steps), done, quiet=not main)
 
     def is_saved(step: int) -> bool:
         return step in (done, len(steps)) or step % config.save_steps == 0
@@ -189,9 +188,10 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
                     leave(run, signals, display, step - 1, None if is_saved(step - 1) else same)
                 seconds = time.monotonic() - began
                 tokens = sum(prepared.scripts[index].length for row in rows for index in prepared.plan.rows[row])
+                taught = sum(map(prepared.taught_tokens, rows))
                 facts = {
-                    "loss": loss, "learning_rate": rate, "epoch": round(step / steps_per_epoch, 4),
-                    "tokens_per_s": tokens / seconds, "taught_tokens_per_s": sum(map(prepared.taught_tokens, rows)) / seconds,
+                    "loss": loss, "taught_tokens": taught, "learning_rate": rate, "epoch": round(step / steps_per_epoch, 4),
+                    "tokens_per_s": tokens / seconds, "taught_tokens_per_s": taught / seconds,
                 }  # fmt: skip
                 if held_out and (step == len(steps) or (config.eval_steps and step % config.eval_steps == 0)):
                     eval_loss = evaluate(run, held_out, signals)
@@ -200,11 +200,10 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
                     else:
                         facts["eval_loss"] = eval_loss
                         display.say(f"step {step}  eval_loss={eval_loss:.4f}")
-                accelerator.log(facts, step=step)
                 if metrics:
                     with writing(config.output_dir / METRICS):
-                        metrics.write(json.dumps({"step": step, **facts}, allow_nan=False) + "\n")
-                        metrics.flush()
+                        facts = metrics.add(step, facts)
+                accelerator.log(facts, step=step)
                 display.step(step, facts)
                 if is_saved(step):
                     with writing(config.output_dir):
@@ -222,9 +221,9 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
                 metrics.close()
     model = accelerator.unwrap_model(run.model)
     state = run.adapter_state()
-    if main:
+    if metrics:
         with writing(config.output_dir):
-            write_results(config, model, state, processor)
+            write_results(config, model, state, processor, metrics.lines)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.folders.adapter import BASE, base_fingerprint
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import INCOMING, write_json, write_whole
+from qwenvl_ft.train.curves import draw_losses, mean_loss
 
-METRICS = "metrics.jsonl"
+METRICS, CURVES = "metrics.jsonl", "loss.svg"
 
 
 def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
@@ -33,8 +35,10 @@ def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
     processor.save_pretrained(out)
 
 
-def write_results(config: Config, model: Any, state: dict[str, torch.Tensor], processor: Any) -> None:
-    """Writes the adapter and the run's results; prints what to do next.
+def write_results(
+    config: Config, model: Any, state: dict[str, torch.Tensor], processor: Any, lines: Sequence[dict[str, Any]]
+) -> None:
+    """Writes the adapter and the results of the run whose metrics are `lines`; prints what to do next.
 
     Adapter and processor are written aside, listed in a manifest that goes with them, and moved, the weights last: until
     those are there the folder is no adapter, or one that its manifest refuses.
@@ -54,9 +58,8 @@ def write_results(config: Config, model: Any, state: dict[str, torch.Tensor], pr
     for path in sorted(aside.iterdir(), key=lambda path: path.name.startswith("adapter_model")):
         path.replace(out / path.name)
     shutil.rmtree(out / INCOMING)  # with the folder that is empty now
-    metrics = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    evaluations = {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line}
-    results = {"steps": len(metrics), "train_loss": metrics[-1]["loss"], "eval_losses": evaluations}
+    evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    results = {"steps": len(lines), "train_loss": lines[-1]["run_loss"], "eval_losses": evaluations}
     write_json(out / "all_results.json", results)
     print_next(config)
 
@@ -73,9 +76,42 @@ def print_next(config: Config) -> None:
     print_line(f"  qwenvl-ft export --adapter {adapter} --out {shlex.quote(str(config.output_dir) + '-merged')}")
 
 
-def open_metrics(output_dir: Path, done: int) -> Any:
-    """The metrics file to append to; lines of steps after `done` are of a run that was cut off and are taken out."""
-    path = output_dir / METRICS
-    lines = path.read_text().splitlines() if path.is_file() and done else []
-    path.write_text("".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= done))
-    return path.open("a")
+class Metrics:
+    """metrics.jsonl: a line for every step. Each checkpoint has a copy, so that a run that goes on knows all losses before it,
+    whatever has become of the file.
+
+    `loss` is the step's own, `run_loss` the mean over the run and, where a line of progress is due, `line_loss` that since the
+    last one: all per taught token.
+    """
+
+    def __init__(self, output_dir: Path, resume: Path | None, every: int, num_steps: int):
+        self.output_dir, self.every, self.num_steps = output_dir, every, num_steps
+        text = (resume / METRICS).read_text(encoding="utf-8") if resume else ""
+        self.lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+        self.taught = sum(line["taught_tokens"] for line in self.lines)
+        (output_dir / METRICS).write_text(text, encoding="utf-8")
+        self.file = (output_dir / METRICS).open("a", encoding="utf-8")
+
+    def add(self, step: int, facts: dict[str, float]) -> dict[str, float]:
+        """Writes the step's line; returns what it says, means included. `facts` has `loss`, `taught_tokens` and whatever else."""
+        before = self.lines[-1]["run_loss"] * self.taught if self.lines else 0.0
+        self.taught += int(facts["taught_tokens"])
+        facts = facts | {"run_loss": (before + facts["loss"] * facts["taught_tokens"]) / self.taught}
+        if step == 1 or step % self.every == 0 or step == self.num_steps:
+            since = next((at for at in range(len(self.lines), 0, -1) if "line_loss" in self.lines[at - 1]), 0)
+            facts["line_loss"] = mean_loss([*self.lines[since:], facts])
+        self.lines.append({"step": step, **facts})
+        self.file.write(json.dumps(self.lines[-1], allow_nan=False) + "\n")
+        self.file.flush()
+        return facts
+
+    def save(self, folder: Path) -> None:
+        """Puts a copy into a checkpoint, and the curves into the run's folder."""
+        (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        aside = self.output_dir / f".{CURVES}"
+        aside.write_text(draw_losses(self.lines), encoding="utf-8")
+        aside.replace(self.output_dir / CURVES)
+
+    def close(self) -> None:
+        """No step comes any more."""
+        self.file.close()

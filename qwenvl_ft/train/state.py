@@ -25,11 +25,12 @@ from qwenvl_ft.folders.adapter import base_fingerprint
 from qwenvl_ft.folders.hashes import digests
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS, read_model_json
 from qwenvl_ft.folders.runs import PICTURE_HASHES, PROCESSORS, checkpoints, newest, rotate
-from qwenvl_ft.folders.whole import INCOMING, short_hash, write_whole
+from qwenvl_ft.folders.whole import short_hash, write_whole
 from qwenvl_ft.model.load import trainable
 from qwenvl_ft.train.launch import ignore_signals
+from qwenvl_ft.train.output_dir import Metrics
 
-OPTIMIZER = "optimizer.safetensors"
+PARTS = ".parts"  # in a run's folder, while it saves: what each process adds to the checkpoint
 STATE = "state.json"  # in a checkpoint: its step, how it was launched, and the fingerprint of its run
 FORM = 2  # of a checkpoint: raised with every change to what is in it, or to which rows a step takes
 
@@ -43,6 +44,8 @@ class Run:
         self.prepared, self.image_processor, self.bf16 = prepared, image_processor, bf16
         self.bare = accelerator.unwrap_model(model)
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.metrics: Metrics | None = None  # the main process has them
+        self.partitions = zero_partitions(model) if self.deepspeed else []
         self.tower_trains = bool({"vision", "merger"} & set(config.lora_on))
         self.always_look = self.deepspeed and (self.tower_trains or model.zero_optimization_stage() == 3)
         blind = [row for row, members in enumerate(prepared.plan.rows) if not any(prepared.scripts[at].pictures for at in members)]
@@ -103,45 +106,82 @@ class Run:
         def write(incoming: Path) -> None:
             save_file(state, incoming / ADAPTER_WEIGHTS, {"format": "pt"})
             self.bare.peft_config["default"].save_pretrained(incoming)
-            if self.deepspeed:
-                parts.rename(incoming / "deepspeed")
-            else:
-                moments = self.optimizer.state_dict()["state"]
-                flat = {f"{number}.{key}": value for number, entry in moments.items() for key, value in entry.items()}
-                save_file({key: value.detach().cpu().contiguous() for key, value in flat.items()}, incoming / OPTIMIZER)
+            if self.metrics:
+                self.metrics.save(incoming)
+            for part in sorted(parts.iterdir()):
+                part.rename(incoming / part.name)
             facts = {
                 "form": FORM, "step": step, "processes": self.accelerator.num_processes, "deepspeed": self.deepspeed,
                 "records": self.prepared.num_records, "row_tokens": self.prepared.plan.row_tokens, "same": same,
             }  # fmt: skip
             (incoming / STATE).write_text(json.dumps(facts, indent=1) + "\n")
 
-        parts = self.config.output_dir / INCOMING / "deepspeed"
-        if self.deepspeed:  # its engine's own files, one for each process, beside ours
-            if self.accelerator.is_main_process:
-                shutil.rmtree(parts, ignore_errors=True)  # of a run that was cut off here
-            self.accelerator.wait_for_everyone()
-            self.model.save_checkpoint(str(parts), tag="engine", exclude_frozen_parameters=True)
-            self.accelerator.wait_for_everyone()
+        parts = self.config.output_dir / PARTS
+        if self.accelerator.is_main_process:
+            shutil.rmtree(parts, ignore_errors=True)  # of a run that was cut off here
+            parts.mkdir()
+        self.accelerator.wait_for_everyone()
+        if self.deepspeed or self.accelerator.is_main_process:
+            save_file(self.moments(), parts / self.moments_name())
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_whole(folder, write)
+            parts.rmdir()
             rotate(self.config.output_dir, self.config.save_total_limit)
         self.accelerator.wait_for_everyone()
 
+    def moments_name(self) -> str:
+        """The file of the optimizer's state in a checkpoint; under DeepSpeed each process has its own."""
+        return f"optimizer-{self.accelerator.process_index}.safetensors" if self.deepspeed else "optimizer.safetensors"
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """The optimizer's state, on the CPU; under DeepSpeed this process's part, with the float32 weights that it belongs to."""
+        if self.deepspeed:
+            inner = self.model.optimizer.optimizer.state
+            entries = {number: {**inner[part], "weights": part} for number, part in enumerate(self.partitions)}
+        else:
+            entries = self.optimizer.state_dict()["state"]
+        flat = {f"{number}.{key}": value for number, entry in entries.items() for key, value in entry.items()}
+        return {key: torch.as_tensor(value).detach().cpu().clone().contiguous() for key, value in flat.items()}
+
     def load(self, folder: Path) -> int:
-        """Puts optimizer (and DeepSpeed's engine) back to where the checkpoint was; returns its step."""
+        """Puts the optimizer back to where the checkpoint was; returns its step."""
         facts = json.loads((folder / STATE).read_text())
         if facts["deepspeed"] != self.deepspeed or (self.deepspeed and facts["processes"] != self.accelerator.num_processes):
             was = f"{facts['processes']} processes {'with' if facts['deepspeed'] else 'without'} DeepSpeed"
             raise UserError(Problem(str(folder), f"was written by {was}", "start again the same way, or into another output_dir"))
-        if self.deepspeed:
-            self.model.load_checkpoint(str(folder / "deepspeed"), tag="engine", load_module_strict=False)
-        else:
-            entries: dict[int, dict[str, torch.Tensor]] = {}
-            for name, tensor in load_file(folder / OPTIMIZER).items():
-                number, key = name.split(".", 1)
-                entries.setdefault(int(number), {})[key] = tensor
+        entries: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in load_file(folder / self.moments_name()).items():
+            number, key = name.split(".", 1)
+            entries.setdefault(int(number), {})[key] = tensor
+        if not self.deepspeed:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
+        for at, part in enumerate(self.partitions):
+            part.data.copy_(entries[at].pop("weights"))
+            # DeepSpeed's optimizer for the CPU counts its steps in an int, torch's in a float32 on the CPU.
+            self.model.optimizer.optimizer.state[part] = {
+                key: value.to(part.device) if value.dim() else value if value.is_floating_point() else int(value)
+                for key, value in entries[at].items()
+            }
         return int(facts["step"])
+
+
+def zero_partitions(engine: Any) -> list[torch.Tensor]:
+    """This process's share of what trains, flat and in float32: where DeepSpeed's ZeRO keeps its optimizer's state.
+
+    DeepSpeed's own checkpoints are pickles, which run code when they are read. Raises UserError for a setting of it that
+    keeps more than this.
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    zero = engine.optimizer
+    if isinstance(zero, DeepSpeedZeroOptimizer) and not engine.fp16_enabled():
+        return list(zero.single_partition_of_fp32_groups)
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3) and not engine.fp16_enabled() and not zero.swap_optimizer:
+        return list(zero.fp32_partitioned_groups_flat)
+    what = f"its {type(zero).__name__} keeps more than a checkpoint here holds"
+    raise UserError(Problem("DeepSpeed", what, "use ZeRO 2 or 3 as in configs/zero2.yaml, without fp16 and without NVMe"))
 
 
 def find_resume(config: Config, same: dict[str, str], prepared: Prepared) -> Path | None:

@@ -117,9 +117,9 @@ def test_bad_records_stop_the_run_or_are_counted(tmp_path):
     assert "the assistant's turn is empty" in reasons and any("a row holds 400" in reason for reason in reasons)
 
 
-def test_a_line_of_progress_comes_when_it_is_due(tmp_path, capsys):
+def test_a_line_of_progress_comes_at_the_first_step_and_when_it_is_due(tmp_path, capsys):
     run(tmp_path, logging_steps=2)
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("step ")] == ["2/3", "3/3"]
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("step ")] == ["1/3", "2/3", "3/3"]
 
 
 def test_tensorboard_is_reported_to_when_asked(tmp_path):
@@ -139,6 +139,6 @@ def test_every_key_has_a_test():
 def test_the_adapter_of_a_run_has_peft_s_own_files(tmp_path):
     run(tmp_path)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    wanted = "adapter_config.json adapter_model.safetensors processor_config.json chat_template.jinja config.yaml plan.json metrics.jsonl"
+    wanted = "adapter_config.json adapter_model.safetensors processor_config.json chat_template.jinja config.yaml plan.json metrics.jsonl loss.svg"
     assert {*wanted.split(), "all_results.json"} <= names and ".incoming" not in names
     assert adapter(tmp_path / "run")

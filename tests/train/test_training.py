@@ -354,6 +354,30 @@ def test_zero_2_in_two_processes_ends_with_the_weights_of_ddp(two, tmp_path):
     assert difference(adapter(two), adapter(zero)) < 1e-5
 
 
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_under_deepspeed_too_a_run_goes_on_to_the_same_bits_and_no_pickle_is_in_its_checkpoint(zero_stage, tmp_path):
+    """DeepSpeed's own checkpoint is made of pickles, and going on from one ran whatever code was in it."""
+    folder = launch_two(tmp_path, f"2962{zero_stage}", zero_stage=zero_stage, **SETTINGS)
+    whole = adapter(folder)
+    shutil.rmtree(folder / "checkpoint-4")
+    (folder / "adapter_model.safetensors").unlink()
+    assert {path.suffix for path in folder.rglob("*") if path.is_file() and "checkpoint" in str(path)} <= {
+        ".json",
+        ".safetensors",
+        ".md",
+        ".jsonl",
+    }
+    assert {path.name for path in (folder / "checkpoint-2").glob("opt*")} == {"optimizer-0.safetensors", "optimizer-1.safetensors"}
+    launch_two(tmp_path, f"2963{zero_stage}", zero_stage=zero_stage, **SETTINGS, resume=True)
+    assert same(whole, adapter(folder))
+
+
+def test_nothing_here_reads_a_pickle():
+    """whole.py said that none is read, while resuming under DeepSpeed did."""
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "qwenvl_ft").rglob("*.py"))
+    assert re.findall(r"torch\.load\(|\.load_checkpoint\(|pickle\.load|import pickle", source) == []
+
+
 def test_zero_3_does_not_wait_for_a_row_without_a_picture_and_ends_with_the_weights_of_ddp(tmp_path):
     """A process whose row has no picture would not gather the tower's weights, and the others would wait for ever."""
     (tmp_path / "ddp").mkdir(), (tmp_path / "zero").mkdir()

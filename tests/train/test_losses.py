@@ -1,0 +1,87 @@
+"""The losses that are printed, kept and drawn: means over the tokens taught, of the whole run, whatever became of it between."""
+
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from qwenvl_ft.errors import UserError
+from qwenvl_ft.train import loop
+from qwenvl_ft.train.curves import draw_losses
+from tests.runs import adapter, config, metrics, run, same
+
+SETTINGS = {"max_steps": 5, "logging_steps": 2, "save_steps": 3}
+
+
+def mean(lines):
+    return sum(line["loss"] * line["taught_tokens"] for line in lines) / sum(line["taught_tokens"] for line in lines)
+
+
+def test_what_is_printed_is_the_mean_since_the_last_line_and_over_the_run(tmp_path, capsys):
+    """It was the loss of the one step that the line fell on, and all_results.json had the last step's as train_loss."""
+    run(tmp_path, **SETTINGS)
+    lines = metrics(tmp_path / "run")
+    assert len({line["taught_tokens"] for line in lines}) > 1  # else a plain mean would do
+    printed = re.findall(r"^step (\d)/5 .* loss=([\d.]+) \(([\d.]+) over the run\)", capsys.readouterr().out, re.MULTILINE)
+    since = {1: lines[:1], 2: lines[1:2], 4: lines[2:4], 5: lines[4:]}
+    assert printed == [(str(step), f"{mean(some):.4f}", f"{mean(lines[:step]):.4f}") for step, some in since.items()]
+    assert [line["run_loss"] for line in lines] == pytest.approx([mean(lines[:step]) for step in range(1, 6)])
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["train_loss"] == pytest.approx(mean(lines)) and results["steps"] == 5
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"step": 1}\n', "\0\0\0", None])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "plan.json"])
+def test_a_run_goes_on_whatever_became_of_its_plan_and_metrics_and_knows_all_losses(tmp_path, monkeypatch, name, damage):
+    """Resuming read both of them, and a line that a power cut had left was a traceback."""
+    run(tmp_path, "plain", **SETTINGS)
+
+    def cut_off(*args, step=loop.train_step):
+        if len(metrics(tmp_path / "run")) == 4:  # after the line of a step that no checkpoint has
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop, "train_step", cut_off)
+        run(tmp_path, **SETTINGS)
+    path = tmp_path / "run" / name
+    path.unlink() if damage is None else path.write_text(damage)
+    run(tmp_path, **SETTINGS, resume=True)
+    assert same(adapter(tmp_path / "plain"), adapter(tmp_path / "run"))
+    timed = ("tokens_per_s", "taught_tokens_per_s")
+    ours, plain = (
+        [{k: v for k, v in line.items() if k not in timed} for line in metrics(tmp_path / of)] for of in ("run", "plain")
+    )
+    assert ours == plain
+    for file in ("all_results.json", "loss.svg"):
+        assert (tmp_path / "run" / file).read_text() == (tmp_path / "plain" / file).read_text()
+    with pytest.raises(UserError, match="learning_rate was"):
+        run(tmp_path, **SETTINGS, resume=True, learning_rate=1.0)
+
+
+def points(svg):
+    """Of each curve of the drawing, its points."""
+    found = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}polyline")
+    return [[tuple(map(float, pair.split(","))) for pair in of.get("points").split()] for of in found]
+
+
+def test_the_curves_are_those_of_the_metrics(tmp_path):
+    run(tmp_path, **SETTINGS, eval_meta_file=config(tmp_path).train_meta_file, eval_steps=2)
+    lines = metrics(tmp_path / "run")
+    train, held_out = points((tmp_path / "run" / "loss.svg").read_text())
+    assert (len(train), len(held_out)) == (5, 3)
+    for curve, key in ((train, "loss"), (held_out, "eval_loss")):
+        losses = [line[key] for line in lines if key in line]
+        heights = [360 - y for _, y in curve]  # of 300 px, above the axis
+        assert heights == pytest.approx([loss * heights[0] / losses[0] for loss in losses], abs=0.3)
+    assert [x for x, _ in train] == [60, 220, 380, 540, 700]
+
+
+def test_a_long_run_is_drawn_as_means_and_a_single_step_can_be_drawn():
+    lines = [{"step": step, "loss": 1.0 + step % 2, "taught_tokens": 1 + 2 * (step % 2)} for step in range(1, 8_001)]
+    (train,) = points(draw_losses(lines))
+    assert len(train) == 400 and len({y for _, y in train}) == 1  # each mean is 1.75 of taught tokens
+    assert "training, mean of 20 steps" not in draw_losses(lines[:400])
+    assert "mean of 20 steps" in draw_losses(lines)
+    assert points(draw_losses(lines[:1])) == [[(60.0, pytest.approx(74.3, abs=0.1))]]
