@@ -135,7 +135,7 @@ def open_chat(model_dir: Path, min_pixels: int | None = None, max_pixels: int | 
     except Exception as error:  # the library has no error of its own
         raise UserError(Problem(str(path), "is not a tokenizer", "download it again")) from error
     if (picture_id := tokenizer.token_to_id(PICTURE)) is None:
-        raise UserError(Problem(str(path), f"has no token {PICTURE}", "use a Qwen-VL model"))
+        raise UserError(Problem(str(path), f"has no token {PICTURE}", "bring the tokenizer.json of the model itself"))
     return Chat(tokenizer, template, read_limits(model_dir, min_pixels, max_pixels), family, picture_id)
 
 
