@@ -157,33 +157,141 @@ PEERS = {
     "disable_flash_attn2": "attn_implementation", "flash_attention": "attn_implementation",
     "disable_gradient_checkpointing": "gradient_checkpointing",
     "evaluation_strategy": "eval_steps", "eval_strategy": "eval_steps", "save_strategy": "save_steps",
-    "resume_from_checkpoint": "resume", "overwrite_output_dir": "resume", "use_wandb": "report_to", "wandb_project": "report_to",
+    "resume_from_checkpoint": "resume", "auto_resume_from_checkpoints": "resume", "ckpt_dir": "resume",
+    "output_directory": "output_dir", "wandb_name": "run_name", "wandb_run_name": "run_name", "logging_interval": "logging_steps",
+    "val_set_size": "eval_meta_file", "split_dataset_ratio": "eval_meta_file", "eval_file": "eval_meta_file",
+    "dataset_use": "train_meta_file", "max_model_len": "row_tokens", "max_packed_sequence_len": "row_tokens",
+    "lora_target_linear": "lora_on", "target_regex": "lora_on", "vision_tower": "lora_on", "tune_merger": "lora_on",
+    "xformers_attention": "attn_implementation", "sdp_attention": "attn_implementation",
+    "saves_per_epoch": "save_steps", "evals_per_epoch": "eval_steps", "use_wandb": "report_to", "wandb_project": "report_to",
 }  # fmt: skip
+CLOSE = 0.85  # of two keys that are one misspelt: lower, and a key of another meaning is near enough
 # What has to be known besides the name, by our key.
 REMARKS = {
     "lora_on": "[language] to keep the vision tower and the merger frozen, [language, vision, merger] to train them, too",
     "rows_per_step": "another number, the rows of one step over all processes together",
     "row_tokens": "records share rows of so many tokens, and a longer one is reported, never cut",
     "eval_meta_file": "a file of held-out records; none are split off",
+    "warmup_ratio": "a share of the run, not a number of steps",
+    "resume": "true goes on from the newest whole checkpoint in output_dir",
 }
 FOUR_BIT = (
     "training in 4 or 8 bits is not offered; for less memory lower max_pixels and row_tokens, with gradient_checkpointing: true"
 )
-NOT_NEEDED = {
-    "load_in_4bit": FOUR_BIT, "load_in_8bit": FOUR_BIT, "quantization_bit": FOUR_BIT, "quant_bits": FOUR_BIT, "bits": FOUR_BIT,
-    "use_dora": "DoRA is not offered; for more than LoRA learns raise lora_rank",
-    "finetuning_type": "this tool trains LoRA and nothing else", "train_type": "this tool trains LoRA and nothing else",
-    "tuner_type": "this tool trains LoRA and nothing else", "lora_enable": "this tool trains LoRA and nothing else",
-    "stage": "this tool does supervised fine-tuning and nothing else", "do_train": "`qwenvl-ft train` trains",
-    "template": "the model's own chat template is used", "model_type": "it is read from the model's config.json",
-    "packing": "records always share rows", "neat_packing": "records always share rows", "padding_free": "rows are never padded",
-    "group_by_length": "rows are never padded", "remove_unused_columns": "there are no columns",
-    "deepspeed": "start with `accelerate launch --config_file configs/zero2.yaml train.py ...`",
-    "fsdp": "start with `accelerate launch --config_file configs/zero3.yaml train.py ...`",
-    "train_on_prompt": "only assistant turns are taught", "train_on_inputs": "only assistant turns are taught",
-    "assistant_only_loss": "only assistant turns are taught", "ddp_find_unused_parameters": "it is set where it is needed",
-    "trust_remote_code": "no code of a model is ever run",
-}  # fmt: skip
+LORA_ONLY = "this tool trains LoRA and nothing else"
+NEW_ADAPTER = "a run begins with a new adapter; resume: true goes on with the one of output_dir"
+NO_HUB = "training uploads nothing; `qwenvl-ft export --push modelscope:ORG/NAME` (or hf:) uploads the merged model"
+NO_VIDEO = "videos are not trained on"
+NO_STOPPING = "no best step is looked for; eval_steps and save_steps show and keep more of them"
+ONE_RATE = "learning_rate is that of all towers; lora_on says which of them train"
+ANSWERS_ONLY = 'only assistant turns are taught, but for those with "loss": false in the meta-file'
+# What is not offered, or is so without a key: the keys of peers, and what to know in their place.
+NOT_NEEDED = {key: why for why, keys in {
+    FOUR_BIT:
+        "load_in_4bit load_in_8bit quantization_bit quantization_method quant_bits quant_method bits double_quant "
+        "quant_type double_quantization bnb_4bit_quant_type bnb_4bit_compute_dtype use_bnb_nested_quant torchao",
+    "DoRA is not offered; for more than LoRA learns raise lora_rank":
+        "use_dora peft_use_dora",
+    "plain LoRA is trained, counted lora_alpha / lora_rank times":
+        "use_rslora peft_use_rslora loraplus_lr_ratio loraplus_lr_embedding pissa_init pissa_iter pissa_convert "
+        "init_weights init_lora_weights lora_bias bias use_galore use_badam use_apollo lora_dtype",
+    LORA_ONLY:
+        "finetuning_type train_type tuner_type lora_enable use_peft use_lora tuner_backend task_type "
+        "freeze_trainable_layers freeze_trainable_modules unfreeze_topk_llm unfreeze_topk_vision modules_to_save "
+        "lora_modules_to_save additional_target",
+    "this tool does supervised fine-tuning and nothing else":
+        "stage rlhf_type pref_beta pref_loss beta ref_model reward_model rl loss_type",
+    "`qwenvl-ft train` trains":
+        "do_train",
+    "`qwenvl-ft eval` scores answers; with eval_meta_file training reports their loss":
+        "do_eval do_predict predict_with_generate compute_accuracy max_new_tokens temperature top_p top_k num_beams",
+    NEW_ADAPTER:
+        "adapter_name_or_path adapters adapter lora_model_dir lora_weight_path create_new_adapter",
+    "a run is never overwritten: name a new output_dir, or delete the old one":
+        "overwrite_output_dir",
+    "every record is used; for a try write a smaller meta-file, or set max_steps":
+        "max_samples max_train_samples max_eval_samples streaming buffer_size interleave_probs mix_strategy",
+    "the meta-file is read as it stands, and nothing of it is cached":
+        "overwrite_cache tokenized_path dataset_prepared_path cache_dir dataset_text_field dataset_kwargs "
+        "dataset_config dataset_name dataset_train_split dataset_test_split formatting columns lazy_preprocess "
+        "lazy_tokenize skip_prepare_dataset load_from_cache_file",
+    "a checkpoint holds the adapter and all that resume needs; save_total_limit says how many are kept":
+        "save_only_model save_safetensors save_on_each_node save_first_step create_checkpoint_symlink",
+    NO_HUB:
+        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision use_hf",
+    "what is logged lies in output_dir":
+        "logging_dir add_version",
+    "metrics.jsonl in output_dir has the loss of every step":
+        "plot_loss logging_first_step logging_strategy log_level disable_tqdm include_num_input_tokens_seen "
+        "include_tokens_per_second",
+    "its own environment variables say that (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE); run_name names the run":
+        "wandb_entity wandb_run_id wandb_log_model wandb_watch",
+    "only wandb and tensorboard are reported to":
+        "swanlab_project use_swanlab use_mlflow use_comet",
+    ONE_RATE:
+        "vision_lr vit_lr merger_lr projector_lr aligner_lr mm_projector_lr vision_tower_lr embedding_learning_rate",
+    "it is AdamW with its usual constants":
+        "optim optimizer optim_args adam_beta1 adam_beta2 adam_epsilon optim_target_modules",
+    "the rate ends at zero, or stays with lr_scheduler_type: constant":
+        "min_lr min_lr_ratio cosine_min_lr_ratio lr_scheduler_kwargs",
+    "the loss is the plain one, a mean over the taught tokens":
+        "label_smoothing_factor neftune_noise_alpha loss_scale",
+    NO_STOPPING:
+        "load_best_model_at_end metric_for_best_model greater_is_better early_stopping_steps early_stopping_patience",
+    "a row of evaluation is one of training":
+        "per_device_eval_batch_size eval_batch_size eval_accumulation_steps bf16_full_eval",
+    "the model's own chat template is used":
+        "template chat_template chat_template_path use_chat_template tool_format agent_template response_prefix "
+        "special_tokens eos_token pad_token",
+    "a record's first turn may be from system":
+        "default_system system system_prompt",
+    "it is read from the model's config.json":
+        "model_type tokenizer_type processor_type base_model_config is_multimodal",
+    "records always share rows":
+        "packing neat_packing sample_packing eval_sample_packing eval_packing packing_strategy data_packing "
+        "data_flatten",
+    "rows are never padded":
+        "padding_free group_by_length pad_to_sequence_len pad_to_multiple_of length_column_name",
+    "a record is never cut: one that is longer than row_tokens is reported":
+        "truncation_strategy truncation_mode",
+    "there are no columns":
+        "remove_unused_columns",
+    "start with `accelerate launch --config_file configs/zero2.yaml train.py ...`":
+        "deepspeed deepspeed_config zero_stage",
+    "start with `accelerate launch --config_file configs/zero3.yaml train.py ...`":
+        "fsdp fsdp_config",
+    "accelerate's launcher says that: `accelerate launch --config_file configs/ddp.yaml train.py ...`":
+        "local_rank ddp_timeout ddp_backend use_cpu nproc_per_node",
+    ANSWERS_ONLY:
+        "train_on_prompt train_on_inputs assistant_only_loss completion_only_loss mask_history roles_to_train "
+        "ignore_pad_token_for_loss",
+    "it is set where it is needed":
+        "ddp_find_unused_parameters use_reentrant_gc gradient_checkpointing_kwargs use_cache",
+    "every run draws the same from the same seed":
+        "full_determinism dataset_shuffle train_dataloader_shuffle val_dataset_shuffle shuffle_dataset",
+    "the last rows of an epoch are trained on, too":
+        "dataloader_drop_last",
+    "dataloader_num_workers is the only setting of the workers":
+        "dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers",
+    "no kernels are exchanged; attn_implementation is the choice there is":
+        "use_liger_kernel enable_liger_kernel use_liger use_unsloth shift_attn torch_compile lora_qkv_kernel "
+        "lora_mlp_kernel lora_o_kernel tf32",
+    "a long record wants more memory here: nothing is shared out along it":
+        "sequence_parallel_size context_parallel_size sequence_parallel_degree rope_scaling",
+    "for less memory set gradient_checkpointing: true, and lower max_pixels and row_tokens":
+        "activation_offloading auto_find_batch_size",
+    NO_VIDEO:
+        "video_fps video_maxlen video_max_pixels video_min_pixels video_max_frames video_min_frames nframes fps "
+        "video_resized_width video_resized_height",
+    "sound is not trained on":
+        "audio_sampling_rate",
+    "pictures keep their shape; min_pixels and max_pixels bound their area":
+        "image_resized_width image_resized_height",
+    "boxes are taught as the meta-file writes them":
+        "norm_bbox",
+    "no code of a model is ever run":
+        "trust_remote_code plugins",
+}.items() for key in keys.split()}  # fmt: skip
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -277,8 +385,10 @@ def _right_key(key: str) -> str:
         return f"write {ours}: {REMARKS[ours]}" if ours in REMARKS else f"write {ours} (see configs/lora.yaml)"
     if word in NOT_NEEDED:
         return f"delete it: {NOT_NEEDED[word]}"
-    close = get_close_matches(word, [*Config.model_fields, *PEERS], 1, cutoff=0.6)
-    return f"did you mean {PEERS.get(close[0], close[0])}?" if close else "delete it; configs/lora.yaml lists every key"
+    close = next(iter(get_close_matches(word, [*Config.model_fields, *PEERS, *NOT_NEEDED], 1, cutoff=CLOSE)), "")
+    if close in NOT_NEEDED:
+        return f"delete it, if {close} is meant: {NOT_NEEDED[close]}"
+    return f"did you mean {PEERS.get(close, close)}?" if close else "delete it; configs/lora.yaml lists every key"
 
 
 def _problem(detail: Any, path: Path, lines: dict[str, str]) -> Problem:

@@ -259,3 +259,65 @@ def test_min_pixels_above_max_pixels_is_refused_even_where_one_is_the_default(tm
 def test_a_learning_rate_that_no_weight_survives_is_refused(rate, complaints):
     """From 1e38 on AdamW ended in an OverflowError; below, the weights did."""
     assert [what for _, what, _ in complaints(f"learning_rate: {rate}\n")] == [f"learning_rate is {float(rate)}"]
+
+
+# Of LLaMA-Factory, ms-swift, TRL, axolotl and Qwen-VL-Series-Finetune: keys that are neither ours nor of ours' meaning.
+OF_PEERS = """
+    max_samples save_only_model overwrite_output_dir adapter_name_or_path vision_lr hub_model_id push_to_hub logging_dir plot_loss
+    load_best_model_at_end metric_for_best_model early_stopping_steps early_stopping_patience use_rslora lora_bias ref_model
+    mix_strategy interleave_probs overwrite_cache mask_history streaming tool_format default_system video_fps video_maxlen
+    video_max_pixels max_new_tokens predict_with_generate do_eval do_predict per_device_eval_batch_size eval_accumulation_steps optim
+    adam_beta1 lr_scheduler_kwargs min_lr use_liger_kernel use_unsloth neftune_noise_alpha dataloader_pin_memory dataloader_drop_last
+    save_safetensors auto_find_batch_size projector_lr merger_lr vit_lr aligner_lr lora_weight_path double_quant lazy_preprocess fps
+    nframes dataset_shuffle truncation_strategy loss_scale sequence_parallel_size norm_bbox lora_dtype modules_to_save task_type
+    rlhf_type hub_token hub_strategy sample_packing pad_to_sequence_len dataset_prepared_path wandb_entity special_tokens tokenizer_type
+    roles_to_train local_rank dataset_text_field eval_packing completion_only_loss eos_token loss_type cache_dir base_model_config
+    packing_strategy chat_template swanlab_project create_checkpoint_symlink logging_first_step data_packing adapter plugins
+""".split()
+
+
+THEIRS = """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
+    warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules
+    gradient_accumulation_steps average_tokens_across_devices max_grad_norm label_smoothing_factor bf16 fp16 bf16_full_eval
+    fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing
+    gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config
+    use_cache neftune_noise_alpha torch_empty_cache_steps auto_find_batch_size logging_strategy logging_steps logging_first_step
+    log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to
+    run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay
+    per_device_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches eval_use_gather_object
+    eval_accumulation_steps include_for_metrics batch_eval_metrics save_only_model save_strategy save_steps save_on_each_node
+    save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push
+    hub_revision load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip
+    restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu accelerator_config parallelism_config
+    dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context dataloader_in_order remove_unused_columns label_names train_sampling_strategy
+    length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
+    ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint
+    local_rank
+""".split()  # the fields of transformers.TrainingArguments
+
+
+def test_no_key_of_a_peer_gets_a_key_of_another_meaning(complaints):
+    """max_samples was told max_steps, save_only_model was told model, vision_lr was told lora_on, local_rank lora_rank."""
+    found = complaints("".join(f"{key}: 1\n" for key in OF_PEERS))
+    assert [fix for _, _, fix in found] == [f"delete it: {NOT_NEEDED[key]}" for key in OF_PEERS]
+
+
+def test_no_setting_of_transformers_is_guessed_at(complaints):
+    """Each is ours, or has its answer, or is to be deleted: a nearest key would be one of another meaning."""
+    names = [name for name in THEIRS if name not in Config.model_fields]
+    for (_, _, fix), name in zip(complaints("".join(f"{name}: 1\n" for name in names)), names, strict=True):
+        assert not fix.startswith("did you mean"), (name, fix)
+
+
+@pytest.mark.parametrize(("key", "said"), [
+    ("max_samples", "write a smaller meta-file, or set max_steps"), ("overwrite_output_dir", "name a new output_dir"),
+    ("adapter_name_or_path", "resume: true goes on with the one of output_dir"), ("vision_lr", "lora_on says which of them train"),
+    ("hub_model_id", "`qwenvl-ft export --push modelscope:ORG/NAME`"), ("save_only_model", "holds the adapter and all that resume needs"),
+    ("save_only_modle", "delete it, if save_only_model is meant: a checkpoint holds the adapter"),
+    ("warmup_steps", "write warmup_ratio: a share of the run, not a number of steps"),
+])  # fmt: skip
+def test_what_a_peer_offers_otherwise_is_answered_with_what_there_is(key, said, complaints):
+    ((_, _, fix),) = complaints(f"{key}: 1\n")
+    assert said in fix

@@ -281,7 +281,7 @@ def open_chat(
     tokenizer.encode_special_tokens = True
     chat = Chat(tokenizer, source, read_limits(folder, min_pixels, max_pixels), family, thinking)
     if missing := [token for token in (PICTURE, END) if token not in chat._special]:
-        raise UserError(Problem(str(path), f"has no token {missing[0]}", "use a Qwen-VL model"))
+        raise UserError(Problem(str(path), f"has no token {missing[0]}", "bring the tokenizer.json of the model itself"))
     return chat
 
 

@@ -42,6 +42,7 @@ FAMILIES = {
         linear_attention=True,
     ),
 }
+NAMES = ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3.5")  # as people call these
 
 
 def family_of(model_dir: Path) -> Family:
@@ -49,5 +50,8 @@ def family_of(model_dir: Path) -> Family:
     model_type = read_config(model_dir).get("model_type")
     if model_type not in FAMILIES:
         what = f"model_type {model_type!r} is not one of {', '.join(FAMILIES)}"
-        raise UserError(Problem(str(model_dir / "config.json"), what, "use a Qwen-VL model"))
+        fix = f"use a model of {', '.join(NAMES)}"
+        if str(model_type).endswith("_moe"):
+            fix = f"mixtures of experts are not trained here yet: {fix}, in a size without experts (without -A3B and the like)"
+        raise UserError(Problem(str(model_dir / "config.json"), what, fix))
     return FAMILIES[model_type]

@@ -22,6 +22,8 @@ TOP = "base_model.model."
 VISION = "visual."
 HEAD, EMBEDDINGS = "lm_head", "model.language_model.embed_tokens"
 ON_A_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+# Of vLLM's LoRAConfig, which calls it experimental; early versions do not have it, and no version here can be asked.
+TOWERS_TOO = "; or try --enable-tower-connector-lora (experimental), where `vllm serve --help` lists it: older versions do not"
 MORE_THAN_LORA = ("use_dora", "modules_to_save", "lora_bias")
 
 
@@ -179,7 +181,7 @@ def _serving(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]
     merge = "; merge first: " + shlex.join(["qwenvl-ft", "export", "--adapter", str(folder), "--out", f"{folder}-merged"])
     beyond = _towers(shapes)
     if unseen := [tower for tower in beyond if tower in ("vision", "merger")]:
-        return f"leaves out LoRA on {' and '.join(unseen)}{merge}"
+        return f"leaves out LoRA on {' and '.join(unseen)}{merge}{TOWERS_TOO}"
     more = [key for key in MORE_THAN_LORA if settings.get(key)] + [f"LoRA on {tower}" for tower in beyond if tower != "language"]
     rank = max((shape[0] for key, shape in shapes.items() if ".lora_A." in key), default=0)
     fitting = vllm_rank(rank)

@@ -294,3 +294,24 @@ def test_missing_pictures_and_broken_ones_are_of_a_kind_each(folder):
         (folder / f"broken {name}").write_bytes(b"")
     _, problems = read(folder, [talk(f"<img>{first}{name}</img>", "a") for name in names for first in ("nowhere ", "broken ")])
     assert sorted(group.count for group in alike(problems)) == [6, 6]
+
+
+@pytest.mark.parametrize(("head", "what", "fix"), [
+    (b"PAR1\x15\x04\xff", "is a parquet file", "datasets.Dataset.from_parquet(FILE).to_json(OUT)"),
+    (b"ARROW1\0\0\xff", "is an Arrow file", "datasets.Dataset.from_file(FILE).to_json(OUT)"),
+    (b"\xff\xff\xff\xff\x10", "is an Arrow stream", "datasets.Dataset.from_file(FILE).to_json(OUT)"),
+    (b"PK\x03\x04\x14", "is a zip archive", "unpack it"),
+    (b"\x1f\x8b\x08", "is a gzip file", "unpack it"),
+    (b"\0" * 257 + b"ustar", "is a tar archive", "unpack it"),
+    (b"\x89PNG\r\n\x1a\n", "is a picture", "give the file that names it"),
+    (b"\xff\xd8\xff\xe0", "is a picture", "give the file that names it"),
+    (b"\0\0\0\x18ftypheic", "is a video, or a picture of a phone's (HEIC)", "give the file that names it"),
+    (b"\x80\x04\x95", "is a pickle", "write its records as JSON, where it was made"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "is a git-lfs pointer", "git lfs pull"),
+    (b"\n<!DOCTYPE html><html>", "is an HTML page", "bring the file itself"),
+    ('[{"a": 1}]'.encode("utf-16"), "is UTF-16 or UTF-32 text", "save the file as UTF-8"),
+])  # fmt: skip
+def test_a_file_of_another_kind_in_place_of_a_meta_file_is_named_as_what_it_is(head, what, fix, folder):
+    """Parquet, a zip archive and a picture were told "save the file as UTF-8"."""
+    records, (problem,) = read(folder, head)
+    assert (records, problem.where) == ([], "train.json") and problem.what.startswith(what) and fix in problem.fix

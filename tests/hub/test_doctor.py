@@ -164,6 +164,7 @@ def test_an_adapter_of_the_tower_must_be_merged_first(adapter, modules, on):
     found = examine(adapter)
     assert found.problems == []
     assert found.facts["vLLM"].startswith(f"leaves out LoRA on {on}; merge first: qwenvl-ft export --adapter {adapter}")
+    assert "or try --enable-tower-connector-lora (experimental), where `vllm serve --help` lists it" in found.facts["vLLM"]
 
 
 @pytest.mark.parametrize(("settings", "rank"), [({"use_dora": True}, 4), ({"modules_to_save": ["lm_head"]}, 4), ({}, 600)])
