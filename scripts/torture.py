@@ -22,6 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -59,14 +60,14 @@ def main() -> int:
 def torture(work: Path, wanted: Iterator[tuple[str, int]], seconds: float, jobs: int, keep: bool) -> int:
     """Prints the outcome of each point as it comes, then the tables; 1 if any failed."""
     import_everything()
-    for job in [lambda: write_inputs(work), *(lambda way=way: write_reference(way, work) for way in WAYS)]:
+    for job in [partial(write_inputs, work), *(partial(write_reference, way, work) for way in WAYS)]:
         if os.waitpid(in_fork(job, work / "answer"), 0)[1]:
             return 1
     began, under_way, table, failed = time.monotonic(), dict[int, Point](), Counter[tuple[str, str]](), list[str]()
     while True:
         while len(under_way) < jobs and time.monotonic() < began + seconds and (next_one := next(wanted, None)):
             point = Point(next_one[0], KINDS[next_one[0]][1], next_one[1], work)
-            under_way[in_fork(lambda point=point: outcome(point), point.folder.with_suffix(".json"))] = point
+            under_way[in_fork(partial(outcome, point), point.folder.with_suffix(".json"))] = point
         if not under_way:
             break
         point = under_way.pop(os.wait()[0])

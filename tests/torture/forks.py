@@ -148,6 +148,7 @@ def _train(arguments: list[str], environment: dict[str, str], rank: int, leader:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except BaseException:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises anew for each worker that ends, here, too
         traceback.print_exc()
     finally:  # as Python ends: threads, handlers, what is still to be printed
         try:

@@ -156,8 +156,12 @@ class Point:
         if run.hung:
             raise Failed("hung")
         if "Traceback (most recent call last)" in said:
-            errors = [line for line in said.splitlines() if re.match(r"(\[rank\d\]: )?[\w.]*(Error|Exception|Interrupt)\b", line)]
-            raise Failed(f"traceback: {' / '.join(dict.fromkeys(line[:150] for line in errors))} (exit {codes})")
+            errors = [
+                line[:150] for line in said.splitlines() if re.match(r"(\[rank\d\]: )?[\w.]*(Error|Exception|Interrupt)\b", line)
+            ]
+            raise Failed(
+                f"traceback: {' / '.join(dict.fromkeys(errors)) or 'of a process that was ended meanwhile'} (exit {codes})"
+            )
         return codes
 
     def refused(self, run: Training, naming: str) -> str:
