@@ -45,7 +45,7 @@ def validate_meta(
     Example: validate-meta data/sample/train.json --data-dir data/sample/images --model data/tiny
     """
     from qwenvl_ft.data.chat import open_chat
-    from qwenvl_ft.data.formats.documented import box_note
+    from qwenvl_ft.data.formats.documented import record_notes
     from qwenvl_ft.data.meta_file import read_records
 
     chat = open_chat(model, *training_asking(config, min_pixels, max_pixels, thinking)) if model else None
@@ -68,7 +68,7 @@ def validate_meta(
         "pictures": len({picture.source for record in records for picture in record.pictures}),
         "shown": sum(len(record.pictures) for record in records),
         "tokens": tokens,
-        "notes": box_note(records),
+        "notes": record_notes(records),
         "problems": [found.facts for found in alike(problems, len(problems) if list_all else MOST_ALONE)],
     }
     if as_json:

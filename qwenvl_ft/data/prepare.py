@@ -10,6 +10,7 @@ from typing import Any
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.data.chat import IGNORE, Chat, Script, open_chat
+from qwenvl_ft.data.formats.documented import record_notes
 from qwenvl_ft.data.geometry import resized
 from qwenvl_ft.data.meta_file import OnRecord, read_records
 from qwenvl_ft.data.packing import Plan, pack, steps
@@ -61,7 +62,7 @@ class Prepared:
             "steps_per_epoch": len(steps(len(self.plan.rows), config.rows_per_step, config.seed, 0)),
             "steps": num_steps,
             "notes": notes(len(self.plan.rows), num_steps, config)
-            + spaced_answers(self.records)
+            + record_notes(self.records)
             + picture_notes(pictures, self.chat),
         }
 
@@ -144,14 +145,6 @@ def notes(num_rows: int, num_steps: int, config: Config) -> list[str]:
             "flash_attention_2 is not installed here, where train would stop; attn_implementation: auto takes what there is"
         )
     return found
-
-
-def spaced_answers(records: Sequence[Record]) -> list[str]:
-    """How many answers begin with white space, which stands in the tokens of its own that asking then waits for."""
-    answers = [turn for record in records for turn in record.turns if turn.role == "assistant" and turn.taught]
-    found = sum(turn.text[:1].isspace() for turn in answers)
-    what = "1 answer begins" if found == 1 else f"{found:,} answers begin"
-    return [f"{what} with white space, which is taught, too: take it out if it is not meant"] if found else []
 
 
 def picture_notes(pictures: Collection[Picture], chat: Chat) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data.records import Record, Turn
+from qwenvl_ft.data.template import split_thought
 from qwenvl_ft.folders.whole import short_hash
 from qwenvl_ft.infer.batch_file import append_answers, other_answers, read_answers
 from qwenvl_ft.infer.engine import Engine
@@ -22,10 +23,10 @@ Question = tuple[str, tuple[Turn, ...], str]
 
 
 def questions(records: Sequence[Record]) -> Iterator[Question]:
-    """(where, the turns before the answer, the wanted answer) of each assistant turn."""
+    """(where, the turns before the answer, the wanted answer) of each assistant turn, but of those that are not to be learnt."""
     for record in records:
         for number, turn in enumerate(record.turns):
-            if turn.role == "assistant":
+            if turn.role == "assistant" and turn.taught:
                 yield f"{record.where}.conversations[{number}]", record.turns[:number], turn.text
 
 
@@ -67,12 +68,13 @@ def evaluate(
 
 
 def prediction(question: Question, answer: str, cut: bool) -> dict[str, Any]:
-    """What is kept of an answer."""
+    """What is kept of an answer. A thought before it counts neither for it nor against it."""
     where, turns, wanted = question
+    said, meant = split_thought(answer)[1], split_thought(wanted)[1]
     return {
         "where": where, "pictures": [str(picture.source) for picture in Record(where, turns).pictures],
         "question": " ".join(part for part in turns[-1].parts if isinstance(part, str)), "wanted": wanted, "answer": answer,
-        "cut": cut, "exact": exact(answer, wanted), "relaxed": relaxed(answer, wanted),
+        "cut": cut, "exact": exact(said, meant), "relaxed": relaxed(said, meant),
     }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from qwenvl_ft.folders.whole import writing
 from qwenvl_ft.model.load import add_lora, limited_image_processor, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss
 from qwenvl_ft.train.launch import Signals, alone, lost, open_trackers, start
-from qwenvl_ft.train.output_dir import METRICS, Metrics, write_results, write_settings
+from qwenvl_ft.train.output_dir import METRICS, Metrics, was_evaluated, write_results, write_settings
 from qwenvl_ft.train.state import Run, find_resume, fingerprint
 
 
@@ -174,9 +174,20 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
     def is_saved(step: int) -> bool:
         return step in (done, len(steps)) or step % config.save_steps == 0
 
+    def is_evaluated(step: int) -> bool:
+        return bool(held_out and (step == len(steps) or (config.eval_steps and step % config.eval_steps == 0)))
+
     steps_per_epoch = math.ceil(len(prepared.plan.rows) / config.rows_per_step)
     try:
         with Signals() as signals:
+            if resume and held_out and is_evaluated(done) and not was_evaluated(resume):
+                eval_loss = evaluate(run, held_out, signals)
+                if eval_loss is None:
+                    leave(run, signals, display, done, None)
+                display.say(f"step {done}  eval_loss={eval_loss:.4f}")
+                if metrics:
+                    metrics.lines[-1]["eval_loss"] = eval_loss
+                    metrics.write()
             loader = iter(run.loader(steps[done:]))
             for step, (epoch, rows) in enumerate(steps[done:], start=done + 1):
                 began = time.monotonic()
@@ -193,10 +204,10 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
                     "loss": loss, "taught_tokens": taught, "learning_rate": rate, "epoch": round(step / steps_per_epoch, 4),
                     "tokens_per_s": tokens / seconds, "taught_tokens_per_s": taught / seconds,
                 }  # fmt: skip
-                if held_out and (step == len(steps) or (config.eval_steps and step % config.eval_steps == 0)):
+                if held_out and is_evaluated(step):
                     eval_loss = evaluate(run, held_out, signals)
                     if eval_loss is None:
-                        display.say(f"the evaluation after step {step} was given up, and resuming will not do it")
+                        display.say(f"the evaluation after step {step} was given up; resuming does it")
                     else:
                         facts["eval_loss"] = eval_loss
                         display.say(f"step {step}  eval_loss={eval_loss:.4f}")

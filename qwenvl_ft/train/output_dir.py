@@ -16,7 +16,7 @@ from qwenvl_ft.console import print_line
 from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.folders.adapter import BASE, base_fingerprint
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
-from qwenvl_ft.folders.whole import INCOMING, write_json, write_whole
+from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_whole
 from qwenvl_ft.train.curves import draw_losses, mean_loss
 
 METRICS, CURVES = "metrics.jsonl", "loss.svg"
@@ -28,11 +28,21 @@ def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
     out = config.output_dir
     settings = {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in config.model_dump().items()}
     # First of all the file that says whose folder this is: check_output_dir looks for it after a kill at any moment.
-    with (out / "config.yaml").open("w", encoding="utf-8") as file:
+    with (out / ".config.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(settings, file)
+    (out / ".config.yaml").replace(out / "config.yaml")
     write_json(out / "plan.json", prepared.summary(config) | {"packed": prepared.plan.rows})
     write_json(out / BASE, base_fingerprint(config.model))
-    processor.save_pretrained(out)
+    aside = out / INCOMING / "processor"
+
+    def write(folder: Path) -> None:  # aside, since it leaves half a file where it is killed or the disk is full
+        processor.save_pretrained(folder)
+
+    write_whole(aside, write)
+    (aside / MANIFEST).unlink()
+    for path in aside.iterdir():
+        path.replace(out / path.name)
+    shutil.rmtree(out / INCOMING)
 
 
 def write_results(
@@ -76,6 +86,16 @@ def print_next(config: Config) -> None:
     print_line(f"  qwenvl-ft export --adapter {adapter} --out {shlex.quote(str(config.output_dir) + '-merged')}")
 
 
+def read_metrics(checkpoint: Path) -> list[dict[str, Any]]:
+    """The lines of every step up to a checkpoint's."""
+    return [json.loads(line) for line in (checkpoint / METRICS).read_text(encoding="utf-8").splitlines()]
+
+
+def was_evaluated(checkpoint: Path) -> bool:
+    """Whether the evaluation of its step was done, and not given up for a signal."""
+    return "eval_loss" in read_metrics(checkpoint)[-1]
+
+
 class Metrics:
     """metrics.jsonl: a line for every step. Each checkpoint has a copy, so that a run that goes on knows all losses before it,
     whatever has become of the file.
@@ -86,11 +106,15 @@ class Metrics:
 
     def __init__(self, output_dir: Path, resume: Path | None, every: int, num_steps: int):
         self.output_dir, self.every, self.num_steps = output_dir, every, num_steps
-        text = (resume / METRICS).read_text(encoding="utf-8") if resume else ""
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+        self.lines: list[dict[str, Any]] = read_metrics(resume) if resume else []
         self.taught = sum(line["taught_tokens"] for line in self.lines)
-        (output_dir / METRICS).write_text(text, encoding="utf-8")
-        self.file = (output_dir / METRICS).open("a", encoding="utf-8")
+        self.write()
+
+    def write(self) -> None:
+        """The file anew, with the lines so far."""
+        self.file = (self.output_dir / METRICS).open("w", encoding="utf-8")
+        self.file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in self.lines)
+        self.file.flush()
 
     def add(self, step: int, facts: dict[str, float]) -> dict[str, float]:
         """Writes the step's line; returns what it says, means included. `facts` has `loss`, `taught_tokens` and whatever else."""

@@ -7,6 +7,7 @@ import pytest
 
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.data.meta_file import read_records
+from qwenvl_ft.data.records import Record, Turn
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.evaluate.scoring import evaluate, questions
 from qwenvl_ft.infer.engine import Answer, Engine
@@ -38,6 +39,18 @@ def test_every_answer_of_a_record_is_a_question_and_an_empty_one_is_wrong(talk, 
 def test_earlier_turns_stand_as_in_the_record(talk, tmp_path):
     records, _, _ = read_records(talk(["a", "1", "b", "2"]), tmp_path)
     assert [turns for _, turns, _ in questions(records)] == [records[0].turns[:1], records[0].turns[:3]]
+
+
+def test_an_answer_that_is_not_to_be_learnt_is_not_asked_for():
+    turns = (Turn("user", ("a",)), Turn("assistant", ("1",), taught=False), Turn("user", ("b",)), Turn("assistant", ("2",)))
+    assert [where for where, _, _ in questions([Record("r", turns)])] == ["r.conversations[3]"]
+
+
+def test_a_thought_before_an_answer_is_not_part_of_it(talk, tmp_path):
+    records, _, _ = read_records(talk(["How many?", "<think>\nI count.\n</think>\n\n7"], ["Name?", "Bee"]), tmp_path)
+    parrot = Parrot({"How many?": "<think>\nwell\n</think>\n\n7", "Name?": "<think>\nBee"})
+    _, predictions = evaluate(parrot, records, 2, 10, lambda done, total: None)
+    assert [line["exact"] for line in predictions] == [True, False]
 
 
 def test_blank_pictures_are_white_and_of_the_same_size():

@@ -146,6 +146,11 @@ def test_an_evaluation_that_is_long_is_given_up_for_a_signal_and_the_step_before
         run(tmp_path, eval_meta_file=few_records(tmp_path), eval_steps=1)
     assert "the evaluation after step 1 was given up" in capsys.readouterr().out
     assert newest(tmp_path / "run")[0].name == "checkpoint-1" and "eval_loss" not in metrics(tmp_path / "run")[0]
+    monkeypatch.setattr(loop, "row_loss", stock)
+    for name, resume in (("run", True), ("plain", False)):
+        run(tmp_path, name, eval_meta_file=few_records(tmp_path), eval_steps=1, resume=resume)
+    losses = [[line["eval_loss"] for line in metrics(tmp_path / name)] for name in ("run", "plain")]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
 def test_nohup_is_obeyed(tmp_path, monkeypatch):

@@ -162,13 +162,22 @@ def _with_reasoning(turn: dict[str, Any], role: str | None, place: str, problems
     return value
 
 
-def box_note(records: Sequence[Record]) -> list[str]:
-    """A line, if any value holds the tags that the first Qwen-VL's data has, which are no tokens of later families."""
-    holding = [record.where for record in records if any(BOX_TAG.search(turn.text) for turn in record.turns)]
-    if not holding:
-        return []
-    some = f"{len(holding):,} records hold" if len(holding) > 1 else "1 record holds"
-    return [f"{some} <ref> or <box>, which is taught as letters: Qwen2-VL and later have no such tokens ({holding[0]} for one)"]
+def record_notes(records: Sequence[Record]) -> list[str]:
+    """What is allowed and probably not meant, a line each: the tags that the first Qwen-VL's data has, which are no tokens of later
+    families; answers that begin with white space, which is learnt, too."""
+    tagged = [record.where for record in records if any(BOX_TAG.search(turn.text) for turn in record.turns)]
+    answers = [(record.where, turn) for record in records for turn in record.turns if turn.role == "assistant" and turn.taught]
+    spaced = [where for where, turn in answers if turn.text[:1].isspace()]
+    found = []
+    if tagged:
+        some = f"{len(tagged):,} records hold" if len(tagged) > 1 else "1 record holds"
+        what = "<ref> or <box>, which is taught as letters: Qwen2-VL and later have no such tokens"
+        found.append(f"{some} {what} ({tagged[0]} for one)")
+    if spaced:
+        some = f"{len(spaced):,} answers begin" if len(spaced) > 1 else "1 answer begins"
+        what = "with white space, which is taught as it stands: take it out if it is not meant"
+        found.append(f"{some} {what} ({spaced[0]} for one)")
+    return found
 
 
 def _parts(text: str, role: str, place: str, find: Find, problems: list[Problem]) -> Iterator[str | Picture]:
