@@ -108,11 +108,13 @@ class Metrics:
         self.output_dir, self.every, self.num_steps = output_dir, every, num_steps
         self.lines: list[dict[str, Any]] = read_metrics(resume) if resume else []
         self.taught = sum(line["taught_tokens"] for line in self.lines)
+        self.file = (output_dir / METRICS).open("w", encoding="utf-8")
         self.write()
 
     def write(self) -> None:
         """The file anew, with the lines so far."""
-        self.file = (self.output_dir / METRICS).open("w", encoding="utf-8")
+        self.file.seek(0)
+        self.file.truncate()
         self.file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in self.lines)
         self.file.flush()
 

@@ -166,7 +166,7 @@ def test_an_answer_is_cut_if_it_has_no_end(capsys):
     assert not engine.answer_many(["say one"], len(ids) + 1)[0].cut, "its end is the last that it may have"
     heard = []
     for tokens in (len(ids) - 1, 200):
-        list(engine.stream("say one", tokens, lambda tokens=tokens: heard.append(tokens)))
+        list(engine.stream("say one", tokens, on_cut=lambda tokens=tokens: heard.append(tokens)))
     assert heard == [len(ids) - 1]
     with pytest.raises(SystemExit):
         main(["ask", str(TINY), "say one", "--max-new-tokens", "2"])
