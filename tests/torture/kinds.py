@@ -281,7 +281,6 @@ CHANGES = {
     "max_pixels": Change("max_pixels", settings={"max_pixels": 3136}),
     "the learning rate": Change("learning_rate was 0.01 and is now 0.02", settings={"learning_rate": 0.02}),
     "the seed": Change("seed was 42 and is now 7", settings={"seed": 7}),
-    "the number of processes": Change("process", way="two"),
     "ZeRO": Change("DeepSpeed", way="ZeRO-2"),
     "the number of workers": Change("", way="one, 2 workers"),
     "how often it saves": Change("", settings={"save_steps": 2, "logging_steps": 3}),

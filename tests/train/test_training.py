@@ -81,6 +81,16 @@ def test_two_processes_end_where_one_does(plain, two):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
+def test_two_processes_go_on_where_one_stopped(plain, tmp_path):
+    """As after a card was taken away: the same rows in the same order, equal up to the order of sums."""
+    shutil.copytree(plain, tmp_path / "run")
+    for path in [*(tmp_path / "run").glob("adapter_*"), *(tmp_path / "run").glob("checkpoint-*")]:
+        if path.name != "checkpoint-2":
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    launch_two(tmp_path, "29617", **SETTINGS, resume=True)
+    assert difference(adapter(plain), adapter(tmp_path / "run")) < 1e-3
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(plain, tmp_path):
     process = launch(tmp_path, "run", "--num_processes", "1", wait=False, **SETTINGS)
     deadline = time.monotonic() + 200
