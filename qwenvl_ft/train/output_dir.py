@@ -11,13 +11,15 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
 from qwenvl_ft.config import Config
-from qwenvl_ft.console import print_line
+from qwenvl_ft.console import print_line, print_problems
 from qwenvl_ft.data.prepare import Prepared
+from qwenvl_ft.errors import Problem
 from qwenvl_ft.folders.adapter import BASE, base_fingerprint
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_whole
 
 METRICS = "metrics.jsonl"
+PLAN = "plan.json"
 
 
 def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
@@ -28,7 +30,7 @@ def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
     # First of all the file that says whose folder this is: check_output_dir looks for it after a kill at any moment.
     with (out / "config.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(settings, file)
-    write_json(out / "plan.json", prepared.summary(config) | {"packed": prepared.plan.rows})
+    write_json(out / PLAN, prepared.summary(config) | {"packed": prepared.plan.rows})
     write_json(out / BASE, base_fingerprint(config.model))
     processor.save_pretrained(out)
 
@@ -55,8 +57,13 @@ def write_results(config: Config, model: Any, state: dict[str, torch.Tensor]) ->
     shutil.rmtree(out / INCOMING)  # with the folder that is empty now
     metrics = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
     evaluations = {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line}
-    results = {"steps": len(metrics), "train_loss": metrics[-1]["loss"], "eval_losses": evaluations}
+    broken = {problem["where"]: problem for line in metrics for problem in line.get("skipped", [])}
+    skipped = [*json.loads((out / PLAN).read_text())["skipped"], *broken.values()]
+    results = {"steps": len(metrics), "train_loss": metrics[-1]["loss"], "eval_losses": evaluations, "skipped": skipped}
     write_json(out / "all_results.json", results)
+    if broken:
+        print_line(f"\nSkipped, as on_bad_record says: {len(broken)} records whose pictures break while they are decoded", "yellow")
+        print_problems([Problem(**problem) for problem in broken.values()])
     print_next(config)
 
 
