@@ -65,6 +65,7 @@ def size_of(path: Path, where: str) -> tuple[int, int]:
 def load(path: Path, where: str) -> Image.Image:
     """The picture in RGB, EXIF orientation applied, on white. Raises UserError where its data is damaged."""
     with _opened(path, where, path.name) as picture:
+        _check_sums(picture, path)
         return as_seen(picture)
 
 
@@ -108,12 +109,14 @@ def _is_bad(path: Path) -> bool:
 
 def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """`load` of a file's bytes, with the checks of `size_of` before anything is decoded."""
-    with _opened(BytesIO(data), where, "") as picture:
+    file = BytesIO(data)
+    with _opened(file, where, "") as picture:
         width, height = picture.size
         if width * height > max_pixels:
             raise UserError(Problem(where, f"has {width} x {height} px, more than {max_pixels:,}", "make it smaller"))
         check_aspect(width, height, where)
         with LARGE if width * height > LARGE_PIXELS else nullcontext():
+            _check_sums(picture, file)
             return as_seen(picture)
 
 
@@ -156,6 +159,13 @@ def as_seen(picture: Image.Image) -> Image.Image:
         paper = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(paper, picture)
     return picture.convert("RGB")
+
+
+def _check_sums(picture: Image.Image, file: Path | BytesIO) -> None:
+    """Raises SyntaxError for a PNG that is damaged: decoding it Pillow passes over the sums, and half the picture may be gone."""
+    if picture.format == "PNG":
+        with Image.open(file, formats=("PNG",)) as again:
+            again.verify()
 
 
 def _in_8_bits(picture: Image.Image) -> Image.Image:

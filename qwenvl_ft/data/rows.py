@@ -8,16 +8,18 @@ missing, so this is the one place where a row is built.
 Axes: S = tokens in a row, P = patches, D = values of a patch, N = pictures, R = records in the row.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from qwenvl_ft.data.chat import IGNORE, Chat, Script
-from qwenvl_ft.data.pictures import opened
+from qwenvl_ft.data.pictures import PictureChanged, opened
 from qwenvl_ft.errors import Problem, UserError
 
 Row = dict[str, Any]
+Built = tuple[Row, list[Problem]]  # a row, and what is wrong with those of its records that it shows blank and untaught
 
 
 def positions(ids: Sequence[int], grids: Sequence[tuple[int, int, int]], picture_id: int, merge_size: int) -> torch.Tensor:
@@ -81,54 +83,86 @@ class Rows:
     """
 
     def __init__(
-        self, scripts: Sequence[Script], rows: Sequence[Sequence[int]], chat: Chat, image_processor: Any, always_look: bool = False
-    ):
+        self, scripts: Sequence[Script], rows: Sequence[Sequence[int]], chat: Chat, image_processor: Any, always_look: bool = False,
+        skip: bool = False,
+    ):  # fmt: skip
         self.scripts, self.rows, self.limits, self.image_processor = scripts, rows, chat.limits, image_processor
-        self.picture_id, self.always_look = chat.picture_id, always_look
+        self.picture_id, self.always_look, self.skip = chat.picture_id, always_look, skip
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        examples = [self.example(self.scripts[number]) for number in self.rows[index]]
+        row, problems = self.build(index)
+        if problems:
+            raise UserError(*problems)
+        return row
+
+    def build(self, index: int) -> Built:
+        """The row. With `skip` a record whose pictures break keeps its place in it, blank and untaught, so that the others are
+        what they would be; without, UserError is raised. So it is where a picture changed: that could not be done again."""
+        examples: list[Row] = []
+        problems: list[Problem] = []
+        for script in (self.scripts[number] for number in self.rows[index]):
+            try:
+                examples.append(self.example(script))
+            except UserError as error:
+                if not self.skip or isinstance(error, PictureChanged):
+                    raise
+                problems += error.problems
+                examples.append(self.untaught(script))
         if self.always_look and not any("pixel_values" in example for example in examples):
             examples.append(self.blank())
-        return join(examples)
+        return join(examples), problems
 
-    def row_or_problems(self, index: int) -> Row | UserError:
-        """The row, or what is wrong with it: what a worker of a DataLoader raises loses its problems on the way."""
+    def built_or_problems(self, index: int) -> Built | UserError:
+        """`build`, or what it raises: what a worker of a DataLoader raises loses its problems on the way."""
         try:
-            return self[index]
+            return self.build(index)
         except UserError as error:
             return error
 
     def blank(self) -> Row:
         """A record of one picture of one token, nothing of it taught."""
-        merge, patch = self.limits.merge_size, self.limits.patch_size
+        merge = self.limits.merge_size
         grid = (1, merge, merge)
         return {
             "input_ids": torch.tensor([self.picture_id]),
             "labels": torch.tensor([IGNORE]),
             "position_ids": positions([self.picture_id], [grid], self.picture_id, merge),
-            "pixel_values": torch.zeros(merge**2, 3 * self.image_processor.temporal_patch_size * patch**2),
-            "image_grid_thw": torch.tensor([grid]),
+            **self.blank_pictures([grid]),
         }
 
-    def example(self, script: Script) -> Row:
-        """One record's tensors: (S) ids and labels, (4, S) positions, (P, D) patches, (N, 3) grids."""
+    def blank_pictures(self, grids: Sequence[tuple[int, int, int]]) -> Row:
+        """Grey pictures of these grids."""
+        patch_values = 3 * self.image_processor.temporal_patch_size * self.limits.patch_size**2
+        patches = torch.zeros(sum(map(math.prod, grids)), patch_values)
+        return {"pixel_values": patches, "image_grid_thw": torch.tensor(grids)}
+
+    def untaught(self, script: Script) -> Row:
+        """The example of a record whose pictures cannot be shown: as long as it was planned, nothing of it taught."""
+        text = self.text(script)
+        return text | {"labels": torch.full_like(text["labels"], IGNORE)} | self.blank_pictures(script.grids)
+
+    def text(self, script: Script) -> Row:
+        """What of an example follows from its text and the sizes of its pictures."""
         ids, labels = script.widened()
-        example: Row = {
+        return {
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),
             "position_ids": positions(ids, script.grids, script.picture_id, self.limits.merge_size),
         }
+
+    def example(self, script: Script) -> Row:
+        """One record's tensors: (S) ids and labels, (4, S) positions, (P, D) patches, (N, 3) grids."""
+        example = self.text(script)
         if script.pictures:
             pictures = [opened(picture, script.where) for picture in script.pictures]
             inputs = self.image_processor(images=pictures, return_tensors="pt")
             grids = [tuple(grid) for grid in inputs["image_grid_thw"].tolist()]
             if grids != list(script.grids):
                 files = ", ".join(picture.name for picture in script.pictures)
-                raise UserError(Problem(script.where, f"planned with grids {script.grids} but its pictures ({files}) gave {grids}",
-                                        "a picture changed since the plan was made: start again"))  # fmt: skip
+                what = f"planned with grids {script.grids} but its pictures ({files}) gave {grids}"
+                raise PictureChanged(Problem(script.where, what, "a picture changed since the plan was made: start again"))
             example["pixel_values"], example["image_grid_thw"] = inputs["pixel_values"], inputs["image_grid_thw"]
         return example

@@ -10,8 +10,9 @@ Points = list[tuple[float, float]]
 
 
 def mean_loss(lines: Sequence[dict[str, Any]]) -> float:
-    """The loss per taught token of some steps: each counts by what it taught."""
-    return float(sum(line["loss"] * line["taught_tokens"] for line in lines) / sum(line["taught_tokens"] for line in lines))
+    """The loss per taught token of some steps: each counts by what it taught; 0 where that is nothing."""
+    taught = sum(line["taught_tokens"] for line in lines)
+    return float(sum(line["loss"] * line["taught_tokens"] for line in lines) / max(1, taught))
 
 
 def draw_losses(lines: Sequence[dict[str, Any]]) -> str:

@@ -10,18 +10,20 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import Display, draw_plan, print_drawing, print_line, print_problems
+from qwenvl_ft.data.chat import IGNORE
 from qwenvl_ft.data.prepare import Prepared, Ready, make_ready, schedule
-from qwenvl_ft.data.rows import Row
+from qwenvl_ft.data.rows import Built, Row
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import writing
@@ -32,26 +34,49 @@ from qwenvl_ft.train.output_dir import METRICS, Metrics, was_evaluated, write_re
 from qwenvl_ft.train.state import Run, find_resume, fingerprint
 
 
-def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Row | UserError], signals: Signals) -> float | None:
-    """One optimizer step. Returns the loss per taught token over all processes; None where all gave the step up between two
-    rows, for a signal: nothing of it has happened then."""
+class Taught(NamedTuple):
+    """What rows came to, over all processes: their summed loss, the tokens that they taught, the records that broke."""
+
+    summed_loss: float
+    tokens: int
+    skipped: list[Problem]
+
+    @property
+    def loss(self) -> float:
+        """Per taught token; 0 where every record broke."""
+        return self.summed_loss / max(1, self.tokens)
+
+
+def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Built | UserError], signals: Signals) -> Taught | None:
+    """One optimizer step; None where all processes gave it up between two rows, for a signal: nothing of it has happened then."""
     accelerator, prepared = run.accelerator, run.prepared
     run.model.train()
     mine = run.mine(rows)
-    taught = sum(prepared.taught_tokens(row) for row in rows)
-    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for number, row in enumerate(mine):
+    planned = divisor = sum(prepared.taught_tokens(row) for row in rows)
+    built = (raised_here(next(loader)) for _ in mine)
+    # DeepSpeed's engine clips and steps in the last backward: what is really taught has to be known before the first.
+    if run.deepspeed and run.config.on_bad_record == "skip":
+        held = list(built)
+        built = (one for one in held)
+        here = sum(taught_tokens(tensors) for row, (tensors, _) in zip(mine, held, strict=True) if row is not None)
+        divisor = max(1, int(accelerator.reduce(torch.tensor(here, device=accelerator.device)).item()))
+    counted = Count(run)
+    for number, (row, (tensors, problems)) in enumerate(zip(mine, built, strict=True)):
         if signals.stop(accelerator, midway=True):
             run.optimizer.zero_grad()
             return None
         torch.manual_seed(draw_seed(run.config.seed, epoch, row))
-        if isinstance(built := next(loader), UserError):
-            raise built
-        loss = row_loss(run, built) * (row is not None)
+        loss = row_loss(run, tensors) * (row is not None)
         check_finite(loss, "the loss", prepared, row)
-        total += loss.item()
+        if row is not None:
+            counted.add(loss, tensors, problems)
         # Processes average their gradients, so times their number: what is left is one division by the global count.
-        run.backward(loss * (accelerator.num_processes / taught), last=number == len(mine) - 1)
+        run.backward(loss * (accelerator.num_processes / divisor), last=number == len(mine) - 1)
+    taught = counted.over_all_processes()
+    if not run.deepspeed and taught.tokens < planned:  # some records broke
+        for parameter in trainable(run.bare).values():
+            if parameter.grad is not None:
+                parameter.grad *= planned / max(1, taught.tokens)
     if run.deepspeed:  # whose engine has clipped and stepped in the last backward, or undone the step without a word
         norm = accelerator.deepspeed_engine_wrapped.get_global_grad_norm() if run.model.was_step_applied() else math.nan
     else:
@@ -64,7 +89,39 @@ def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Row | Use
     if not run.deepspeed:
         run.optimizer.step()
         run.optimizer.zero_grad()
-    return float(accelerator.reduce(total).item()) / taught
+    return taught
+
+
+def raised_here(built: Built | UserError) -> Built:
+    """Raises what a worker of the loader could not."""
+    if isinstance(built, UserError):
+        raise built
+    return built
+
+
+def taught_tokens(row: Row) -> int:
+    """How many tokens a row does teach."""
+    return int((row["labels"] != IGNORE).sum())
+
+
+class Count:
+    """Adds up rows of this process, then those of all."""
+
+    def __init__(self, run: Run):
+        self.accelerator = run.accelerator
+        # The loss, the tokens taught, the problems.
+        self.total = torch.zeros(3, dtype=torch.float64, device=run.accelerator.device)
+        self.problems: list[Problem] = []
+
+    def add(self, loss: torch.Tensor, row: Row, problems: list[Problem]) -> None:
+        """One row."""
+        self.total += torch.tensor([loss.item(), taught_tokens(row), len(problems)], device=self.total.device)
+        self.problems += problems
+
+    def over_all_processes(self) -> Taught:
+        """Every process has to ask."""
+        loss, tokens, problems = self.accelerator.reduce(self.total).tolist()
+        return Taught(loss, int(tokens), gather_object(self.problems) if problems else [])
 
 
 def check_finite(loss: torch.Tensor, what: str, prepared: Prepared, row: int | None) -> None:
@@ -83,19 +140,20 @@ def row_loss(run: Run, row: Row) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(run: Run, held_out: Prepared, signals: Signals) -> float | None:
-    """Loss per taught token of the held-out records, over all processes; None where all gave up between two rows, for a signal."""
+def evaluate(run: Run, held_out: Prepared, signals: Signals) -> Taught | None:
+    """What the held-out records come to; None where all processes gave up between two rows, for a signal."""
     run.model.eval()
     data = run.rows_of(held_out)
-    rows = list(range(len(data)))
-    total = torch.zeros((), dtype=torch.float64, device=run.accelerator.device)
-    for row in run.mine(rows):
+    counted = Count(run)
+    for row in run.mine(list(range(len(data)))):
         if signals.stop(run.accelerator, midway=True):
             return None
-        loss = row_loss(run, data[row or 0]) * (row is not None)
+        tensors, problems = data.build(row or 0)
+        loss = row_loss(run, tensors) * (row is not None)
         check_finite(loss, "the loss of held-out records", held_out, row)
-        total += loss
-    return float(run.accelerator.reduce(total).item()) / sum(map(held_out.taught_tokens, rows))
+        if row is not None:
+            counted.add(loss, tensors, problems)
+    return counted.over_all_processes()
 
 
 def draw_seed(seed: int, epoch: int, row: int | None) -> int:
@@ -178,15 +236,16 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
         return bool(held_out and (step == len(steps) or (config.eval_steps and step % config.eval_steps == 0)))
 
     steps_per_epoch = math.ceil(len(prepared.plan.rows) / config.rows_per_step)
+    said: set[Problem] = set()
     try:
         with Signals() as signals:
             if resume and held_out and is_evaluated(done) and not was_evaluated(resume):
-                eval_loss = evaluate(run, held_out, signals)
-                if eval_loss is None:
+                evaluated = evaluate(run, held_out, signals)
+                if evaluated is None:
                     leave(run, signals, display, done, None)
-                display.say(f"step {done}  eval_loss={eval_loss:.4f}")
+                display.say(f"step {done}  eval_loss={evaluated.loss:.4f}")
                 if metrics:
-                    metrics.lines[-1]["eval_loss"] = eval_loss
+                    metrics.lines[-1]["eval_loss"] = evaluated.loss
                     metrics.write()
             loader = iter(run.loader(steps[done:]))
             for step, (epoch, rows) in enumerate(steps[done:], start=done + 1):
@@ -194,26 +253,31 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
                 rate = learning_rate(step, len(steps), config)
                 for group in run.optimizer.param_groups:
                     group["lr"] = rate
-                loss = train_step(run, epoch, rows, loader, signals)
-                if loss is None:
+                taught = train_step(run, epoch, rows, loader, signals)
+                if taught is None:
                     leave(run, signals, display, step - 1, None if is_saved(step - 1) else same)
-                seconds = time.monotonic() - began
+                seconds, skipped = time.monotonic() - began, taught.skipped
                 tokens = sum(prepared.scripts[index].length for row in rows for index in prepared.plan.rows[row])
-                taught = sum(map(prepared.taught_tokens, rows))
                 facts = {
-                    "loss": loss, "taught_tokens": taught, "learning_rate": rate, "epoch": round(step / steps_per_epoch, 4),
-                    "tokens_per_s": tokens / seconds, "taught_tokens_per_s": taught / seconds,
+                    "loss": taught.loss, "taught_tokens": taught.tokens, "learning_rate": rate,
+                    "epoch": round(step / steps_per_epoch, 4), "tokens_per_s": tokens / seconds,
+                    "taught_tokens_per_s": taught.tokens / seconds,
                 }  # fmt: skip
                 if held_out and is_evaluated(step):
-                    eval_loss = evaluate(run, held_out, signals)
-                    if eval_loss is None:
+                    evaluated = evaluate(run, held_out, signals)
+                    if evaluated is None:
                         display.say(f"the evaluation after step {step} was given up; resuming does it")
                     else:
-                        facts["eval_loss"] = eval_loss
-                        display.say(f"step {step}  eval_loss={eval_loss:.4f}")
+                        skipped += evaluated.skipped
+                        facts["eval_loss"] = evaluated.loss
+                        display.say(f"step {step}  eval_loss={evaluated.loss:.4f}")
+                for problem in skipped:
+                    if problem not in said:
+                        display.say(f"skipped {problem.where}: {problem.what}")
+                said.update(skipped)
                 if metrics:
                     with writing(config.output_dir / METRICS):
-                        facts = metrics.add(step, facts)
+                        facts = metrics.add(step, facts, skipped)
                 accelerator.log(facts, step=step)
                 display.step(step, facts)
                 if is_saved(step):
@@ -234,7 +298,7 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
     state = run.adapter_state()
     if metrics:
         with writing(config.output_dir):
-            write_results(config, model, state, processor, metrics.lines)
+            write_results(config, prepared, model, state, processor, metrics.lines)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

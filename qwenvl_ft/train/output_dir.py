@@ -12,8 +12,9 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
 from qwenvl_ft.config import Config
-from qwenvl_ft.console import print_line
+from qwenvl_ft.console import print_line, print_problems
 from qwenvl_ft.data.prepare import Prepared
+from qwenvl_ft.errors import Problem
 from qwenvl_ft.folders.adapter import BASE, base_fingerprint
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_whole
@@ -46,7 +47,7 @@ def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
 
 
 def write_results(
-    config: Config, model: Any, state: dict[str, torch.Tensor], processor: Any, lines: Sequence[dict[str, Any]]
+    config: Config, prepared: Prepared, model: Any, state: dict[str, torch.Tensor], processor: Any, lines: Sequence[dict[str, Any]]
 ) -> None:
     """Writes the adapter and the results of the run whose metrics are `lines`; prints what to do next.
 
@@ -69,8 +70,13 @@ def write_results(
         path.replace(out / path.name)
     shutil.rmtree(out / INCOMING)  # with the folder that is empty now
     evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
-    results = {"steps": len(lines), "train_loss": lines[-1]["run_loss"], "eval_losses": evaluations}
+    broken = {problem["where"]: problem for line in lines for problem in line.get("skipped", [])}
+    skipped = [*(problem.facts for problem in prepared.problems), *broken.values()]
+    results = {"steps": len(lines), "train_loss": lines[-1]["run_loss"], "eval_losses": evaluations, "skipped": skipped}
     write_json(out / "all_results.json", results)
+    if broken:
+        print_line(f"\nSkipped, as on_bad_record says: {len(broken)} records whose pictures break while they are decoded", "yellow")
+        print_problems([Problem(**problem) for problem in broken.values()])
     print_next(config)
 
 
@@ -118,15 +124,16 @@ class Metrics:
         self.file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in self.lines)
         self.file.flush()
 
-    def add(self, step: int, facts: dict[str, float]) -> dict[str, float]:
-        """Writes the step's line; returns what it says, means included. `facts` has `loss`, `taught_tokens` and whatever else."""
+    def add(self, step: int, facts: dict[str, float], skipped: Sequence[Problem] = ()) -> dict[str, float]:
+        """Writes the step's line; returns what it says, means included, but for the records that broke. `facts` has `loss`,
+        `taught_tokens` and whatever else."""
         before = self.lines[-1]["run_loss"] * self.taught if self.lines else 0.0
         self.taught += int(facts["taught_tokens"])
-        facts = facts | {"run_loss": (before + facts["loss"] * facts["taught_tokens"]) / self.taught}
+        facts = facts | {"run_loss": (before + facts["loss"] * facts["taught_tokens"]) / max(1, self.taught)}
         if step == 1 or step % self.every == 0 or step == self.num_steps:
             since = next((at for at in range(len(self.lines), 0, -1) if "line_loss" in self.lines[at - 1]), 0)
             facts["line_loss"] = mean_loss([*self.lines[since:], facts])
-        self.lines.append({"step": step, **facts})
+        self.lines.append({"step": step, **facts} | ({"skipped": [of.facts for of in skipped]} if skipped else {}))
         self.file.write(json.dumps(self.lines[-1], allow_nan=False) + "\n")
         self.file.flush()
         return facts

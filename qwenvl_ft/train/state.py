@@ -19,7 +19,7 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
 from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.data.records import Picture
-from qwenvl_ft.data.rows import Row, Rows
+from qwenvl_ft.data.rows import Built, Rows
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.adapter import base_fingerprint
 from qwenvl_ft.folders.hashes import digests
@@ -61,12 +61,13 @@ class Run:
 
     def rows_of(self, prepared: Prepared) -> Rows:
         """The rows of a plan as tensors."""
-        return Rows(prepared.scripts, prepared.plan.rows, prepared.chat, self.image_processor, self.always_look)
+        return Rows(prepared.scripts, prepared.plan.rows, prepared.chat, self.image_processor, self.always_look,
+                    skip=self.config.on_bad_record == "skip")  # fmt: skip
 
-    def loader(self, steps: list[tuple[int, list[int]]]) -> DataLoader[Row | UserError]:
+    def loader(self, steps: list[tuple[int, list[int]]]) -> DataLoader[Built | UserError]:
         """This process's rows in the order of the steps, built ahead by the workers."""
         order = [0 if row is None else row for _, rows in steps for row in self.mine(rows)]
-        build, workers = self.rows_of(self.prepared).row_or_problems, self.config.dataloader_num_workers
+        build, workers = self.rows_of(self.prepared).built_or_problems, self.config.dataloader_num_workers
         # A list does for a Dataset, whatever its type says.
         return DataLoader(order, batch_size=None, num_workers=workers, collate_fn=build,  # type: ignore[arg-type]
                           worker_init_fn=ignore_signals)  # fmt: skip

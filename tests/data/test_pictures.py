@@ -347,3 +347,17 @@ def test_a_picture_that_changed_since_its_header_was_read_is_named_so(tmp_path):
     assert said() == "a.png is gone"
     path.write_bytes(whole)
     assert opened(picture).size == (90, 60)
+
+
+@pytest.mark.parametrize("size", [1, 400])
+def test_a_damaged_png_is_refused_wherever_the_damage_is(size, tmp_path):
+    """Pillow decodes without a look at the check sums: of a chart whose second half was zeros the rest came out, without a word."""
+    for path in (Path("data/sample/images") / name for name in ("two_col_103562.png", "two_col_2954.png", "mountains_m.png")):
+        content = bytearray(path.read_bytes())
+        at = content.index(b"IDAT") + 200
+        content[at : at + size] = bytes([content[at] ^ 1]) if size == 1 else bytes(size)
+        (tmp_path / path.name).write_bytes(content)
+        assert size_of(tmp_path / path.name, "")
+        for look in (lambda path=tmp_path / path.name: load(path, ""), lambda content=bytes(content): decode(content, "")):
+            with pytest.raises(UserError, match="breaks while it is decoded"):
+                look()
