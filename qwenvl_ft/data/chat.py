@@ -154,7 +154,7 @@ class Chat:
     ) -> tuple[list[int], str]:
         """The prompt's ids and its text, in which control tokens of the turns are marked."""
         texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
-        mark = next(mark for code in range(0xF8FF, 0, -1) if not any((mark := chr(code)) in text for text in texts))
+        mark = next(mark for mark in map(chr, range(0xF8FF, 0, -1)) if not any(mark in text for text in texts))
         messages = [self._message(turn, mark) for turn in turns]
         text = render(self.template, messages, answer_next=True, thinking=thinking)
         return self._encode(text, {} if cache is None else cache, mark), text

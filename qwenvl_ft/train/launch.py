@@ -70,12 +70,14 @@ class Signals:
         self.heard = bool(self.received)
         return next((int(number) for number, count in zip(STOPS, agreed, strict=True) if count), 0)
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         self.heard = True
         if (writing := signal.set_wakeup_fd(-1)) >= 0:
             os.close(writing)
+        # Once one process has ended, the launcher sends SIGTERM to the others: they end by themselves, each with its own exit code.
+        ending = self.launched and kind is SystemExit
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ending else handler)
 
 
 def ignore_signals(worker: int) -> None:

@@ -29,7 +29,7 @@ COMMANDS = {
     "a model to be scored": (["eval", "OUT/model", str(SAMPLE / "eval.json"), *QUESTIONS], "safetensors"),
     "an adapter to be scored": (["eval", str(TINY), str(SAMPLE / "eval.json"), *QUESTIONS, "--adapter", "OUT"], "adapter_config.json"),
     "a picture to ask about": (["ask", str(TINY), "hi", "--image", "OUT/no.png"], "cannot be read (No such file or directory)"),
-    "a picture that is none": (["ask", str(TINY), "hi", "--image", "OUT/bad.json"], "is not a picture"),
+    "a picture that is none": (["ask", str(TINY), "hi", "--image", "OUT/bad.json"], "is JSON text, not a picture"),
     "a video to ask about": (["ask", str(TINY), "hi", "--video", "OUT/no.mp4"], "cannot be read (No such file or directory)"),
     "a file of questions": (["ask", str(TINY), "--jsonl", "OUT/bad.json", "--out", "OUT/answers"], "is no question"),
     "a model to ask": (["ask", "OUT/model", "hi"], "safetensors"),

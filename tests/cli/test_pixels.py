@@ -94,7 +94,7 @@ def test_a_photo_has_the_same_tokens_from_the_plan_to_the_merged_folder(run, pho
         return tokens_of(tuple(grid), 2)
 
     seen, inputs = [], Engine.inputs
-    monkeypatch.setattr(Engine, "inputs", lambda self, talks: seen.append(of(got := inputs(self, talks))) or got)
+    monkeypatch.setattr(Engine, "inputs", lambda self, talks, *how: seen.append(of(got := inputs(self, talks, *how))) or got)
     export(out, photo / "merged", None, 0, lambda done, total: None)
     few = ["--max-new-tokens", "1"]
     base, tuned, merged = ([str(TINY), *like], [str(TINY), "--adapter", str(out)], [str(photo / "merged")])

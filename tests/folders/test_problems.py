@@ -97,7 +97,7 @@ def test_of_two_templates_the_one_counts_that_transformers_takes(model):
 
     (model / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'json' }}"}))
     assert AutoProcessor.from_pretrained(model).chat_template == read_template(model) == "{{ 'json' }}"
-    assert open_chat(model).render([]) == "json"
+    assert (chat := open_chat(model)).said(chat.prompt([])) == "json"
 
 
 def test_json_that_is_nested_too_deeply_is_a_problem_of_its_file(tmp_path):
