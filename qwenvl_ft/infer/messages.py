@@ -7,6 +7,7 @@ A picture is a path, file://, data:, http(s) or a PIL image; a video a file of t
 
 import base64
 import binascii
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,11 +130,16 @@ class _Opening:
             raise UserError(Problem(place, "is no base64", "send data:image/png;base64,... without line breaks")) from error
 
     def video(self, part: dict[str, Any], source: Any, place: str) -> Video:
-        """A video sampled as Qwen does: `fps` (default 2) frames a second, or `nframes` of them, an even number, at most 768."""
+        """A video sampled as Qwen does: `fps` (default 2) frames a second, or `nframes` of them, rounded to pairs."""
         fps = part.get("fps")
         if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 120):
             raise UserError(Problem(f"{place}.fps", "is no rate", "send frames a second, more than 0, at most 120"))
-        wanted: dict[str, float] = {"nframes": nframes} if (nframes := _count(part, "nframes", place)) else {"fps": fps or FPS}
+        nframes = part.get("nframes")
+        if nframes is not None and (
+            isinstance(nframes, bool) or not isinstance(nframes, int | float) or not math.isfinite(nframes) or nframes <= 0
+        ):
+            raise UserError(Problem(f"{place}.nframes", f"is {nframes!r}", "send how many frames are drawn, an even number"))
+        wanted: dict[str, float] = {"fps": fps or FPS} if nframes is None else {"nframes": nframes}
         if "nframes" in wanted and fps is not None:
             raise UserError(Problem(place, "has fps and nframes", "send one of them"))
         if isinstance(source, str) and source.startswith(FRAMES):  # vLLM's form of a list of frames

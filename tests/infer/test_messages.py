@@ -1,10 +1,12 @@
 """Conversations in the forms that people send, and the inputs that the model gets of them, against transformers."""
 
 import base64
+import struct
 import threading
 from fractions import Fraction
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
+from io import BytesIO
 from pathlib import Path
 
 import av
@@ -310,3 +312,126 @@ def test_boxes_in_a_question_are_tokens_and_what_would_act_is_text(family_model)
         assert ids.count(id_of(token)) == 1
     for token in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"):
         assert ids.count(id_of(token)) == plain.count(id_of(token))
+
+
+def boxes(film: Path, kind: bytes, at: int, form: str, *values: int) -> bytes:
+    """The film with these values written into its (only) box of this kind, `at` bytes after the kind's name."""
+    content = bytearray(film.read_bytes())
+    assert content.count(kind) == 1
+    struct.pack_into(form, content, content.index(kind) + 4 + at, *values)
+    return bytes(content)
+
+
+ONE = 1 << 16  # in a track's matrix
+MATRICES = {  # as ISO 14496-12 has them (a, b, c, d), and where the mark that is at the top left then is: left or right, top or bottom
+    (ONE, 0, 0, ONE): (0, 0), (0, ONE, -ONE, 0): (1, 0), (-ONE, 0, 0, -ONE): (1, 1), (0, -ONE, ONE, 0): (0, 1),
+    (-ONE, 0, 0, ONE): (1, 0), (ONE, 0, 0, -ONE): (0, 1), (0, ONE, ONE, 0): (0, 0), (0, -ONE, -ONE, 0): (1, 1),
+}  # fmt: skip
+
+
+def marked(path: Path) -> Path:
+    """Twenty frames, 112 x 84 px and black, with a white mark at the top left; every tenth is a key frame."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 112, 84, "yuv420p", 10
+        for number in range(20):
+            pixels = np.zeros((84, 112, 3), np.uint8)
+            pixels[:20, :20], pixels[40:50, 40 + number : 60 + number] = 255, 90
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_a_phones_film_stands_upright(matrix, tmp_path):
+    """Phones film lying on their side and write a matrix: the model saw such films lying, or mirrored."""
+    a, b, c, d = matrix
+    data = boxes(marked(tmp_path / "film.mp4"), b"tkhd", 40, ">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    film = read_video(data, "film", {"nframes": 4})
+    right, bottom = MATRICES[matrix]
+    for frame in film.frames:
+        assert frame.size == ((112, 84) if a else (84, 112))
+        seen = np.asarray(frame.convert("L")).astype(int)
+        corner = seen[-14:, :] if bottom else seen[:14, :]
+        assert (corner[:, -14:] if right else corner[:, :14]).min() > 150 and np.sort(seen.ravel())[-2000] < 150
+    with av.open(BytesIO(data)) as container:  # what the decoder says of it, where it is a mere rotation
+        rotation = next(container.decode(video=0)).rotation
+    turned = {0: None, -90: (0, ONE, -ONE, 0), 90: (0, -ONE, ONE, 0)}
+    assert rotation not in turned or a * d < 0 or b * c > 0 or turned[rotation] in (None, matrix)
+
+
+def test_a_film_that_is_turned_askew_is_refused(tmp_path):
+    data = boxes(marked(tmp_path / "film.mp4"), b"tkhd", 40, ">9i", ONE, ONE, 0, -ONE, ONE, 0, 0, 0, 1 << 30)
+    with pytest.raises(UserError, match="no quarter of a circle"):
+        read_video(data, "film", {"nframes": 4})
+
+
+@pytest.mark.parametrize("first", [0, 3, 10, 15])
+def test_a_film_that_an_edit_list_shortens_is_whole(first, tmp_path):
+    """Trimmed on the phone, between two key frames: the frames before the first one were counted and never came, so it was cut."""
+    path = marked(tmp_path / "film.mp4")
+    with av.open(str(path)) as container:
+        ticks = round(1 / container.streams.video[0].time_base / 10)
+    data = boxes(path, b"elst", 8, ">Ii", 2000 - 100 * first, first * ticks)
+    film = read_video(data, "film", {"fps": 2.0})
+    assert film.num_frames == 20 - first and film.indices[-1] == 19 - first
+    seen = np.asarray(film.frames[0].convert("L")).astype(int)
+    assert np.argmax(seen[45, 30:] > 45) + 30 == pytest.approx(40 + first, abs=3)  # the moving bar says which frame it is
+
+
+def test_a_film_with_packets_that_show_no_frame_is_whole(tmp_path, monkeypatch):
+    """VP8 and VP9 have packets of frames that are never shown."""
+    path = marked(tmp_path / "film.mp4")
+    real = av.container.InputContainer.demux
+
+    class Twice:
+        """A container that counts one packet more than there are frames."""
+
+        def __init__(self, container):
+            self.container, self.streams = container, container.streams
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.container.close()
+
+        def demux(self, stream):
+            packets = list(real(self.container, stream))
+            return [packets[0], *packets]
+
+    opening = av.open
+    monkeypatch.setattr(av, "open", lambda *args, **options: Twice(opening(*args, **options)))
+    film = read_video(path.read_bytes(), "film", {"fps": 2.0})
+    assert film.num_frames == 20 and film.indices == (0, 6, 13, 19)
+
+
+@pytest.mark.parametrize("nframes", [1, 1.2, 2, 3, 4.0, 5, 5.7, 7, 19, 20, 20.5, 21, 21.1, 22, 10**6])
+def test_nframes_is_qwens_or_refused_with_its_reason(nframes, video):
+    """1 and more than there are were no video that can be read; of 4.0, "send a whole number of pixels" was said."""
+    try:
+        wanted = vision_process.smart_nframes({"nframes": nframes}, 20, 10.0)
+    except ValueError:
+        wanted = None
+    part = {"video": str(video), "nframes": nframes}
+    if wanted:
+        assert len(read_messages(user(part))[0].parts[0].frames) == wanted
+        return
+    with pytest.raises(UserError) as error:
+        read_messages(user(part))
+    (problem,) = error.value.problems
+    assert f"nframes is {nframes}, in pairs " in problem.what and "20 frames" in problem.what and "2 to 20" in problem.fix
+
+
+@pytest.mark.parametrize("nframes", [0, 0.0, -4, True, "4", [4], float("nan"), float("inf")])
+def test_nframes_that_is_no_number_of_frames_is_refused(nframes, video):
+    with pytest.raises(UserError, match=r"nframes: is .*\n.*how many frames"):
+        read_messages(user({"video": str(video), "nframes": nframes}))
+
+
+def test_nframes_and_fps_at_once_are_refused(video):
+    with pytest.raises(UserError, match="has fps and nframes"):
+        read_messages(user({"video": str(video), "nframes": 4, "fps": 2}))
