@@ -283,7 +283,7 @@ CHANGES = {
     "the seed": Change("seed was 42 and is now 7", settings={"seed": 7}),
     "ZeRO": Change("DeepSpeed", way="ZeRO-2"),
     "the number of workers": Change("", way="one, 2 workers"),
-    "how often it saves": Change("", settings={"save_steps": 2, "logging_steps": 3}),
+    "how often it saves": Change("", settings={"save_steps": 2}),
 }
 
 
