@@ -82,7 +82,7 @@ def export(
     def write(folder: Path) -> dict[str, str]:
         digests = merge_files(weight_files(base), folder, deltas, on_bytes)
         _copy_settings(folder, run, base)
-        write_json(folder / GENERATION_CONFIG, decoding.settings())
+        write_json(folder / GENERATION_CONFIG, decoding.file())
         if records:
             proofs.extend(prove(folder, base, adapter, records))
         (folder / "README.md").write_text(model_card(run, base, proofs), encoding="utf-8")

@@ -39,15 +39,16 @@ class Decoding:
     repetition_penalty: float = 1.0
 
     def settings(self) -> dict[str, Any]:
+        """The rule as settings of `generate`."""
+        return {"eos_token_id": list(self.ends), "pad_token_id": self.pad, "repetition_penalty": self.repetition_penalty}
+
+    def file(self) -> dict[str, Any]:
         """The rule as a generation_config.json that transformers and vLLM follow to the same answers.
 
         A temperature of 0 is greedy for vLLM, which samples where the file says nothing; transformers samples only where
         `do_sample` says so, and warns of a temperature beside a `do_sample` of false.
         """
-        return {
-            "temperature": 0.0, "eos_token_id": list(self.ends), "pad_token_id": self.pad,
-            "repetition_penalty": self.repetition_penalty,
-        }  # fmt: skip
+        return {"temperature": 0.0, **self.settings()}
 
 
 def read_decoding(model_dir: Path, tokenizer: Tokenizer) -> Decoding:
