@@ -9,7 +9,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the runs that the tests start would ignore it, as they should there
+# Under nohup, and behind a shell's &, the runs that the tests start would ignore these, as they should there.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parent.parent
 # What DeepSpeed compiles. In the home folder, environments build over each other, and a build that was killed leaves a lock there
 # that every later one waits for, for ever.

@@ -114,15 +114,13 @@ class Metrics:
         self.output_dir, self.every, self.num_steps = output_dir, every, num_steps
         self.lines: list[dict[str, Any]] = read_metrics(resume) if resume else []
         self.taught = sum(line["taught_tokens"] for line in self.lines)
-        self.file = (output_dir / METRICS).open("w", encoding="utf-8")
         self.write()
+        self.file = (output_dir / METRICS).open("a", encoding="utf-8")
 
     def write(self) -> None:
         """The file anew, with the lines so far."""
-        self.file.seek(0)
-        self.file.truncate()
-        self.file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in self.lines)
-        self.file.flush()
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines)
+        (self.output_dir / METRICS).write_text(text, encoding="utf-8")  # what `file` appends to, too
 
     def add(self, step: int, facts: dict[str, float], skipped: Sequence[Problem] = ()) -> dict[str, float]:
         """Writes the step's line; returns what it says, means included, but for the records that broke. `facts` has `loss`,

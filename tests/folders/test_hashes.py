@@ -66,7 +66,8 @@ def test_what_was_written_within_a_tick_of_the_clock_is_not_remembered(files, mo
     """It could be written again without leaving a trace."""
     monkeypatch.setattr(time, "time_ns", lambda: files[0].stat().st_ctime_ns)
     look(files)
-    assert json.loads((files[0].parent.parent / "cache" / "hashes.json").read_text()) == {}
+    kept = json.loads((files[0].parent.parent / "cache" / "hashes.json").read_text())
+    assert not kept.keys() & set(map(str, files))  # files that other tests have looked at may stand there
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"a": 1}', "\0"])
