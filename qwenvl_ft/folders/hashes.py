@@ -84,7 +84,7 @@ def _read(cache: Path) -> Digests:
 
 def _write(cache: Path, known: Digests) -> None:
     """Replaces the file in one move. Where it cannot be written, files are hashed again the next time."""
-    aside = cache.with_name(f"{cache.name}.{os.getpid()}.incoming")  # several processes of a run write it
+    aside = cache.with_name(f".{cache.name}.{os.getpid()}")  # several processes write it; a hidden name makes no run of a folder
     with suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(json.dumps(known), encoding="utf-8")
