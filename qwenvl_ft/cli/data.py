@@ -14,10 +14,10 @@ from qwenvl_ft.cli.options import (
     Meta,
     MinPixels,
     Overrides,
-    PixelsOf,
+    SettingsOf,
     ThinkingOption,
     read_settings,
-    training_asking,
+    training_chat_settings,
 )  # fmt: skip
 from qwenvl_ft.console import counting, draw_counts, draw_plan, print_drawing, print_json, print_line, print_problems, save_svg
 from qwenvl_ft.data.show import draw_record, facts_of
@@ -29,7 +29,7 @@ def validate_meta(
     data_dir: DataDir,
     model: Annotated[Path | None, typer.Option("--model", help="Count tokens as training on this model would.")] = None,
     list_all: Annotated[bool, typer.Option("--all", help="List every problem, not the first of each kind with a count.")] = False,
-    config: PixelsOf = None,
+    config: SettingsOf = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
@@ -48,7 +48,7 @@ def validate_meta(
     from qwenvl_ft.data.formats.documented import record_notes
     from qwenvl_ft.data.meta_file import read_records
 
-    chat = open_chat(model, *training_asking(config, min_pixels, max_pixels, thinking)) if model else None
+    chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking)) if model else None
     with counting("reading records") as on_record:
         records, problems, total = read_records(meta, data_dir, on_record)
     if deep:
@@ -96,7 +96,7 @@ def show(
     number: Annotated[int, typer.Argument(help="Which record, counted from 0.")],
     data_dir: DataDir,
     model: Annotated[Path, typer.Option("--model", help="The model's folder.")],
-    config: PixelsOf = None,
+    config: SettingsOf = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
@@ -110,7 +110,7 @@ def show(
     from qwenvl_ft.data.chat import open_chat
     from qwenvl_ft.data.meta_file import read_records
 
-    chat = open_chat(model, *training_asking(config, min_pixels, max_pixels, thinking))
+    chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
     with counting("reading records") as on_record:
         records, problems, _ = read_records(meta, data_dir, on_record)
     in_array, in_lines = f"{meta.name}[{number}]", f"{meta.name}:{number + 1}"

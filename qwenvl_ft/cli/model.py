@@ -19,9 +19,9 @@ from qwenvl_ft.cli.options import (
     MinPixels,
     ModelArgument,
     Overrides,
-    PixelsOf,
+    SettingsOf,
     ThinkingOption,
-    read_asking,
+    read_chat_settings,
     read_settings,
 )
 from qwenvl_ft.console import counting, draw_counts, print_drawing, print_json, print_line, print_note
@@ -55,7 +55,7 @@ def evaluate(
             help="Where every prediction goes; default predictions-META.jsonl beside the adapter, without one -META-MODEL here.",
         ),
     ] = None,
-    config: PixelsOf = None,
+    config: SettingsOf = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
@@ -79,14 +79,14 @@ def evaluate(
     from qwenvl_ft.infer.engine import Engine, check_folders
 
     check_folders(model, [adapter] if adapter else [])
-    asking = read_asking(config, min_pixels, max_pixels, thinking)
+    chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
     records, problems, _ = read_records(meta, data_dir)
     if problems:
         raise UserError(*problems)
     of = f"{meta.stem}{'' if adapter else f'-{model.resolve().name}'}{'-blank' if blank else ''}"
     target = out or (adapter or Path()) / f"predictions-{of}.jsonl"
     read_answers(target)  # what is wrong with it is said before the model is loaded
-    engine = Engine.open(model, adapter, blank, *asking)
+    engine = Engine.open(model, adapter, blank, *chat_settings)
     limits = engine.limits("image")
     with counting("answering") as on_answer:
         who = who_answers(model, adapter, [blank, vars(limits), engine.chat.source])
@@ -152,7 +152,7 @@ def ask(
     video: Annotated[list[str] | None, typer.Option("--video", help="A video: file or URL; may be given several times.")] = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames taken from each second of a video; 2 if not given.")] = None,
     adapter: Adapter = None,
-    config: PixelsOf = None,
+    config: SettingsOf = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
@@ -172,7 +172,7 @@ def ask(
     from qwenvl_ft.infer.engine import check_folders
 
     check_folders(model, [adapter] if adapter else [])
-    asking = read_asking(config, min_pixels, max_pixels, thinking)
+    chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
     if questions and out:
         from qwenvl_ft.infer.batch_file import answer_file, read_answers, read_questions, who_answers
 
@@ -180,7 +180,7 @@ def ask(
         read_answers(out)  # what is wrong with it is said before the model is loaded
         from qwenvl_ft.infer.engine import Engine
 
-        engine = Engine.open(model, adapter, False, *asking)
+        engine = Engine.open(model, adapter, False, *chat_settings)
         who = who_answers(model, adapter, [vars(engine.limits("image")), engine.chat.source])
         with counting("answering") as on_answer:
             before, problems = answer_file(engine, lines, out, batch_size, max_new_tokens, on_answer, who)
@@ -197,7 +197,7 @@ def ask(
     media: list[dict[str, Any]] = [{"type": "image", "image": source} for source in image or []]
     media += [{"type": "video", "video": source} | ({"fps": fps} if fps else {}) for source in video or []]
     shown = read_messages([{"role": "user", "content": media}])[0].parts if media else ()  # before torch is imported
-    engine = Engine.open(model, adapter, False, *asking)
+    engine = Engine.open(model, adapter, False, *chat_settings)
     talk: list[Turn] = []
     for asked in [question] if question else chat_lines():
         talk.append(Turn("user", (*shown, asked)))

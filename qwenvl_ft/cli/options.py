@@ -18,7 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for 
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="The output_dir of a training run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings in place of the file's: key=value ...")]
 
-PixelsOf = Annotated[
+SettingsOf = Annotated[
     Path | None,
     typer.Option("--config", help="Take min_pixels, max_pixels and thinking of these settings: RUN/config.yaml."),
 ]
@@ -54,10 +54,12 @@ def read_settings(config: Path, overrides: list[str] | None, say: Callable[[str]
     return settings
 
 
-Asking = tuple[int | None, int | None, Thinking | None]
+ChatSettings = tuple[int | None, int | None, Thinking | None]
 
 
-def read_asking(config: Path | None, min_pixels: int | None, max_pixels: int | None, thinking: Thinking | None) -> Asking:
+def read_chat_settings(
+    config: Path | None, min_pixels: int | None, max_pixels: int | None, thinking: Thinking | None
+) -> ChatSettings:
     """What `open_chat` and `Engine.open` take of a command's options, else of the settings that --config names. None: not given."""
     if config:
         settings = load_config(config)
@@ -65,7 +67,9 @@ def read_asking(config: Path | None, min_pixels: int | None, max_pixels: int | N
     return min_pixels, max_pixels, thinking
 
 
-def training_asking(config: Path | None, min_pixels: int | None, max_pixels: int | None, thinking: Thinking | None) -> Asking:
-    """What `plan` and `train` would use: that of `read_asking`, else a config's defaults."""
-    least, most, thinks = read_asking(config, min_pixels, max_pixels, thinking)
+def training_chat_settings(
+    config: Path | None, min_pixels: int | None, max_pixels: int | None, thinking: Thinking | None
+) -> ChatSettings:
+    """What `plan` and `train` would use: that of `read_chat_settings`, else a config's defaults."""
+    least, most, thinks = read_chat_settings(config, min_pixels, max_pixels, thinking)
     return least, most or Config.model_fields["max_pixels"].default, thinks or Config.model_fields["thinking"].default

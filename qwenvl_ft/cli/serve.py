@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qwenvl_ft.cli.options import MaxPixels, MinPixels, PixelsOf, ThinkingOption, read_asking
+from qwenvl_ft.cli.options import MaxPixels, MinPixels, SettingsOf, ThinkingOption, read_chat_settings
 from qwenvl_ft.console import print_line
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.serve.api import Backend, Bounds
@@ -25,7 +25,7 @@ def serve(
     name: Annotated[
         list[str] | None, typer.Option("--name", help="A name of the base; several times. Default: its folder's name.")
     ] = None,
-    config: PixelsOf = None,
+    config: SettingsOf = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
@@ -69,8 +69,8 @@ def serve(
     folders = dict(map(_adapter, adapter or []))
     if (model is None) == (engine_url is None):
         raise typer.BadParameter("give the model's folder, or --engine-url", param_hint="MODEL")
-    asking = read_asking(config, min_pixels, max_pixels, thinking)
-    if engine_url and (adapter or name or engine_arg or any(asking)):
+    chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
+    if engine_url and (adapter or name or engine_arg or any(chat_settings)):
         raise typer.BadParameter("the server there has its own models and arguments", param_hint="--engine-url")
     if engine_arg and engine != "vllm":
         raise typer.BadParameter("it is for --engine vllm", param_hint="--engine-arg")
@@ -82,13 +82,13 @@ def serve(
         from qwenvl_ft.serve.vllm_backend import VllmBackend, start_vllm
 
         if model:
-            backend = start_vllm(model, names, folders, engine_arg or [], opener, *asking)
+            backend = start_vllm(model, names, folders, engine_arg or [], opener, *chat_settings)
         else:
             backend = VllmBackend(engine_url or "", opener)
     else:
         from qwenvl_ft.infer.engine import open_beside
 
-        engines = open_beside(model, folders, *asking)
+        engines = open_beside(model, folders, *chat_settings)
         from qwenvl_ft.serve.transformers_backend import TransformersBackend
 
         named = dict.fromkeys(names, engines[None]) | {name: engines[name] for name in folders}

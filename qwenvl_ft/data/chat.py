@@ -141,7 +141,7 @@ class Chat:
         place = f"conversations[{number}]"
         if thought and prompt.endswith(CLOSE_THOUGHT):
             fix = "set thinking: on to teach it, or take it out of the record"
-            raise UserError(Problem(place, "holds a thought, and thinking is off", fix))
+            raise UserError(Problem(place, f"holds a thought, and thinking is {self.thinking}", fix))
         if not thought and self.thinking == "on":
             fix = 'write it as "reasoning": "..." beside the value, or set thinking: off'
             raise UserError(Problem(place, "holds no thought, and thinking is on", fix))

@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from qwenvl_ft.data.geometry import MAX_ASPECT, Limits, resized
-from qwenvl_ft.data.magic import what_it_is
+from qwenvl_ft.data.magic import HEAD_BYTES, what_it_is
 from qwenvl_ft.data.records import Medium, Picture
 from qwenvl_ft.errors import Problem, UserError
 
@@ -36,7 +36,7 @@ TURNS = {  # by EXIF orientation, as PIL.ImageOps.exif_transpose has them
     6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90,
 }  # fmt: skip
 LIES_ON_ITS_SIDE = (TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
-TAIL_BYTES, HEAD_BYTES = 4096, 4096
+TAIL_BYTES = 4096  # of a file, in which its end mark stands
 # What is opened of the formats that Pillow knows, in training as in serving: others run programs (EPS) or are rare.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
 OPENED = f"{', '.join(FORMATS)} are opened"
@@ -230,8 +230,8 @@ def _opened(file: Path | BytesIO, where: str, name: str) -> Iterator[Image.Image
         elif (head := _head(file)) is not None:
             if not head:
                 what, fix = f"{name}is empty", again
-            elif known := what_it_is(head):
-                what, fix = f"{name}is {known[0]}, not a picture", known[1]
+            elif (kind := what_it_is(head)) and kind.as_picture:
+                what, fix = f"{name}is {kind.what}, not a picture", kind.as_picture
         raise UserError(Problem(where, what, fix)) from error
 
 

@@ -39,7 +39,7 @@ class Request:
     name: str = ""
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)
-    words: Detokenizer | None = None
+    detokenizer: Detokenizer | None = None
     prompt_S: torch.Tensor | None = None  # its ids, kept where a penalty on repetition asks for them
     text: str = ""
     sent: int = 0  # characters of the text
@@ -203,7 +203,7 @@ class Batcher:
         position = length + (int(self.inner.rope_deltas) if pictures else 0)
         if request.sampling.seed is not None:
             request.rng = torch.Generator(self.model.device).manual_seed(request.sampling.seed)
-        request.words = Detokenizer(self.chat, inputs["input_ids"][0].tolist())
+        request.detokenizer = Detokenizer(self.chat, inputs["input_ids"][0].tolist())
         if self._penalty(request) != 1:
             request.prompt_S = inputs["input_ids"][0]
         request.inputs = None  # its pixels are not needed any more
@@ -257,8 +257,8 @@ class Batcher:
             finish = "stop"
         elif len(request.ids) >= how.max_new_tokens:
             finish = "length"
-        if request.words:
-            request.text += request.words.add(ids, whole=finish is not None)
+        if request.detokenizer:
+            request.text += request.detokenizer.add(ids, whole=finish is not None)
         end = len(request.text)
         cut = min((at for word in how.stop if (at := request.text.find(word)) >= 0), default=math.inf)
         if cut < math.inf:

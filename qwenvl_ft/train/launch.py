@@ -139,13 +139,14 @@ def alone(accelerator: Accelerator, config: Config) -> Iterator[None]:
             lock.release()
 
 
-def lost(error: RuntimeError, accelerator: Accelerator) -> Problem | None:
+def lost(error: Exception, accelerator: Accelerator) -> Problem | None:
     """What to say where another process of the run, or one that decodes its pictures, is gone; None for any other error."""
     fix = (
         "see what stands above; if it was killed, mostly for want of memory, give it more or ask for less; then resume=true goes on"
     )
-    if str(error).startswith("DataLoader worker"):
-        return Problem("dataloader_num_workers", f"a process that decodes pictures is gone: {error}", fix)
+    # torch says so once it learns of the death; before that, what the process was sending breaks off.
+    if isinstance(error, EOFError | ConnectionError) or str(error).startswith("DataLoader worker"):
+        return Problem("dataloader_num_workers", f"a process that decodes pictures is gone: {error or 'it breaks off'}", fix)
     if accelerator.num_processes > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
         return Problem("launch", "another process of this run is gone, and what was learnt since the last checkpoint with it", fix)
     return None

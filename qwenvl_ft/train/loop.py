@@ -8,7 +8,7 @@ from what ran before, so a run that goes on from a checkpoint ends where the uni
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -180,16 +180,16 @@ def train(config: Config, ready: Ready | None = None) -> None:
     """
     prepared, held_out = ready or make_ready(config)
     accelerator = start(config)
-    with alone(accelerator, config):
-        try:
+    try:
+        with alone(accelerator, config):
             run_steps(config, accelerator, prepared, held_out)
-        except RuntimeError as error:
-            if (problem := lost(error, accelerator)) is None:
-                raise
-            # The command line prints the first process's; but that one may be gone, and of a lost worker only its own knows.
-            if accelerator.local_process_index == 1 or (problem.where != "launch" and not accelerator.is_local_main_process):
-                print_problems([problem])
-            raise UserError(problem) from error
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        if (problem := lost(error, accelerator)) is None:
+            raise
+        # The command line prints the first process's; but that one may be gone, and of a lost worker only its own knows.
+        if accelerator.local_process_index == 1 or (problem.where != "launch" and not accelerator.is_local_main_process):
+            print_problems([problem])
+        raise UserError(problem) from error
 
 
 def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held_out: Prepared | None) -> None:
@@ -235,18 +235,28 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
     def is_evaluated(step: int) -> bool:
         return bool(held_out and (step == len(steps) or (config.eval_steps and step % config.eval_steps == 0)))
 
+    def score(step: int, held_out: Prepared) -> Taught | None:
+        evaluated = evaluate(run, held_out, signals)
+        result = "the evaluation was given up; resuming does it" if evaluated is None else f"eval_loss={evaluated.loss:.4f}"
+        display.say(f"step {step}  {result}")
+        return evaluated
+
+    def tell(skipped: Sequence[Problem]) -> None:
+        for problem in skipped:
+            if problem not in said:
+                display.say(f"skipped {problem.where}: {problem.what}")
+        said.update(skipped)
+
     steps_per_epoch = math.ceil(len(prepared.plan.rows) / config.rows_per_step)
     said: set[Problem] = set()
     try:
         with Signals() as signals:
             if resume and held_out and is_evaluated(done) and not was_evaluated(resume):
-                evaluated = evaluate(run, held_out, signals)
-                if evaluated is None:
+                if (evaluated := score(done, held_out)) is None:
                     leave(run, signals, display, done, None)
-                display.say(f"step {done}  eval_loss={evaluated.loss:.4f}")
+                tell(evaluated.skipped)
                 if metrics:
-                    metrics.lines[-1]["eval_loss"] = evaluated.loss
-                    metrics.write()
+                    metrics.amend(evaluated.loss, evaluated.skipped)
             loader = iter(run.loader(steps[done:]))
             for step, (epoch, rows) in enumerate(steps[done:], start=done + 1):
                 began = time.monotonic()
@@ -263,18 +273,10 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
                     "epoch": round(step / steps_per_epoch, 4), "tokens_per_s": tokens / seconds,
                     "taught_tokens_per_s": taught.tokens / seconds,
                 }  # fmt: skip
-                if held_out and is_evaluated(step):
-                    evaluated = evaluate(run, held_out, signals)
-                    if evaluated is None:
-                        display.say(f"the evaluation after step {step} was given up; resuming does it")
-                    else:
-                        skipped += evaluated.skipped
-                        facts["eval_loss"] = evaluated.loss
-                        display.say(f"step {step}  eval_loss={evaluated.loss:.4f}")
-                for problem in skipped:
-                    if problem not in said:
-                        display.say(f"skipped {problem.where}: {problem.what}")
-                said.update(skipped)
+                if held_out and is_evaluated(step) and (evaluated := score(step, held_out)):
+                    skipped += evaluated.skipped
+                    facts["eval_loss"] = evaluated.loss
+                tell(skipped)
                 if metrics:
                     with writing(config.output_dir / METRICS):
                         facts = metrics.add(step, facts, skipped)

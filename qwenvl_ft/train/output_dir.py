@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,22 @@ def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
     (out / ".config.yaml").replace(out / "config.yaml")
     write_json(out / "plan.json", prepared.summary(config) | {"packed": prepared.plan.rows})
     write_json(out / BASE, base_fingerprint(config.model))
-    aside = out / INCOMING / "processor"
 
-    def write(folder: Path) -> None:  # aside, since it leaves half a file where it is killed or the disk is full
+    def write(folder: Path) -> None:
         processor.save_pretrained(folder)
 
+    write_aside(out, "processor", write, but=MANIFEST)
+
+
+def write_aside(out: Path, name: str, write: Callable[[Path], None], but: str = "") -> None:
+    """Calls `write` with a folder of that name, then moves its files to `out`, weights last and `but` one: a kill or a full disk
+    leaves no half file under a name that is read."""
+    aside = out / INCOMING / name
     write_whole(aside, write)
-    (aside / MANIFEST).unlink()
-    for path in aside.iterdir():
-        path.replace(out / path.name)
-    shutil.rmtree(out / INCOMING)
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == ADAPTER_WEIGHTS):
+        if path.name != but:
+            path.replace(out / path.name)
+    shutil.rmtree(out / INCOMING)  # with the folder that is empty now
 
 
 def write_results(
@@ -55,7 +61,6 @@ def write_results(
     those are there the folder is no adapter, or one that its manifest refuses.
     """
     out = config.output_dir
-    aside = out / INCOMING / "final"
 
     def write(folder: Path) -> None:
         lora = model.peft_config["default"]
@@ -65,10 +70,7 @@ def write_results(
         save_file(state, folder / ADAPTER_WEIGHTS, {"format": "pt"})
         processor.save_pretrained(folder)
 
-    write_whole(aside, write)
-    for path in sorted(aside.iterdir(), key=lambda path: path.name.startswith("adapter_model")):
-        path.replace(out / path.name)
-    shutil.rmtree(out / INCOMING)  # with the folder that is empty now
+    write_aside(out, "final", write)
     evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     broken = {problem["where"]: problem for line in lines for problem in line.get("skipped", [])}
     skipped = [*(problem.facts for problem in prepared.problems), *broken.values()]
@@ -114,13 +116,13 @@ class Metrics:
         self.output_dir, self.every, self.num_steps = output_dir, every, num_steps
         self.lines: list[dict[str, Any]] = read_metrics(resume) if resume else []
         self.taught = sum(line["taught_tokens"] for line in self.lines)
-        self.write()
+        self.write(output_dir)
         self.file = (output_dir / METRICS).open("a", encoding="utf-8")
 
-    def write(self) -> None:
-        """The file anew, with the lines so far."""
+    def write(self, folder: Path) -> None:
+        """The lines so far into a folder's file."""
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines)
-        (self.output_dir / METRICS).write_text(text, encoding="utf-8")  # what `file` appends to, too
+        (folder / METRICS).write_text(text, encoding="utf-8")
 
     def add(self, step: int, facts: dict[str, float], skipped: Sequence[Problem] = ()) -> dict[str, float]:
         """Writes the step's line; returns what it says, means included, but for the records that broke. `facts` has `loss`,
@@ -136,9 +138,15 @@ class Metrics:
         self.file.flush()
         return facts
 
+    def amend(self, eval_loss: float, skipped: Sequence[Problem]) -> None:
+        """Adds to the last line the evaluation that it lacks."""
+        broken = [*self.lines[-1].get("skipped", []), *(of.facts for of in skipped)]
+        self.lines[-1] |= {"eval_loss": eval_loss} | ({"skipped": broken} if broken else {})
+        self.write(self.output_dir)
+
     def save(self, folder: Path) -> None:
         """Puts a copy into a checkpoint, and the curves into the run's folder."""
-        (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        self.write(folder)
         aside = self.output_dir / f".{CURVES}"
         aside.write_text(draw_losses(self.lines), encoding="utf-8")
         aside.replace(self.output_dir / CURVES)

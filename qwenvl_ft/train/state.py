@@ -212,7 +212,7 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
     Hashes pictures and base, each file once. Raises UserError for a file that is gone.
     """
     same = "lora_on lora_rank lora_alpha lora_dropout rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay "
-    same += "max_grad_norm seed dtype num_train_epochs max_steps"
+    same += "max_grad_norm seed dtype num_train_epochs max_steps thinking"
     settings = {key: str(getattr(config, key)) for key in same.split()}
     sources = {of.source for part in (prepared, held_out) if part for of in pictures_of(part)}
     files = sorted(source for source in sources if isinstance(source, Path))
@@ -257,7 +257,7 @@ def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared)
         said.append("the base model changed: its config.json or its weights")
     if "processor" in changed:
         said.append("the base model's processor changed: its settings of pictures")
-    if "training records" in changed:
+    if "training records" in changed and "thinking" not in changed:  # which writes them otherwise
         count, records = before["records"], prepared.num_records
         said.append("the training records changed" + (f": {count:,} before, {records:,} now" if count != records else ""))
     elif "pictures" in changed:

@@ -280,7 +280,7 @@ NOT_PICTURES = {
     b"RIFF\0\0\0\0AVI LIST": ("a video", "frame"),
     b"%PDF-1.7\n": ("a PDF", "page"),
     b"8BPS\0\1": ("a Photoshop file", "PNG"),
-    b"PK\x03\x04\x14\0": ("an archive", "unpack"),
+    b"PK\x03\x04\x14\0": ("a zip archive, or a file that is one, such as .xlsx", "unpack"),
     b'{"error": "not found"}': ("JSON text", "download"),
     bytes(500): ("nothing but zero bytes", "copy"),
 }

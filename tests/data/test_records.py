@@ -305,7 +305,7 @@ def test_missing_pictures_and_broken_ones_are_of_a_kind_each(folder):
     (b"\0" * 257 + b"ustar", "is a tar archive", "unpack it"),
     (b"\x89PNG\r\n\x1a\n", "is a picture", "give the file that names it"),
     (b"\xff\xd8\xff\xe0", "is a picture", "give the file that names it"),
-    (b"\0\0\0\x18ftypheic", "is a video, or a picture of a phone's (HEIC)", "give the file that names it"),
+    (b"\0\0\0\x18ftypheic", "is an HEIC photo", "give the JSON file of conversations"),
     (b"\x80\x04\x95", "is a pickle", "write its records as JSON, where it was made"),
     (b"version https://git-lfs.github.com/spec/v1\noid", "is a git-lfs pointer", "git lfs pull"),
     (b"\n<!DOCTYPE html><html>", "is an HTML page", "bring the file itself"),

@@ -144,13 +144,23 @@ def test_an_evaluation_that_is_long_is_given_up_for_a_signal_and_the_step_before
     monkeypatch.setattr(loop, "row_loss", interrupted)
     with pytest.raises(SystemExit):
         run(tmp_path, eval_meta_file=few_records(tmp_path), eval_steps=1)
-    assert "the evaluation after step 1 was given up" in capsys.readouterr().out
+    assert "step 1  the evaluation was given up; resuming does it" in capsys.readouterr().out
     assert newest(tmp_path / "run")[0].name == "checkpoint-1" and "eval_loss" not in metrics(tmp_path / "run")[0]
     monkeypatch.setattr(loop, "row_loss", stock)
     for name, resume in (("run", True), ("plain", False)):
         run(tmp_path, name, eval_meta_file=few_records(tmp_path), eval_steps=1, resume=resume)
     losses = [[line["eval_loss"] for line in metrics(tmp_path / name)] for name in ("run", "plain")]
     assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError(), ConnectionResetError(104, "reset"), RuntimeError("DataLoader worker (pid 1) is killed")]
+)
+def test_a_process_that_decodes_pictures_and_is_gone_is_said_however_it_shows(error, tmp_path, monkeypatch):
+    """What it was sending broke off before torch had learnt of its death: a traceback that ended in EOFError."""
+    monkeypatch.setattr(loop, "row_loss", lambda of, row: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match="a process that decodes pictures is gone"):
+        run(tmp_path)
 
 
 def test_nohup_is_obeyed(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from qwenvl_ft.data.records import Turn
 from qwenvl_ft.export.merge import export
 from qwenvl_ft.infer.engine import Engine
 from tests.conftest import TINY
-from tests.runs import adapter, run, same
+from tests.runs import run, same
 from tests.serving import serving
 
 TALK = [{"from": "user", "value": "What is 2 + 2?"}, {"from": "assistant", "value": "4", "reasoning": "2 and 2 make 4."}]
@@ -53,7 +53,6 @@ def test_what_was_taught_is_what_everybody_asks_with(thinker, tmp_path):
         )
         assert asked == taught == open_chat(merged).prompt(QUESTION) == plain["input_ids"][0]
     assert not same(runs["off"], runs["on"]) and not same(runs["off"], runs["template"])
-    assert adapter(tmp_path / "on").keys() == runs["on"].keys()
 
 
 @pytest.mark.parametrize("by", [{"enable_thinking": True}, {"chat_template_kwargs": {"enable_thinking": True}}])

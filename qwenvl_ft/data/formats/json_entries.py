@@ -4,45 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qwenvl_ft.data.magic import HEAD_BYTES, what_it_is
 from qwenvl_ft.errors import Problem
 
 EXAMPLE = '{"conversations": [{"from": "user", "value": "..."}, {"from": "assistant", "value": "..."}]}'
-HEAD_BYTES = 1024
-UNPACK, TABLE = "unpack it, and give the JSON file of conversations", "write its records as JSON lines: {}"
-WITH_DATASETS = "datasets.Dataset.from_parquet(FILE).to_json(OUT), where its rows have conversations"
-# How files begin that are given in place of a meta-file: what each is, and the way to one.
-BEGINNINGS = (
-    (b"PAR1", "a parquet file", TABLE.format(WITH_DATASETS)),
-    (b"ARROW1", "an Arrow file", TABLE.format(WITH_DATASETS.replace("parquet", "file"))),
-    (b"\xff\xff\xff\xff", "an Arrow stream", TABLE.format(WITH_DATASETS.replace("parquet", "file"))),
-    (b"FEA1", "a Feather file", TABLE.format("pandas.read_feather(FILE).to_json(OUT, orient='records', lines=True)")),
-    (b"\x89HDF", "an HDF5 file", TABLE.format("with h5py")),
-    (b"SQLite format 3", "an SQLite database", TABLE.format("with sqlite3")),
-    (b"PK\x03\x04", "a zip archive, or a file that is one, such as .xlsx", UNPACK), (b"\x1f\x8b", "a gzip file", UNPACK),
-    (b"BZh", "a bzip2 file", UNPACK), (b"\xfd7zXZ", "an xz file", UNPACK), (b"\x28\xb5\x2f\xfd", "a zstd file", UNPACK),
-    (b"7z\xbc\xaf", "a 7z archive", UNPACK), (b"Rar!", "a rar archive", UNPACK),
-    *((magic, "a picture", f"give the file that names it: {EXAMPLE}") for magic in (
-        b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")),
-    (b"%PDF", "a PDF", f"give the file of conversations: {EXAMPLE}"),
-    *((b"\x80" + bytes([number]), "a pickle, which is never opened here: it may run any program",
-       "write its records as JSON, where it was made") for number in range(2, 6)),
-    (b"version https://git-lfs", "a git-lfs pointer: the file itself is not here", "run `git lfs pull` where it was cloned"),
-    *((magic, "an HTML page: a download went wrong, perhaps", "bring the file itself") for magic in (b"<!doctype html", b"<html")),
-    *((mark, "UTF-16 or UTF-32 text", "save the file as UTF-8") for mark in (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")),
-)  # fmt: skip
-
-
-def _known_file(head: bytes) -> tuple[str, str] | None:
-    """(what, fix) of a file that is of a known kind and no meta-file."""
-    start = head.lstrip()[:64].lower()
-    for magic, what, fix in BEGINNINGS:
-        if head.startswith(magic) or (magic.startswith((b"<", b"version")) and start.startswith(magic)):
-            return f"is {what}", fix
-    if head[257:262] == b"ustar":
-        return "is a tar archive", UNPACK
-    if head[4:8] == b"ftyp":
-        return "is a video, or a picture of a phone's (HEIC)", f"give the file that names it: {EXAMPLE}"
-    return None
 
 
 def entries_of(meta_file: Path) -> tuple[list[tuple[str, Any]], list[Problem]]:
@@ -51,12 +16,13 @@ def entries_of(meta_file: Path) -> tuple[list[tuple[str, Any]], list[Problem]]:
     try:
         with meta_file.open("rb") as file:
             raw = file.read(HEAD_BYTES)
-            raw += b"" if _known_file(raw) else file.read()  # not all of a large file of another kind
+            kind = what_it_is(raw)
+            if kind and kind.as_meta:
+                return [], [Problem(name, f"is {kind.what}", kind.as_meta)]
+            raw += file.read()
     except OSError:
         fix = "give the JSON file of conversations (a config's train_meta_file)"
         return [], [Problem(str(meta_file), "cannot be read as a file", fix)]
-    if found := _known_file(raw):
-        return [], [Problem(name, *found)]
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
