@@ -188,13 +188,18 @@ def children(pid: int) -> list[int]:
         return []
 
 
+GIVEN: set[int] = set()  # ports of this process's runs: of two at once, neither may have bound its own yet
+
+
 def _free_port() -> int:
     """One below those that the system gives out, and that no other fork of this process tries first."""
     for port in range(10000 + os.getpid() * 7 % 20000, 32000):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
-                return port
             except OSError:
                 continue
+        if port not in GIVEN:
+            GIVEN.add(port)
+            return port
     raise RuntimeError("no port is free")

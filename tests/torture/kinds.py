@@ -170,8 +170,9 @@ def signalled(point: Point) -> str:
     time.sleep(moment)
     run.kill(number, who)
     codes = run.wait()
-    metrics = point.run / "metrics.jsonl"
-    if any(codes) and metrics.is_file() and (done := len(metrics.read_text().splitlines())):  # before, it may die as it likes
+    metrics, finished = point.run / "metrics.jsonl", (point.run / "all_results.json").is_file()
+    # Before the first step, and once everything is written, it may die as it likes.
+    if any(codes) and not finished and metrics.is_file() and (done := len(metrics.read_text().splitlines())):
         point.ended(run)
         if codes[0] != 128 + number:
             raise Failed(f"exit {codes}: {run.said().strip()[-200:]!r}")
