@@ -9,6 +9,7 @@ import pytest
 import trl
 from transformers import AutoProcessor
 
+from qwenvl_ft.cli.main import main
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.records import Turn
 from qwenvl_ft.export.merge import export
@@ -75,3 +76,29 @@ def test_a_thought_is_refused_where_the_model_knows_none():
         body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "enable_thinking": True}
         answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60)
         assert answer.status_code == 400 and "knows no thoughts" in answer.json()["error"]["message"]
+
+
+def test_the_commands_ask_as_they_are_told(thinker, tmp_path, capsys):
+    """`show` and `validate-meta` as a config, or its defaults, would; `ask` as the folder says, where nothing is said."""
+
+    def said(*arguments):
+        with pytest.raises(SystemExit) as done:
+            main([*map(str, arguments)])
+        assert done.value.code == 0
+        return capsys.readouterr().out
+
+    records, folder = meta(tmp_path, False), ["--data-dir", tmp_path, "--model", thinker, "--json"]
+    config = tmp_path / "lora.yaml"
+    config.write_text(
+        f"model: {thinker}\ntrain_meta_file: {records}\ntrain_data_dir: {tmp_path}\noutput_dir: r\nthinking: template\n"
+    )
+    taught = {}
+    ways = {"none": [], "off": ["--thinking", "off"], "template": ["--thinking", "template"], "config": ["--config", config]}
+    for name, how in ways.items():
+        shown = json.loads(said("show", records, 0, *folder, *how))
+        assert json.loads(said("validate-meta", records, *folder, *how))["tokens"]["total"] == 4 * len(shown["ids"])
+        taught[name] = shown["taught"]
+    assert taught["none"] == taught["off"] == ["4<|im_end|>"]
+    assert taught["template"] == taught["config"] == ["\n</think>\n\n4<|im_end|>"]
+    for how, begins in (([], False), (["--thinking", "on"], True), (["--config", config], True)):
+        assert said("ask", thinker, "Hi", "--max-new-tokens", "2", *how).startswith("<think>") == begins
