@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qwenvl_ft.data.families import Family
@@ -50,7 +50,10 @@ def load_base(model_dir: Path, dtype: str, attention: str = "auto") -> Any:
     if attention == "auto":
         attention = "flash_attention_2" if gpu and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
     try:
-        model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=getattr(torch, dtype), attn_implementation=attention)
+        # Of generation_config.json counts what infer/decoding.py reads; transformers warns of the temperature 0 that is vLLM's.
+        model = AutoModelForImageTextToText.from_pretrained(
+            model_dir, dtype=getattr(torch, dtype), attn_implementation=attention, generation_config=GenerationConfig()
+        )
     except ImportError as error:  # raised before the weights are read
         what = str(error).strip().splitlines()[0]
         fix = "set attn_implementation=auto, which takes what is installed"
