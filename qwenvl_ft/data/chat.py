@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from qwenvl_ft.data.families import Family, family_of
 from qwenvl_ft.data.geometry import Limits, grid_of, read_limits, tokens_of
-from qwenvl_ft.data.records import Picture, Record, Turn
+from qwenvl_ft.data.records import Medium, Picture, Record, Turn, Video
 from qwenvl_ft.data.template import (
     CLOSE_THOUGHT,
     OPEN_THOUGHT,
@@ -46,30 +46,32 @@ MEANT = {f"<|{name}_{side}|>" for name in ("object_ref", "box", "quad") for side
 
 @dataclass(frozen=True)
 class Script:
-    """One example as token ids, ONE placeholder per picture, and the grid (t, rows, columns) that each picture will have.
+    """One example as token ids, ONE placeholder for each run of a medium's tokens, and the grid (t, rows, columns) that each medium
+    will have.
 
-    `labels` has the ids of what is taught and IGNORE elsewhere; `where` names the record.
+    `labels` has the ids of what is taught and IGNORE elsewhere; `where` names the record; `counts` are the tokens of each
+    placeholder, which is one of `placeholders`: a picture's, a video's.
     """
 
     where: str
     ids: list[int]
     labels: list[int]
-    pictures: list[Picture]
+    media: list[Medium]
     grids: list[tuple[int, int, int]]
-    picture_tokens: list[int]
-    picture_id: int
+    counts: list[int]
+    placeholders: tuple[int, int | None]
 
     @property
     def length(self) -> int:
-        """Tokens it takes in a row, pictures at their real number of tokens."""
-        return len(self.ids) + sum(self.picture_tokens) - len(self.picture_tokens)
+        """Tokens it takes in a row, pictures and videos at their real number of tokens."""
+        return len(self.ids) + sum(self.counts) - len(self.counts)
 
     def widened(self) -> tuple[list[int], list[int]]:
-        """ids and labels with each picture's placeholder at its real number of tokens."""
+        """ids and labels with each placeholder at its real number of tokens."""
         ids, labels = [], []
-        counts = iter(self.picture_tokens)
+        counts = iter(self.counts)
         for token, label in zip(self.ids, self.labels, strict=True):
-            count = next(counts) if token == self.picture_id else 1
+            count = next(counts) if token in self.placeholders else 1
             ids += [token] * count
             labels += [label] * count
         return ids, labels
@@ -130,7 +132,8 @@ class Chat:
         grids = [grid_of(picture.height, picture.width, self.limits) for picture in pictures]
         counts = [tokens_of(grid, self.limits.merge_size) for grid in grids]
         closing = self._encode(self._closing.removeprefix(END), {})  # not taught: a model never has to say it
-        return Script(where, ids + closing, labels + [IGNORE] * len(closing), pictures, grids, counts, self.picture_id)
+        labels = labels + [IGNORE] * len(closing)
+        return Script(where, ids + closing, labels, [*pictures], grids, counts, (self.picture_id, self.video_id))
 
     def _continuation(self, turn: Turn, prompt: str, number: int) -> str:
         """What the model has to say behind the prompt, without its end token: the turn's text, its thought in the form that
@@ -166,7 +169,10 @@ class Chat:
             return self._acting.sub(lambda token: mark + token[0][1:], text)
 
         if turn.role == "user":
-            parts = [{"type": "text", "text": marked(of)} if isinstance(of, str) else {"type": of.kind} for of in turn.parts]
+            parts = [
+                {"type": of.kind} if isinstance(of, Picture | Video) else {"type": "text", "text": marked(str(of))}
+                for of in turn.parts
+            ]
             return {"role": turn.role, "content": parts}
         thought, said = split_thought(turn.text) if turn.role == "assistant" and self._takes_thoughts else ("", turn.text)
         message = {"role": turn.role, "content": marked(said)}  # some templates want these turns as one text

@@ -20,7 +20,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from qwenvl_ft.data.geometry import MAX_ASPECT, Limits, resized
 from qwenvl_ft.data.magic import HEAD_BYTES, what_it_is
-from qwenvl_ft.data.records import Medium, Picture
+from qwenvl_ft.data.records import Medium, Picture, Video
 from qwenvl_ft.errors import Problem, UserError
 
 MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
@@ -75,8 +75,9 @@ def opened(picture: Picture, where: str = "") -> Image.Image:
     Raises UserError where its data is damaged, PictureChanged where the file is gone or another than was planned with.
     """
     path = picture.source
-    if not isinstance(path, Path):
+    if isinstance(path, Image.Image):
         return path
+    assert isinstance(path, Path)
     where, changed = where or str(path), ""
     try:
         image = load(path, where)
@@ -132,10 +133,10 @@ def bounded(part: Medium, limits: Limits) -> Medium:
         what = f"is {part.max_pixels}, below the least that it may have, {least}"
         raise UserError(Problem(f"a {part.kind}'s max_pixels", what, "raise it, or leave it out"))
     own = replace(limits, min_pixels=min(least, most), max_pixels=most)
-    frames = [opened(part)] if isinstance(part, Picture) else part.frames
+    frames = [opened(part)] if isinstance(part, Picture) else part.images
     height, width = resized(frames[0].height, frames[0].width, own)
-    sized = tuple(frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames)
-    return Picture.of(sized[0]) if isinstance(part, Picture) else replace(part, frames=sized)
+    sized = [frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
+    return Picture.of(sized[0]) if isinstance(part, Picture) else Video.of(sized, part.fps, part.indices, part.num_frames)
 
 
 def check_aspect(width: int, height: int, where: str, name: str = "it") -> None:

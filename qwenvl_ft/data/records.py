@@ -1,9 +1,10 @@
-"""The nouns: a record is a conversation of turns, a turn has texts, pictures and videos in their order.
+"""The nouns: a record is a conversation of turns, a turn has texts, boxes, pictures and videos in their order.
 
 Record("train.json[3]", (Turn("user", (Picture(Path("a.png"), 40, 50), "How many?")), Turn("assistant", ("16",))))
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -15,13 +16,37 @@ CONTROL_TOKEN = re.compile(r"<\|(?:endoftext|im_start|im_end|vision_start|vision
 
 
 @dataclass(frozen=True)
+class InTar:
+    """A file within a tar that is not unpacked: its `num_bytes` begin at `offset`."""
+
+    path: Path
+    name: str
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class InTable:
+    """The bytes that a row of a parquet or Arrow file holds in `column`; `item` counts where the column holds lists, else -1."""
+
+    path: Path
+    name: str
+    column: str
+    row: int
+    item: int = -1
+
+
+Source = Path | InTar | InTable  # where the bytes of a picture or a video lie
+
+
+@dataclass(frozen=True)
 class Picture:
-    """A picture: a file whose header was read, or an image in memory; its size in px as it will be seen, EXIF orientation applied.
+    """A picture: a source whose header was read, or an image in memory; its size in px as it will be seen, EXIF applied.
 
     The bounds, in px, replace the processor's own for it. `num_bytes` is the file's size when its header was read.
     """
 
-    source: Path | Image.Image
+    source: Source | Image.Image
     height: int
     width: int
     min_pixels: int | None = None
@@ -37,33 +62,67 @@ class Picture:
     @property
     def name(self) -> str:
         """The file's name; nothing for an image in memory."""
-        return self.source.name if isinstance(self.source, Path) else ""
+        return "" if isinstance(self.source, Image.Image) else self.source.name
 
 
 @dataclass(frozen=True)
 class Video:
-    """Frames of one size, drawn from `num_frames` at `fps` a second; `indices` are their places there.
+    """Frames of one size, `height` x `width` px as they will be seen: those at `indices` of the `num_frames` that pass at `fps` a
+    second.
 
-    The bounds, in px of a frame, replace the processor's own for it.
+    `source` is the film, or the frames themselves, each a source or an image in memory. The bounds, in px of a frame, replace
+    the processor's own for it. `num_bytes` is the film's size when its header was read.
     """
 
-    frames: tuple[Image.Image, ...]
+    source: Source | tuple[Source | Image.Image, ...]
+    height: int
+    width: int
     fps: float
     indices: tuple[int, ...]
     num_frames: int
     min_pixels: int | None = None
     max_pixels: int | None = None
+    num_bytes: int | None = field(default=None, compare=False)
     kind: ClassVar[str] = "video"
+
+    @classmethod
+    def of(cls, frames: Sequence[Image.Image], fps: float, indices: Sequence[int], num_frames: int) -> "Video":
+        """Frames in memory."""
+        return cls(tuple(frames), frames[0].height, frames[0].width, fps, tuple(indices), num_frames)
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """Its frames that are in memory."""
+        frames = self.source if isinstance(self.source, tuple) else ()
+        return [frame for frame in frames if isinstance(frame, Image.Image)]
+
+    @property
+    def name(self) -> str:
+        """The film's name, or its first frame's; nothing for frames in memory."""
+        source = self.source[0] if isinstance(self.source, tuple) else self.source
+        return "" if isinstance(source, Image.Image) else source.name
+
+
+@dataclass(frozen=True)
+class Box:
+    """A place in a picture, in px of the picture as it is seen and before it is resized: x1, y1, x2, y2, or a point x, y.
+
+    `label` is what is there. `picture` counts the record's pictures from 0.
+    """
+
+    corners: tuple[float, ...]
+    label: str = ""
+    picture: int = 0
 
 
 Medium = Picture | Video
-Part = str | Medium
+Part = str | Medium | Box
 
 
 @dataclass(frozen=True)
 class Turn:
-    """`role` is system, user or assistant; `parts` are texts and media in their order; `taught` is false for an answer that is
-    shown and not learnt.
+    """`role` is system, user, assistant or tool; `parts` are texts, boxes and media in their order; `taught` is false for an answer
+    that is shown and not learnt; `calls` are an assistant's calls of tools, each a JSON object of name and arguments.
 
     Neighbouring texts become one part: a control token in halves would be whole again once a template has joined them.
     """
@@ -71,6 +130,7 @@ class Turn:
     role: str
     parts: tuple[Part, ...]
     taught: bool = True
+    calls: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         joined: list[Part] = []
@@ -84,7 +144,7 @@ class Turn:
     @property
     def media(self) -> list[Medium]:
         """Its pictures and videos in their order."""
-        return [part for part in self.parts if not isinstance(part, str)]
+        return [part for part in self.parts if isinstance(part, Picture | Video)]
 
     @property
     def text(self) -> str:
@@ -94,12 +154,20 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation; `where` is its place in the meta-file, such as train.json[3]."""
+    """One conversation; `where` is its place in the meta-file, such as train.json[3]; `tools` are those that the model is told of,
+    each a JSON object.
+    """
 
     where: str
     turns: tuple[Turn, ...]
+    tools: tuple[str, ...] = ()
+
+    @property
+    def media(self) -> list[Medium]:
+        """Every picture and video of the conversation in its order."""
+        return [medium for turn in self.turns for medium in turn.media]
 
     @property
     def pictures(self) -> list[Picture]:
         """Every picture of the conversation in its order."""
-        return [part for turn in self.turns for part in turn.media if isinstance(part, Picture)]
+        return [medium for medium in self.media if isinstance(medium, Picture)]

@@ -16,6 +16,7 @@ import torch
 
 from qwenvl_ft.data.chat import IGNORE, Chat, Script
 from qwenvl_ft.data.pictures import PictureChanged, opened
+from qwenvl_ft.data.records import Picture
 from qwenvl_ft.errors import Problem, UserError
 
 Row = dict[str, Any]
@@ -150,18 +151,18 @@ class Rows:
         return {
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),
-            "position_ids": positions(ids, script.grids, script.picture_id, self.limits.merge_size),
+            "position_ids": positions(ids, script.grids, self.picture_id, self.limits.merge_size),
         }
 
     def example(self, script: Script) -> Row:
         """One record's tensors: (S) ids and labels, (4, S) positions, (P, D) patches, (N, 3) grids."""
         example = self.text(script)
-        if script.pictures:
-            pictures = [opened(picture, script.where) for picture in script.pictures]
+        if script.media:
+            pictures = [opened(picture, script.where) for picture in script.media if isinstance(picture, Picture)]
             inputs = self.image_processor(images=pictures, return_tensors="pt")
             grids = [tuple(grid) for grid in inputs["image_grid_thw"].tolist()]
             if grids != list(script.grids):
-                files = ", ".join(picture.name for picture in script.pictures)
+                files = ", ".join(medium.name for medium in script.media)
                 what = f"planned with grids {script.grids} but its pictures ({files}) gave {grids}"
                 raise PictureChanged(Problem(script.where, what, "a picture changed since the plan was made: start again"))
             example["pixel_values"], example["image_grid_thw"] = inputs["pixel_values"], inputs["image_grid_thw"]

@@ -10,10 +10,10 @@ from qwenvl_ft.data.chat import IGNORE, PICTURE, Chat, Script
 def draw_record(script: Script, chat: Chat) -> Drawing:
     """The record as the model sees it: pictures as blocks with their tokens, what is taught in green."""
     pieces: list[tuple[str, str]] = []
-    pictures = zip(script.pictures, script.grids, script.picture_tokens, strict=True)
+    pictures = zip(script.media, script.grids, script.counts, strict=True)
     merge = chat.limits.merge_size
     tokens = zip(script.ids, script.labels, strict=True)
-    for (is_picture, is_taught), run in groupby(tokens, lambda of: (of[0] == script.picture_id, of[1] != IGNORE)):
+    for (is_picture, is_taught), run in groupby(tokens, lambda of: (of[0] in script.placeholders, of[1] != IGNORE)):
         ids = [token for token, _ in run]
         if not is_picture:
             said = chat.said(ids)

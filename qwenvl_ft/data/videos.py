@@ -74,7 +74,7 @@ def read_video(data: bytes, where: str, wanted: dict[str, float], allowance: All
     kept = [at for at in indices if at in frames]  # the last packets of a damaged file give no frame
     if len(kept) < len(indices):
         raise UserError(Problem(where, f"ends after {len(frames)} of {len(indices)} frames", "send a whole file"))
-    return Video(tuple(frames[at] for at in kept), rate, tuple(kept), total)
+    return Video.of([frames[at] for at in kept], rate, kept, total)
 
 
 def _enough(total: int, where: str) -> int:

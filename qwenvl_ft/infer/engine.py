@@ -96,7 +96,7 @@ class Engine:
         metadata = [VideoMetadata(total_num_frames=of.num_frames, fps=of.fps, frames_indices=list(of.indices)) for of in videos]
         seen: dict[str, Any] = {}
         if media:
-            frames = {"videos": [list(of.frames) for of in videos], "video_metadata": metadata, "do_sample_frames": False}
+            frames = {"videos": [of.images for of in videos], "video_metadata": metadata, "do_sample_frames": False}
             seen = dict(
                 self.processor(images=pictures or None, **(frames if videos else {}), return_metadata=True, return_tensors="pt")
             )
@@ -124,7 +124,7 @@ class Engine:
         """The turn as it is shown: its pictures open, at their own bounds, blank if so wished."""
         parts: list[Part] = []
         for part in turn.parts:
-            if isinstance(part, str):
+            if not isinstance(part, Picture | Video):
                 parts.append(part)
                 continue
             medium = bounded(part, self.limits(part.kind))
@@ -270,4 +270,5 @@ def turns_of(conversation: Conversation) -> Sequence[Turn]:
 def _blank(medium: Medium) -> Medium:
     if isinstance(medium, Picture):
         return Picture.of(Image.new("RGB", (medium.width, medium.height), "white"))
-    return replace(medium, frames=tuple(Image.new("RGB", frame.size, "white") for frame in medium.frames))
+    white = [Image.new("RGB", frame.size, "white") for frame in medium.images]
+    return Video.of(white, medium.fps, medium.indices, medium.num_frames)

@@ -152,7 +152,7 @@ class _Opening:
         if len({frame.size for frame in frames}) > 1:
             sizes = ", ".join(sorted({f"{frame.width} x {frame.height}" for frame in frames}))
             raise UserError(Problem(place, f"its frames have {sizes} px", "send frames of one size"))
-        return Video(frames, float(fps or FPS), tuple(range(len(frames))), len(frames))
+        return Video.of(frames, float(fps or FPS), range(len(frames)), len(frames))
 
 
 def _named(place: str, source: Any) -> str:

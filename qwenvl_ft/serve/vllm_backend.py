@@ -152,9 +152,9 @@ def write_message(message: Turn) -> dict[str, Any]:
             parts.append({"type": "text", "text": as_letters(part)})
         elif isinstance(part, Picture):
             parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(opened(part))}"}})
-        else:
-            frames = ",".join(map(_png, part.frames))
-            rate = part.fps * len(part.frames) / part.num_frames
+        elif isinstance(part, Video):
+            frames = ",".join(map(_png, part.images))
+            rate = part.fps * len(part.images) / part.num_frames
             # jpeg is vLLM's only word for a list of frames; it reads what a frame is from its bytes, and PNG loses nothing.
             parts.append({"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}, "fps": rate})
     if message.role != "user":  # some templates want these turns as one text
@@ -172,7 +172,7 @@ def sized(part: Part, limits: Limits | None, base: Limits | None) -> Part:
 
     Raises ApiError for bounds where `limits` are not known, for a video's, and for a size that vLLM would change again.
     """
-    if isinstance(part, str):
+    if not isinstance(part, Picture | Video):
         return part
     bounds = bool(part.min_pixels or part.max_pixels)
     if bounds and (limits is None or isinstance(part, Video)):

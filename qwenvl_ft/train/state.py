@@ -48,7 +48,7 @@ class Run:
         self.partitions = zero_partitions(model) if self.deepspeed else []
         self.tower_trains = bool({"vision", "merger"} & set(config.lora_on))
         self.always_look = self.deepspeed and (self.tower_trains or model.zero_optimization_stage() == 3)
-        blind = [row for row, members in enumerate(prepared.plan.rows) if not any(prepared.scripts[at].pictures for at in members)]
+        blind = [row for row, members in enumerate(prepared.plan.rows) if not any(prepared.scripts[at].media for at in members)]
         if self.always_look and blind and prepared.chat.family.linear_attention:
             raise UserError(Problem(prepared.places(blind[0]), "has no picture; DeepSpeed would wait for ever for the vision tower",
                                     "use configs/ddp.yaml, or train on records with pictures only"))  # fmt: skip

@@ -96,10 +96,10 @@ def test_a_video_gives_the_frames_that_qwen_would_take(video):
     (message,) = read_messages(user({"type": "video", "video": video.as_uri(), "fps": 2.0}))
     film = message.parts[0]
     assert film.indices == tuple(torch.linspace(0, 19, 4).round().long().tolist()) and (film.fps, film.num_frames) == (10.0, 20)
-    shades = [np.asarray(frame).mean() for frame in film.frames]
+    shades = [np.asarray(frame).mean() for frame in film.images]
     assert shades == pytest.approx([12 * at for at in film.indices], abs=4)
     (message,) = read_messages(user({"video": str(video), "nframes": 6}))
-    assert len(message.parts[0].frames) == 6
+    assert len(message.parts[0].images) == 6
 
 
 def test_a_films_own_rate_reaches_the_model(family_model, video):
@@ -112,7 +112,7 @@ def test_a_films_own_rate_reaches_the_model(family_model, video):
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     metadata = VideoMetadata(total_num_frames=20, fps=10.0, frames_indices=list(film.indices))
     wanted = processor(
-        text=[text], videos=[list(film.frames)], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
+        text=[text], videos=[list(film.images)], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
     )
     assert torch.equal(got["input_ids"], wanted["input_ids"]) and torch.equal(got["video_grid_thw"], wanted["video_grid_thw"])
     model_type = engine.model.config.model_type
@@ -264,7 +264,7 @@ def test_a_film_whose_frames_change_their_size_is_refused(tmp_path):
     path = written(tmp_path / "film.avi", "mjpeg", [(64, 48)] * 4 + [(128, 96)] * 4)
     with pytest.raises(UserError, match="several sizes"):
         read_messages(user({"video": str(path)}))
-    assert len(read_messages(user({"video": str(written(tmp_path / "one.avi", "mjpeg", [(64, 48)] * 8))}))[0].parts[0].frames) >= 2
+    assert len(read_messages(user({"video": str(written(tmp_path / "one.avi", "mjpeg", [(64, 48)] * 8))}))[0].parts[0].images) >= 2
 
 
 def peak_kib() -> int:
@@ -349,7 +349,7 @@ def test_a_phones_film_stands_upright(matrix, tmp_path):
     data = boxes(marked(tmp_path / "film.mp4"), b"tkhd", 40, ">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     film = read_video(data, "film", {"nframes": 4})
     right, bottom = MATRICES[matrix]
-    for frame in film.frames:
+    for frame in film.images:
         assert frame.size == ((112, 84) if a else (84, 112))
         seen = np.asarray(frame.convert("L")).astype(int)
         corner = seen[-14:, :] if bottom else seen[:14, :]
@@ -375,7 +375,7 @@ def test_a_film_that_an_edit_list_shortens_is_whole(first, tmp_path):
     data = boxes(path, b"elst", 8, ">Ii", 2000 - 100 * first, first * ticks)
     film = read_video(data, "film", {"fps": 2.0})
     assert film.num_frames == 20 - first and film.indices[-1] == 19 - first
-    seen = np.asarray(film.frames[0].convert("L")).astype(int)
+    seen = np.asarray(film.images[0].convert("L")).astype(int)
     assert np.argmax(seen[45, 30:] > 45) + 30 == pytest.approx(40 + first, abs=3)  # the moving bar says which frame it is
 
 
@@ -418,7 +418,7 @@ def test_nframes_is_qwens_or_refused_with_its_reason(nframes, video):
         wanted = None
     part = {"video": str(video), "nframes": nframes}
     if wanted:
-        assert len(read_messages(user(part))[0].parts[0].frames) == wanted
+        assert len(read_messages(user(part))[0].parts[0].images) == wanted
         return
     with pytest.raises(UserError) as error:
         read_messages(user(part))

@@ -137,7 +137,7 @@ def test_positions_equal_the_models_own(job):
     inner = model.base_model.model.model
     for script in rows.scripts:
         example = rows.example(script)
-        kinds = (example["input_ids"] == script.picture_id).int()
+        kinds = (example["input_ids"] == script.placeholders[0]).int()
         wanted, _ = inner.get_rope_index(example["input_ids"][None], kinds[None], example.get("image_grid_thw"))
         assert torch.equal(example["position_ids"][1:], wanted[:, 0])
         assert torch.equal(example["position_ids"][0], torch.arange(script.length))
@@ -148,7 +148,7 @@ def test_the_loss_is_that_of_the_models_own_forward(job):
     model, rows = job
     script = rows.scripts[1]
     example = rows.example(script)
-    kinds = (example["input_ids"] == script.picture_id).int()[None]
+    kinds = (example["input_ids"] == script.placeholders[0]).int()[None]
     with torch.no_grad():
         stock = model(
             input_ids=example["input_ids"][None], labels=example["labels"][None], mm_token_type_ids=kinds,
