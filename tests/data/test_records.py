@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qwenvl_ft.data import meta_file
+from qwenvl_ft.data import media
 from qwenvl_ft.data.formats.json_entries import EXAMPLE
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.records import Picture, Turn
@@ -254,7 +254,7 @@ def test_hostile_tags_take_linear_time(value, folder):
 
 def test_a_folder_of_missing_pictures_is_not_compared_name_by_name_for_hours(folder, monkeypatch):
     """Each suggestion looks at every file: 100 missing pictures beside 5,000 took 24 s, 20,000 would have taken hours."""
-    monkeypatch.setattr(meta_file, "MAX_COMPARED", 6)  # the folder holds two files: a.png and the meta-file
+    monkeypatch.setattr(media, "MAX_COMPARED", 6)  # the folder holds two files: a.png and the meta-file
     _, problems = read(folder, [talk("<img>a.png</img>q", "a"), *(talk(f"<img>a{i}.png</img>", "a") for i in range(5))])
     assert [problem.fix[:12] for problem in problems] == ["did you mean"] * 3 + ["copy it ther"] * 2
 
