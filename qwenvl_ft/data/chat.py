@@ -10,7 +10,7 @@ own template writes them. A control token in somebody's text is tokenised as the
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +38,7 @@ from qwenvl_ft.folders.model import read_model_json, read_template
 from qwenvl_ft.folders.problems import talk_problems
 from qwenvl_ft.folders.runs import processor_folder
 
+SHORT, MOST_SHORT = 64, 50_000  # letters of a text whose ids are kept beyond its record; and of how many texts
 IGNORE = -100  # the label that torch's cross entropy skips
 END, PICTURE, VIDEO = "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
 # Special tokens that people write and models say. Each other one ends a turn or poses as a picture.
@@ -89,6 +90,14 @@ class Chat:
     limits: Limits
     family: Family
     thinking: Thinking
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: what it is made of; the tokenizer as its JSON, and nothing that was compiled."""
+        made_of: dict[str, Any] = {part.name: getattr(self, part.name) for part in fields(self)}
+        return made_of | {"tokenizer": self.tokenizer.to_str()}
+
+    def __setstate__(self, made_of: dict[str, Any]) -> None:
+        self.__dict__.update(made_of | {"tokenizer": _reads_no_special(Tokenizer.from_str(made_of["tokenizer"]))})
 
     def prompt(self, turns: Sequence[Turn], thinking: bool | None = None) -> list[int]:
         """The ids that ask for the next answer, one placeholder per picture or video. `thinking` replaces the default.
@@ -190,9 +199,12 @@ class Chat:
                 ids.append(self._special[piece])
             elif piece:
                 letters = piece.replace(mark, "<") if mark else piece
-                if letters not in cache:
-                    cache[letters] = self.tokenizer.encode(letters, add_special_tokens=False).ids
-                ids += cache[letters]
+                kept = self._short if len(letters) <= SHORT else cache
+                if letters not in kept:
+                    if len(self._short) >= MOST_SHORT:
+                        self._short.clear()
+                    kept[letters] = self.tokenizer.encode(letters, add_special_tokens=False).ids
+                ids += kept[letters]
         return ids
 
     def said(self, ids: Sequence[int]) -> str:
@@ -227,6 +239,11 @@ class Chat:
     def video_id(self) -> int | None:
         """The placeholder of a video."""
         return self._special.get(VIDEO)
+
+    @cached_property
+    def _short(self) -> dict[str, list[int]]:
+        """The ids of short texts: what the template writes in every record, and answers such as yes."""
+        return {}
 
     @cached_property
     def _special(self) -> dict[str, int]:
@@ -281,14 +298,18 @@ def open_chat(
     source = settle(source, thinking)
     read_model_json(path)  # the tokenizers library's own error names neither the file nor the cause
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = _reads_no_special(Tokenizer.from_file(str(path)))
     except Exception as error:  # the library has no error of its own
         raise UserError(Problem(str(path), "is not a tokenizer", "download it again")) from error
-    tokenizer.encode_special_tokens = True
     chat = Chat(tokenizer, source, read_limits(folder, min_pixels, max_pixels), family, thinking)
     if missing := [token for token in (PICTURE, END) if token not in chat._special]:
         raise UserError(Problem(str(path), f"has no token {missing[0]}", "bring the tokenizer.json of the model itself"))
     return chat
+
+
+def _reads_no_special(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def _any_of(tokens: Iterable[str]) -> str:
