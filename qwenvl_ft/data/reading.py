@@ -1,11 +1,22 @@
 """How a meta-file is to be read, where what it holds does not say so itself: the config's keys of that."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qwenvl_ft.config import Config
 
 
 @dataclass(frozen=True)
 class Reading:
     """The settings that every reader of records is given; each field is a key of the config."""
+
+    fetch_media: bool = False
+
+    @classmethod
+    def of(cls, config: "Config") -> "Reading":
+        """Those of a config."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 AS_FOUND = Reading()  # where nobody says otherwise
