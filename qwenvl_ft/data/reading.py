@@ -7,5 +7,9 @@ from dataclasses import dataclass
 class Reading:
     """The settings that every reader of records is given; each field is a key of the config."""
 
+    # Qwen's own: what the bases were trained with, and what others draw who serve the merged model. Source: qwen_vl_utils.
+    video_fps: float = 2.0
+    video_max_frames: int = 768
+
 
 AS_FOUND = Reading()  # where nobody says otherwise
