@@ -70,13 +70,12 @@ document.addEventListener("mouseover", (event) => {
   if (turn) splitAll(turn);
 });
 document.addEventListener("click", (event) => {
-  const see = event.target.closest("button.see");
+  const see = event.target.closest(".turn .see:not(.broken)");
   if (see) {
     const figure = see.closest("figure");
     const large = dialog.querySelector("figure");
-    const plain = document.createElement("div");
-    plain.className = "see";
-    plain.append(...[...see.childNodes].map((child) => child.cloneNode(true)));
+    const plain = see.cloneNode(true);
+    plain.querySelector("button").remove();
     const caption = document.createElement("figcaption");
     const at = see.parentElement.querySelector(".at");
     caption.textContent = figure.querySelector("figcaption").textContent + (at ? ` · ${at.textContent}` : "");

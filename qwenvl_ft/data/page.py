@@ -25,6 +25,7 @@ from qwenvl_ft.errors import Problem
 BEGINNING = "<!doctype html>"
 START = "<|im_start|>"
 COLOURS = 6  # of boxes, told apart by their labels
+LABEL_PERCENT = 6  # of a picture's height: nearer to its top, a label stands within its box
 WIDEST_PX, TALLEST_PX, NARROWEST_PX = 520, 420, 200  # of a picture in a card
 LETTER_TOKENS = 4  # that a letter may take: UTF-8 has up to four bytes
 BARS = 24  # of the histogram
@@ -134,7 +135,7 @@ def _turn(
     role = opening.split("\n")[0].strip()
     role = role if role in ("system", "user", "assistant", "tool") else "other"
     end = _head_length(tokens, chat)
-    head = _run([token for token, _ in tokens[:end]], "control", chat, said)
+    head = _run([tokens[0][0]], "control", chat, said) + _run([token for token, _ in tokens[1:end]], "name", chat, said)
     runs = []
     kinds = groupby(tokens[end:], lambda of: (of[0] in script.placeholders, of[0] in special, of[1]))
     for (is_medium, is_special, is_taught), run in kinds:
@@ -207,7 +208,8 @@ def figure(
     name = text(medium.name or f"a {'picture' if isinstance(medium, Picture) else 'video'} in memory")
     scale = min(WIDEST_PX / width, TALLEST_PX / height, max(1, NARROWEST_PX / width))
     style = f"--width:{width * scale:.0f}px;--ratio:{width}/{height};--columns:{columns};--rows:{rows}"
-    facts = f"{medium.width} × {medium.height} → {width} × {height} px · {num_tokens:,} tokens"
+    resized = f" → {width} × {height}" * ((medium.width, medium.height) != (width, height))
+    facts = f"{medium.width} × {medium.height}{resized} px · {num_tokens:,} tokens"
     if isinstance(medium, Video):
         facts = f"{len(medium.indices):,} of {medium.num_frames:,} frames, {medium.fps:.4g} a second · {facts}"
     else:
@@ -218,35 +220,38 @@ def figure(
         source = f'data-src="{numbers[frame.url]}"' if frame.url in numbers else f'src="{text(frame.url)}"'
         alt = f"{name} at {at}" if at else name
         shown = f'<img {source} alt="{alt}" width="{width}" height="{height}" decoding="async">'
-        drawn = f'<button type="button" class="see" aria-label="Enlarge {alt}">{shown}{_boxes(medium, boxes)}</button>'
-        seen.append(f'<span class="frame">{drawn}<span class="at">{at}</span></span>' if at else drawn)
+        button = f'<button type="button" aria-label="Enlarge {alt}"></button>'
+        drawn = f'<div class="see">{shown}{_boxes(medium, boxes)}{button}</div>'
+        seen.append(f'<div class="frame">{drawn}<span class="at">{at}</span></div>' if at else drawn)
     if look.problem:
-        seen = [f'<span class="see broken"><b>cannot be shown</b> {text(look.problem.what)}</span>']
+        seen = [f'<div class="see broken"><b>cannot be shown</b> {text(look.problem.what)}</div>']
     elif not seen:
-        seen = ['<span class="see broken">not shown here</span>']
+        seen = ['<div class="see broken">not shown here</div>']
     if len(look.frames) > 1:
         seen = [f'<div class="strip" tabindex="0" role="group" aria-label="Frames of {name}">{"".join(seen)}</div>']
     return f'<figure class="{medium.kind}" style="{style}">{"".join(seen)}<figcaption><b>{name}</b> {facts}</figcaption></figure>'
 
 
 def _boxes(medium: Medium, boxes: Sequence[Box]) -> str:
-    """Rectangles and points over a picture; each label stands at its box's upper left corner."""
+    """Rectangles and points over a picture, a colour for each label, which stands at the box's upper corner."""
     if not boxes:
         return ""
+    kinds = list(dict.fromkeys(box.label for box in boxes))
     shapes, labels = [], []
     for box in boxes:
-        colour = f"c{sum(box.label.encode('utf-8', 'replace')) % COLOURS}"
-        x1, y1 = box.corners[:2]
+        colour = f"c{kinds.index(box.label) % COLOURS}"
+        x1, y1, x2, y2 = (*box.corners, *box.corners)[:4]
+        x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
         if len(box.corners) == 2:
-            shapes.append(f'<path class="point {colour}" d="M{x1:g} {y1:g}h0"/>')
+            shapes.append(f'<path class="point" d="M{x1:g} {y1:g}h0"/><path class="point {colour}" d="M{x1:g} {y1:g}h0"/>')
         else:
-            x2, y2 = box.corners[2:4]
-            x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
-            shapes.append(f'<path class="halo" d="M{x1:g} {y1:g}H{x2:g}V{y2:g}H{x1:g}Z"/>')
-            shapes.append(f'<path class="{colour}" d="M{x1:g} {y1:g}H{x2:g}V{y2:g}H{x1:g}Z"/>')
+            line = f"M{x1:g} {y1:g}H{x2:g}V{y2:g}H{x1:g}Z"
+            shapes.append(f'<path class="halo" d="{line}"/><path class="{colour}" d="{line}"/>')
+        left, top, right = (100 * at / of for at, of in ((x1, medium.width), (y1, medium.height), (x2, medium.width)))
+        side = f"left:{left:.2f}%" if left < 70 else f"right:{100 - right:.2f}%"
+        inside = " inside" if top < LABEL_PERCENT else ""
         if box.label:
-            place = f"left:{100 * x1 / medium.width:.2f}%;top:{100 * y1 / medium.height:.2f}%"
-            labels.append(f'<span class="label {colour}" style="{place}">{text(box.label)}</span>')
+            labels.append(f'<span class="label {colour}{inside}" style="{side};top:{top:.2f}%">{text(box.label)}</span>')
     view = f'viewBox="0 0 {medium.width} {medium.height}" preserveAspectRatio="none" aria-hidden="true"'
     return f"<svg {view}>{''.join(shapes)}</svg>{''.join(labels)}"
 
@@ -273,16 +278,16 @@ def _histogram(lengths: Sequence[int]) -> str:
     bars = []
     for number, count in enumerate(counts):
         low = (first + number) * step
-        height = max(1.5, 56 * count / max(counts)) if count else 0
+        high = max(1.5, 56 * count / max(counts)) if count else 0.0
         of = f"{low:,}" if step == 1 else f"{low:,} to {low + step - 1:,}"
         bars.append(f'<g><rect class="reach" x="{number * 10}" width="10" height="60"/>'
-                    f'<rect x="{number * 10 + 1}" y="{60 - height:.1f}" width="8" height="{height:.1f}" rx="1.5"/>'
+                    f'<rect x="{number * 10 + 1}" y="{60 - high:.1f}" width="8" height="{high:.1f}" rx="1.5"/>'
                     f"<title>{of} tokens: {count:,} record{'s' * (count != 1)}</title></g>")  # fmt: skip
-    low, high = f"{first * step:,}", f"{(first + len(counts)) * step - 1:,}"
+    ends = f"{first * step:,}", f"{(first + len(counts)) * step - 1:,}"
     label = f"Tokens a record, from {min(lengths):,} to {max(lengths):,}"
     return (f'<figure class="histogram"><svg viewBox="0 0 {10 * len(counts)} 60" preserveAspectRatio="none" role="img" '
-            f'aria-label="{label}">{"".join(bars)}</svg><figcaption><span>{low}</span><span>tokens a record</span>'
-            f"<span>{high}</span></figcaption></figure>")  # fmt: skip
+            f'aria-label="{label}">{"".join(bars)}</svg><figcaption><span>{ends[0]}</span><span>tokens a record</span>'
+            f"<span>{ends[1]}</span></figcaption></figure>")  # fmt: skip
 
 
 def nice_step(step: float) -> int:

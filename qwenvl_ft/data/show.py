@@ -83,15 +83,17 @@ def draw_page(
     scripts = [card.scripts[-1] for card in cards if card.scripts]
     bad = [card for card in cards if card.problems or any(looks[id(of)].problem for script in card.scripts for of in script.media)]
     taught = sum(label != IGNORE for card in cards for script in card.scripts for label in script.labels)
-    total, num_media = sum(script.length for script in scripts), sum(len(script.media) for script in scripts)
+    total = sum(script.length for script in scripts)
     facts = [
         (f"{found.num_records:,}", "records in the file"),
         (f"{len(cards):,}", "shown here"),
         (f"{len(bad):,}", "with problems"),
         (f"{total:,}", "tokens"),
         (f"{taught:,}", "taught"),
-        (f"{num_media:,}", "pictures"),
     ]
+    for kind, what in (("image", "pictures"), ("video", "videos")):
+        if number := sum(medium.kind == kind for script in scripts for medium in script.media):
+            facts.append((f"{number:,}", what))
     return Page(page(name, cards, chat, looks, facts, elsewhere), len(cards), len(bad))
 
 
