@@ -303,7 +303,7 @@ def text(said: str) -> str:
 
 
 def _utf16(said: str) -> int:
-    return len(said) + sum(letter > "\uffff" for letter in said)
+    return len(said) if said.isascii() else len(said.encode("utf-16-le")) // 2
 
 
 def _time(at_s: float) -> str:

@@ -186,12 +186,13 @@ def _look(medium: Medium, size: tuple[int, int], most_bytes: float) -> Look:
 
 def _small(image: Image.Image, size: tuple[int, int], most_bytes: float) -> str:
     """The image as the model sees it, made smaller until it takes `most_bytes` at most as a data: URL."""
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    side, most = min(max(size), MOST_SIDE_PX), max(LEAST_BYTES, most_bytes * 3 / 4)  # base64 takes four letters for three bytes
+    most = max(LEAST_BYTES, most_bytes * 3 / 4)  # base64 takes four letters for three bytes
+    side = min(max(size), MOST_SIDE_PX)
     while True:
-        small, file = image.copy(), BytesIO()
-        small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=None)
-        small.save(file, "WEBP", quality=78, method=2)
+        scale = side / max(size)
+        image = image.resize((max(1, round(size[0] * scale)), max(1, round(size[1] * scale))), Image.Resampling.BICUBIC)
+        file = BytesIO()
+        image.save(file, "WEBP", quality=78, method=2)
         if len(file.getvalue()) <= most or side <= LEAST_SIDE_PX:
             return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
-        side = max(LEAST_SIDE_PX, int(side * min(0.85, (most / len(file.getvalue())) ** 0.5)))
+        side = max(LEAST_SIDE_PX, int(side * min(0.9, (most / len(file.getvalue())) ** 0.6)))
