@@ -73,6 +73,7 @@ class Config(BaseModel):
     max_pixels: Annotated[Area, Field(validate_default=True)] = 1280 * 28 * 28
     row_tokens: Positive = 4096
     thinking: Literal["off", "on", "template"] = "off"
+    fetch_media: StrictBool = False
     on_bad_record: Literal["error", "skip"] = "error"
     dataloader_num_workers: Count = 2
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
+from qwenvl_ft.data import sources
 from qwenvl_ft.data.geometry import MAX_ASPECT, Limits, resized
 from qwenvl_ft.data.magic import HEAD_BYTES, what_it_is
-from qwenvl_ft.data.records import Medium, Picture, Video
+from qwenvl_ft.data.records import Medium, Picture, Source, Video
 from qwenvl_ft.errors import Problem, UserError
 
 MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
@@ -47,26 +48,40 @@ class PictureChanged(UserError):
     """A picture is not the one whose header was read: what was planned with it cannot be done any more, nor done again."""
 
 
-def size_of(path: Path, where: str) -> tuple[int, int]:
+def size_of(source: Source, where: str) -> tuple[int, int]:
     """(height, width) in px as it will be seen, from the header alone. Raises UserError where it cannot become a picture."""
-    with _opened(path, where, path.name) as picture:
+    file = _file(source, where)
+    with _opened(file, where, source.name) as picture:
         width, height = picture.size
         mark = END_MARKS.get(picture.format or "")
         sideways = _turn(picture) in LIES_ON_ITS_SIDE
     if width * height > MAX_PIXELS:
-        raise UserError(Problem(where, f"{path.name} has {width} x {height} px, more than 100 megapixels", "make it smaller"))
-    check_aspect(width, height, where, path.name)
-    if mark and not _ends(path, mark):
-        what = f"{path.name} ends before its picture does: the file was cut off"
+        raise UserError(Problem(where, f"{source.name} has {width} x {height} px, more than 100 megapixels", "make it smaller"))
+    check_aspect(width, height, where, source.name)
+    if mark and not _ends(file, mark):
+        what = f"{source.name} ends before its picture does: the file was cut off"
         raise UserError(Problem(where, what, "copy it again from its source"))
     return (width, height) if sideways else (height, width)
 
 
-def load(path: Path, where: str) -> Image.Image:
+def load(source: Source, where: str) -> Image.Image:
     """The picture in RGB, EXIF orientation applied, on white. Raises UserError where its data is damaged."""
-    with _opened(path, where, path.name) as picture:
-        _check_sums(picture, path)
+    return _load(_file(source, where), where, source.name)
+
+
+def _load(file: Path | BytesIO, where: str, name: str) -> Image.Image:
+    with _opened(file, where, name) as picture:
+        _check_sums(picture, file)
         return as_seen(picture)
+
+
+def _file(source: Source, where: str) -> Path | BytesIO:
+    """What Pillow opens."""
+    try:
+        return sources.opened(source)
+    except OSError as error:  # of a tar or a table, which are read here
+        what = f"cannot be read from {sources.holder(source).name}: {error.strerror or error}"
+        raise UserError(Problem(where, f"{source.name} {what}", "copy that file again from its source")) from error
 
 
 def opened(picture: Picture, where: str = "") -> Image.Image:
@@ -74,25 +89,24 @@ def opened(picture: Picture, where: str = "") -> Image.Image:
 
     Raises UserError where its data is damaged, PictureChanged where the file is gone or another than was planned with.
     """
-    path = picture.source
-    if isinstance(path, Image.Image):
-        return path
-    assert isinstance(path, Path)
-    where, changed = where or str(path), ""
+    source = picture.source
+    if isinstance(source, Image.Image):
+        return source
+    where, changed = where or sources.place(source), ""
     try:
-        image = load(path, where)
+        image = load(source, where)
     except UserError as error:
-        if not path.is_file():
-            changed = f"{path.name} is gone"
-        elif _is_bad(path):  # its header could be read before
+        if not (holder := sources.holder(source)).is_file():
+            changed = f"{holder.name} is gone"
+        elif _is_bad(source):  # its header could be read before
             changed = error.problems[0].what
         if not changed:
             raise
     else:
         if image.size != (picture.width, picture.height):
-            changed = f"{path.name} was {picture.width} x {picture.height} px and is {image.width} x {image.height} px"
-        elif picture.num_bytes not in (None, path.stat().st_size):
-            changed = f"{path.name} is another file of the same size in px"
+            changed = f"{source.name} was {picture.width} x {picture.height} px and is {image.width} x {image.height} px"
+        elif picture.num_bytes is not None and picture.num_bytes != sources.num_bytes(source):
+            changed = f"{source.name} is another file of the same size in px"
         if not changed:
             return image
     raise PictureChanged(
@@ -100,9 +114,9 @@ def opened(picture: Picture, where: str = "") -> Image.Image:
     )
 
 
-def _is_bad(path: Path) -> bool:
+def _is_bad(source: Source) -> bool:
     try:
-        size_of(path, "")
+        size_of(source, "")
     except UserError:
         return True
     return False
@@ -254,14 +268,15 @@ def _turn(picture: Image.Image) -> Image.Transpose | None:
     return TURNS.get(Image.Image.getexif(picture).get(ORIENTATION, 1))
 
 
-def _ends(path: Path, mark: bytes) -> bool:
+def _ends(source: Path | BytesIO, mark: bytes) -> bool:
     """Whether a file is whole: its end mark near its end, or else it decodes (phones append videos and depth maps to photos)."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        file.seek(0, SEEK_END)
+        file.seek(max(0, file.tell() - TAIL_BYTES))
         if mark in file.read():
             return True
     try:
-        load(path, "")
+        _load(source, "", "")
     except UserError:
         return False
     return True
