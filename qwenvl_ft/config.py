@@ -71,8 +71,12 @@ class Config(BaseModel):
 
     min_pixels: Area | None = None
     max_pixels: Annotated[Area, Field(validate_default=True)] = 1280 * 28 * 28
+    video_fps: Annotated[Rate, Field(le=120)] = 2.0
+    video_max_frames: Annotated[Number, Field(ge=2)] = 768
+    video_max_pixels: Area = 768 * 28 * 28
     row_tokens: Positive = 4096
     thinking: Literal["off", "on", "template"] = "off"
+    fetch_media: StrictBool = False
     on_bad_record: Literal["error", "skip"] = "error"
     dataloader_num_workers: Count = 2
 
@@ -163,6 +167,8 @@ PEERS = {
     "dataset_use": "train_meta_file", "max_model_len": "row_tokens", "max_packed_sequence_len": "row_tokens",
     "lora_target_linear": "lora_on", "target_regex": "lora_on", "vision_tower": "lora_on", "tune_merger": "lora_on",
     "xformers_attention": "attn_implementation", "sdp_attention": "attn_implementation",
+    "video_maxlen": "video_max_frames", "fps_max_frames": "video_max_frames", "fps": "video_fps",
+    "video_max_token_num": "video_max_pixels",
     "saves_per_epoch": "save_steps", "evals_per_epoch": "eval_steps", "use_wandb": "report_to", "wandb_project": "report_to",
 }  # fmt: skip
 CLOSE = 0.85  # of two keys that are one misspelt: lower, and a key of another meaning is near enough
@@ -181,7 +187,6 @@ FOUR_BIT = (
 LORA_ONLY = "this tool trains LoRA and nothing else"
 NEW_ADAPTER = "a run begins with a new adapter; resume: true goes on with the one of output_dir"
 NO_HUB = "training uploads nothing; `qwenvl-ft export --push modelscope:ORG/NAME` (or hf:) uploads the merged model"
-NO_VIDEO = "videos are not trained on"
 NO_STOPPING = "no best step is looked for; eval_steps and save_steps show and keep more of them"
 ONE_RATE = "learning_rate is that of all towers; lora_on says which of them train"
 ANSWERS_ONLY = 'only assistant turns are taught, but for those with "loss": false in the meta-file'
@@ -280,9 +285,8 @@ NOT_NEEDED = {key: why for why, keys in {
         "sequence_parallel_size context_parallel_size sequence_parallel_degree rope_scaling",
     "for less memory set gradient_checkpointing: true, and lower max_pixels and row_tokens":
         "activation_offloading auto_find_batch_size",
-    NO_VIDEO:
-        "video_fps video_maxlen video_max_pixels video_min_pixels video_max_frames video_min_frames nframes fps "
-        "video_resized_width video_resized_height",
+    "a short video is drawn whole, 4 frames at least; one of its own size says so in its record":
+        "video_min_frames video_min_pixels video_resized_width video_resized_height nframes",
     "sound is not trained on":
         "audio_sampling_rate",
     "pictures keep their shape; min_pixels and max_pixels bound their area":

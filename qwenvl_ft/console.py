@@ -63,8 +63,8 @@ def print_problems(problems: Sequence[Problem], every: bool = False, more: str =
 
 
 @contextmanager
-def counting(what: str, patience_s: float = 0) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for work that calls back with (done, total), once it has taken `patience_s` seconds.
+def counting(what: str, patience_s: float = 0) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar for work that calls back with (done, total; None if nobody knows it), once it has taken `patience_s` seconds.
 
     On standard error, so that --json stays clean.
     """
@@ -72,7 +72,7 @@ def counting(what: str, patience_s: float = 0) -> Iterator[Callable[[int, int], 
     progress = Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal)
     task, began = progress.add_task(what), time.monotonic()
 
-    def tell(done: int, total: int) -> None:
+    def tell(done: int, total: int | None) -> None:
         progress.update(task, completed=done, total=total)
         if time.monotonic() - began >= patience_s:
             progress.start()  # which does nothing the second time

@@ -1,7 +1,7 @@
 """Commands for before the GPU: what is in a meta-file, what the model sees of it, what a run would do. None imports torch."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,8 +20,10 @@ from qwenvl_ft.cli.options import (
     training_chat_settings,
 )  # fmt: skip
 from qwenvl_ft.console import counting, draw_counts, draw_plan, print_drawing, print_json, print_line, print_problems, save_svg
-from qwenvl_ft.data.show import draw_record, facts_of
 from qwenvl_ft.errors import MOST_ALONE, Problem, UserError, alike
+
+if TYPE_CHECKING:
+    from qwenvl_ft.data.chat import Chat
 
 
 def validate_meta(
@@ -93,26 +95,41 @@ def validate_meta(
 
 def show(
     meta: Meta,
-    number: Annotated[int, typer.Argument(help="Which record, counted from 0.")],
     data_dir: DataDir,
     model: Annotated[Path, typer.Option("--model", help="The model's folder.")],
+    number: Annotated[int | None, typer.Argument(min=0, help="Which record, counted from 0; may be left out with --html.")] = None,
     config: SettingsOf = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write the drawing to this picture file, too.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write many records to this page for a browser.")] = None,
+    start: Annotated[int | None, typer.Option(min=0, help="With --html: the first record of the page, 0 if not given.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --html: how many records, 200 if not given.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show a record as training on the model would: pictures as blocks with their tokens, what is taught in green.
 
+    With --html a page of many records: pictures at the size that the model sees, the borders of tokens, boxes, problems.
+
     Example: qwenvl-ft show data/sample/train.json 0 --data-dir data/sample/images --model data/tiny
     """
+    if html and (svg or as_json or (number is not None and (start is not None or limit is not None))):
+        raise typer.BadParameter("--html takes --start and --limit or a number, and neither --svg nor --json")
+    if not html and (number is None or start is not None or limit is not None):
+        raise typer.BadParameter("give the number of a record, or --html with --start and --limit")
     from qwenvl_ft.data.chat import open_chat
     from qwenvl_ft.data.meta_file import read_records
+    from qwenvl_ft.data.show import check_page, draw_record, facts_of
 
+    if html:
+        check_page(html)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
+    if html:
+        return _show_page(html, meta, data_dir, chat, *((start or 0, limit or 200) if number is None else (number, 1)))
     with counting("reading records") as on_record:
         records, problems, _ = read_records(meta, data_dir, on_record)
+    assert number is not None
     in_array, in_lines = f"{meta.name}[{number}]", f"{meta.name}:{number + 1}"
     found = [record for record in records if record.where in (in_array, in_lines)]
     if not found:
@@ -128,6 +145,19 @@ def show(
         print_drawing(draw_record(script, chat))
     if svg:
         save_svg(draw_record(scripts[-1], chat), svg)
+
+
+def _show_page(out: Path, meta: Path, data_dir: Path, chat: "Chat", start: int, limit: int) -> None:
+    from qwenvl_ft.data.meta_file import read_records
+    from qwenvl_ft.data.show import draw_page, write_page
+
+    with counting("reading records") as on_record:
+        found = read_records(meta, data_dir, on_record, most=start + limit)
+    with counting("looking at pictures") as on_medium:
+        page = draw_page(meta.name, found, chat, start, limit, on_medium)
+    write_page(page, out)
+    shown = f"{page.num_shown:,} of {found.num_records:,} records, {page.num_bad:,} with problems"
+    print_line(f"{out}: {shown}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
 def plan(overrides: Overrides = None, config: ConfigFile = LORA_YAML, as_json: Json = False) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from pathlib import Path
+from typing import Any
 
 from qwenvl_ft.data.pictures import opened
 from qwenvl_ft.data.records import Picture, Record
@@ -23,14 +23,14 @@ def decode_all(records: Sequence[Record], on_picture: OnPicture = lambda done, t
     `on_picture(done, total)` is called after each file.
     """
     pictures = list({picture.source: picture for record in records for picture in record.pictures}.values())
-    broken: dict[Path, Problem] = {}
+    broken: dict[Any, Problem] = {}
     # Pillow holds the lock of Python's threads while it decodes, so processes; new ones, since a fork copies what threads hold.
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         try:
             for done, (picture, problem) in enumerate(
                 zip(pictures, pool.map(problem_of, pictures, chunksize=CHUNK), strict=True), 1
             ):
-                if problem and isinstance(picture.source, Path):
+                if problem:
                     broken[picture.source] = problem
                 on_picture(done, len(pictures))
         except BrokenProcessPool as error:
@@ -42,7 +42,7 @@ def decode_all(records: Sequence[Record], on_picture: OnPicture = lambda done, t
         Problem(record.where, broken[picture.source].what, broken[picture.source].fix)
         for record in records
         for picture in dict.fromkeys(record.pictures)
-        if isinstance(picture.source, Path) and picture.source in broken
+        if picture.source in broken
     ]
 
 

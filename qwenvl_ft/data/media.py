@@ -14,9 +14,10 @@ from unicodedata import normalize
 from urllib.parse import unquote
 
 from qwenvl_ft.data.formats.documented import OPEN
+from qwenvl_ft.data.formats.talk import Named, Options
 from qwenvl_ft.data.pictures import size_of
 from qwenvl_ft.data.reading import Reading
-from qwenvl_ft.data.records import Picture
+from qwenvl_ft.data.records import Picture, Video
 from qwenvl_ft.errors import Problem, UserError
 
 NUMBER, ZEROS = re.compile(r"\d+"), re.compile(r"(?<!\d)0+(?=\d)")
@@ -81,8 +82,10 @@ class Media:
             fix += f" For that one: {first.fix}"
         return [Problem(str(self.folder), what, fix), *(problem for problem in problems if problem not in self.missing)]
 
-    def picture(self, name: str, where: str) -> Picture:
+    def picture(self, name: Named, where: str) -> Picture:
         """Raises UserError where the name is no readable picture inside the folder."""
+        if not isinstance(name, str):
+            raise UserError(Problem(where, "lies inside another file", "unpack it, and name its file"))
         if name in self.seen:
             return self.seen[name]
         try:
@@ -92,6 +95,10 @@ class Media:
             raise UserError(
                 *(replace(problem, kind=problem.kind or _without(problem, ours)) for problem in error.problems)
             ) from None
+
+    def video(self, name: Named | Sequence[Named], where: str, options: Options) -> Video:
+        """Raises UserError."""
+        raise UserError(Problem(where, "names a video, and videos are not trained on", "leave the record out"))
 
     def _open(self, name: str, where: str) -> Picture:
         if not name:

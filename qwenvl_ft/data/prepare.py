@@ -77,7 +77,7 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     """
     meta_file = config.eval_meta_file if evaluation and config.eval_meta_file else config.train_meta_file
     data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
-    chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking)
+    chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking, config.video_max_pixels)
     records, problems, total = read_records(meta_file, data_dir, on_record)
     scripts = write_scripts(chat, records, problems)
     plan = pack([script.length for script in scripts], config.row_tokens, share=not chat.family.linear_attention)
