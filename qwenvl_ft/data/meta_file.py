@@ -4,10 +4,10 @@ A record with a problem is left out of what is returned, never mended in silence
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qwenvl_ft.data.files.containers import entries_of
 from qwenvl_ft.data.formats import form_of, read_entry, unpacked
@@ -42,13 +42,46 @@ class Tally:
 
     num_records: int = 0
     forms: Counter[str] = field(default_factory=Counter)
-    media: list[Media] = field(default_factory=list)
+    media: dict[Path, Media] = field(default_factory=dict)
 
     def said_once(self, problems: list[Problem]) -> list[Problem]:
         """The problems, with one in place of all pictures that are missing where the folder is the wrong one."""
-        for media in self.media:
+        for media in self.media.values():
             problems = media.none_is_there(problems)
         return problems
+
+
+class Job(NamedTuple):
+    """An entry that is to be read: where, its value, and the folder of its media, None where that is no folder."""
+
+    where: str
+    value: Any
+    folder: Path | None
+
+
+def stream_entries(meta_file: Path | str, data_dir: Path | str, reading: Reading, tally: Tally) -> Iterator[Job]:
+    """Every entry, as `read_job` reads it, here or in another process. `tally` counts them."""
+    meta_file, data_dir = Path(meta_file), Path(data_dir)
+    folder = data_dir if data_dir.is_dir() else None
+    if folder:
+        tally.media[folder] = Media(folder, reading)
+    for entry, value, _ in entries_of(meta_file, meta_file.name):
+        for where, one in unpacked(entry, value):
+            tally.num_records += bool(where)
+            yield Job(where, one, folder)
+    if folder is None:
+        yield Job("", Problem(str(data_dir), "is not a folder", f"give the folder of the pictures {FOLDER_KEYS}"), None)
+
+
+def read_job(job: Job, media: Mapping[Path, Media], reading: Reading, forms: Counter[str]) -> Found:
+    """What an entry comes to; `forms` counts its form."""
+    if isinstance(job.value, Problem):
+        return Found(job.where, None, [job.value])
+    if job.folder is None:
+        return Found(job.where, None, [])
+    problems: list[Problem] = []
+    forms[form_of(job.value, reading)] += 1
+    return Found(job.where, read_entry(job.value, job.where, media[job.folder], problems, reading), problems)
 
 
 def stream_records(
@@ -58,20 +91,9 @@ def stream_records(
 
     Pictures are resolved against `data_dir` and must lie inside it; only their headers are read.
     """
-    meta_file, data_dir, tally = Path(meta_file), Path(data_dir), tally or Tally()
-    media = Media(data_dir, reading) if data_dir.is_dir() else None
-    tally.media += [media] if media else []
-    entries = (of for entry, value, _ in entries_of(meta_file, meta_file.name) for of in unpacked(entry, value))
-    for where, value in entries:
-        tally.num_records += bool(where)
-        if isinstance(value, Problem):
-            yield Found(where, None, [value])
-        elif media:
-            problems: list[Problem] = []
-            tally.forms[form_of(value, reading)] += 1
-            yield Found(where, read_entry(value, where, media, problems, reading), problems)
-    if media is None:
-        yield Found("", None, [Problem(str(data_dir), "is not a folder", f"give the folder of the pictures {FOLDER_KEYS}")])
+    tally = tally or Tally()
+    for job in stream_entries(meta_file, data_dir, reading, tally):
+        yield read_job(job, tally.media, reading, tally.forms)
 
 
 def read_records(
