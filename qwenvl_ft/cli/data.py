@@ -1,7 +1,7 @@
 """Commands for before the GPU: what is in a meta-file, what the model sees of it, what a run would do. None imports torch."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +9,7 @@ from qwenvl_ft.cli.options import (
     LORA_YAML,
     ConfigFile,
     DataDir,
+    FetchMedia,
     Json,
     MaxPixels,
     Meta,
@@ -16,17 +17,32 @@ from qwenvl_ft.cli.options import (
     Overrides,
     SettingsOf,
     ThinkingOption,
+    read_reading,
     read_settings,
     training_chat_settings,
 )  # fmt: skip
-from qwenvl_ft.console import counting, draw_counts, draw_plan, print_drawing, print_json, print_line, print_problems, save_svg
+from qwenvl_ft.console import (
+    counting,
+    draw_counts,
+    draw_files,
+    draw_plan,
+    print_drawing,
+    print_json,
+    print_line,
+    print_problems,
+    save_svg,
+)
 from qwenvl_ft.data.show import draw_record, facts_of
 from qwenvl_ft.errors import MOST_ALONE, Problem, UserError, alike
+
+if TYPE_CHECKING:
+    from qwenvl_ft.data.reading import Reading
+    from qwenvl_ft.data.records import Record
 
 
 def validate_meta(
     meta: Meta,
-    data_dir: DataDir,
+    data_dir: DataDir = None,
     model: Annotated[Path | None, typer.Option("--model", help="Count tokens as training on this model would.")] = None,
     list_all: Annotated[bool, typer.Option("--all", help="List every problem, not the first of each kind with a count.")] = False,
     config: SettingsOf = None,
@@ -36,6 +52,7 @@ def validate_meta(
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode every picture, too: finds what breaks behind a good header.")
     ] = False,
+    fetch_media: FetchMedia = False,
     as_json: Json = False,
 ) -> None:
     """Check a meta-file and its pictures: every problem in one run, with its place and its fix.
@@ -46,11 +63,12 @@ def validate_meta(
     """
     from qwenvl_ft.data.chat import open_chat
     from qwenvl_ft.data.formats.documented import record_notes
-    from qwenvl_ft.data.meta_file import read_records
+    from qwenvl_ft.data.meta_file import Tally, read_records
 
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking)) if model else None
+    reading, tally = read_reading(config, fetch_media), Tally()
     with counting("reading records") as on_record:
-        records, problems, total = read_records(meta, data_dir, on_record)
+        records, problems, total = read_records(meta, data_dir, on_record, reading=reading, tally=tally)
     if deep:
         from qwenvl_ft.data.deep import decode_all
 
@@ -63,6 +81,7 @@ def validate_meta(
         tokens = token_counts([script.length for script in write_scripts(chat, records, problems)])
     refused = {problem.where for problem in problems}
     report: dict[str, Any] = {
+        **tally.facts,
         "records": total,
         "used": sum(record.where not in refused for record in records),
         "pictures": len({picture.source for record in records for picture in record.pictures}),
@@ -75,6 +94,7 @@ def validate_meta(
         print_json(report)
     else:
         facts = [
+            *draw_files(report),
             ("records", f"{report['records']:,}, {report['used']:,} good"),
             ("pictures", f"{report['pictures']:,}, shown {report['shown']:,} times"),
         ]
@@ -94,8 +114,9 @@ def validate_meta(
 def show(
     meta: Meta,
     number: Annotated[int, typer.Argument(help="Which record, counted from 0.")],
-    data_dir: DataDir,
     model: Annotated[Path, typer.Option("--model", help="The model's folder.")],
+    data_dir: DataDir = None,
+    fetch_media: FetchMedia = False,
     config: SettingsOf = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
@@ -108,19 +129,9 @@ def show(
     Example: qwenvl-ft show data/sample/train.json 0 --data-dir data/sample/images --model data/tiny
     """
     from qwenvl_ft.data.chat import open_chat
-    from qwenvl_ft.data.meta_file import read_records
 
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
-    with counting("reading records") as on_record:
-        records, problems, _ = read_records(meta, data_dir, on_record)
-    in_array, in_lines = f"{meta.name}[{number}]", f"{meta.name}:{number + 1}"
-    found = [record for record in records if record.where in (in_array, in_lines)]
-    if not found:
-        mine = [problem for problem in problems if f"{problem.where}.".startswith((in_array, f"{in_lines}.", f"{in_lines}:"))]
-        if not mine and records:
-            mine = [Problem(str(meta), f"has no record {number}", f"count from 0; the last good record is {records[-1].where}")]
-        raise UserError(*(mine or problems))
-    scripts = chat.write_scripts(found[0])
+    scripts = chat.write_scripts(record_at(meta, data_dir, number, read_reading(config, fetch_media)))
     if as_json:
         print_json(facts_of(scripts[-1], chat))  # where a template rewrites turns, the last example has the whole talk
         return
@@ -128,6 +139,27 @@ def show(
         print_drawing(draw_record(script, chat))
     if svg:
         save_svg(draw_record(scripts[-1], chat), svg)
+
+
+def record_at(meta: Path, data_dir: Path | None, number: int, reading: "Reading") -> "Record":
+    """The record of this number, counted from 0, without reading on. Raises UserError with its problems, or the file's."""
+    from qwenvl_ft.data.meta_file import Tally, stream_records
+
+    tally, last, of_files = Tally(), "", list[Problem]()
+    with counting("reading records") as on_record:
+        for found in stream_records(meta, data_dir, reading, tally):
+            on_record(tally.num_records, None)
+            if not found.where:
+                of_files += found.problems
+            elif tally.num_records == number + 1:
+                if found.record:
+                    return found.record
+                if not found.problems:  # there is no folder of pictures, which is said at the end
+                    continue
+                raise UserError(*tally.said_once(found.problems))
+            last = found.where if found.record else last
+    fix = f"count from 0; the last good record is {last}" if last else "mend the others first"
+    raise UserError(*(of_files or [Problem(str(meta), f"has no record {number}", fix)]))
 
 
 def plan(overrides: Overrides = None, config: ConfigFile = LORA_YAML, as_json: Json = False) -> None:
