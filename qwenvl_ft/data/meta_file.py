@@ -1,22 +1,49 @@
-"""Reads a meta-file and the headers of its pictures, and finds everything that is wrong with them in one run.
+"""Reads meta-files and the headers of their pictures, and finds everything that is wrong with them in one run.
 
 A record with a problem is left out of what is returned, never mended in silence; its problem says where it stands.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from random import Random
+from typing import Any, NamedTuple, Protocol
 
-from qwenvl_ft.data.files.containers import entries_of
+from qwenvl_ft.data.files.containers import container_of, entries_of, files_of, names_of
+from qwenvl_ft.data.files.entry import Entry
 from qwenvl_ft.data.formats import form_of, read_entry, unpacked
 from qwenvl_ft.data.media import FOLDER_KEYS, Media
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Record
-from qwenvl_ft.errors import Problem
+from qwenvl_ft.errors import Problem, UserError
 
 OnRecord = Callable[[int, int | None], None]  # (done, of how many; None where nobody knows that yet)
+
+
+class Part(Protocol):
+    """One of several meta-files that are mixed; `weight` is how often each of its records counts."""
+
+    @property
+    def file(self) -> Path: ...
+    @property
+    def data_dir(self) -> Path | None: ...
+    @property
+    def weight(self) -> float: ...
+
+
+Meta = Path | str | Sequence[Part]
+
+
+def called(meta: Meta) -> str:
+    """A name of all of them, for a message."""
+    return Path(meta).name if isinstance(meta, Path | str) else ", ".join(part.file.name for part in meta)
+
+
+class _Alone(NamedTuple):
+    file: Path
+    data_dir: Path | None = None
+    weight: float = 1
 
 
 class MetaFile(NamedTuple):
@@ -28,21 +55,44 @@ class MetaFile(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What one entry came to: a record, or its problems. `where` is "" of a problem of a whole file, after which no record of that
-    file can be trusted to be all there is."""
+    """What one entry came to: a record and how often it counts, by its part's weight, or its problems.
+
+    `where` is "" of a problem of a whole file, after which what was read of that file may not be all there is.
+    """
 
     where: str
     record: Record | None
     problems: list[Problem]
+    times: int = 1
+
+
+@dataclass
+class Counts:
+    """Of one part: its containers, each with how many files, and its records."""
+
+    meta: str
+    weight: float = 1
+    containers: Counter[str] = field(default_factory=Counter)
+    records: int = 0
 
 
 @dataclass
 class Tally:
-    """What was read so far; `forms` counts the records by the name of their form."""
+    """What was read so far; `forms` counts the records by the name of their form, `used` those of each part once they are weighed."""
 
     num_records: int = 0
+    parts: list[Counts] = field(default_factory=list)
     forms: Counter[str] = field(default_factory=Counter)
+    used: Counter[int] = field(default_factory=Counter)
     media: dict[Path, Media] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For a program."""
+        files = [
+            vars(part) | {"containers": dict(part.containers), "used": self.used[number]} for number, part in enumerate(self.parts)
+        ]
+        return {"files": files, "forms": dict(self.forms)}
 
     def said_once(self, problems: list[Problem]) -> list[Problem]:
         """The problems, with one in place of all pictures that are missing where the folder is the wrong one."""
@@ -52,65 +102,95 @@ class Tally:
 
 
 class Job(NamedTuple):
-    """An entry that is to be read: where, its value, and the folder of its media, None where that is no folder."""
+    """An entry that is to be read: the folder of its media, None where there is none; the number of its part; how often it counts."""
 
-    where: str
-    value: Any
-    folder: Path | None
+    entry: Entry
+    folder: Path | None = None
+    part: int = 0
+    times: int = 1
 
 
-def stream_entries(meta_file: Path | str, data_dir: Path | str, reading: Reading, tally: Tally) -> Iterator[Job]:
+def stream_entries(meta: Meta, data_dir: Path | str | None, reading: Reading, tally: Tally, seed: int = 0) -> Iterator[Job]:
     """Every entry, as `read_job` reads it, here or in another process. `tally` counts them."""
-    meta_file, data_dir = Path(meta_file), Path(data_dir)
-    folder = data_dir if data_dir.is_dir() else None
-    if folder:
-        tally.media[folder] = Media(folder, reading)
-    for entry, value, _ in entries_of(meta_file, meta_file.name):
-        for where, one in unpacked(entry, value):
-            tally.num_records += bool(where)
-            yield Job(where, one, folder)
-    if folder is None:
-        yield Job("", Problem(str(data_dir), "is not a folder", f"give the folder of the pictures {FOLDER_KEYS}"), None)
+    parts = [_Alone(Path(meta))] if isinstance(meta, Path | str) else meta
+    files: list[list[Path]] = []
+    for part in parts:
+        try:
+            files.append(files_of(part.file))
+        except UserError as error:
+            files.append([])
+            yield from (Job(Entry("", problem)) for problem in error.problems)
+    names = iter(names_of([file for of_part in files for file in of_part]))
+    try:
+        for number, (part, of_part) in enumerate(zip(parts, files, strict=True)):
+            counts, draw = Counts(str(part.file), part.weight), Random(f"{seed} {number}")
+            tally.parts.append(counts)
+            folder = Path(part.data_dir or data_dir or (part.file if part.file.is_dir() else part.file.parent))
+            if folder not in tally.media and folder.is_dir():
+                tally.media[folder] = Media(folder, reading)
+            for file, name in zip(of_part, names, strict=False):
+                counts.containers[container_of(file)] += 1
+                for entry in (one for of in entries_of(file, name) for one in _unpacked(of)):
+                    times = int(part.weight) + (draw.random() < part.weight % 1)
+                    counts.records += bool(entry.where)
+                    tally.num_records += bool(entry.where)
+                    yield Job(entry, folder if folder in tally.media else None, number, times)
+            if folder not in tally.media:
+                what, fix = "is not a folder", f"give the folder of the pictures {FOLDER_KEYS}"
+                yield Job(Entry("", Problem(str(folder), what, fix)))
+    finally:
+        for media in tally.media.values():
+            media.sizes.save()
 
 
-def read_job(job: Job, media: Mapping[Path, Media], reading: Reading, forms: Counter[str]) -> Found:
-    """What an entry comes to; `forms` counts its form."""
-    if isinstance(job.value, Problem):
-        return Found(job.where, None, [job.value])
-    if job.folder is None:
-        return Found(job.where, None, [])
+def read_job(job: Job, media: Mapping[Path, Media], reading: Reading, tally: Tally) -> Found:
+    """What an entry comes to; `tally` counts its form, and how often it is used."""
+    entry = job.entry
+    if isinstance(entry.value, Problem) or job.folder is None:
+        return Found(entry.where, None, [entry.value] if isinstance(entry.value, Problem) else [], 0)
+    own = media[job.folder]
+    own.beside = entry.beside
     problems: list[Problem] = []
-    forms[form_of(job.value, reading)] += 1
-    return Found(job.where, read_entry(job.value, job.where, media[job.folder], problems, reading), problems)
+    tally.forms[form_of(entry.value, reading)] += 1
+    record = read_entry(entry.value, entry.where, own, problems, reading)
+    times = job.times if record else 0
+    tally.used[job.part] += times
+    return Found(entry.where, record, problems, times)
 
 
 def stream_records(
-    meta_file: Path | str, data_dir: Path | str, reading: Reading = AS_FOUND, tally: Tally | None = None
+    meta: Meta, data_dir: Path | str | None = None, reading: Reading = AS_FOUND, tally: Tally | None = None, seed: int = 0
 ) -> Iterator[Found]:
     """What each entry comes to, one after another and none of them kept. `tally` counts them.
 
-    Pictures are resolved against `data_dir` and must lie inside it; only their headers are read.
+    Pictures are resolved against `data_dir`, else the folder of the meta-file, and must lie inside it; only their headers are
+    read. A record of a part of weight 2.3 counts twice, and three times in 0.3 of the cases: the same ones for the same `seed`.
     """
     tally = tally or Tally()
-    for job in stream_entries(meta_file, data_dir, reading, tally):
-        yield read_job(job, tally.media, reading, tally.forms)
+    for job in stream_entries(meta, data_dir, reading, tally, seed):
+        yield read_job(job, tally.media, reading, tally)
+
+
+def _unpacked(entry: Entry) -> Iterator[Entry]:
+    return (entry._replace(where=where, value=value) for where, value in unpacked(entry.where, entry.value))
 
 
 def read_records(
-    meta_file: Path | str, data_dir: Path | str, on_record: OnRecord = lambda done, total: None, most: int | None = None,
-    reading: Reading = AS_FOUND, tally: Tally | None = None,
+    meta: Meta, data_dir: Path | str | None = None, on_record: OnRecord = lambda done, total: None, most: int | None = None,
+    reading: Reading = AS_FOUND, tally: Tally | None = None, seed: int = 0,
 ) -> MetaFile:  # fmt: skip
-    """Reads all records, or until `most` are good. `on_record(done, total)` is called after each; `tally` counts them.
+    """Reads all records, each as often as it counts, or until `most` are good. `on_record(done, total)` is called after each.
 
     Of a file that breaks there are none.
     """
-    tally, records, problems, whole = tally or Tally(), list[Record](), list[Problem](), True
-    for found in stream_records(meta_file, data_dir, reading, tally):
+    tally = tally or Tally()
+    records, problems, whole = list[Record](), list[Problem](), True
+    for found in stream_records(meta, data_dir, reading, tally, seed):
         problems += found.problems
         whole &= bool(found.where)
         if found.record:
-            records.append(found.record)
+            records += [found.record] * found.times
         on_record(tally.num_records, None)
-        if len(records) == most:
+        if most is not None and len(records) >= most:
             break
     return MetaFile(records if whole else [], tally.said_once(problems), tally.num_records)

@@ -100,6 +100,8 @@ def pack_medium(medium: Medium, chat: Chat | None) -> PackedMedium:
     digest = hashlib.blake2b(json.dumps([medium.kind, compared]).encode(), digest_size=16).digest()
     held = medium.source if isinstance(medium.source, tuple) else (medium.source,)
     paths = dict.fromkeys(str(holder(source)) for source in held if not isinstance(source, Image.Image))
+    if isinstance(medium.source, tuple):  # frames: one more in their folder changes what the folder means
+        paths |= dict.fromkeys(str(Path(path).parent) for path in paths)
     packed = PackedMedium(json.dumps([medium.kind, *values.values()]), digest, list(map(FileState.of, paths)), False)
     if isinstance(medium, Picture):
         packed.is_picture = True

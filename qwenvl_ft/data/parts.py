@@ -4,26 +4,68 @@ Nothing here grows with the records: a part is a few arrays, and whoever takes i
 """
 
 import os
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from qwenvl_ft.data.chat import Chat, Script
 from qwenvl_ft.data.media import Media
-from qwenvl_ft.data.meta_file import Job, OnRecord, Tally, read_job, stream_entries
+from qwenvl_ft.data.meta_file import Job, Meta, OnRecord, Tally, read_job, stream_entries
 from qwenvl_ft.data.notes import Noted
-from qwenvl_ft.data.packed import Packed, PackedMedium, pack_medium, pack_scripts
+from qwenvl_ft.data.packed import FileState, Packed, PackedMedium, pack_medium, pack_scripts
 from qwenvl_ft.data.reading import AS_FOUND, Reading
-from qwenvl_ft.data.records import Medium, Record
+from qwenvl_ft.data.records import Medium, Picture, Record, Source, Video
+from qwenvl_ft.data.sources import holder
 from qwenvl_ft.errors import Problem, UserError
 
 RECORDS = 1000  # of a part
 FEW_RECORDS = 4000  # which one process has read before others have started
+
+
+class Watched(Media):
+    """Remembers the names that were no media, too: a file that comes there, or is mended, makes another table."""
+
+    def __init__(self, folder: Path, reading: Reading):
+        super().__init__(folder, reading)
+        self.failed: list[str] = []
+        self.num_sent = 0  # of the new sizes
+
+    def picture(self, name: str | Source, where: str) -> Picture:
+        """See `Media.picture`."""
+        try:
+            return super().picture(name, where)
+        except UserError:
+            self._note(name)
+            raise
+
+    def video(self, name: str | Source | Sequence[str | Source], where: str, options: Mapping[str, Any]) -> Video:
+        """See `Media.video`."""
+        try:
+            return super().video(name, where, options)
+        except UserError:
+            for one in [name] if isinstance(name, str) or not isinstance(name, Sequence) else name:
+                self._note(one)
+            raise
+
+    def _note(self, name: str | Source) -> None:
+        self.failed.append(os.path.join(self.root, name) if isinstance(name, str) else str(holder(name)))
+
+
+@dataclass
+class Missed:
+    """What the media of a folder had to say for themselves: see `Media.none_is_there`; `failed` are files, `sizes` new ones."""
+
+    one_is_there: bool
+    missing: dict[Problem, str]
+    misspelt: set[str]
+    failed: list[FileState]
+    sizes: dict[int, int]
 
 
 @dataclass
@@ -39,8 +81,8 @@ class Part:
     media: list[PackedMedium] = field(default_factory=list)
     num_shown: int = 0  # pictures, each as often as it is shown
     noted: Noted = field(default_factory=Noted)
-    forms: Counter[str] = field(default_factory=Counter)
-    missed: dict[Path, tuple[bool, dict[Problem, str], set[str]]] = field(default_factory=dict)  # see `Media.none_is_there`
+    tally: Tally = field(default_factory=Tally)
+    missed: dict[Path, Missed] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
 
 
@@ -49,7 +91,7 @@ class Reader:
 
     def __init__(self, reading: Reading, chat: Chat | None, keep_records: bool):
         self.reading, self.chat, self.keep_records = reading, chat, keep_records
-        self.media: dict[Path, Media] = {}
+        self.media: dict[Path, Watched] = {}
 
     def read(self, jobs: Sequence[Job]) -> Part:
         """The part that these entries come to."""
@@ -57,24 +99,22 @@ class Reader:
         scripts: list[tuple[int, Script]] = []
         for job in jobs:
             if job.folder and job.folder not in self.media:
-                self.media[job.folder] = Media(job.folder, self.reading)
-            number = part.num_records
-            part.num_records += bool(job.where)
-            found = read_job(job, self.media, self.reading, part.forms)
+                self.media[job.folder] = Watched(job.folder, self.reading)
+            found = read_job(job, self.media, self.reading, part.tally)
             part.problems += found.problems
             part.whole &= bool(found.where)
-            if found.record:
-                scripts += self._written(found.record, number, part)
+            if found.record and found.times:
+                written = self._written(found.record, part)
+                scripts += [(part.num_records, script) for script in written] * found.times
                 for medium in found.record.media:
                     media.setdefault(medium, len(media))
+            part.num_records += bool(found.where)
         part.scripts = pack_scripts(scripts, media)
         part.media = [pack_medium(medium, self.chat) for medium in media]
-        for folder, of in self.media.items():
-            part.missed[folder] = (of.one_is_there, of.missing, of.misspelt)
-            of.missing, of.misspelt = {}, set()
+        part.missed = {folder: _missed(of) for folder, of in self.media.items()}
         return part
 
-    def _written(self, record: Record, number: int, part: Part) -> list[tuple[int, Script]]:
+    def _written(self, record: Record, part: Part) -> list[Script]:
         part.num_shown += len(record.pictures)
         part.noted.add(record)
         if self.keep_records:
@@ -85,30 +125,47 @@ class Reader:
             part.problems += [replace(problem, where=record.where) for problem in error.problems]
             return []
         part.num_used += 1
-        return [(number, script) for script in scripts]
+        return scripts
+
+
+def _missed(media: Watched) -> Missed:
+    """What is new since the last time."""
+    new = media.sizes.new
+    media.num_sent = min(media.num_sent, len(new)) if len(new) >= media.num_sent else 0
+    found = Missed(media.one_is_there, media.missing, media.misspelt, [FileState.of(path) for path in dict.fromkeys(media.failed)],
+                   dict(islice(new.items(), media.num_sent, None)))  # fmt: skip
+    media.num_sent = len(new)
+    media.missing, media.misspelt, media.failed = {}, set(), []
+    return found
 
 
 def parts_of(
-    meta_file: Path | str, data_dir: Path | str, tally: Tally, chat: Chat | None = None, reading: Reading = AS_FOUND,
+    meta: Meta, data_dir: Path | str | None, tally: Tally, chat: Chat | None = None, reading: Reading = AS_FOUND, seed: int = 0,
     on_record: OnRecord = lambda done, total: None, keep_records: bool = False,
 ) -> Iterator[Part]:  # fmt: skip
-    """Reads all entries, and with a chat writes their scripts, `on_record` told after each part. `tally` knows afterwards what
-    `said_once` asks for."""
-    entries = stream_entries(meta_file, data_dir, reading, tally)
+    """Reads all entries, and with a chat writes their scripts, `on_record` told after each part. `tally` counts them, and knows
+    afterwards what `said_once` asks for."""
+    entries = stream_entries(meta, data_dir, reading, tally, seed)
     first, cores = list(islice(entries, FEW_RECORDS)), num_cores()
     jobs = _some(chain(first, entries))
     reader = Reader(reading, chat, keep_records)
     done = 0
-    for part in map(reader.read, jobs) if len(first) < FEW_RECORDS or cores < 2 else _in_parallel(reader, jobs, cores):
-        tally.forms.update(part.forms)
-        for folder, (one_is_there, missing, misspelt) in part.missed.items():
-            media = tally.media[folder]
-            media.one_is_there |= one_is_there
-            media.missing |= missing
-            media.misspelt |= misspelt
-        done += part.num_records
-        on_record(done, None)
-        yield part
+    try:
+        for part in map(reader.read, jobs) if len(first) < FEW_RECORDS or cores < 2 else _in_parallel(reader, jobs, cores):
+            tally.forms.update(part.tally.forms)
+            tally.used.update(part.tally.used)
+            for folder, missed in part.missed.items():
+                media = tally.media[folder]
+                media.one_is_there |= missed.one_is_there
+                media.missing |= missed.missing
+                media.misspelt |= missed.misspelt
+                media.sizes.new |= missed.sizes
+            done += part.num_records
+            on_record(done, None)
+            yield part
+    finally:
+        for media in tally.media.values():
+            media.sizes.save()
 
 
 def num_cores() -> int:
@@ -145,7 +202,7 @@ def _in_parallel(reader: Reader, jobs: Iterator[list[Job]], cores: int) -> Itera
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        what, fix = "one of the processes that read records was killed, perhaps for its memory", "run it again, on fewer cores"
-        raise UserError(Problem(str(reader.media and next(iter(reader.media)) or "reading"), what, fix)) from error
+        what, fix = "one of the processes that read them was killed, perhaps for its memory", "run it again with more memory"
+        raise UserError(Problem("the records", what, fix)) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -20,14 +20,14 @@ class Reading:
     format: str | None = None
     columns: Mapping[str, str | None] = field(default_factory=dict, hash=False)
 
+    # Qwen's own: what the bases were trained with, and what others draw who serve the merged model. Source: qwen_vl_utils.
+    video_fps: float = 2.0
+    video_max_frames: int = 768
+
     @classmethod
     def of(cls, config: "Config") -> "Reading":
         """Those of a config."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
-
-    # Qwen's own: what the bases were trained with, and what others draw who serve the merged model. Source: qwen_vl_utils.
-    video_fps: float = 2.0
-    video_max_frames: int = 768
 
 
 AS_FOUND = Reading()  # where nobody says otherwise

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from qwenvl_ft.data.chat import IGNORE, Script
-from qwenvl_ft.data.packed import LISTS, NUMBERS, FileState, Ints, Packed, PackedMedium, read_medium
+from qwenvl_ft.data.packed import LISTS, NUMBERS, FileState, Packed, PackedMedium, read_medium
 from qwenvl_ft.data.records import Medium
 
 if TYPE_CHECKING:
@@ -45,11 +45,12 @@ class TableWriter:
         self.hashes = {name: hashlib.sha256() for name in ("ids", "taught", "media", "digests")}
         self.num_records = self.num_pictures = self.num_shrunk = 0
 
-    def add(self, scripts: Packed, media: Sequence[PackedMedium], num_records: int) -> None:
-        """One part: `num_records` of the file, and what they came to."""
+    def add(self, scripts: Packed, media: Sequence[PackedMedium], num_records: int) -> list[PackedMedium]:
+        """One part: `num_records` of the file, and what they came to. Returns the media that were not there before."""
         import pyarrow as pa
 
-        numbers = self._add_media(media)
+        new = self._add_media(media)
+        numbers = np.array([self.index[medium.digest] for medium in media], np.int32)
         if scripts.where:
             columns = scripts.columns | {"media": (numbers[scripts.columns["media"][0]], scripts.columns["media"][1])}
             for name in ("ids", "taught", "media"):
@@ -59,12 +60,12 @@ class TableWriter:
                 pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), values)
                 for values, counts in (columns[name] for name in LISTS)
             ]
-            self.scripts.write_batch(pa.record_batch([pa.array(scripts.where, pa.string()), *lists], ["where", *LISTS]))
+            self.scripts.write_batch(pa.record_batch([pa.array(map(_writable, scripts.where), pa.string()), *lists], ["where", *LISTS]))
             self.numbers.write((scripts.numbers + np.array([0, 0, 0, self.num_records], np.int32)).tobytes())
         self.num_records += num_records
+        return new
 
-    def _add_media(self, media: Sequence[PackedMedium]) -> Ints:
-        """The numbers that they have; those that are new are written."""
+    def _add_media(self, media: Sequence[PackedMedium]) -> list[PackedMedium]:
         new = [medium for medium in media if medium.digest not in self.index]
         for medium in new:
             self.index[medium.digest] = len(self.index)
@@ -74,7 +75,7 @@ class TableWriter:
         if new:
             self.media.write_batch(_batch({"medium": [medium.text for medium in new]}))
             self.add_files([state for medium in new for state in medium.files])
-        return np.array([self.index[medium.digest] for medium in media], np.int32)
+        return new
 
     def add_files(self, states: Sequence[FileState]) -> None:
         """Files that the table depends on."""
@@ -83,8 +84,8 @@ class TableWriter:
             self.seen.clear()
         self.seen.update(state.path for state in new)
         if new:
-            columns = zip(*new, strict=True)
-            self.files.write_batch(_batch(dict(zip(FileState._fields, columns, strict=True))))
+            columns = dict(zip(FileState._fields, zip(*new, strict=True), strict=True))
+            self.files.write_batch(_batch(columns | {"path": [json.dumps(state.path) for state in new]}))
 
     def close(self, facts: dict[str, Any]) -> None:
         """Nothing comes any more; these are the facts, with what is counted here."""
@@ -101,6 +102,11 @@ def _stream(path: Path, columns: dict[str, str]) -> "pyarrow.RecordBatchStreamWr
 
     types = {"string": pa.string(), "int64": pa.int64(), "list": pa.list_(pa.int32())}
     return pa.ipc.new_stream(str(path), pa.schema([(name, types[kind]) for name, kind in columns.items()]))
+
+
+def _writable(text: str) -> str:
+    """Broken names of files hold halves of surrogate pairs, which Arrow does not take."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _batch(columns: dict[str, Sequence[Any]]) -> "pyarrow.RecordBatch":
@@ -158,7 +164,8 @@ class Scripts(Sequence[Script]):
     def files(self) -> Iterator[FileState]:
         """The files that hold the media, as they were, and those that were not there."""
         for batch in _mapped(self.folder / "files.arrow").to_batches():
-            yield from map(FileState._make, zip(*(column.to_pylist() for column in batch.columns), strict=True))
+            names, *numbers = (column.to_pylist() for column in batch.columns)
+            yield from map(FileState._make, zip(map(json.loads, names), *numbers, strict=True))
 
     @cached_property
     def _table(self) -> "pyarrow.Table":

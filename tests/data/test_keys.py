@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from qwenvl_ft.data.formats import documented
+from qwenvl_ft.data.notes import Noted
 from qwenvl_ft.data.formats.json_entries import kind_of
 from qwenvl_ft.data.formats.keys import FIXES, TURN_FIXES
 from qwenvl_ft.data.formats.lists import KNOWN
