@@ -78,7 +78,8 @@ class Counts:
 
 @dataclass
 class Tally:
-    """What was read so far; `forms` counts the records by the name of their form, `used` those of each part once they are weighed."""
+    """What was read so far; `forms` counts the records by the name of their form, `used` those of each part once they are weighed.
+    """
 
     num_records: int = 0
     parts: list[Counts] = field(default_factory=list)
@@ -102,7 +103,7 @@ class Tally:
 
 
 class Job(NamedTuple):
-    """An entry that is to be read: the folder of its media, None where there is none; the number of its part; how often it counts."""
+    """An entry to be read: the folder of its media, None where there is none; the number of its part; how often it counts."""
 
     entry: Entry
     folder: Path | None = None

@@ -53,7 +53,8 @@ class PackedRows(Sequence[list[int]]):
     def sums(self, of: ArrayLike) -> Indices:
         """For each row the sum of a number that every record has."""
         until = np.concatenate([[0], np.cumsum(np.asarray(of, dtype=np.int64)[self.members])])
-        return until[self.starts[1:]] - until[self.starts[:-1]]
+        sums: Indices = until[self.starts[1:]] - until[self.starts[:-1]]
+        return sums
 
 
 @dataclass(frozen=True)

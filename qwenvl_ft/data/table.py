@@ -60,7 +60,9 @@ class TableWriter:
                 pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), values)
                 for values, counts in (columns[name] for name in LISTS)
             ]
-            self.scripts.write_batch(pa.record_batch([pa.array(map(_writable, scripts.where), pa.string()), *lists], ["where", *LISTS]))
+            self.scripts.write_batch(
+                pa.record_batch([pa.array(map(_writable, scripts.where), pa.string()), *lists], ["where", *LISTS])
+            )
             self.numbers.write((scripts.numbers + np.array([0, 0, 0, self.num_records], np.int32)).tobytes())
         self.num_records += num_records
         return new

@@ -3,7 +3,6 @@ from which of them a run goes on, if it is still the same run."""
 
 import hashlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Sequence

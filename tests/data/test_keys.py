@@ -7,13 +7,13 @@ import sys
 import pytest
 from PIL import Image
 
-from qwenvl_ft.data.notes import Noted
 from qwenvl_ft.data.formats.json_entries import kind_of
 from qwenvl_ft.data.formats.keys import FIXES, TURN_FIXES
 from qwenvl_ft.data.formats.lists import KNOWN
 from qwenvl_ft.data.formats.turns import KNOWN as KNOWN_OF_A_TURN
 from qwenvl_ft.data.formats.turns import OLD
 from qwenvl_ft.data.meta_file import read_records
+from qwenvl_ft.data.notes import Noted
 from qwenvl_ft.data.records import Turn
 
 QUESTION, ANSWER = {"from": "user", "value": "<img>a.png</img>\nWhat colour?"}, {"from": "assistant", "value": "Red."}

@@ -9,7 +9,6 @@ from qwenvl_ft.data import packing as module
 from qwenvl_ft.data.packing import Schedule, deal, pack
 
 
-
 def steps(num_rows, rows_per_step, seed, epoch):
     return [rows for of, rows in Schedule(num_rows, rows_per_step, seed, epoch + 1) if of == epoch]
 
