@@ -11,7 +11,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -75,23 +74,26 @@ def kept_table(name: str, make: Callable[[Path], None]) -> Scripts:
 
     Where the cache cannot be written it is made in a temporary folder. Raises what `make` does; UserError for a full disk.
     """
-    folder = cache_folder() / "prepared" / name
+    folder = cache_folder() / "prepared"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        taken = FileLock(f"{folder}.lock").acquire()
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = FileLock(folder / f"{name}.lock").acquire()
     except OSError as error:
-        print_note(f"what is prepared is not kept: {folder.parent} cannot be written ({error.strerror})")
+        print_note(f"what is prepared is not kept: {folder} cannot be written ({error.strerror})")
         aside = Path(tempfile.mkdtemp(prefix="qwenvl_ft-"))
         atexit.register(shutil.rmtree, aside, ignore_errors=True)
         write_whole(aside / name, make)
         return Scripts(aside / name)
     with taken:
-        found = _opened(folder)
-        if found is None:
-            write_whole(folder, make)
-            found = Scripts(folder)
-        os.utime(folder)
-        _remove_old(folder.parent)
+        made = [int(path.name.rpartition("-")[2]) for path in folder.glob(f"{name}-*")]
+        newest = folder / f"{name}-{max(made, default=0)}"
+        found = _opened(newest)
+        if found is None:  # another folder: whoever reads the old one is not to read this
+            newest = folder / f"{name}-{max(made, default=0) + 1}"
+            write_whole(newest, make)
+            found = Scripts(newest)
+        os.utime(newest)
+        _remove_old(folder)
     return found
 
 
@@ -125,5 +127,3 @@ def _remove_old(folder: Path) -> None:
     tables: Iterable[Path] = [path for path in folder.iterdir() if (path / MANIFEST).is_file()]
     for old in sorted(tables, key=lambda path: path.stat().st_mtime)[:-TABLES]:
         shutil.rmtree(old, ignore_errors=True)
-        with suppress(OSError):
-            old.with_name(f"{old.name}.lock").unlink()
