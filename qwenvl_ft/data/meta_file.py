@@ -78,7 +78,7 @@ class Counts:
 
 @dataclass
 class Tally:
-    """What was read so far; `forms` counts the records by the name of their form, `used` those of each part once they are weighed."""
+    """What was read so far; `forms` counts the records by the name of their form, `used` those of each part, weighed."""
 
     num_records: int = 0
     parts: list[Counts] = field(default_factory=list)
