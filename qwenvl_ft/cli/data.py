@@ -158,16 +158,18 @@ def show(
 
 
 def _show_page(out: Path, meta: Path, data_dir: Path | None, chat: "Chat", reading: "Reading", start: int, limit: int) -> None:
-    from qwenvl_ft.data.meta_file import read_records
-    from qwenvl_ft.data.show import draw_page, write_page
+    from qwenvl_ft.data.meta_file import Tally, stream_records
+    from qwenvl_ft.data.show import cut_out, draw_page, write_page
 
+    tally = Tally()
     with counting("reading records") as on_record:
-        found = read_records(meta, data_dir, on_record, start + limit, reading)
+        cut = cut_out(stream_records(meta, data_dir, reading, tally), tally, start, limit, on_record)
     with counting("looking at pictures") as on_medium:
-        page = draw_page(meta.name, found, chat, start, limit, on_medium)
+        page = draw_page(meta.name, cut, chat, on_medium)
     write_page(page, out)
-    shown = f"{page.num_shown:,} of {found.num_records:,} records, {page.num_bad:,} with problems"
-    print_line(f"{out}: {shown}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    facts = f"{page.num_shown:,} record{'s' * (page.num_shown != 1)}, {page.num_bad:,} with problems"
+    more = f", more follow (--start {start + limit})" * cut.more
+    print_line(f"{out}: {facts}{more}, {out.stat().st_size / 1e3:,.0f} kB; open it in a browser")
 
 
 def record_at(meta: Path, data_dir: Path | None, number: int, reading: "Reading") -> "Record":
