@@ -20,6 +20,10 @@ class Reading:
     format: str | None = None
     columns: Mapping[str, str | None] = field(default_factory=dict, hash=False)
 
+    # Qwen's own: what the bases were trained with, and what others draw who serve the merged model. Source: qwen_vl_utils.
+    video_fps: float = 2.0
+    video_max_frames: int = 768
+
     @classmethod
     def of(cls, config: "Config") -> "Reading":
         """Those of a config."""

@@ -63,7 +63,7 @@ def test_the_script_that_the_mission_names_is_the_command():
 
 
 @pytest.mark.parametrize("arguments", [
-    [], ["no-such-command"], ["validate-meta"], ["validate-meta", TRAIN], [*VALIDATE, "--yes"], ["show", TRAIN, "first", *SHOW],
+    [], ["no-such-command"], ["validate-meta"], ["validate-meta", TRAIN, "more"], [*VALIDATE, "--yes"], ["show", TRAIN, "first", *SHOW],
     ["show", TRAIN, *SHOW], ["show", TRAIN, "0", "--limit", "2", *SHOW], ["show", TRAIN, *SHOW, "--html", "p.html", "--json"],
     ["show", TRAIN, "0", *SHOW, "--html", "p.html", "--start", "1"], ["eval", "m", TRAIN, "--data-dir", ".", "--batch-size", "0"],
 ])  # fmt: skip
@@ -149,8 +149,8 @@ def test_plan_as_json_adds_up(run):
     facts = json.loads(out)
     assert (code, err) == (0, "")
     assert list(facts) == [
-        "records", "used", "skipped", "pictures", "pictures_shrunk", "tokens", "taught_tokens", "rows", "row_tokens", "fill",
-        "steps_per_epoch", "steps", "notes",
+        "files", "forms", "records", "used", "skipped", "pictures", "pictures_shrunk", "tokens", "taught_tokens", "rows",
+        "row_tokens", "fill", "steps_per_epoch", "steps", "notes",
     ]  # fmt: skip
     assert facts["notes"] == []
     assert facts["records"] == facts["used"] and facts["skipped"] == []

@@ -7,6 +7,7 @@ from typing import Any
 from qwenvl_ft.data.formats.calls import calls_of
 from qwenvl_ft.data.formats.keys import MESSAGE_FIXES, PART_FIXES, TURN_FIXES, Complaints
 from qwenvl_ft.data.formats.talk import Listed, Said, Shown
+from qwenvl_ft.data.videos import OPTIONS as VIDEO_OPTIONS
 
 ROLES = {
     "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system", "developer": "system",
@@ -18,10 +19,7 @@ KNOWN = {OLD: SAYS | {*OLD}, NEW: SAYS | {*NEW}}
 FIXES = {OLD: TURN_FIXES, NEW: MESSAGE_FIXES}
 EXAMPLES = {OLD: 'write {"from": "user", "value": "..."}', NEW: 'write {"role": "user", "content": "..."}'}
 KINDS = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}  # of parts that are no text
-OPTIONS = {
-    "image": ("min_pixels", "max_pixels"),
-    "video": ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "video_start", "video_end"),
-}
+OPTIONS = {"image": ("min_pixels", "max_pixels"), "video": VIDEO_OPTIONS}
 ROLE_FIX = "write from: user or assistant (human, gpt and system are understood)"
 PART = 'write {"type": "text", "text": "..."} or {"type": "image", "image": "file.png"}'
 
