@@ -241,7 +241,7 @@ def figure(
     elif not seen:
         seen = ['<div class="see broken">not shown here</div>']
     if len(look.frames) > 1:
-        seen = [f'<div class="strip" tabindex="0" role="group" aria-label="Frames of {name}">{"".join(seen)}</div>']
+        seen = [f'<div class="strip" role="group" aria-label="Frames of {name}">{"".join(seen)}</div>']
     return f'<figure class="{medium.kind}" style="{style}">{"".join(seen)}<figcaption><b>{name}</b> {facts}</figcaption></figure>'
 
 
