@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw
 from qwenvl_ft.data import show
 from qwenvl_ft.data.chat import IGNORE, Script, open_chat
 from qwenvl_ft.data.meta_file import Found, Tally, stream_records
+from qwenvl_ft.data.page import Shown, card
+from qwenvl_ft.data.page import page as draw
 from qwenvl_ft.data.records import Box, Picture, Record, Turn, Video
 from qwenvl_ft.data.show import cut_out, draw_page, draw_record, see
 from qwenvl_ft.data.videos import measured
@@ -208,17 +210,26 @@ def film(chat, num_frames: int = 12) -> Script:
 
 
 def test_a_video_is_a_strip_of_its_frames_with_their_times(chat):
-    from qwenvl_ft.data.page import Shown, page
-
     script = film(chat)
     looks = see([script], chat, 1, lambda done, total: None)
-    read = Read(page("train.json", [Shown("train.json[0]", [script])], chat, looks, []))
+    read = Read(draw("train.json", [Shown("train.json[0]", [script])], chat, looks, []))
     assert len(read.of("img")) == show.FRAMES == len(read.pictures)
     times = [said for _, said in read.of("span", "at")]
     assert times[0] == "0.0 s" and times[-1] == "22.0 s" and len(times) == show.FRAMES
     assert read.of("figcaption")[-1][1] == "a video in memory 12 of 576 frames, 24 a second · 112 × 56 px · 48 tokens"
     assert [said for _, said in read.of("span", "more")] == ["8 tokens"] * 5
     assert [said for _, said in read.of("span", "run taught")] == ["Nothing.", "<|im_end|>"]
+
+
+def test_a_record_of_several_examples_shows_the_last_and_folds_the_others(chat):
+    """Templates drop the thoughts of earlier turns, so that each answer is an example of its own."""
+    scripts = [chat.write_scripts(says("train.json[0]", "q", answer))[0] for answer in ("One.", "Two.", "Three.")]
+    (article,) = Read(card(Shown("train.json[0]", scripts), chat, {})).of("article")
+    (folded,) = Read(card(Shown("train.json[0]", scripts), chat, {})).of("details")
+    assert folded[1].startswith("3 examples, ") and "One." in folded[1] and "Two." in folded[1]
+    assert "Three." in article[1] and "Three." not in folded[1]
+    taught = sum(label != IGNORE for script in scripts for label in script.labels)
+    assert f"{scripts[-1].length} tokens · {taught} taught" in article[1]
 
 
 def test_a_films_frames_are_those_that_are_trained_on(chat, tmp_path):
