@@ -70,12 +70,14 @@ def _read_turn(turn: dict[str, Any], way: tuple[str, str], place: str, due: list
         if role not in ("user", None):
             content = "".join(part for part in content if isinstance(part, str))
     calls: tuple[str, ...] = ()
+    if role not in ("tool", "call"):  # what was not answered by now never is
+        due.clear()
     if role == "call" or not is_empty(turn.get("tool_calls")):
         if role not in ("assistant", None) and not is_empty(turn.get("tool_calls")):
-            complaints.say(place, f'has "tool_calls" in a turn from {turn[by]}', "move them to the assistant's turn")
+            complaints.say(place, f'has "tool_calls" in a turn from {turn[by][:60]}', "move them to the assistant's turn")
         found = calls_of(content if role == "call" else turn["tool_calls"], place, complaints)
         calls = tuple(text for text, _, _ in found)
-        due[:] = [*(due if role == "call" else ()), *((id, name) for _, id, name in found)]
+        due += [(id, name) for _, id, name in found]
         content = "" if role == "call" else content
     if role == "tool" or turn.get("tool_call_id") is not None:
         _check_answer(turn, role, due, place, complaints)
