@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     StrictBool,
     ValidationError,
     ValidationInfo,
@@ -60,16 +61,48 @@ Form = Literal["documented", "v1", "llava", "sharegpt", "messages", "openai", "p
 Tower = Literal["language", "vision", "merger"]
 
 
+class Part(BaseModel):
+    """One of several meta-files that are mixed: each of its records counts `weight` times."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: Path
+    data_dir: Path | None = None
+    weight: Rate = 1
+
+
+def _meta(value: Any) -> Any:
+    """A path, or a list of parts, each of which may be a path alone; complained about as one thing."""
+    if not isinstance(value, list):
+        if not isinstance(value, str | Path):
+            raise ValueError("it should be a path, a text, or a list of {file, data_dir, weight}")
+        return Path(value)
+    parts = []
+    for number, part in enumerate(value):
+        try:
+            parts.append(Part.model_validate({"file": part} if isinstance(part, str | Path) else part))
+        except ValidationError as error:
+            first = error.errors()[0]
+            at, said = ".".join(map(str, [number, *first["loc"]])), first["msg"][0].lower() + first["msg"][1:]
+            raise ValueError(f"write each of the list as {{file, data_dir, weight}}: of {at} {said}") from error
+    if not parts:
+        raise ValueError("list at least one file")
+    return parts
+
+
+Meta = Annotated[Path | list[Part], PlainValidator(_meta)]
+
+
 class Config(BaseModel):
     """The resolved settings. Paths are as the user wrote them, relative to the current folder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Path
-    train_meta_file: Path
-    train_data_dir: Path
+    train_meta_file: Meta
+    train_data_dir: Path | None = None
     output_dir: Path
-    eval_meta_file: Path | None = None
+    eval_meta_file: Meta | None = None
     eval_data_dir: Path | None = None
 
     min_pixels: Area | None = None

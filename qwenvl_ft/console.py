@@ -104,10 +104,21 @@ def draw_counts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
+def draw_files(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was read: each meta-file with its containers and records, and how often these count where they are weighed."""
+    facts = []
+    for part in summary["files"]:
+        kinds = ", ".join(kind if number == 1 else f"{number:,} x {kind}" for kind, number in part["containers"].items())
+        weighed = f", weighed by {part['weight']:g}: {part['used']:,} good" if part["weight"] != 1 else ""
+        facts.append(("file", f"{part['meta']}: {kinds}, {part['records']:,} records{weighed}"))
+    return [*facts, ("forms", ", ".join(f"{form} {number:,}" for form, number in summary["forms"].items()))]
+
+
 def draw_plan(summary: dict[str, Any]) -> Table:
     """What `qwenvl-ft plan` shows."""
     tokens = summary["tokens"]
     facts = [
+        *draw_files(summary),
         ("records", f"{summary['records']:,}, {summary['used']:,} used, {len(summary['skipped']):,} problems"),
         (
             "pictures",

@@ -9,6 +9,7 @@ from qwenvl_ft.cli.options import (
     LORA_YAML,
     ConfigFile,
     DataDir,
+    FetchMedia,
     Json,
     MaxPixels,
     Meta,
@@ -16,19 +17,32 @@ from qwenvl_ft.cli.options import (
     Overrides,
     SettingsOf,
     ThinkingOption,
+    read_reading,
     read_settings,
     training_chat_settings,
 )  # fmt: skip
-from qwenvl_ft.console import counting, draw_counts, draw_plan, print_drawing, print_json, print_line, print_problems, save_svg
+from qwenvl_ft.console import (
+    counting,
+    draw_counts,
+    draw_files,
+    draw_plan,
+    print_drawing,
+    print_json,
+    print_line,
+    print_problems,
+    save_svg,
+)
 from qwenvl_ft.errors import MOST_ALONE, Problem, UserError, alike
 
 if TYPE_CHECKING:
     from qwenvl_ft.data.chat import Chat
+    from qwenvl_ft.data.reading import Reading
+    from qwenvl_ft.data.records import Record
 
 
 def validate_meta(
     meta: Meta,
-    data_dir: DataDir,
+    data_dir: DataDir = None,
     model: Annotated[Path | None, typer.Option("--model", help="Count tokens as training on this model would.")] = None,
     list_all: Annotated[bool, typer.Option("--all", help="List every problem, not the first of each kind with a count.")] = False,
     config: SettingsOf = None,
@@ -38,6 +52,7 @@ def validate_meta(
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode every picture, too: finds what breaks behind a good header.")
     ] = False,
+    fetch_media: FetchMedia = False,
     as_json: Json = False,
 ) -> None:
     """Check a meta-file and its pictures: every problem in one run, with its place and its fix.
@@ -48,11 +63,12 @@ def validate_meta(
     """
     from qwenvl_ft.data.chat import open_chat
     from qwenvl_ft.data.formats.documented import record_notes
-    from qwenvl_ft.data.meta_file import read_records
+    from qwenvl_ft.data.meta_file import Tally, read_records
 
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking)) if model else None
+    reading, tally = read_reading(config, fetch_media), Tally()
     with counting("reading records") as on_record:
-        records, problems, total = read_records(meta, data_dir, on_record)
+        records, problems, total = read_records(meta, data_dir, on_record, reading=reading, tally=tally)
     if deep:
         from qwenvl_ft.data.deep import decode_all
 
@@ -65,6 +81,7 @@ def validate_meta(
         tokens = token_counts([script.length for script in write_scripts(chat, records, problems)])
     refused = {problem.where for problem in problems}
     report: dict[str, Any] = {
+        **tally.facts,
         "records": total,
         "used": sum(record.where not in refused for record in records),
         "pictures": len({picture.source for record in records for picture in record.pictures}),
@@ -77,6 +94,7 @@ def validate_meta(
         print_json(report)
     else:
         facts = [
+            *draw_files(report),
             ("records", f"{report['records']:,}, {report['used']:,} good"),
             ("pictures", f"{report['pictures']:,}, shown {report['shown']:,} times"),
         ]
@@ -95,9 +113,10 @@ def validate_meta(
 
 def show(
     meta: Meta,
-    data_dir: DataDir,
     model: Annotated[Path, typer.Option("--model", help="The model's folder.")],
     number: Annotated[int | None, typer.Argument(min=0, help="Which record, counted from 0; may be left out with --html.")] = None,
+    data_dir: DataDir = None,
+    fetch_media: FetchMedia = False,
     config: SettingsOf = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
@@ -119,25 +138,16 @@ def show(
     if not html and (number is None or start is not None or limit is not None):
         raise typer.BadParameter("give the number of a record, or --html with --start and --limit")
     from qwenvl_ft.data.chat import open_chat
-    from qwenvl_ft.data.meta_file import read_records
     from qwenvl_ft.data.show import check_page, draw_record, facts_of
 
     if html:
         check_page(html)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
+    reading = read_reading(config, fetch_media)
     if html:
-        return _show_page(html, meta, data_dir, chat, *((start or 0, limit or 200) if number is None else (number, 1)))
-    with counting("reading records") as on_record:
-        records, problems, _ = read_records(meta, data_dir, on_record)
+        return _show_page(html, meta, data_dir, chat, reading, *((start or 0, limit or 200) if number is None else (number, 1)))
     assert number is not None
-    in_array, in_lines = f"{meta.name}[{number}]", f"{meta.name}:{number + 1}"
-    found = [record for record in records if record.where in (in_array, in_lines)]
-    if not found:
-        mine = [problem for problem in problems if f"{problem.where}.".startswith((in_array, f"{in_lines}.", f"{in_lines}:"))]
-        if not mine and records:
-            mine = [Problem(str(meta), f"has no record {number}", f"count from 0; the last good record is {records[-1].where}")]
-        raise UserError(*(mine or problems))
-    scripts = chat.write_scripts(found[0])
+    scripts = chat.write_scripts(record_at(meta, data_dir, number, reading))
     if as_json:
         print_json(facts_of(scripts[-1], chat))  # where a template rewrites turns, the last example has the whole talk
         return
@@ -147,17 +157,40 @@ def show(
         save_svg(draw_record(scripts[-1], chat), svg)
 
 
-def _show_page(out: Path, meta: Path, data_dir: Path, chat: "Chat", start: int, limit: int) -> None:
-    from qwenvl_ft.data.meta_file import read_records
-    from qwenvl_ft.data.show import draw_page, write_page
+def _show_page(out: Path, meta: Path, data_dir: Path | None, chat: "Chat", reading: "Reading", start: int, limit: int) -> None:
+    from qwenvl_ft.data.meta_file import Tally, stream_records
+    from qwenvl_ft.data.show import cut_out, draw_page, write_page
 
+    tally = Tally()
     with counting("reading records") as on_record:
-        found = read_records(meta, data_dir, on_record, most=start + limit)
+        cut = cut_out(stream_records(meta, data_dir, reading, tally), tally, start, limit, on_record)
     with counting("looking at pictures") as on_medium:
-        page = draw_page(meta.name, found, chat, start, limit, on_medium)
+        page = draw_page(meta.name, cut, chat, on_medium)
     write_page(page, out)
-    shown = f"{page.num_shown:,} of {found.num_records:,} records, {page.num_bad:,} with problems"
-    print_line(f"{out}: {shown}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    facts = f"{page.num_shown:,} record{'s' * (page.num_shown != 1)}, {page.num_bad:,} with problems"
+    more = f", more follow (--start {start + limit})" * cut.more
+    print_line(f"{out}: {facts}{more}, {out.stat().st_size / 1e3:,.0f} kB; open it in a browser")
+
+
+def record_at(meta: Path, data_dir: Path | None, number: int, reading: "Reading") -> "Record":
+    """The record of this number, counted from 0, without reading on. Raises UserError with its problems, or the file's."""
+    from qwenvl_ft.data.meta_file import Tally, stream_records
+
+    tally, last, of_files = Tally(), "", list[Problem]()
+    with counting("reading records") as on_record:
+        for found in stream_records(meta, data_dir, reading, tally):
+            on_record(tally.num_records, None)
+            if not found.where:
+                of_files += found.problems
+            elif tally.num_records == number + 1:
+                if found.record:
+                    return found.record
+                if not found.problems:  # there is no folder of pictures, which is said at the end
+                    continue
+                raise UserError(*tally.said_once(found.problems))
+            last = found.where if found.record else last
+    fix = f"count from 0; the last good record is {last}" if last else "mend the others first"
+    raise UserError(*(of_files or [Problem(str(meta), f"has no record {number}", fix)]))
 
 
 def plan(overrides: Overrides = None, config: ConfigFile = LORA_YAML, as_json: Json = False) -> None:

@@ -1,5 +1,6 @@
 """Commands that run a model: train, eval, export, ask. torch is imported inside them."""
 
+import re
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +14,7 @@ from qwenvl_ft.cli.options import (
     Adapter,
     ConfigFile,
     DataDir,
+    FetchMedia,
     Json,
     MaxPixels,
     Meta,
@@ -22,9 +24,10 @@ from qwenvl_ft.cli.options import (
     SettingsOf,
     ThinkingOption,
     read_chat_settings,
+    read_reading,
     read_settings,
 )
-from qwenvl_ft.console import counting, draw_counts, print_drawing, print_json, print_line, print_note
+from qwenvl_ft.console import counting, draw_counts, draw_files, print_drawing, print_json, print_line, print_note
 from qwenvl_ft.errors import UserError
 
 
@@ -46,7 +49,7 @@ def train(overrides: Overrides = None, config: ConfigFile = LORA_YAML) -> None:
 def evaluate(
     model: ModelArgument,
     meta: Meta,
-    data_dir: DataDir,
+    data_dir: DataDir = None,
     adapter: Adapter = None,
     out: Annotated[
         Path | None,
@@ -64,6 +67,7 @@ def evaluate(
     blank: Annotated[
         bool, typer.Option("--blank", help="Show white pictures of the same size: what is still right was not seen.")
     ] = False,
+    fetch_media: FetchMedia = False,
     as_json: Json = False,
 ) -> None:
     """Ask every question of a meta-file; exact and relaxed accuracy, every prediction in a file, where a second run goes on.
@@ -73,17 +77,18 @@ def evaluate(
 
     Example: qwenvl-ft eval data/tiny data/sample/eval.json --data-dir data/sample/images --adapter runs/demo
     """
-    from qwenvl_ft.data.meta_file import read_records
+    from qwenvl_ft.data.meta_file import Tally, read_records
     from qwenvl_ft.evaluate.scoring import evaluate as run
     from qwenvl_ft.infer.batch_file import read_answers, who_answers
     from qwenvl_ft.infer.engine import Engine, check_folders
 
     check_folders(model, [adapter] if adapter else [])
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
-    records, problems, _ = read_records(meta, data_dir)
+    tally = Tally()
+    records, problems, _ = read_records(meta, data_dir, reading=read_reading(config, fetch_media), tally=tally)
     if problems:
         raise UserError(*problems)
-    of = f"{meta.stem}{'' if adapter else f'-{model.resolve().name}'}{'-blank' if blank else ''}"
+    of = f"{re.sub('[^-.0-9A-Za-z_]+', '_', meta.stem)}{'' if adapter else f'-{model.resolve().name}'}{'-blank' if blank else ''}"
     target = out or (adapter or Path()) / f"predictions-{of}.jsonl"
     read_answers(target)  # what is wrong with it is said before the model is loaded
     engine = Engine.open(model, adapter, blank, *chat_settings)
@@ -95,7 +100,7 @@ def evaluate(
     if as_json:
         print_json(scores)
     else:
-        facts = [
+        facts = draw_files(tally.facts) + [
             (
                 name.replace("_", " "),
                 f"{value:.1%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value,

@@ -11,6 +11,7 @@ import math
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -172,24 +173,22 @@ def _file_of(source: Any) -> Path:
 
 def _in_time(job: Callable[[], T], where: str) -> T:
     """What the job returns or raises; UserError where it takes longer than MOST_SECONDS. Its thread is then left to itself."""
-    done: list[T] = []
-    raised: list[BaseException] = []
+    result: Future[T] = Future()
 
     def run() -> None:
         try:
-            done.append(job())
+            result.set_result(job())
         except BaseException as error:
-            raised.append(error)
+            result.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
 
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(MOST_SECONDS)
-    if raised:
-        raise raised[0]
-    if not done:
+    Thread(target=run, daemon=True).start()  # of a pool Python itself would wait for the thread when it ends
+    try:
+        return result.result(MOST_SECONDS)
+    except TimeoutError:
         what = f"did not come to an end in {MOST_SECONDS:g} seconds"
-        raise UserError(Problem(where, what, "write the film anew (ffmpeg -i FILE NEW.mp4), or leave it out"))
-    return done[0]
+        raise UserError(Problem(where, what, "write the film anew (ffmpeg -i FILE NEW.mp4), or leave it out")) from None
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from qwenvl_ft.config import load_config, read_yaml
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.geometry import read_limits
 from qwenvl_ft.data.meta_file import read_records
+from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.export.prove import prove
 from qwenvl_ft.folders.adapter import DTYPES, LORA_KEY, Floats, Stored, as_float32, module_of, read_header
@@ -122,10 +123,9 @@ def _sample(run: Path, number: int) -> list[tuple[str, Any]]:
     settings = run / "config.yaml"
     if number and settings.is_file():
         config = load_config(settings)
-        if config.train_meta_file.is_file():
-            records = read_records(config.train_meta_file, config.train_data_dir, most=number).records
-            if records:
-                return [(record.where, record.turns) for record in records]
+        found = read_records(config.train_meta_file, config.train_data_dir, most=number, reading=Reading.of(config))
+        if records := found.records[:number]:
+            return [(record.where, record.turns) for record in records]
     from PIL import Image
 
     picture = Image.linear_gradient("L").convert("RGB")

@@ -107,7 +107,7 @@ RECORDS = [
     (talk("<img>a.png<img>a.png</img>", "a"), USER, "an <img> tag stands inside another",
      "close the first one: <img>file.png</img>"),
     (talk("<img>http://x/a.png</img>", "a"), USER, "http://x/a.png is not a file name",
-     "download the picture to FOLDER and name its file"),
+     "set fetch_media: true to bring such files once, or put the file into FOLDER and name it"),
     (talk("<img>../a.png</img>", "a"), USER, "../a.png lies outside FOLDER", "copy it into that folder"),
     (talk("<img>/etc/hosts</img>", "a"), USER, "/etc/hosts lies outside FOLDER", "copy it into that folder"),
     (talk("<img>a.jpg</img>", "a"), USER, "a.jpg is not in FOLDER", "did you mean a.png?"),
@@ -302,12 +302,12 @@ def test_missing_pictures_and_broken_ones_are_of_a_kind_each(folder):
 
 
 @pytest.mark.parametrize(("head", "what", "fix"), [
-    (b"PAR1\x15\x04\xff", "is a parquet file", "datasets.Dataset.from_parquet(FILE).to_json(OUT)"),
-    (b"ARROW1\0\0\xff", "is an Arrow file", "datasets.Dataset.from_file(FILE).to_json(OUT)"),
-    (b"\xff\xff\xff\xff\x10", "is an Arrow stream", "datasets.Dataset.from_file(FILE).to_json(OUT)"),
+    (b"PAR1\x15\x04\xff", "is a damaged parquet file", "copy it again"),
+    (b"ARROW1\0\0\xff", "is a damaged Arrow file", "copy it again"),
+    (b"\xff\xff\xff\xff\x10", "is a damaged Arrow file", "copy it again"),
     (b"PK\x03\x04\x14", "is a zip archive", "unpack it"),
     (b"\x1f\x8b\x08", "is a gzip file", "unpack it"),
-    (b"\0" * 257 + b"ustar", "is a tar archive", "unpack it"),
+    (b"\0" * 257 + b"ustar", "is a damaged tar archive", "copy it again"),
     (b"\x89PNG\r\n\x1a\n", "is a picture", "give the file that names it"),
     (b"\xff\xd8\xff\xe0", "is a picture", "give the file that names it"),
     (b"\0\0\0\x18ftypheic", "is an HEIC photo", "give the JSON file of conversations"),

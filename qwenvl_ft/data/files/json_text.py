@@ -118,7 +118,7 @@ class _Window:
     def problem(self, error: ValueError, name: str) -> Problem:
         """What is wrong with the file, at its line and column."""
         if isinstance(error, UnicodeDecodeError):
-            return _not_utf8(self.file, name)
+            return not_utf8(self.file, name)
         if isinstance(error, json.JSONDecodeError):
             column = error.colno + (self.column - 1 if error.lineno == 1 else 0)
             where = f"{name}:{self.line + error.lineno - 1}:{column}"
@@ -126,7 +126,7 @@ class _Window:
         return _refused(error, name)
 
 
-def _not_utf8(file: BinaryIO, name: str) -> Problem:
+def not_utf8(file: BinaryIO, name: str) -> Problem:
     """Its place, which is found by reading the file once more."""
     file.seek(0)
     for number, line in enumerate(file, start=1):
@@ -156,7 +156,7 @@ def _lines(file: BinaryIO, name: str) -> Iterator[Entry]:
             if one is None and (problem := _one_object(file, name)):
                 yield Entry("", problem)
                 return
-            value = _of_line(error, where)
+            value = line_problem(error, where)
         if one is None:
             one = Entry(where, value)
             continue
@@ -220,7 +220,8 @@ def parse(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _of_line(error: ValueError, where: str) -> Problem:
+def line_problem(error: ValueError, where: str) -> Problem:
+    """What is wrong with a value that stands alone."""
     if isinstance(error, json.JSONDecodeError):
         return Problem(where, f"is not JSON: {_said(error)} at column {error.colno}", "mend this line, or write the record again")
     return _refused(error, where)
