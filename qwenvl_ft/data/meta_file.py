@@ -155,7 +155,7 @@ def _read(entry: Entry, media: Media | None, reading: Reading, tally: Tally) -> 
         return Found(entry.where, None, [])
     media.beside = entry.beside
     problems: list[Problem] = []
-    tally.forms[form_of(entry.value, reading)] += 1
+    tally.forms[form_of(entry.value, reading) or "unknown"] += 1
     return Found(entry.where, read_entry(entry.value, entry.where, media, problems, reading), problems)
 
 
