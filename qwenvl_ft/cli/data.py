@@ -32,10 +32,10 @@ from qwenvl_ft.console import (
     print_problems,
     save_svg,
 )
-from qwenvl_ft.data.show import draw_record, facts_of
 from qwenvl_ft.errors import MOST_ALONE, Problem, UserError, alike
 
 if TYPE_CHECKING:
+    from qwenvl_ft.data.chat import Chat
     from qwenvl_ft.data.reading import Reading
     from qwenvl_ft.data.records import Record
 
@@ -113,8 +113,8 @@ def validate_meta(
 
 def show(
     meta: Meta,
-    number: Annotated[int, typer.Argument(help="Which record, counted from 0.")],
     model: Annotated[Path, typer.Option("--model", help="The model's folder.")],
+    number: Annotated[int | None, typer.Argument(min=0, help="Which record, counted from 0; may be left out with --html.")] = None,
     data_dir: DataDir = None,
     fetch_media: FetchMedia = False,
     config: SettingsOf = None,
@@ -122,16 +122,32 @@ def show(
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write the drawing to this picture file, too.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write many records to this page for a browser.")] = None,
+    start: Annotated[int | None, typer.Option(min=0, help="With --html: the first record of the page, 0 if not given.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --html: how many records, 200 if not given.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show a record as training on the model would: pictures as blocks with their tokens, what is taught in green.
 
+    With --html a page of many records: pictures at the size that the model sees, the borders of tokens, boxes, problems.
+
     Example: qwenvl-ft show data/sample/train.json 0 --data-dir data/sample/images --model data/tiny
     """
+    if html and (svg or as_json or (number is not None and (start is not None or limit is not None))):
+        raise typer.BadParameter("--html takes --start and --limit or a number, and neither --svg nor --json")
+    if not html and (number is None or start is not None or limit is not None):
+        raise typer.BadParameter("give the number of a record, or --html with --start and --limit")
     from qwenvl_ft.data.chat import open_chat
+    from qwenvl_ft.data.show import check_page, draw_record, facts_of
 
+    if html:
+        check_page(html)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
-    scripts = chat.write_scripts(record_at(meta, data_dir, number, read_reading(config, fetch_media)))
+    reading = read_reading(config, fetch_media)
+    if html:
+        return _show_page(html, meta, data_dir, reading, chat, *((start or 0, limit or 200) if number is None else (number, 1)))
+    assert number is not None
+    scripts = chat.write_scripts(record_at(meta, data_dir, number, reading))
     if as_json:
         print_json(facts_of(scripts[-1], chat))  # where a template rewrites turns, the last example has the whole talk
         return
@@ -160,6 +176,19 @@ def record_at(meta: Path, data_dir: Path | None, number: int, reading: "Reading"
             last = found.where if found.record else last
     fix = f"count from 0; the last good record is {last}" if last else "mend the others first"
     raise UserError(*(of_files or [Problem(str(meta), f"has no record {number}", fix)]))
+
+
+def _show_page(out: Path, meta: Path, data_dir: Path | None, reading: "Reading", chat: "Chat", start: int, limit: int) -> None:
+    from qwenvl_ft.data.meta_file import read_records
+    from qwenvl_ft.data.show import draw_page, write_page
+
+    with counting("reading records") as on_record:
+        found = read_records(meta, data_dir, on_record, most=start + limit, reading=reading)
+    with counting("looking at pictures") as on_medium:
+        page = draw_page(meta.name, found, chat, start, limit, on_medium)
+    write_page(page, out)
+    shown = f"{page.num_shown:,} of {found.num_records:,} records, {page.num_bad:,} with problems"
+    print_line(f"{out}: {shown}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
 def plan(overrides: Overrides = None, config: ConfigFile = LORA_YAML, as_json: Json = False) -> None:

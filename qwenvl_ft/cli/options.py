@@ -77,7 +77,7 @@ def is_there(path: Path) -> bool:
     return path.exists() or bool(glob(str(path), recursive=True)) or read_source(str(path)) is not None
 
 
-ChatSettings = tuple[int | None, int | None, Thinking | None]
+ChatSettings = tuple[int | None, int | None, Thinking | None, int | None]
 
 
 def read_chat_settings(
@@ -86,16 +86,18 @@ def read_chat_settings(
     """What `open_chat` and `Engine.open` take of a command's options, else of the settings that --config names. None: not given."""
     if config:
         settings = load_config(config)
-        return min_pixels or settings.min_pixels, max_pixels or settings.max_pixels, thinking or settings.thinking
-    return min_pixels, max_pixels, thinking
+        own = settings.min_pixels, settings.max_pixels, settings.thinking
+        return min_pixels or own[0], max_pixels or own[1], thinking or own[2], settings.video_max_pixels
+    return min_pixels, max_pixels, thinking, None
 
 
 def training_chat_settings(
     config: Path | None, min_pixels: int | None, max_pixels: int | None, thinking: Thinking | None
 ) -> ChatSettings:
     """What `plan` and `train` would use: that of `read_chat_settings`, else a config's defaults."""
-    least, most, thinks = read_chat_settings(config, min_pixels, max_pixels, thinking)
-    return least, most or Config.model_fields["max_pixels"].default, thinks or Config.model_fields["thinking"].default
+    least, most, thinks, of_video = read_chat_settings(config, min_pixels, max_pixels, thinking)
+    defaults = {key: Config.model_fields[key].default for key in ("max_pixels", "thinking", "video_max_pixels")}
+    return least, most or defaults["max_pixels"], thinks or defaults["thinking"], of_video or defaults["video_max_pixels"]
 
 
 def read_reading(config: Path | None, fetch_media: bool) -> Reading:

@@ -9,9 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 from unicodedata import normalize
 from urllib.parse import unquote
 
@@ -19,6 +17,7 @@ from qwenvl_ft.data import sources
 from qwenvl_ft.data.brought import bring, is_elsewhere
 from qwenvl_ft.data.cache import cache_folder
 from qwenvl_ft.data.formats.documented import OPEN
+from qwenvl_ft.data.formats.talk import Named, Options
 from qwenvl_ft.data.pictures import size_of
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Source, Video
@@ -96,7 +95,7 @@ class Media:
             fix += f" For that one: {first.fix}"
         return [Problem(str(self.folder), what, fix), *(problem for problem in problems if problem not in self.missing)]
 
-    def picture(self, name: str | Source, where: str) -> Picture:
+    def picture(self, name: Named, where: str) -> Picture:
         """Raises UserError where the name is no readable picture inside the folder."""
         source = name if not isinstance(name, str) else self.beside.get(name)
         if source is not None:
@@ -111,12 +110,13 @@ class Media:
         except UserError as error:  # alike but for the name
             raise _alike(error, name) from None
 
-    def video(self, name: str | Source | Sequence[str | Source], where: str, options: Mapping[str, Any]) -> Video:
+    def video(self, name: Named | Sequence[Named], where: str, options: Options) -> Video:
         """A film, or the frames of one: by name, in a list, or all pictures of a folder in their natural order.
 
         Raises UserError where it is none that can be read, or is not inside the folder.
         """
-        measured = import_module("qwenvl_ft.data.videos").measured  # and PyAV, which pictures can do without
+        from qwenvl_ft.data.videos import measured  # and PyAV, which pictures can do without
+
         if isinstance(name, Sequence) and not isinstance(name, str):
             found: Source | list[Source] = [self._source(frame, where) for frame in name]
         else:
@@ -124,10 +124,9 @@ class Media:
             found = _frames(source) if isinstance(source, Path) and source.is_dir() else source
         if found == []:
             raise UserError(Problem(where, f"{name} is a folder without pictures", "name a film, or a folder of its frames"))
-        video: Video = measured(found, where, options, self.reading)
-        return video
+        return measured(found, where, options, self.reading)
 
-    def _source(self, name: str | Source, where: str, or_folder: bool = False) -> Source:
+    def _source(self, name: Named, where: str, or_folder: bool = False) -> Source:
         if not isinstance(name, str):
             return name
         try:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from qwenvl_ft.data.files.containers import container_of, entries_of, files_of, names_of
 from qwenvl_ft.data.files.entry import Entry
-from qwenvl_ft.data.formats.documented import turns_of
+from qwenvl_ft.data.formats import form_of, read_entry, unpacked
 from qwenvl_ft.data.media import FOLDER_KEYS, Media
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Record
@@ -84,7 +84,7 @@ class Counts:
 
 @dataclass
 class Tally:
-    """What was read so far."""
+    """What was read so far; `forms` counts the records by the name of their form."""
 
     num_records: int = 0
     parts: list[Counts] = field(default_factory=list)
@@ -130,7 +130,7 @@ def stream_records(
                 tally.media[folder] = Media(folder, reading)
             for file, name in zip(of_part, names, strict=False):
                 counts.containers[container_of(file)] += 1
-                for entry in entries_of(file, name):
+                for entry in _each(entries_of(file, name)):
                     found = _read(entry, tally.media.get(folder), tally)
                     times = int(part.weight) + (draw.random() < part.weight % 1) if found.record else 0
                     counts.records, counts.used = counts.records + bool(entry.where), counts.used + times
@@ -144,6 +144,13 @@ def stream_records(
             media.sizes.save()
 
 
+def _each(entries: Iterator[Entry]) -> Iterator[Entry]:
+    """The entries, with those of a list of records as entries of their own."""
+    for entry in entries:
+        for where, value in unpacked(entry.where, entry.value):
+            yield entry._replace(where=where, value=value)
+
+
 def _read(entry: Entry, media: Media | None, tally: Tally) -> Found:
     if isinstance(entry.value, Problem):
         return Found(entry.where, None, [entry.value])
@@ -151,9 +158,8 @@ def _read(entry: Entry, media: Media | None, tally: Tally) -> Found:
         return Found(entry.where, None, [])
     media.beside = entry.beside
     problems: list[Problem] = []
-    turns = tuple(turns_of(entry.value, entry.where, media.picture, problems))
-    tally.forms["documented"] += 1
-    return Found(entry.where, None if problems else Record(entry.where, turns), problems)
+    tally.forms[form_of(entry.value, media.reading) or "none that is known"] += 1
+    return Found(entry.where, read_entry(entry.value, entry.where, media, problems, media.reading), problems)
 
 
 def read_records(

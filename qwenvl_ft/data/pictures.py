@@ -7,7 +7,6 @@ Stock loaders leave phone photos lying on their side and turn 16-bit pictures wh
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from io import SEEK_END, BytesIO
 from pathlib import Path
 from threading import Lock
@@ -21,7 +20,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from qwenvl_ft.data import sources
 from qwenvl_ft.data.geometry import MAX_ASPECT, Limits, resized
 from qwenvl_ft.data.magic import HEAD_BYTES, what_it_is
-from qwenvl_ft.data.records import Medium, Picture, Source, Video
+from qwenvl_ft.data.records import Picture, Source
 from qwenvl_ft.errors import Problem, UserError
 
 MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
@@ -135,22 +134,15 @@ def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image
             return as_seen(picture)
 
 
-def bounded(part: Medium, limits: Limits) -> Medium:
-    """What has bounds of its own, at the size that they give it: whole units, which the processor then leaves alone.
+def bounded(picture: Picture, limits: Limits) -> Picture:
+    """A picture with bounds of its own, at the size that they give it: whole units, which whoever knows `limits` only leaves alone.
 
-    Raises UserError for bounds that the processor would not leave alone.
+    Raises UserError for bounds that the limits would override.
     """
-    if not (part.min_pixels or part.max_pixels):
-        return part
-    least, most = max(limits.min_pixels, part.min_pixels or 0), min(part.max_pixels or limits.max_pixels, limits.max_pixels)
-    if part.max_pixels and part.max_pixels < least:
-        what = f"is {part.max_pixels}, below the least that it may have, {least}"
-        raise UserError(Problem(f"a {part.kind}'s max_pixels", what, "raise it, or leave it out"))
-    own = replace(limits, min_pixels=min(least, most), max_pixels=most)
-    frames = [opened(part)] if isinstance(part, Picture) else part.images
-    height, width = resized(frames[0].height, frames[0].width, own)
-    sized = [frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
-    return Picture.of(sized[0]) if isinstance(part, Picture) else Video.of(sized, part.fps, part.indices, part.num_frames)
+    if not (picture.min_pixels or picture.max_pixels):
+        return picture
+    height, width = resized(picture.height, picture.width, limits.of(picture))
+    return Picture.of(opened(picture).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def check_aspect(width: int, height: int, where: str, name: str = "it") -> None:

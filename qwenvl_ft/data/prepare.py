@@ -80,7 +80,7 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     """
     meta_file = config.eval_meta_file if evaluation and config.eval_meta_file else config.train_meta_file
     data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
-    chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking)
+    chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking, config.video_max_pixels)
     tally = Tally()
     records, problems, total = read_records(
         meta_file, data_dir, on_record, reading=Reading.of(config), tally=tally, seed=config.seed

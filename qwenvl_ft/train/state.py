@@ -41,9 +41,9 @@ class Run:
     """What a step, an evaluation and a checkpoint need, together."""
 
     def __init__(self, config: Config, accelerator: Accelerator, model: Any, optimizer: Any, prepared: Prepared,
-                 image_processor: Any, bf16: bool):  # fmt: skip
+                 processor: Any, bf16: bool):  # fmt: skip
         self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
-        self.prepared, self.image_processor, self.bf16 = prepared, image_processor, bf16
+        self.prepared, self.processor, self.bf16 = prepared, processor, bf16
         self.bare = accelerator.unwrap_model(model)
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.metrics: Metrics | None = None  # the main process has them
@@ -63,7 +63,7 @@ class Run:
 
     def rows_of(self, prepared: Prepared) -> Rows:
         """The rows of a plan as tensors."""
-        return Rows(prepared.scripts, prepared.plan.rows, prepared.chat, self.image_processor, self.always_look,
+        return Rows(prepared.scripts, prepared.plan.rows, prepared.chat, self.processor, self.always_look,
                     skip=self.config.on_bad_record == "skip")  # fmt: skip
 
     def loader(self, steps: list[tuple[int, list[int]]]) -> DataLoader[Built | UserError]:

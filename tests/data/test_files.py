@@ -102,13 +102,13 @@ def test_a_webdataset_is_its_loose_files(loose, tmp_path, mode, long):
 
 def test_a_tar_trains_to_the_ids_labels_grids_and_pixels_of_loose_files(loose, tmp_path):
     import torch
-    from transformers import AutoImageProcessor
+    from transformers import AutoProcessor
 
     from qwenvl_ft.data.chat import open_chat
     from qwenvl_ft.data.rows import Rows
     from tests.conftest import TINY
 
-    chat, processor = open_chat(TINY), AutoImageProcessor.from_pretrained(TINY)
+    chat, processor = open_chat(TINY), AutoProcessor.from_pretrained(TINY)
     rows = []
     for meta in (loose / "train.json", tar_of(loose, tmp_path / "a.tar")):
         scripts = [script for record in read_records(meta).records for script in chat.write_scripts(record)]
