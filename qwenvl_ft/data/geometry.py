@@ -194,7 +194,7 @@ def read_video_limits(model_dir: Path, whole: bool, max_pixels: int | None = Non
     return VideoLimits(settings["patch_size"], settings["merge_size"], steps, int(least), int(most), tokens, whole)
 
 
-def read_reading(model_dir: Path) -> Reading:
+def reading_of(model_dir: Path) -> Reading:
     """How a processor's files say that videos are drawn: in an adapter's and a merged folder, as they were in training."""
     settings = video_settings(model_dir)
     fps, frames = settings.get("fps") or AS_FOUND.video_fps, settings.get("max_frames") or AS_FOUND.video_max_frames

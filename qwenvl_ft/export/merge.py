@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from qwenvl_ft.config import load_config, read_yaml
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.families import family_of
-from qwenvl_ft.data.geometry import VIDEO_PROCESSORS, read_limits, read_reading, read_video_limits, video_settings
+from qwenvl_ft.data.geometry import VIDEO_PROCESSORS, read_limits, read_video_limits, reading_of, video_settings
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.errors import Problem, UserError
@@ -108,7 +108,7 @@ def _copy_settings(folder: Path, run: Path, base: Path) -> None:
         (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
     if not holds_processor(run):
         return
-    limits, videos, reading = read_limits(run), read_video_limits(run, family_of(base).clock == "written"), read_reading(run)
+    limits, videos, reading = read_limits(run), read_video_limits(run, family_of(base).clock == "written"), reading_of(run)
     values = dict.fromkeys(("min_pixels", "shortest_edge"), limits.min_pixels)
     values |= dict.fromkeys(("max_pixels", "longest_edge"), limits.max_pixels)
     for path in (folder / name for name in PROCESSORS if (folder / name).is_file()):
