@@ -19,8 +19,10 @@ from qwenvl_ft.data.chat import IGNORE, Script, open_chat
 from qwenvl_ft.data.meta_file import Found, Tally, stream_records
 from qwenvl_ft.data.records import Box, Picture, Record, Turn, Video
 from qwenvl_ft.data.show import cut_out, draw_page, draw_record, see
+from qwenvl_ft.data.videos import measured
 from qwenvl_ft.errors import UserError
 from tests.conftest import ROOT, TINY
+from tests.films import number_of, write
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)>\"'`</span></style>&lt;{{cards}}</article> <|im_end|> a\r\nb\0c "
@@ -219,6 +221,25 @@ def test_a_video_is_a_strip_of_its_frames_with_their_times(chat):
     assert [said for _, said in read.of("span", "run taught")] == ["Nothing.", "<|im_end|>"]
 
 
+def test_a_films_frames_are_those_that_are_trained_on(chat, tmp_path):
+    film = write(tmp_path / "a'b.mp4", count=40, rate=10)
+    video = measured(film, "train.json[0]", {"fps": 5.0})
+    page = drawn(chat, says("train.json[0]", "What moves?", "A bar.", video))
+    seen = [number_of(opened(url)) for url in page.pictures.values()]
+    wanted = [video.indices[round(step * (len(video.indices) - 1) / 7)] for step in range(8)]
+    assert len(video.indices) == 20 and [abs(one - other) <= 1 for one, other in zip(seen, wanted, strict=True)] == [True] * 8
+    assert [said for _, said in page.of("span", "at")] == [f"{at / 10:.1f} s" for at in wanted]
+    assert page.of("figcaption")[-1][1].startswith("a'b.mp4 20 of 40 frames, 10 a second")
+
+
+def test_a_film_that_is_gone_is_said_in_its_place(chat, tmp_path):
+    film = write(tmp_path / "a.mp4")
+    record = says("train.json[0]", "q", "a", measured(film, "train.json[0]"))
+    film.unlink()
+    page = drawn(chat, record)
+    assert page.of("article", "bad seen") and "a.mp4 is gone" in page.of("div", "see broken")[0][1]
+
+
 def test_the_terminal_draws_a_video_of_several_time_steps(chat):
     script = film(chat)
     said = draw_record(script, chat).renderable.plain
@@ -280,6 +301,10 @@ def test_a_browser_shows_it_offline_searches_filters_and_draws_the_grid(chat, ta
     }  # fmt: skip
     assert seen["grid"] == ["0", "1"]  # opacity, before and under the pointer
     assert seen["enlarged"] == [True, False]  # by the keyboard, and after Escape
+    (script,) = chat.write_scripts(cut.found[1].record)
+    assert seen["texts"][1] == chat.said(script.ids).replace(
+        "\0", "␀"
+    )  # a browser makes one letter of \r\n unless it is kept from it
     (script,) = chat.write_scripts(cut.found[3].record)
     assert seen["tokens"] == [chat.said([token]) for token in script.ids]
     assert seen["violations"] == {"light": [], "dark": []}  # of accessibility, by axe
