@@ -130,7 +130,7 @@ def stream_entries(meta: Meta, data_dir: Path | str | None, reading: Reading, ta
                 tally.media[folder] = Media(folder, reading)
             for file, name in zip(of_part, names, strict=False):
                 counts.containers[container_of(file)] += 1
-                for entry in (one for of in entries_of(file, name) for one in _unpacked(of)):
+                for entry in _each(entries_of(file, name)):
                     times = int(part.weight) + (draw.random() < part.weight % 1)
                     counts.records += bool(entry.where)
                     tally.num_records += bool(entry.where)
@@ -143,7 +143,7 @@ def stream_entries(meta: Meta, data_dir: Path | str | None, reading: Reading, ta
             media.sizes.save()
 
 
-def read_job(job: Job, media: Mapping[Path, Media], reading: Reading, tally: Tally) -> Found:
+def read_job(job: Job, media: Mapping[Path, Media], tally: Tally) -> Found:
     """What an entry comes to; `tally` counts its form, and how often it is used."""
     entry = job.entry
     if isinstance(entry.value, Problem) or job.folder is None:
@@ -151,8 +151,8 @@ def read_job(job: Job, media: Mapping[Path, Media], reading: Reading, tally: Tal
     own = media[job.folder]
     own.beside = entry.beside
     problems: list[Problem] = []
-    tally.forms[form_of(entry.value, reading)] += 1
-    record = read_entry(entry.value, entry.where, own, problems, reading)
+    tally.forms[form_of(entry.value, own.reading) or "none that is known"] += 1
+    record = read_entry(entry.value, entry.where, own, problems, own.reading)
     times = job.times if record else 0
     tally.used[job.part] += times
     return Found(entry.where, record, problems, times)
@@ -168,11 +168,14 @@ def stream_records(
     """
     tally = tally or Tally()
     for job in stream_entries(meta, data_dir, reading, tally, seed):
-        yield read_job(job, tally.media, reading, tally)
+        yield read_job(job, tally.media, tally)
 
 
-def _unpacked(entry: Entry) -> Iterator[Entry]:
-    return (entry._replace(where=where, value=value) for where, value in unpacked(entry.where, entry.value))
+def _each(entries: Iterator[Entry]) -> Iterator[Entry]:
+    """The entries, with those of a list of records as entries of their own."""
+    for entry in entries:
+        for where, value in unpacked(entry.where, entry.value):
+            yield entry._replace(where=where, value=value)
 
 
 def read_records(

@@ -100,7 +100,7 @@ class Reader:
         for job in jobs:
             if job.folder and job.folder not in self.media:
                 self.media[job.folder] = Watched(job.folder, self.reading)
-            found = read_job(job, self.media, self.reading, part.tally)
+            found = read_job(job, self.media, part.tally)
             part.problems += found.problems
             part.whole &= bool(found.where)
             if found.record and found.times:

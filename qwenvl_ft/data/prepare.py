@@ -19,7 +19,7 @@ from qwenvl_ft.data.packed import Ints, PackedMedium, read_medium
 from qwenvl_ft.data.packing import Indices, Plan, Schedule, pack
 from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.reading import Reading
-from qwenvl_ft.data.records import Picture
+from qwenvl_ft.data.records import Picture, Video
 from qwenvl_ft.data.table import Scripts, TableWriter
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.problems import check_model
@@ -172,12 +172,14 @@ def too_long(scripts: Scripts, plan: Plan, name: str, as_one: bool) -> list[Prob
     for number in plan.too_long:
         where = scripts.where(number)
         lengths[where] = max(int(scripts.lengths[number]), lengths.get(where, 0))
+    films = any(isinstance(medium, Video) for number in plan.too_long for medium in scripts[number].media)
+    lower = "video_max_pixels, video_fps or video_max_frames" if films else "max_pixels"
     if as_one and len(lengths) > 1:
         longest = max(lengths, key=lambda where: lengths[where])
         what = f"{len(lengths):,} records are too long for a row of {plan.row_tokens} tokens; {longest} is the longest, "
-        fix = f"raise row_tokens to {lengths[longest]}, lower max_pixels, or shorten them"
+        fix = f"raise row_tokens to {lengths[longest]}, lower {lower}, or shorten them"
         return [Problem(name, f"{what}{lengths[longest]} tokens", fix)]
-    fix = "raise row_tokens to {}, lower max_pixels, or shorten the record"
+    fix = f"raise row_tokens to {{}}, lower {lower}, or shorten the record"
     return [
         Problem(where, f"{length} tokens, a row holds {plan.row_tokens}", fix.format(length)) for where, length in lengths.items()
     ]

@@ -218,7 +218,7 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
     Hashes pictures and base, each file once. Raises UserError for a file that is gone.
     """
     same = "lora_on lora_rank lora_alpha lora_dropout rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay "
-    same += "max_grad_norm seed dtype num_train_epochs max_steps thinking"
+    same += "max_grad_norm seed dtype num_train_epochs max_steps thinking video_fps video_max_frames video_max_pixels"
     settings = {key: str(getattr(config, key)) for key in same.split()}
     seen = [read_model_json(path) for name in PROCESSORS if (path := config.model / name).is_file()]
 
