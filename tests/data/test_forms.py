@@ -154,6 +154,27 @@ def test_what_is_no_call_is_a_problem(turn, what, read):
     assert problems[0].what == what
 
 
+def test_a_user_may_go_on_in_openai_s_parts_and_nowhere_else(read):
+    """OpenAI's guide to vision fine-tuning has a user's text in one message and the picture in the next."""
+    turns = [*messages(QUESTION), *messages([{"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}}], ANSWER)]
+    record, _ = read({"messages": turns})
+    assert [(turn.role, len(turn.media)) for turn in record.turns] == [("user", 0), ("user", 1), ("assistant", 0)]
+    _, (problem,) = read({"messages": [*messages(QUESTION), *messages(AGAIN, ANSWER)]})
+    assert problem.what == "is from the user where the assistant's turn was due"
+
+
+def test_a_tool_may_bring_a_picture(read):
+    """ms-swift's example of an agent: the tool answers with a screenshot."""
+    call = {"role": "tool_call", "content": json.dumps(CALL)}
+    turns = [
+        *messages("<image>What time is it?", "<think>\nI look.\n</think>\n"),
+        call,
+        {"role": "tool", "content": '{"image": "<image>"}'},
+    ]
+    record, _ = read({"messages": [*turns, *messages(LAST, first="assistant")], "images": ["a.png", "b.png"]})
+    assert [medium.name for medium in record.turns[2].media] == ["b.png"] and record.turns[1].calls
+
+
 def test_tools_answer_in_the_order_of_the_calls(read):
     entry = copy.deepcopy(CALLS["OpenAI's"])
     entry["messages"][2]["tool_call_id"] = "call_2"
@@ -275,7 +296,7 @@ def test_the_same_trouble_in_every_record_is_one_line(folder):
 
 ALL_KEYS = {
     *keys.IDS, *lists.READ, *rows.QUESTION, *rows.ANSWER, *rows.PICTURE, *rows.VIDEO, *rows.BESIDE, *turns.SAYS, *turns.OLD, *turns.NEW,
-    *turns.KINDS, *turns.OPTIONS["image"], *turns.OPTIONS["video"], "conversations", "messages", "texts", "input", "name", "index",
+    *turns.KINDS, *turns.OPTIONS["image"], *turns.OPTIONS["video"], "conversations", "messages", "texts", "conversation", "human", "detail", "input", "name", "index",
     "type", "url", "function", "arguments", "ref", "bbox", "bbox_type", "image_id",
 }  # fmt: skip
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda of: st.lists(of) | st.dictionaries(st.text(), of),
