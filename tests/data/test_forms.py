@@ -41,6 +41,7 @@ from tests.data.form_cases import (
     messages,
     text,
 )
+from tests.runs import write_film
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +291,70 @@ def test_the_same_trouble_in_every_record_is_one_line(folder):
         read_entry(documented("q", "a", source="web"), f"train.json[{number}]", media, problems)
         read_entry({"image": "a.png", "question": "q", "answer": 3}, f"train.json[{number}]", media, problems)
     assert [group.count for group in alike(problems)] == [2000, 2000]
+
+
+# ---- videos ----
+
+FILM = documented(f"<video>film.mp4</video>\n{QUESTION}", ANSWER)
+FRAMES = documented(f"<video>frames</video>\n{QUESTION}", ANSWER)
+TALK = f"<video>\n{QUESTION}"
+LIST = [f"frames/{number}.png" for number in range(4)]
+FILMS = {
+    "QwenLM's": {"video": "film.mp4", "conversations": [{"from": "human", "value": TALK}, {"from": "gpt", "value": ANSWER}]},
+    "2U1's list": {"id": "s", "video": ["film.mp4"], "conversations": [{"from": "human", "value": TALK}, {"from": "gpt", "value": ANSWER}]},
+    "LLaMA-Factory's": {"messages": messages(TALK, ANSWER), "videos": ["film.mp4"]},
+    "Qwen's parts": {"messages": messages([{"type": "video", "video": "film.mp4"}, text(QUESTION)], ANSWER)},
+    "DashScope's url": {"messages": messages([{"type": "video_url", "video_url": {"url": "film.mp4"}}, text(QUESTION)], ANSWER)},
+    "a row": {"video": "film.mp4", "question": QUESTION, "answer": ANSWER},
+}  # fmt: skip
+FRAME_LISTS = {
+    "QwenLM's": {"video": LIST, "conversations": [{"from": "human", "value": TALK}, {"from": "gpt", "value": ANSWER}]},
+    "LLaMA-Factory's and ms-swift's": {"messages": messages(TALK, ANSWER), "videos": [LIST]},
+    "Qwen's parts": {"messages": messages([{"type": "video", "video": LIST}, text(QUESTION)], ANSWER)},
+    "a row": {"video": LIST, "question": QUESTION, "answer": ANSWER},
+}
+
+
+@pytest.fixture(scope="module")
+def films(folder) -> Path:
+    """A film and a folder of frames beside the pictures."""
+    write_film(folder / "film.mp4", 56, 56)
+    (folder / "frames").mkdir()
+    for number in range(4):
+        Image.new("RGB", (56, 56), (number, 0, 0)).save(folder / f"frames/{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize(("entry", "wanted"), [*((entry, FILM) for entry in FILMS.values()),
+                                               *((entry, FRAMES) for entry in FRAME_LISTS.values())])  # fmt: skip
+def test_a_video_is_the_same_in_every_form(entry, wanted, read, films, chat):
+    (record, problems), (same, none) = read(entry), read(wanted)
+    assert not problems and not none and written(chat, record) == written(chat, same)
+    assert record.turns == same.turns and len(record.media) == 1
+
+
+def test_a_video_s_own_settings_count_and_others_are_named(read, films):
+    entry = {"messages": messages([{"type": "video", "video": "film.mp4", "nframes": 4, "max_pixels": 4000}, text("q")], "a")}
+    record, problems = read(entry)
+    assert not problems and len(record.media[0].indices) == 4 and record.media[0].max_pixels == 4000
+    _, (problem,) = read({"messages": messages([{"type": "video", "video": "film.mp4", "video_start": 1}, text("q")], "a")})
+    assert problem.what == 'has a key "video_start", which is not read'
+
+
+def test_pictures_and_videos_of_one_record_are_told_apart_in_their_order(read, films):
+    entry = {"messages": messages("<video> <image>\n<video>q", "a"), "images": ["a.png"], "videos": ["film.mp4", LIST]}
+    record, problems = read(entry)
+    assert not problems and [part if isinstance(part, str) else part.name for part in record.turns[0].parts] == [
+        "film.mp4", " ", "a.png", "0.png", "q",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value", ["<video>" * 200_000, "<video>" * 100_000 + "</video>", "</video>" * 200_000, "<image>" * 200_000]
+)
+def test_hostile_placeholders_take_linear_time(value, read):
+    """In quadratic time each of them would run into the time limit of the tests."""
+    assert read({"messages": messages(value, "a"), "videos": ["x"], "images": ["a.png"]})[1]
 
 
 # ---- nothing is dropped without a word ----
