@@ -103,7 +103,7 @@ def training_chat_settings(
     return least, most or defaults["max_pixels"], thinks or defaults["thinking"], of_video or defaults["video_max_pixels"]
 
 
-def read_reading(config: Path | None, fetch_media: bool, format: Form | None = None) -> Reading:
+def read_reading(config: Path | None, fetch_media: bool, format: Form | None = None, own: Reading = AS_FOUND) -> Reading:
     """How records are read: as the settings that --config names have it, and as the command's own options do."""
-    reading = Reading.of(load_config(config)) if config else AS_FOUND
+    reading = Reading.of(load_config(config)) if config else own
     return replace(reading, fetch_media=fetch_media or reading.fetch_media, format=format or reading.format)
