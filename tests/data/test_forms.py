@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import re
 import typing
 from pathlib import Path
 
@@ -274,6 +275,15 @@ def test_every_form_can_be_forced_in_a_config(tmp_path):
     config = load_config(ROOT / "configs" / "demo.yaml", ["format=llava", "columns={question: query, difficulty: null}"])
     assert Reading.of(config) == Reading(format="llava", columns={"question": "query", "difficulty": None},
                                          video_fps=config.video_fps, video_max_frames=config.video_max_frames)  # fmt: skip
+
+
+def test_the_examples_of_the_page_are_of_the_forms_that_it_names(read):
+    table = re.findall(r"^\| `(\w+)` \|.*`(\{.*\})` \|$", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for name, _ in table] == [*FORMS]
+    for name, example in table:
+        entry = json.loads(example)
+        record, problems = read(entry)
+        assert form_of(entry) == name and not problems and len(record.media) == (name != "alpaca")
 
 
 def test_the_packed_records_of_qwenlm_are_records_of_their_own(folder, tmp_path):
