@@ -44,6 +44,7 @@ def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints) -> 
             continue
         goes_on = said.role == "call" and last == "assistant"  # an answer that ends in a call, or several calls
         follows = role == "tool" and (last == "tool" or (last == "assistant" and bool(turns) and bool(turns[-1].calls)))
+        follows |= talk.in_parts and role == last == "user"
         if role not in ("system", None, expected) and not goes_on and not follows:
             complaints.say(place, f"is from the {role} where the {expected}'s turn was due", TURNS_FIX)
         if role != "system":
@@ -99,7 +100,7 @@ def _parts(said: Said, role: str, media: "_Media", objects: Objects | None, comp
         if isinstance(part, Shown):
             medium = media.next(part.kind) if part.listed is None else media.found(part.kind, part.listed)
             found += [medium] if medium else []
-        elif role == "user":
+        elif role in ("user", "tool"):  # a tool may bring a picture
             found += read_parts(part, said.place, media, complaints)
         else:
             check_untagged(part, role, said.place, media, complaints)
