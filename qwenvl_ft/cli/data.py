@@ -17,6 +17,7 @@ from qwenvl_ft.cli.options import (
     Overrides,
     SettingsOf,
     ThinkingOption,
+    local_meta,
     read_reading,
     read_settings,
     training_chat_settings,
@@ -29,6 +30,7 @@ from qwenvl_ft.console import (
     print_drawing,
     print_json,
     print_line,
+    print_note,
     print_problems,
     save_svg,
 )
@@ -65,6 +67,7 @@ def validate_meta(
     from qwenvl_ft.data.formats.documented import record_notes
     from qwenvl_ft.data.meta_file import Tally, read_records
 
+    meta = local_meta(meta, print_note)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking)) if model else None
     reading, tally = read_reading(config, fetch_media), Tally()
     with counting("reading records") as on_record:
@@ -142,6 +145,7 @@ def show(
 
     if html:
         check_page(html)
+    meta = local_meta(meta, print_note)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
     reading = read_reading(config, fetch_media)
     if html:
