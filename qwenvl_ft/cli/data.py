@@ -10,6 +10,7 @@ from qwenvl_ft.cli.options import (
     ConfigFile,
     DataDir,
     FetchMedia,
+    FormatOption,
     Json,
     MaxPixels,
     Meta,
@@ -55,6 +56,7 @@ def validate_meta(
         bool, typer.Option("--deep", help="Decode every picture, too: finds what breaks behind a good header.")
     ] = False,
     fetch_media: FetchMedia = False,
+    format: FormatOption = None,
     as_json: Json = False,
 ) -> None:
     """Check a meta-file and its pictures: every problem in one run, with its place and its fix.
@@ -69,7 +71,7 @@ def validate_meta(
 
     meta = local_meta(meta, print_note)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking)) if model else None
-    reading, tally = read_reading(config, fetch_media), Tally()
+    reading, tally = read_reading(config, fetch_media, format), Tally()
     with counting("reading records") as on_record:
         records, problems, total = read_records(meta, data_dir, on_record, reading=reading, tally=tally)
     if deep:
@@ -120,6 +122,7 @@ def show(
     number: Annotated[int | None, typer.Argument(min=0, help="Which record, counted from 0; may be left out with --html.")] = None,
     data_dir: DataDir = None,
     fetch_media: FetchMedia = False,
+    format: FormatOption = None,
     config: SettingsOf = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
@@ -147,9 +150,9 @@ def show(
         check_page(html)
     meta = local_meta(meta, print_note)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
-    reading = read_reading(config, fetch_media)
+    reading = read_reading(config, fetch_media, format)
     if html:
-        return _show_page(html, meta, data_dir, reading, chat, *((start or 0, limit or 200) if number is None else (number, 1)))
+        return _show_page(html, meta, data_dir, chat, reading, *((start or 0, limit or 200) if number is None else (number, 1)))
     assert number is not None
     scripts = chat.write_scripts(record_at(meta, data_dir, number, reading))
     if as_json:
@@ -159,6 +162,21 @@ def show(
         print_drawing(draw_record(script, chat))
     if svg:
         save_svg(draw_record(scripts[-1], chat), svg)
+
+
+def _show_page(out: Path, meta: Path, data_dir: Path | None, chat: "Chat", reading: "Reading", start: int, limit: int) -> None:
+    from qwenvl_ft.data.meta_file import Tally, stream_records
+    from qwenvl_ft.data.show import cut_out, draw_page, write_page
+
+    tally = Tally()
+    with counting("reading records") as on_record:
+        cut = cut_out(stream_records(meta, data_dir, reading, tally), tally, start, limit, on_record)
+    with counting("looking at pictures") as on_medium:
+        page = draw_page(meta.name, cut, chat, on_medium)
+    write_page(page, out)
+    facts = f"{page.num_shown:,} record{'s' * (page.num_shown != 1)}, {page.num_bad:,} with problems"
+    more = f", more follow (--start {start + limit})" * cut.more
+    print_line(f"{out}: {facts}{more}, {out.stat().st_size / 1e3:,.0f} kB; open it in a browser")
 
 
 def record_at(meta: Path, data_dir: Path | None, number: int, reading: "Reading") -> "Record":
@@ -182,17 +200,26 @@ def record_at(meta: Path, data_dir: Path | None, number: int, reading: "Reading"
     raise UserError(*(of_files or [Problem(str(meta), f"has no record {number}", fix)]))
 
 
-def _show_page(out: Path, meta: Path, data_dir: Path | None, reading: "Reading", chat: "Chat", start: int, limit: int) -> None:
-    from qwenvl_ft.data.meta_file import read_records
-    from qwenvl_ft.data.show import draw_page, write_page
+def convert(
+    meta: Meta,
+    out: Annotated[Path, typer.Argument(help="The new file: .json for an array, .jsonl for JSON lines.")],
+    data_dir: DataDir = None,
+    fetch_media: FetchMedia = False,
+    format: FormatOption = None,
+    config: SettingsOf = None,
+) -> None:
+    """Write a meta-file of any kind and form anew in the documented form, or say what that cannot carry.
 
-    with counting("reading records") as on_record:
-        found = read_records(meta, data_dir, on_record, most=start + limit, reading=reading)
-    with counting("looking at pictures") as on_medium:
-        page = draw_page(meta.name, found, chat, start, limit, on_medium)
-    write_page(page, out)
-    shown = f"{page.num_shown:,} of {found.num_records:,} records, {page.num_bad:,} with problems"
-    print_line(f"{out}: {shown}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    What is written is read again and compared with what was read. Pictures and videos stay where they are.
+
+    Example: qwenvl-ft convert data/sample/train.json sample.jsonl --data-dir data/sample/images
+    """
+    from qwenvl_ft.data import convert as converting
+
+    with counting("writing records") as on_record:
+        tally = converting.convert(meta, out, data_dir, read_reading(config, fetch_media, format), on_record)
+    count = f"{tally.num_records:,} record{'s' * (tally.num_records != 1)}"
+    print_line(f"{out}: {count}, read as {draw_files(tally.facts)[-1][1]}")
 
 
 def plan(overrides: Overrides = None, config: ConfigFile = LORA_YAML, as_json: Json = False) -> None:

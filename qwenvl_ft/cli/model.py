@@ -78,8 +78,10 @@ def evaluate(
 
     Example: qwenvl-ft eval data/tiny data/sample/eval.json --data-dir data/sample/images --adapter runs/demo
     """
+    from qwenvl_ft.data.geometry import reading_of
     from qwenvl_ft.data.meta_file import Tally, read_records
     from qwenvl_ft.evaluate.scoring import evaluate as run
+    from qwenvl_ft.folders.runs import processor_folder
     from qwenvl_ft.infer.batch_file import read_answers, who_answers
     from qwenvl_ft.infer.engine import Engine, check_folders
 
@@ -87,7 +89,8 @@ def evaluate(
     meta = local_meta(meta, print_note)
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
     tally = Tally()
-    records, problems, _ = read_records(meta, data_dir, reading=read_reading(config, fetch_media), tally=tally)
+    reading = read_reading(config, fetch_media, own=reading_of(processor_folder(model, adapter)))
+    records, problems, _ = read_records(meta, data_dir, reading=reading, tally=tally)
     if problems:
         raise UserError(*problems)
     of = f"{re.sub('[^-.0-9A-Za-z_]+', '_', meta.stem)}{'' if adapter else f'-{model.resolve().name}'}{'-blank' if blank else ''}"
@@ -96,7 +99,8 @@ def evaluate(
     engine = Engine.open(model, adapter, blank, *chat_settings)
     limits = engine.limits("image")
     with counting("answering") as on_answer:
-        who = who_answers(model, adapter, [blank, vars(limits), engine.chat.source])
+        how = [blank, vars(limits), vars(engine.chat.video_limits), reading.video_fps, reading.video_max_frames, engine.chat.source]
+        who = who_answers(model, adapter, how)
         scores, _ = run(engine, records, batch_size, max_new_tokens, on_answer, target, who)
     scores |= {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels, "predictions": str(target)}
     if as_json:
@@ -188,7 +192,8 @@ def ask(
         from qwenvl_ft.infer.engine import Engine
 
         engine = Engine.open(model, adapter, False, *chat_settings)
-        who = who_answers(model, adapter, [vars(engine.limits("image")), engine.chat.source])
+        of_videos = [vars(engine.chat.video_limits), engine.reading.video_fps, engine.reading.video_max_frames]
+        who = who_answers(model, adapter, [vars(engine.limits("image")), *of_videos, engine.chat.source])
         with counting("answering") as on_answer:
             before, problems = answer_file(engine, lines, out, batch_size, max_new_tokens, on_answer, who)
         if problems:
@@ -197,13 +202,17 @@ def ask(
         print_line(f"{len(lines)} answers in {out}" + (f", {before} of them from before" if before else "")
                    + (f", {cut} of them cut by --max-new-tokens" if cut else ""))  # fmt: skip
         return
+    from qwenvl_ft.data.geometry import reading_of
     from qwenvl_ft.data.records import Turn
+    from qwenvl_ft.folders.runs import processor_folder
     from qwenvl_ft.infer.engine import Engine
     from qwenvl_ft.infer.messages import read_messages
 
     media: list[dict[str, Any]] = [{"type": "image", "image": source} for source in image or []]
     media += [{"type": "video", "video": source} | ({"fps": fps} if fps else {}) for source in video or []]
-    shown = read_messages([{"role": "user", "content": media}])[0].parts if media else ()  # before torch is imported
+    reading = read_reading(config, False, own=reading_of(processor_folder(model, adapter)))
+    # Before torch is imported.
+    shown = read_messages([{"role": "user", "content": media}], reading=reading)[0].parts if media else ()
     engine = Engine.open(model, adapter, False, *chat_settings)
     talk: list[Turn] = []
     for asked in [question] if question else chat_lines():

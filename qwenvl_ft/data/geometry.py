@@ -177,7 +177,7 @@ def read_video_limits(model_dir: Path, whole: bool, max_pixels: int | None = Non
 
     Raises UserError where its files do not say them, and for a bound below the least that the processor makes of a frame.
     """
-    settings = _video_settings(model_dir)
+    settings = video_settings(model_dir)
     size = settings.get("size") or {}
     least = settings.get("min_pixels") or size.get("shortest_edge")
     most = settings.get("max_pixels") or size.get("longest_edge")
@@ -194,15 +194,15 @@ def read_video_limits(model_dir: Path, whole: bool, max_pixels: int | None = Non
     return VideoLimits(settings["patch_size"], settings["merge_size"], steps, int(least), int(most), tokens, whole)
 
 
-def read_reading(model_dir: Path) -> Reading:
+def reading_of(model_dir: Path) -> Reading:
     """How a processor's files say that videos are drawn: in an adapter's and a merged folder, as they were in training."""
-    settings = _video_settings(model_dir)
+    settings = video_settings(model_dir)
     fps, frames = settings.get("fps") or AS_FOUND.video_fps, settings.get("max_frames") or AS_FOUND.video_max_frames
     return replace(AS_FOUND, video_fps=float(fps), video_max_frames=int(frames))
 
 
-def _video_settings(model_dir: Path) -> dict[str, Any]:
-    """Where transformers 5.23 looks for them, in its order."""
+def video_settings(model_dir: Path) -> dict[str, Any]:
+    """What the processor's files say of videos, where transformers 5.23 looks for it, in its order."""
     for name in VIDEO_PROCESSORS:
         content = read_model_json(model_dir / name) if (model_dir / name).is_file() else {}
         settings: dict[str, Any] = content.get("video_processor", {} if name == VIDEO_PROCESSORS[0] else content)

@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from qwenvl_ft.data.chat import IGNORE, Chat, Script
+from qwenvl_ft.data.geometry import tokens_of
 from qwenvl_ft.data.records import Box, Medium, Picture, Video
 from qwenvl_ft.errors import Problem
 
@@ -60,9 +61,9 @@ class Shown:
 Looks = Mapping[int, Look]  # by the id() of a medium
 
 
-def page(name: str, cards: Sequence[Shown], chat: Chat, looks: Looks, facts: Sequence[tuple[str, str]],
-         problems: Sequence[Problem] = ()) -> str:  # fmt: skip
-    """The whole page. `facts` are (number, of what) for its head; `problems` those that belong to no card."""
+def page(name: str, cards: Sequence[Shown], chat: Chat, looks: Looks, facts: Sequence[tuple[int, str]],
+         problems: Sequence[Problem] = (), rest: str = "") -> str:  # fmt: skip
+    """The whole page. `facts` are (number, of what) for its head; `problems` belong to no card; `rest` says where others are."""
     urls = dict.fromkeys(frame.url for look in looks.values() for frame in look.frames)
     numbers = {url: f"p{number}" for number, url in enumerate(urls)}
     said: dict[int, str] = {}
@@ -74,7 +75,8 @@ def page(name: str, cards: Sequence[Shown], chat: Chat, looks: Looks, facts: Seq
         "name": text(name),
         "style": _asset("page.css"),
         "unit": str(chat.limits.unit_px),
-        "facts": "".join(f"<div><dt>{text(what)}</dt><dd>{text(number)}</dd></div>" for number, what in facts),
+        "facts": "".join(f'<div data-of="{text(what)}"><dt>{text(what)}</dt><dd>{number:,}</dd></div>' for number, what in facts),
+        "rest": text(rest),
         "histogram": _histogram([shown.scripts[-1].length for shown in cards if shown.scripts]),
         "problems": _problems(problems),
         "cards": "".join(drawn),
@@ -90,9 +92,8 @@ def card(
 ) -> str:
     """One record. `numbers` are the keys of the URLs that stand elsewhere in the page; `said` caches the texts of ids."""
     numbers, said = numbers or {}, {} if said is None else said
-    media = {id(medium): medium for script in shown.scripts for medium in script.media}
-    broken = [problem for key in media if key in looks and (problem := looks[key].problem)]
-    problems = [*shown.problems, *broken]
+    media = media_of(shown)
+    problems = [*shown.problems, *(problem for of in media if id(of) in looks and (problem := looks[id(of)].problem))]
     facts = []
     if shown.scripts:
         script = shown.scripts[-1]
@@ -180,26 +181,38 @@ def letters(ids: Sequence[int], chat: Chat, said: dict[int, str]) -> Iterator[tu
         at += count
 
 
-def _figures(script: Script, boxes: Sequence[Box], chat: Chat, looks: Looks, numbers: Mapping[str, str]) -> Iterator[str]:
-    """What stands for each placeholder: the medium at its first, a count of tokens at the others, one for each time step."""
+def media_of(shown: Shown) -> list[Medium]:
+    """Every medium of a record's examples, once."""
+    return list({id(medium): medium for script in shown.scripts for medium in script.media}.values())
+
+
+def places(script: Script, merge_size: int) -> Iterator[tuple[int, bool]]:
+    """(number of its medium, whether it is the medium's first) of each placeholder: a video has one for each time step where
+    times stand between them."""
     counts = iter(script.counts)
-    num_pictures = 0
-    for medium, grid in zip(script.media, script.grids, strict=True):
-        num_tokens = math.prod(grid) // chat.limits.merge_size**2
-        mine: list[Box] = []
-        if isinstance(medium, Picture):
-            mine = [box for box in boxes if box.picture == num_pictures]
-            num_pictures += 1
-        yield figure(medium, grid, num_tokens, mine, chat, looks.get(id(medium), Look(())), numbers)
-        left = num_tokens - next(counts)
+    for number, grid in enumerate(script.grids):
+        left = tokens_of(grid, merge_size)
+        yield number, True
+        left -= next(counts)
         while left > 0:
-            count = next(counts)
-            left -= count
+            yield number, False
+            left -= next(counts)
+
+
+def _figures(script: Script, boxes: Sequence[Box], chat: Chat, looks: Looks, numbers: Mapping[str, str]) -> Iterator[str]:
+    """What stands for each placeholder: the medium at its first, a count of tokens at the others."""
+    pictures = [number for number, medium in enumerate(script.media) if isinstance(medium, Picture)]
+    for (number, is_first), count in zip(places(script, chat.limits.merge_size), script.counts, strict=True):
+        if is_first:
+            medium = script.media[number]
+            mine = [box for box in boxes if number in pictures and pictures.index(number) == box.picture]
+            yield figure(medium, script.grids[number], mine, chat, looks.get(id(medium), Look(())), numbers)
+        else:
             yield f'<span class="more">{count:,} tokens</span>'
 
 
 def figure(
-    medium: Medium, grid: tuple[int, int, int], num_tokens: int, boxes: Sequence[Box], chat: Chat, look: Look,
+    medium: Medium, grid: tuple[int, int, int], boxes: Sequence[Box], chat: Chat, look: Look,
     numbers: Mapping[str, str],
 ) -> str:  # fmt: skip
     """A medium at the size that the model sees, with its grid of tokens, its boxes, and a line of facts."""
@@ -209,7 +222,7 @@ def figure(
     scale = min(WIDEST_PX / width, TALLEST_PX / height, max(1, NARROWEST_PX / width))
     style = f"--width:{width * scale:.0f}px;--ratio:{width}/{height};--columns:{columns};--rows:{rows}"
     resized = f" → {width} × {height}" * ((medium.width, medium.height) != (width, height))
-    facts = f"{medium.width} × {medium.height}{resized} px · {num_tokens:,} tokens"
+    facts = f"{medium.width} × {medium.height}{resized} px · {tokens_of(grid, chat.limits.merge_size):,} tokens"
     if isinstance(medium, Video):
         facts = f"{len(medium.indices):,} of {medium.num_frames:,} frames, {medium.fps:.4g} a second · {facts}"
     else:
@@ -228,7 +241,7 @@ def figure(
     elif not seen:
         seen = ['<div class="see broken">not shown here</div>']
     if len(look.frames) > 1:
-        seen = [f'<div class="strip" tabindex="0" role="group" aria-label="Frames of {name}">{"".join(seen)}</div>']
+        seen = [f'<div class="strip" role="group" aria-label="Frames of {name}">{"".join(seen)}</div>']
     return f'<figure class="{medium.kind}" style="{style}">{"".join(seen)}<figcaption><b>{name}</b> {facts}</figcaption></figure>'
 
 

@@ -15,7 +15,7 @@ from qwenvl_ft.data.geometry import resized
 from qwenvl_ft.data.meta_file import OnRecord, Tally, called, read_records
 from qwenvl_ft.data.packing import Plan, pack, steps
 from qwenvl_ft.data.reading import Reading
-from qwenvl_ft.data.records import Picture, Record
+from qwenvl_ft.data.records import Picture, Record, Video
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.problems import check_model
 from qwenvl_ft.folders.runs import check_output_dir
@@ -127,12 +127,14 @@ def too_long(scripts: Sequence[Script], plan: Plan, name: str, as_one: bool) -> 
     lengths: dict[str, int] = {}  # by record: one whose template rewrites turns has several scripts
     for script in (scripts[index] for index in plan.too_long):
         lengths[script.where] = max(script.length, lengths.get(script.where, 0))
+    films = any(isinstance(medium, Video) for index in plan.too_long for medium in scripts[index].media)
+    lower = "video_max_pixels, video_fps or video_max_frames" if films else "max_pixels"
     if as_one and len(lengths) > 1:
         longest = max(lengths, key=lambda where: lengths[where])
         what = f"{len(lengths):,} records are too long for a row of {plan.row_tokens} tokens; {longest} is the longest, "
-        fix = f"raise row_tokens to {lengths[longest]}, lower max_pixels, or shorten them"
+        fix = f"raise row_tokens to {lengths[longest]}, lower {lower}, or shorten them"
         return [Problem(name, f"{what}{lengths[longest]} tokens", fix)]
-    fix = "raise row_tokens to {}, lower max_pixels, or shorten the record"
+    fix = f"raise row_tokens to {{}}, lower {lower}, or shorten the record"
     return [
         Problem(where, f"{length} tokens, a row holds {plan.row_tokens}", fix.format(length)) for where, length in lengths.items()
     ]

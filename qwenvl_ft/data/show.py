@@ -1,9 +1,8 @@
 """Records as the model sees them: one in the terminal, or many in a page for a browser."""
 
 import base64
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import groupby, islice
 from pathlib import Path
@@ -13,14 +12,14 @@ from PIL import Image
 
 from qwenvl_ft.console import Drawing, draw_panel
 from qwenvl_ft.data.chat import IGNORE, PICTURE, Chat, Script
-from qwenvl_ft.data.meta_file import MetaFile, OnRecord
-from qwenvl_ft.data.page import BEGINNING, Frame, Look, Shown, page
+from qwenvl_ft.data.geometry import tokens_of
+from qwenvl_ft.data.meta_file import Found, OnRecord, Tally
+from qwenvl_ft.data.page import BEGINNING, Frame, Look, Shown, media_of, page, places
 from qwenvl_ft.data.pictures import opened
-from qwenvl_ft.data.records import Box, Medium, Picture, Record
+from qwenvl_ft.data.records import Box, Medium, Picture, Video
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import writing
 
-PLACE = re.compile(r"(.*?)(?:\[(\d+)\]|:(\d+))(?![^.:\s])")  # a record's, with which the places within it begin
 PAGE_BYTES = 45_000  # of a record in the page: 200 take 9 MB
 TOKEN_BYTES = 8  # of them for a token's text and its borders
 FRAMES = 8  # of a video that are drawn
@@ -32,18 +31,20 @@ LEAST_BYTES = 800  # of a picture, in which something can be seen
 def draw_record(script: Script, chat: Chat) -> Drawing:
     """The record as the model sees it: pictures as blocks with their tokens, what is taught in green."""
     pieces: list[tuple[str, str]] = []
-    pictures = zip(script.media, script.grids, script.counts, strict=True)
     merge = chat.limits.merge_size
+    rest = zip(places(script, merge), script.counts, strict=True)
     tokens = zip(script.ids, script.labels, strict=True)
-    for (is_picture, is_taught), run in groupby(tokens, lambda of: (of[0] in script.placeholders, of[1] != IGNORE)):
+    for (is_medium, is_taught), run in groupby(tokens, lambda of: (of[0] in script.placeholders, of[1] != IGNORE)):
         ids = [token for token, _ in run]
-        if not is_picture:
+        if not is_medium:
             said = chat.said(ids)
             pieces.append((said, "bold green" if is_taught else "" if "<|" not in said else "bright_black"))
             continue
-        for picture, (_, rows, columns), count in islice(pictures, len(ids)):
-            size = f"{picture.width} x {picture.height} px, {columns // merge} x {rows // merge} = {count} tokens"
-            pieces.append((f" ▦ {picture.name}: {size} ", "#101010 on #5fd7d7"))
+        for (number, is_first), count in islice(rest, len(ids)):
+            medium, (frames, rows, columns) = script.media[number], script.grids[number]
+            shape = f"{columns // merge} x {rows // merge}{f' x {frames}' * (frames > 1)}"
+            size = f"{medium.name}: {medium.width} x {medium.height} px, {shape} = {tokens_of(script.grids[number], merge)} tokens"
+            pieces.append((f" ▦ {size if is_first else f'{count} tokens'} ", "#101010 on #5fd7d7"))
     taught = sum(label != IGNORE for label in script.labels)
     return draw_panel(pieces, script.where, f"{script.length} tokens, {taught} taught (green); {PICTURE} widened")
 
@@ -64,37 +65,60 @@ class Page:
     num_bad: int
 
 
-def draw_page(
-    name: str, found: MetaFile, chat: Chat, start: int, limit: int, on_medium: OnRecord = lambda done, total: None
-) -> Page:
-    """The records from number `start` on, in the order of their file, those that cannot be read, too, `limit` of them at most.
+@dataclass(frozen=True)
+class Cut:
+    """Some of a meta-file's entries, from number `start` on; problems of no single entry; whether more entries follow."""
 
-    `on_medium(done, total)` is called after each picture or video that was opened. Raises UserError where there is no record.
+    start: int
+    found: Sequence[Found]
+    elsewhere: Sequence[Problem]
+    more: bool
+
+
+def cut_out(found: Iterable[Found], tally: Tally, start: int, limit: int, on_record: OnRecord) -> Cut:
+    """Reads no further than the page goes, or than one record more. Raises UserError where it would be empty.
+
+    `on_record(done, total)` is called after each.
     """
-    places, elsewhere = in_order(found)
-    chosen = places[start : start + limit]
+    chosen: list[Found] = []
+    elsewhere: list[Problem] = []
+    number, last, more = 0, "", False
+    for of in found:
+        if not of.where:
+            elsewhere += of.problems
+            continue
+        if more := len(chosen) == limit:
+            break
+        if number >= start:
+            chosen.append(of)
+        number, last = number + 1, of.where
+        on_record(number, start + limit)
     if not chosen:
-        last = f"; the last one is {places[-1][0]}" if places else ""
-        raise UserError(
-            *elsewhere, *[Problem(name, f"has no record {start}", f"count from 0{last}")] * bool(places or not elsewhere)
-        )
-    cards = [_shown(where, of, chat) for where, of in chosen]
+        fix = f"count from 0; the last one is {last}"
+        raise UserError(*elsewhere, *([Problem("--start", f"there is no record {start}", fix)] if last else []))
+    mine = [problem for of in chosen for problem in of.problems]
+    folder = [problem for problem in tally.said_once(mine) if problem not in mine]  # where it is the wrong one
+    return Cut(start, chosen, [*folder, *elsewhere], more)
+
+
+def draw_page(name: str, cut: Cut, chat: Chat, on_medium: OnRecord = lambda done, total: None) -> Page:
+    """These records as one page. `on_medium(done, total)` is called after each picture or video that was opened."""
+    cards = [_shown(of, chat) for of in cut.found]
     looks = see([script for card in cards for script in card.scripts], chat, len(cards), on_medium)
-    scripts = [card.scripts[-1] for card in cards if card.scripts]
-    bad = [card for card in cards if card.problems or any(looks[id(of)].problem for script in card.scripts for of in script.media)]
-    taught = sum(label != IGNORE for card in cards for script in card.scripts for label in script.labels)
-    total = sum(script.length for script in scripts)
+    scripts = [card.scripts[-1] for card in cards if card.scripts]  # of a record's examples the last has the whole talk
+    num_bad = sum(bool(card.problems) or any(looks[id(medium)].problem for medium in media_of(card)) for card in cards)
     facts = [
-        (f"{found.num_records:,}", "records in the file"),
-        (f"{len(cards):,}", "shown here"),
-        (f"{len(bad):,}", "with problems"),
-        (f"{total:,}", "tokens"),
-        (f"{taught:,}", "taught"),
+        (len(cards), "records"),
+        (num_bad, "with problems"),
+        (sum(script.length for script in scripts), "tokens"),
+        (sum(label != IGNORE for card in cards for script in card.scripts for label in script.labels), "taught"),
     ]
     for kind, what in (("image", "pictures"), ("video", "videos")):
-        if number := sum(medium.kind == kind for script in scripts for medium in script.media):
-            facts.append((f"{number:,}", what))
-    return Page(page(name, cards, chat, looks, facts, elsewhere), len(cards), len(bad))
+        facts.append((sum(medium.kind == kind for script in scripts for medium in script.media), what))
+    last = cut.start + len(cards) - 1
+    rest = f"Records {cut.start:,} to {last:,}; the next ones: --start {last + 1}" if cut.more or cut.start else ""
+    rest = rest if cut.more else rest.split(";")[0]
+    return Page(page(name, cards, chat, looks, [fact for fact in facts if fact[0]], cut.elsewhere, rest), len(cards), num_bad)
 
 
 def check_page(out: Path) -> None:
@@ -113,39 +137,15 @@ def write_page(drawn: Page, out: Path) -> None:
         out.write_text(drawn.html, encoding="utf-8")
 
 
-def in_order(found: MetaFile) -> tuple[list[tuple[str, Record | list[Problem]]], list[Problem]]:
-    """Each record of the file, or what keeps it from being read, with its place; and the problems of no record."""
-    places: dict[str, Record | list[Problem]] = {record.where: record for record in found.records}
-    elsewhere: list[Problem] = []
-    for problem in found.problems:
-        place = PLACE.match(problem.where)
-        held = places.setdefault(place[0], []) if place and found.num_records else elsewhere
-        if isinstance(held, list):
-            held.append(problem)
-        else:
-            elsewhere.append(problem)
-    files = {name: number for number, name in enumerate(dict.fromkeys(map(_file_of, places)))}
-    return sorted(places.items(), key=lambda of: (files[_file_of(of[0])], _number_of(of[0]))), elsewhere
-
-
-def _file_of(where: str) -> str:
-    place = PLACE.match(where)
-    return place[1] if place else where
-
-
-def _number_of(where: str) -> int:
-    place = PLACE.match(where)
-    return int(place[2] or place[3]) if place else 0
-
-
-def _shown(where: str, of: Record | list[Problem], chat: Chat) -> Shown:
-    if isinstance(of, list):
-        return Shown(where, [], problems=of)
+def _shown(found: Found, chat: Chat) -> Shown:
+    record = found.record
+    if record is None:
+        return Shown(found.where, [], problems=found.problems)
     try:
-        scripts = chat.write_scripts(of)
+        scripts = chat.write_scripts(record)
     except UserError as error:
-        return Shown(where, [], problems=error.problems)
-    return Shown(where, scripts, [part for turn in of.turns for part in turn.parts if isinstance(part, Box)])
+        return Shown(found.where, [], problems=error.problems)
+    return Shown(found.where, scripts, [part for turn in record.turns for part in turn.parts if isinstance(part, Box)])
 
 
 def see(scripts: Sequence[Script], chat: Chat, num_records: int, on_medium: OnRecord) -> dict[int, Look]:
@@ -177,11 +177,21 @@ def _look(medium: Medium, size: tuple[int, int], most_bytes: float) -> Look:
     try:
         if isinstance(medium, Picture):
             return Look([Frame(_small(opened(medium), size, most_bytes))])
-        images = medium.images
-        chosen = sorted({round(step * (len(images) - 1) / (FRAMES - 1)) for step in range(FRAMES)}) if images else []
-        return Look([Frame(_small(images[at], size, most_bytes), medium.indices[at] / medium.fps) for at in chosen])
+        from qwenvl_ft.data.videos import frames  # and PyAV, which pictures can do without
+
+        some = few_frames(medium)
+        urls = frames(some, lambda image: _small(image, size, most_bytes))
+        return Look([Frame(url, at / some.fps) for url, at in zip(urls, some.indices, strict=True)])
     except UserError as error:
         return Look([], error.problems[0])
+
+
+def few_frames(video: Video) -> Video:
+    """The video with FRAMES of its frames at most, from the first to the last."""
+    last = len(video.indices) - 1
+    chosen = sorted({round(step * last / (FRAMES - 1)) for step in range(FRAMES)})
+    source = tuple(video.source[at] for at in chosen) if isinstance(video.source, tuple) else video.source
+    return replace(video, source=source, indices=tuple(video.indices[at] for at in chosen))
 
 
 def _small(image: Image.Image, size: tuple[int, int], most_bytes: float) -> str:

@@ -11,8 +11,10 @@ import math
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from qwenvl_ft.data import sources
 from qwenvl_ft.data.pictures import MAX_PIXELS, PictureChanged, check_aspect, opened, size_of
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Picture, Source, Video
@@ -117,7 +120,10 @@ def measured(
     least, most = options.get("min_pixels"), options.get("max_pixels")
     if not isinstance(source, list | tuple):
         assert isinstance(source, Source)
-        film = _in_time(lambda: _plan(source, where, drawing, Allowance()), where)
+        try:
+            film = _in_time(lambda: _measured(source, _stamp(source), drawing), where)
+        except UserError as error:
+            raise UserError(*(replace(problem, where=problem.where or where) for problem in error.problems)) from error
         return replace(film, min_pixels=least, max_pixels=most)
     check_number(len(source), where, drawing)
     if "nframes" in options:
@@ -150,9 +156,8 @@ def frames(video: Video, keep: Callable[[Image.Image], T], where: str = "") -> l
     if isinstance(source := video.source, tuple):
         pictures = (of if isinstance(of, Image.Image) else Picture(of, video.height, video.width) for of in source)
         return [keep(of if isinstance(of, Image.Image) else opened(of, where)) for of in pictures]
-    path = _file_of(source)
-    if video.num_bytes is not None and not (path.is_file() and path.stat().st_size == video.num_bytes):
-        what = f"since the records were read it changed: {video.name} is gone, or another film"
+    if not (is_there := sources.holder(source).is_file()) or video.num_bytes not in (None, sources.num_bytes(source)):
+        what = f"since the records were read it changed: {video.name} is {'another film' if is_there else 'gone'}"
         raise PictureChanged(Problem(where, what, "put it back as it was and go on, or start again"))
     return _in_time(lambda: _drawn(source, video, where, Allowance(), keep), where)
 
@@ -165,31 +170,36 @@ def read_video(data: bytes, where: str, drawing: Drawing, allowance: Allowance |
     return Video.of(images, video.fps, video.indices, video.num_frames)
 
 
-def _file_of(source: Any) -> Path:
-    assert isinstance(source, Path)
-    return source
+def _stamp(source: Source) -> sources.Stamp | None:
+    try:
+        return sources.stamp(source)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=10_000)  # of a film there are several questions
+def _measured(source: Source, stamp: sources.Stamp | None, drawing: Drawing) -> Video:
+    return _plan(source, "", drawing, Allowance())
 
 
 def _in_time(job: Callable[[], T], where: str) -> T:
     """What the job returns or raises; UserError where it takes longer than MOST_SECONDS. Its thread is then left to itself."""
-    done: list[T] = []
-    raised: list[BaseException] = []
+    result: Future[T] = Future()
 
     def run() -> None:
         try:
-            done.append(job())
+            result.set_result(job())
         except BaseException as error:
-            raised.append(error)
+            result.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
 
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(MOST_SECONDS)
-    if raised:
-        raise raised[0]
-    if not done:
+    Thread(target=run, daemon=True).start()  # of a pool Python itself would wait for the thread when it ends
+    try:
+        return result.result(MOST_SECONDS)
+    except TimeoutError:
         what = f"did not come to an end in {MOST_SECONDS:g} seconds"
-        raise UserError(Problem(where, what, "write the film anew (ffmpeg -i FILE NEW.mp4), or leave it out"))
-    return done[0]
+        raise UserError(Problem(where, what, "write the film anew (ffmpeg -i FILE NEW.mp4), or leave it out")) from None
 
 
 @contextmanager
@@ -200,13 +210,21 @@ def _opened(source: Source | BytesIO, where: str, allowance: Allowance) -> Itera
     try:
         # The first frames are decoded here already: the bound must be known to the decoder.
         options = {"format_whitelist": CONTAINERS, "max_pixels": str(int(allowance.picture_pixels))}
-        file = source if isinstance(source, BytesIO) else f"file:{_file_of(source)}"
-        with av.open(file, "r", options=options) as container:
+        file = source if isinstance(source, BytesIO) else sources.opened(source)
+        with av.open(f"file:{file}" if isinstance(file, Path) else file, "r", options=options) as container:
             if not container.streams.video:
                 raise UserError(Problem(where, "holds no pictures, only sound or nothing", "name a film"))
             yield container, container.streams.video[0]
+    except OSError as error:
+        if isinstance(error, av.FFmpegError) and not isinstance(error, FileNotFoundError | PermissionError):
+            raise _no_video(where) from error
+        raise UserError(Problem(where, f"cannot be read ({error.strerror or error})", "put it back, or leave it out")) from error
     except (av.FFmpegError, IndexError, ValueError, AttributeError) as error:  # AttributeError: a codec that is not known
-        raise UserError(Problem(where, "is not a video that can be read", "send an MP4 of at least two frames")) from error
+        raise _no_video(where) from error
+
+
+def _no_video(where: str) -> UserError:
+    return UserError(Problem(where, "is not a video that can be read", "send an MP4 of at least two frames"))
 
 
 @dataclass(frozen=True)
@@ -260,7 +278,7 @@ def _plan(source: Source | BytesIO, where: str, drawing: Drawing, allowance: All
             raise UserError(Problem(where, "has no frame that can be decoded", "write it anew (ffmpeg -i FILE NEW.mp4)"))
         lies = _turn(first, where) in (TURN.ROTATE_270, TURN.ROTATE_90, TURN.TRANSPOSE, TURN.TRANSVERSE)
         width, height = (first.height, first.width) if lies else (first.width, first.height)
-    num_bytes = None if isinstance(source, BytesIO) else _file_of(source).stat().st_size
+    num_bytes = None if isinstance(source, BytesIO) else sources.num_bytes(source)
     kept = source if isinstance(source, Source) else ()
     return Video(kept, height, width, line.rate, _spread(number, line.total), line.total, num_bytes=num_bytes)
 

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from qwenvl_ft.data.chat import Chat, open_chat
-from qwenvl_ft.data.geometry import Limits, read_reading
+from qwenvl_ft.data.geometry import Limits, reading_of
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Medium, Picture, Turn, Video
 from qwenvl_ft.data.template import Thinking
@@ -78,7 +78,7 @@ class Engine:
         if adapter:
             model = add_adapter(model, adapter, "default", model_dir)
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor, chat, blank,
-                   reading=read_reading(processor_folder(model_dir, adapter)))  # fmt: skip
+                   reading=reading_of(processor_folder(model_dir, adapter)))  # fmt: skip
 
     def limits(self, kind: str) -> Limits:
         """What the processor does to an image."""
@@ -218,7 +218,7 @@ def open_beside(model_dir: Path, adapters: Mapping[str, Path], min_pixels: int |
         slot = f"adapter_{number}"  # PEFT takes no name with a dot
         model = add_adapter(model, folder, slot, model_dir)
         chat = open_chat(model_dir, min_pixels, max_pixels, thinking, video_max_pixels, folder)
-        processor, reading = limited(open_processor(model_dir, folder), chat), read_reading(processor_folder(model_dir, folder))
+        processor, reading = limited(open_processor(model_dir, folder), chat), reading_of(processor_folder(model_dir, folder))
         engines[name] = replace(base, processor=processor, chat=chat, adapter=slot, reading=reading)
     model = model.to(base.model.device).eval()
     return {name: replace(engine, model=model) for name, engine in engines.items()}

@@ -20,7 +20,7 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
 from qwenvl_ft.data import sources
 from qwenvl_ft.data.prepare import Prepared
-from qwenvl_ft.data.records import Picture, Source
+from qwenvl_ft.data.records import Source
 from qwenvl_ft.data.rows import Built, Rows
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.adapter import base_fingerprint
@@ -214,7 +214,7 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
     Hashes pictures and base, each file once. Raises UserError for a file that is gone.
     """
     same = "lora_on lora_rank lora_alpha lora_dropout rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay "
-    same += "max_grad_norm seed dtype num_train_epochs max_steps thinking"
+    same += "max_grad_norm seed dtype num_train_epochs max_steps thinking video_fps video_max_frames video_max_pixels"
     settings = {key: str(getattr(config, key)) for key in same.split()}
     held = {source for part in (prepared, held_out) if part for source in sources_of(part)}
     files = sorted({sources.holder(source) for source in held})
@@ -225,9 +225,7 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
         return [[script.ids, script.labels] for script in part.scripts]
 
     def names(part: Prepared) -> list[Any]:
-        return sorted(
-            {(sources.key(of.source), of.height, of.width) for of in pictures_of(part) if not isinstance(of.source, Image.Image)}
-        )
+        return sorted((sources.key(source), *size) for source, size in sources_of(part).items())
 
     def content(part: Prepared) -> list[str]:
         return [contents[file] for file in sorted({sources.holder(source) for source in sources_of(part)})]
@@ -244,14 +242,11 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
     }
 
 
-def pictures_of(prepared: Prepared) -> list[Picture]:
-    """Every picture of its records."""
-    return [of for record in prepared.records for of in record.pictures]
-
-
-def sources_of(prepared: Prepared) -> set[Source]:
-    """Where the bytes of its pictures lie."""
-    return {of.source for of in pictures_of(prepared) if not isinstance(of.source, Image.Image)}
+def sources_of(prepared: Prepared) -> dict[Source, tuple[int, ...]]:
+    """Where the bytes of its pictures and videos lie, with their sizes in px."""
+    media = [medium for record in prepared.records for medium in record.media]
+    frames = [(of.source if isinstance(of.source, tuple) else (of.source,), (of.height, of.width)) for of in media]
+    return {source: size for some, size in frames for source in some if not isinstance(source, Image.Image)}
 
 
 def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared) -> list[str]:
