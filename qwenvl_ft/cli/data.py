@@ -18,6 +18,7 @@ from qwenvl_ft.cli.options import (
     Overrides,
     SettingsOf,
     ThinkingOption,
+    local_meta,
     read_reading,
     read_settings,
     training_chat_settings,
@@ -30,6 +31,7 @@ from qwenvl_ft.console import (
     print_drawing,
     print_json,
     print_line,
+    print_note,
     print_problems,
     save_svg,
 )
@@ -70,6 +72,7 @@ def validate_meta(
     from qwenvl_ft.data.notes import Noted
     from qwenvl_ft.data.parts import parts_of
 
+    meta = local_meta(meta, print_note)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking)) if model else None
     reading, tally, noted = read_reading(config, fetch_media, format), Tally(), Noted()
     problems, records, lengths = list[Problem](), list["Record"](), [np.zeros(0, np.int32)]
@@ -161,6 +164,7 @@ def show(
 
     if html:
         check_page(html)
+    meta = local_meta(meta, print_note)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
     reading = read_reading(config, fetch_media, format)
     if html:
