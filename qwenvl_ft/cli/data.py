@@ -10,6 +10,7 @@ from qwenvl_ft.cli.options import (
     ConfigFile,
     DataDir,
     FetchMedia,
+    FormatOption,
     Json,
     MaxPixels,
     Meta,
@@ -53,6 +54,7 @@ def validate_meta(
         bool, typer.Option("--deep", help="Decode every picture, too: finds what breaks behind a good header.")
     ] = False,
     fetch_media: FetchMedia = False,
+    format: FormatOption = None,
     as_json: Json = False,
 ) -> None:
     """Check a meta-file and its pictures: every problem in one run, with its place and its fix.
@@ -66,7 +68,7 @@ def validate_meta(
     from qwenvl_ft.data.meta_file import Tally, read_records
 
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking)) if model else None
-    reading, tally = read_reading(config, fetch_media), Tally()
+    reading, tally = read_reading(config, fetch_media, format), Tally()
     with counting("reading records") as on_record:
         records, problems, total = read_records(meta, data_dir, on_record, reading=reading, tally=tally)
     if deep:
@@ -117,6 +119,7 @@ def show(
     number: Annotated[int | None, typer.Argument(min=0, help="Which record, counted from 0; may be left out with --html.")] = None,
     data_dir: DataDir = None,
     fetch_media: FetchMedia = False,
+    format: FormatOption = None,
     config: SettingsOf = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
@@ -143,7 +146,7 @@ def show(
     if html:
         check_page(html)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
-    reading = read_reading(config, fetch_media)
+    reading = read_reading(config, fetch_media, format)
     if html:
         return _show_page(html, meta, data_dir, chat, reading, *((start or 0, limit or 200) if number is None else (number, 1)))
     assert number is not None
@@ -191,6 +194,28 @@ def record_at(meta: Path, data_dir: Path | None, number: int, reading: "Reading"
             last = found.where if found.record else last
     fix = f"count from 0; the last good record is {last}" if last else "mend the others first"
     raise UserError(*(of_files or [Problem(str(meta), f"has no record {number}", fix)]))
+
+
+def convert(
+    meta: Meta,
+    out: Annotated[Path, typer.Argument(help="The new file: .json for an array, .jsonl for JSON lines.")],
+    data_dir: DataDir = None,
+    fetch_media: FetchMedia = False,
+    format: FormatOption = None,
+    config: SettingsOf = None,
+) -> None:
+    """Write a meta-file of any kind and form anew in the documented form, or say what that cannot carry.
+
+    What is written is read again and compared with what was read. Pictures and videos stay where they are.
+
+    Example: qwenvl-ft convert data/sample/train.json sample.jsonl --data-dir data/sample/images
+    """
+    from qwenvl_ft.data import convert as converting
+
+    with counting("writing records") as on_record:
+        tally = converting.convert(meta, out, data_dir, read_reading(config, fetch_media, format), on_record)
+    count = f"{tally.num_records:,} record{'s' * (tally.num_records != 1)}"
+    print_line(f"{out}: {count}, read as {draw_files(tally.facts)[-1][1]}")
 
 
 def plan(overrides: Overrides = None, config: ConfigFile = LORA_YAML, as_json: Json = False) -> None:

@@ -87,7 +87,7 @@ def evaluate(
     check_folders(model, [adapter] if adapter else [])
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
     tally = Tally()
-    reading = read_reading(config, fetch_media, reading_of(processor_folder(model, adapter)))
+    reading = read_reading(config, fetch_media, own=reading_of(processor_folder(model, adapter)))
     records, problems, _ = read_records(meta, data_dir, reading=reading, tally=tally)
     if problems:
         raise UserError(*problems)
@@ -208,7 +208,7 @@ def ask(
 
     media: list[dict[str, Any]] = [{"type": "image", "image": source} for source in image or []]
     media += [{"type": "video", "video": source} | ({"fps": fps} if fps else {}) for source in video or []]
-    reading = read_reading(config, False, reading_of(processor_folder(model, adapter)))
+    reading = read_reading(config, False, own=reading_of(processor_folder(model, adapter)))
     # Before torch is imported.
     shown = read_messages([{"role": "user", "content": media}], reading=reading)[0].parts if media else ()
     engine = Engine.open(model, adapter, False, *chat_settings)

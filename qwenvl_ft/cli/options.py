@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qwenvl_ft.config import FOUR_TOKENS, Config, Part, load_config
+from qwenvl_ft.config import FOUR_TOKENS, Config, Form, Part, load_config
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.errors import Problem, UserError
@@ -22,6 +22,9 @@ DataDir = Annotated[
     typer.Option("--data-dir", help="Where file names are looked up: the meta-file's folder, unless it is given."),
 ]
 FetchMedia = Annotated[bool, typer.Option("--fetch-media", help="Bring pictures that are named by URL or held as base64, once.")]
+FormatOption = Annotated[
+    Form | None, typer.Option("--format", help="The form of the records, where what they hold does not say so rightly.")
+]
 ModelArgument = Annotated[Path, typer.Argument(help="The model's folder.")]
 ConfigFile = Annotated[Path, typer.Option("--config", help="The settings; `qwenvl-ft init` writes a lora.yaml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for a program.")]
@@ -100,7 +103,7 @@ def training_chat_settings(
     return least, most or defaults["max_pixels"], thinks or defaults["thinking"], of_video or defaults["video_max_pixels"]
 
 
-def read_reading(config: Path | None, fetch_media: bool, own: Reading = AS_FOUND) -> Reading:
+def read_reading(config: Path | None, fetch_media: bool, format: Form | None = None, own: Reading = AS_FOUND) -> Reading:
     """How records are read: as the settings that --config names have it, and as the command's own options do."""
     reading = Reading.of(load_config(config)) if config else own
-    return replace(reading, fetch_media=fetch_media or reading.fetch_media)
+    return replace(reading, fetch_media=fetch_media or reading.fetch_media, format=format or reading.format)

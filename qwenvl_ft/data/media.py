@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from unicodedata import normalize
 from urllib.parse import unquote
@@ -116,7 +115,8 @@ class Media:
 
         Raises UserError where it is none that can be read, or is not inside the folder.
         """
-        measured = import_module("qwenvl_ft.data.videos").measured  # and PyAV, which pictures can do without
+        from qwenvl_ft.data.videos import measured  # and PyAV, which pictures can do without
+
         if isinstance(name, Sequence) and not isinstance(name, str):
             found: Source | list[Source] = [self._source(frame, where) for frame in name]
         else:
@@ -124,10 +124,9 @@ class Media:
             found = _frames(source) if isinstance(source, Path) and source.is_dir() else source
         if found == []:
             raise UserError(Problem(where, f"{name} is a folder without pictures", "name a film, or a folder of its frames"))
-        video: Video = measured(found, where, options, self.reading)
-        return video
+        return measured(found, where, options, self.reading)
 
-    def _source(self, name: str | Source, where: str, or_folder: bool = False) -> Source:
+    def _source(self, name: Named, where: str, or_folder: bool = False) -> Source:
         if not isinstance(name, str):
             return name
         try:

@@ -130,8 +130,8 @@ def stream_records(
                 tally.media[folder] = Media(folder, reading)
             for file, name in zip(of_part, names, strict=False):
                 counts.containers[container_of(file)] += 1
-                for entry in (one for of in entries_of(file, name) for one in _unpacked(of)):
-                    found = _read(entry, tally.media.get(folder), reading, tally)
+                for entry in _each(entries_of(file, name)):
+                    found = _read(entry, tally.media.get(folder), tally)
                     times = int(part.weight) + (draw.random() < part.weight % 1) if found.record else 0
                     counts.records, counts.used = counts.records + bool(entry.where), counts.used + times
                     tally.num_records += bool(entry.where)
@@ -144,19 +144,22 @@ def stream_records(
             media.sizes.save()
 
 
-def _unpacked(entry: Entry) -> Iterator[Entry]:
-    return (entry._replace(where=where, value=value) for where, value in unpacked(entry.where, entry.value))
+def _each(entries: Iterator[Entry]) -> Iterator[Entry]:
+    """The entries, with those of a list of records as entries of their own."""
+    for entry in entries:
+        for where, value in unpacked(entry.where, entry.value):
+            yield entry._replace(where=where, value=value)
 
 
-def _read(entry: Entry, media: Media | None, reading: Reading, tally: Tally) -> Found:
+def _read(entry: Entry, media: Media | None, tally: Tally) -> Found:
     if isinstance(entry.value, Problem):
         return Found(entry.where, None, [entry.value])
     if media is None:
         return Found(entry.where, None, [])
     media.beside = entry.beside
     problems: list[Problem] = []
-    tally.forms[form_of(entry.value, reading)] += 1
-    return Found(entry.where, read_entry(entry.value, entry.where, media, problems, reading), problems)
+    tally.forms[form_of(entry.value, media.reading) or "none that is known"] += 1
+    return Found(entry.where, read_entry(entry.value, entry.where, media, problems, media.reading), problems)
 
 
 def read_records(

@@ -75,7 +75,7 @@ def page(name: str, cards: Sequence[Shown], chat: Chat, looks: Looks, facts: Seq
         "name": text(name),
         "style": _asset("page.css"),
         "unit": str(chat.limits.unit_px),
-        "facts": "".join(f"<div><dt>{text(what)}</dt><dd>{number:,}</dd></div>" for number, what in facts),
+        "facts": "".join(f'<div data-of="{text(what)}"><dt>{text(what)}</dt><dd>{number:,}</dd></div>' for number, what in facts),
         "rest": text(rest),
         "histogram": _histogram([shown.scripts[-1].length for shown in cards if shown.scripts]),
         "problems": _problems(problems),
@@ -241,7 +241,7 @@ def figure(
     elif not seen:
         seen = ['<div class="see broken">not shown here</div>']
     if len(look.frames) > 1:
-        seen = [f'<div class="strip" tabindex="0" role="group" aria-label="Frames of {name}">{"".join(seen)}</div>']
+        seen = [f'<div class="strip" role="group" aria-label="Frames of {name}">{"".join(seen)}</div>']
     return f'<figure class="{medium.kind}" style="{style}">{"".join(seen)}<figcaption><b>{name}</b> {facts}</figcaption></figure>'
 
 

@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import groupby, islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from qwenvl_ft.data.geometry import tokens_of
 from qwenvl_ft.data.meta_file import Found, OnRecord, Tally
 from qwenvl_ft.data.page import BEGINNING, Frame, Look, Shown, media_of, page, places
 from qwenvl_ft.data.pictures import opened
-from qwenvl_ft.data.records import Box, Medium, Picture
+from qwenvl_ft.data.records import Box, Medium, Picture, Video
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import writing
 
@@ -177,11 +177,21 @@ def _look(medium: Medium, size: tuple[int, int], most_bytes: float) -> Look:
     try:
         if isinstance(medium, Picture):
             return Look([Frame(_small(opened(medium), size, most_bytes))])
-        images = medium.images
-        chosen = sorted({round(step * (len(images) - 1) / (FRAMES - 1)) for step in range(FRAMES)}) if images else []
-        return Look([Frame(_small(images[at], size, most_bytes), medium.indices[at] / medium.fps) for at in chosen])
+        from qwenvl_ft.data.videos import frames  # and PyAV, which pictures can do without
+
+        some = few_frames(medium)
+        urls = frames(some, lambda image: _small(image, size, most_bytes))
+        return Look([Frame(url, at / some.fps) for url, at in zip(urls, some.indices, strict=True)])
     except UserError as error:
         return Look([], error.problems[0])
+
+
+def few_frames(video: Video) -> Video:
+    """The video with FRAMES of its frames at most, from the first to the last."""
+    last = len(video.indices) - 1
+    chosen = sorted({round(step * last / (FRAMES - 1)) for step in range(FRAMES)})
+    source = tuple(video.source[at] for at in chosen) if isinstance(video.source, tuple) else video.source
+    return replace(video, source=source, indices=tuple(video.indices[at] for at in chosen))
 
 
 def _small(image: Image.Image, size: tuple[int, int], most_bytes: float) -> str:

@@ -72,7 +72,7 @@ def test_wrong_usage_exits_with_2(arguments, run):
     assert code == 2 and "Usage" in out + err
 
 
-@pytest.mark.parametrize("command", ["init", "validate-meta", "show", "plan", "train", "eval", "export", "ask"])
+@pytest.mark.parametrize("command", ["init", "validate-meta", "show", "convert", "plan", "train", "eval", "export", "ask"])
 def test_every_command_helps_with_an_example_of_itself(command, run):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -282,13 +282,13 @@ def test_boxes_that_are_taught_as_letters_are_noted_and_are_no_problem(run, talk
 
 
 def test_problems_of_one_kind_are_a_line_with_their_count_for_people_and_programs(run, tmp_path):
-    """300 records of LLaVA's form were 1,201 lines."""
-    turns = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": "Red."}]
-    (tmp_path / "train.json").write_text(json.dumps([{"id": str(i), "image": "a.png", "conversations": turns} for i in range(300)]))
+    """300 records with two troubles each were 1,201 lines."""
+    turns = [{"from": "human", "value": "<audio>\nColour?"}, {"from": "gpt", "value": "Red."}]
+    (tmp_path / "train.json").write_text(json.dumps([{"id": str(i), "audio": "a.wav", "conversations": turns} for i in range(300)]))
     command = ["validate-meta", str(tmp_path / "train.json"), "--data-dir", str(tmp_path)]
     code, _, err = run(*command)
     assert code == 1 and err.count("\n") == 5
-    assert err.startswith('train.json[0], train.json[1], train.json[2] and 297 more: has a key "image", which is not read\n')
+    assert err.startswith('train.json[0], train.json[1], train.json[2] and 297 more: has a key "audio", which is not read\n')
     assert err.endswith("\n600 problems, 2 different (--all lists each)\n")
     found = json.loads(run(*command, "--json")[1])["problems"]
     assert [(problem["count"], len(problem["places"])) for problem in found] == [(300, 10)] * 2

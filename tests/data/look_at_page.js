@@ -16,6 +16,8 @@ async function look(browser, url) {
   found.cards = await page.locator(".card").count();
   found.pictures = await page.locator(".card img").evaluateAll((all) => Promise.all(all.map((image) =>
     image.decode().then(() => [image.naturalWidth, image.naturalHeight]))));
+  found.texts = await page.locator(".card").evaluateAll((all) => all.map((card) =>
+    [...card.querySelectorAll(".run")].map((run) => run.textContent).join("")));
   const shown = () => page.locator(".card:visible").evaluateAll((all) => all.map((card) => card.id));
   for (const words of ["zebra", "A'B.PNG", "no such word"]) {
     await page.locator("input[type=search]").fill(words);

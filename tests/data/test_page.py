@@ -17,10 +17,14 @@ from PIL import Image, ImageDraw
 from qwenvl_ft.data import show
 from qwenvl_ft.data.chat import IGNORE, Script, open_chat
 from qwenvl_ft.data.meta_file import Found, Tally, stream_records
+from qwenvl_ft.data.page import Shown, card
+from qwenvl_ft.data.page import page as draw
 from qwenvl_ft.data.records import Box, Picture, Record, Turn, Video
 from qwenvl_ft.data.show import cut_out, draw_page, draw_record, see
+from qwenvl_ft.data.videos import measured
 from qwenvl_ft.errors import UserError
 from tests.conftest import ROOT, TINY
+from tests.films import number_of, write
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)>\"'`</span></style>&lt;{{cards}}</article> <|im_end|> a\r\nb\0c "
@@ -206,17 +210,45 @@ def film(chat, num_frames: int = 12) -> Script:
 
 
 def test_a_video_is_a_strip_of_its_frames_with_their_times(chat):
-    from qwenvl_ft.data.page import Shown, page
-
     script = film(chat)
     looks = see([script], chat, 1, lambda done, total: None)
-    read = Read(page("train.json", [Shown("train.json[0]", [script])], chat, looks, []))
+    read = Read(draw("train.json", [Shown("train.json[0]", [script])], chat, looks, []))
     assert len(read.of("img")) == show.FRAMES == len(read.pictures)
     times = [said for _, said in read.of("span", "at")]
     assert times[0] == "0.0 s" and times[-1] == "22.0 s" and len(times) == show.FRAMES
     assert read.of("figcaption")[-1][1] == "a video in memory 12 of 576 frames, 24 a second · 112 × 56 px · 48 tokens"
     assert [said for _, said in read.of("span", "more")] == ["8 tokens"] * 5
     assert [said for _, said in read.of("span", "run taught")] == ["Nothing.", "<|im_end|>"]
+
+
+def test_a_record_of_several_examples_shows_the_last_and_folds_the_others(chat):
+    """Templates drop the thoughts of earlier turns, so that each answer is an example of its own."""
+    scripts = [chat.write_scripts(says("train.json[0]", "q", answer))[0] for answer in ("One.", "Two.", "Three.")]
+    (article,) = Read(card(Shown("train.json[0]", scripts), chat, {})).of("article")
+    (folded,) = Read(card(Shown("train.json[0]", scripts), chat, {})).of("details")
+    assert folded[1].startswith("3 examples, ") and "One." in folded[1] and "Two." in folded[1]
+    assert "Three." in article[1] and "Three." not in folded[1]
+    taught = sum(label != IGNORE for script in scripts for label in script.labels)
+    assert f"{scripts[-1].length} tokens · {taught} taught" in article[1]
+
+
+def test_a_films_frames_are_those_that_are_trained_on(chat, tmp_path):
+    film = write(tmp_path / "a'b.mp4", count=40, rate=10)
+    video = measured(film, "train.json[0]", {"fps": 5.0})
+    page = drawn(chat, says("train.json[0]", "What moves?", "A bar.", video))
+    seen = [number_of(opened(url)) for url in page.pictures.values()]
+    wanted = [video.indices[round(step * (len(video.indices) - 1) / 7)] for step in range(8)]
+    assert len(video.indices) == 20 and [abs(one - other) <= 1 for one, other in zip(seen, wanted, strict=True)] == [True] * 8
+    assert [said for _, said in page.of("span", "at")] == [f"{at / 10:.1f} s" for at in wanted]
+    assert page.of("figcaption")[-1][1].startswith("a'b.mp4 20 of 40 frames, 10 a second")
+
+
+def test_a_film_that_is_gone_is_said_in_its_place(chat, tmp_path):
+    film = write(tmp_path / "a.mp4")
+    record = says("train.json[0]", "q", "a", measured(film, "train.json[0]"))
+    film.unlink()
+    page = drawn(chat, record)
+    assert page.of("article", "bad seen") and "a.mp4 is gone" in page.of("div", "see broken")[0][1]
 
 
 def test_the_terminal_draws_a_video_of_several_time_steps(chat):
@@ -280,6 +312,10 @@ def test_a_browser_shows_it_offline_searches_filters_and_draws_the_grid(chat, ta
     }  # fmt: skip
     assert seen["grid"] == ["0", "1"]  # opacity, before and under the pointer
     assert seen["enlarged"] == [True, False]  # by the keyboard, and after Escape
+    (script,) = chat.write_scripts(cut.found[1].record)
+    assert seen["texts"][1] == chat.said(script.ids).replace(
+        "\0", "␀"
+    )  # a browser makes one letter of \r\n unless it is kept from it
     (script,) = chat.write_scripts(cut.found[3].record)
     assert seen["tokens"] == [chat.said([token]) for token in script.ids]
     assert seen["violations"] == {"light": [], "dark": []}  # of accessibility, by axe

@@ -1,8 +1,9 @@
 """The bytes that a row of a parquet or Arrow file holds, read in place and at random.
 
-Each process opens a file once. Of a parquet file it keeps the row groups that it last read, at most KEPT_BYTES of them.
+Each process opens a file once.
 """
 
+import struct
 from bisect import bisect_right
 from collections import OrderedDict
 from functools import lru_cache
@@ -14,24 +15,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qwenvl_ft.data.files.pages import Chunk, Unread
 from qwenvl_ft.data.records import InTable
 
 OPEN_FILES = 256
-KEPT_BYTES = 256 << 20
+KEPT_BYTES = 256 << 20  # of row groups of one file
 
 
 def cell(source: InTable) -> bytes:
     """The bytes of one cell. Raises OSError where the file does not hold them any more."""
     try:
         state = source.path.stat()
-        value = _opened(source.path, state.st_size, state.st_mtime_ns).value(source.column, source.row)
-        if source.item >= 0:
-            value = value[source.item]
-        if isinstance(value, pa.StructScalar):
-            value = value["bytes"]
-        found = value.as_py()
-    except (pa.ArrowException, LookupError) as error:
-        raise OSError(f"row {source.row} cannot be read: {str(error).splitlines()[0][:200]}") from error
+        found = _opened(source.path, state.st_size, state.st_mtime_ns).bytes_of(source)
+    except (pa.ArrowException, LookupError, ValueError, struct.error, MemoryError) as error:
+        raise OSError(f"row {source.row} cannot be read: {(str(error).splitlines() or ['?'])[0][:200]}") from error
     if not isinstance(found, bytes):
         raise OSError(f"row {source.row} holds no bytes")
     return found
@@ -45,28 +42,45 @@ def _opened(path: Path, num_bytes: int, mtime_ns: int) -> "_Parquet | _Arrow":
     return _Parquet(path) if is_parquet else _Arrow(path)
 
 
+def _bytes_in(value: Any, item: int) -> Any:
+    value = value[item] if item >= 0 else value
+    return (value["bytes"] if isinstance(value, pa.StructScalar) else value).as_py()
+
+
 class _Parquet:
+    """By pages; by whole row groups, of which the last are kept, where its pages are of a kind that is rare."""
+
     def __init__(self, path: Path):
-        self.file = pq.ParquetFile(path, memory_map=True)
+        self.path, self.file = path, pq.ParquetFile(path, memory_map=True)
         sizes = (self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups))
         self.starts = list(accumulate(sizes, initial=0))
+        self.chunks: dict[tuple[str, int], Chunk | None] = {}
         self.kept: OrderedDict[tuple[str, int], pa.ChunkedArray] = OrderedDict()
         self.lock = Lock()
 
-    def value(self, column: str, row: int) -> Any:
-        group = bisect_right(self.starts, row) - 1
-        return self.column(column, group)[row - self.starts[group]]
+    def bytes_of(self, source: InTable) -> Any:
+        group = bisect_right(self.starts, source.row) - 1
+        row = source.row - self.starts[group]
+        with self.lock:
+            try:
+                if (chunk := self.chunk(source.column, group)) is not None:
+                    return chunk.value(row, source.item)
+            except Unread:
+                self.chunks[source.column, group] = None
+            return _bytes_in(self.column(source.column, group)[row], source.item)
+
+    def chunk(self, column: str, group: int) -> Chunk | None:
+        if (column, group) not in self.chunks:
+            self.chunks[column, group] = Chunk(self.path, self.file, group, column)
+        return self.chunks[column, group]
 
     def column(self, name: str, group: int) -> pa.ChunkedArray:
-        with self.lock:
-            if (name, group) in self.kept:
-                self.kept.move_to_end((name, group))
-                return self.kept[name, group]
-            found = self.file.read_row_group(group, columns=[name], use_threads=False).column(name)
-            self.kept[name, group] = found
-            while len(self.kept) > 1 and sum(of.nbytes for of in self.kept.values()) > KEPT_BYTES:
-                self.kept.popitem(last=False)
-            return found
+        if (name, group) not in self.kept:
+            self.kept[name, group] = self.file.read_row_group(group, columns=[name], use_threads=False).column(name)
+        self.kept.move_to_end((name, group))
+        while len(self.kept) > 1 and sum(of.nbytes for of in self.kept.values()) > KEPT_BYTES:
+            self.kept.popitem(last=False)
+        return self.kept[name, group]
 
 
 class _Arrow:
@@ -82,6 +96,6 @@ class _Arrow:
             self.batches = list(pa.ipc.open_stream(mapped))
         self.starts = list(accumulate((batch.num_rows for batch in self.batches), initial=0))
 
-    def value(self, column: str, row: int) -> Any:
-        at = bisect_right(self.starts, row) - 1
-        return self.batches[at].column(column)[row - self.starts[at]]
+    def bytes_of(self, source: InTable) -> Any:
+        at = bisect_right(self.starts, source.row) - 1
+        return _bytes_in(self.batches[at].column(source.column)[source.row - self.starts[at]], source.item)

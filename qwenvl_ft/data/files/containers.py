@@ -29,8 +29,9 @@ def files_of(meta: Path) -> list[Path]:
             return split_files(meta)
         return _of_folder(meta)
     if any(mark in str(meta) for mark in "*?[") and not meta.exists():
-        if found := _sorted([path for name in glob.glob(str(meta), recursive=True) if (path := Path(name)).is_file()]):
-            return found
+        found = [path for name in glob.glob(str(meta), recursive=True) if (path := Path(name)).is_file()]
+        if found:
+            return _sorted([path for path in found if path.suffix.lower() in ENDINGS + PACKED] or found)
         raise UserError(Problem(str(meta), "matches no file", "mend the pattern, and quote it for the shell"))
     return [meta]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qwenvl_ft.data.formats.calls import calls_of
-from qwenvl_ft.data.formats.keys import MESSAGE_FIXES, PART_FIXES, TURN_FIXES, Complaints
+from qwenvl_ft.data.formats.keys import MESSAGE_FIXES, PART_FIXES, TURN_FIXES, Complaints, is_empty
 from qwenvl_ft.data.formats.talk import Listed, Said, Shown
 from qwenvl_ft.data.videos import OPTIONS as VIDEO_OPTIONS
 
@@ -51,7 +51,7 @@ def _read_turn(turn: dict[str, Any], way: tuple[str, str], place: str, due: list
     known = KNOWN[way] | {"name"} if role == "tool" else KNOWN[way]
     complaints.unknown_keys(turn, place, known, FIXES[way])
     content = turn.get(what)
-    if content is None and turn.get("tool_calls"):  # OpenAI writes null where an answer is calls alone
+    if content is None and not is_empty(turn.get("tool_calls")):  # OpenAI writes null where an answer is calls alone
         content = ""
     good = True
     for key, value, kinds in ((by, turn.get(by), str), (what, content, str | list if way == NEW else str)):
@@ -70,16 +70,15 @@ def _read_turn(turn: dict[str, Any], way: tuple[str, str], place: str, due: list
         if role not in ("user", None):
             content = "".join(part for part in content if isinstance(part, str))
     calls: tuple[str, ...] = ()
-    if role == "call":
-        found = calls_of(content, place, complaints)
-        calls, content = tuple(text for text, _, _ in found), ""
-        due[:] = [(id, name) for _, id, name in found]
-    elif turn.get("tool_calls"):
-        if role not in ("assistant", None):
-            complaints.say(place, f'has "tool_calls" in the {role}\'s turn', "move them to the assistant's turn")
-        found = calls_of(turn["tool_calls"], place, complaints)
+    if role not in ("tool", "call"):  # what was not answered by now never is
+        due.clear()
+    if role == "call" or not is_empty(turn.get("tool_calls")):
+        if role not in ("assistant", None) and not is_empty(turn.get("tool_calls")):
+            complaints.say(place, f'has "tool_calls" in a turn from {turn[by][:60]}', "move them to the assistant's turn")
+        found = calls_of(content if role == "call" else turn["tool_calls"], place, complaints)
         calls = tuple(text for text, _, _ in found)
-        due[:] = [(id, name) for _, id, name in found]
+        due += [(id, name) for _, id, name in found]
+        content = "" if role == "call" else content
     if role == "tool" or turn.get("tool_call_id") is not None:
         _check_answer(turn, role, due, place, complaints)
     if calls or not isinstance(content, str) or content.strip():  # else the turn is empty, and its thought does not fill it
@@ -106,7 +105,13 @@ def _read_parts(parts: list[Any], role: str, place: str, complaints: Complaints)
             complaints.say(at, f"{what}, which is not read", PART, kind=PART)
             continue
         kind = KINDS.get(key, "text")
-        complaints.unknown_keys(part, at, {"type", *held, "index", *OPTIONS.get(kind, ())}, PART_FIXES)
+        known = {
+            "type",
+            "index",
+            *OPTIONS.get(kind, ()),
+            *(key for key in ("text", *KINDS) if key in held or part.get(key, 0) is None),
+        }
+        complaints.unknown_keys(part, at, known, PART_FIXES)
         value = part.get(key)
         if isinstance(value, dict):  # OpenAI's {"image_url": {"url": ...}}
             complaints.unknown_keys(value, f"{at}.{key}", {"url"}, PART_FIXES)
