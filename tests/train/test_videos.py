@@ -51,7 +51,7 @@ def test_what_was_trained_is_what_adapter_and_merged_folder_draw(folder, tmp_pat
     script, question = prepared.scripts[0], {"video": str(folder / "a.mp4")}
     export(folder / "run", tmp_path / "merged", None, 0, lambda done, total: None)
     for engine in (Engine.open(TINY, folder / "run"), Engine.open(tmp_path / "merged")):
-        asked = engine.inputs([[{"role": "user", "content": [question, "\nWhat?"]}]])
+        asked = engine.inputs([[{"role": "user", "content": [question, "What?"]}]])
         assert asked["video_grid_thw"].tolist() == [[*script.grids[0]]]
         assert asked["input_ids"][0].tolist() == script.widened()[0][: asked["input_ids"].shape[1]]
     stock = AutoProcessor.from_pretrained(tmp_path / "merged").video_processor
@@ -61,8 +61,9 @@ def test_what_was_trained_is_what_adapter_and_merged_folder_draw(folder, tmp_pat
 
 def test_a_film_that_breaks_is_named_or_skipped(folder, tmp_path, capsys):
     whole = (folder / "a.mp4").read_bytes()
-    start = whole.index(b"mdat") + 4
-    (tmp_path / "a.mp4").write_bytes(whole[: start + 200] + b"\xff" * 3000 + whole[start + 3200 :])
+    start, end = whole.index(b"mdat") + 4, whole.index(b"moov") - 4
+    half = (start + end) // 2  # what comes before it, and the index behind, are whole
+    (tmp_path / "a.mp4").write_bytes(whole[:half] + b"\xff" * (end - half) + whole[end:])
     for name in ("b.mp4", "train.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(UserError, match=r"train\.json\[[01]\]: "):
