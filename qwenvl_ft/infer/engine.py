@@ -93,7 +93,7 @@ class Engine:
         import torch
         from transformers import BatchFeature
 
-        from qwenvl_ft.data.rows import pixels, seconds_a_step
+        from qwenvl_ft.data.rows import as_floats, pixels, seconds_a_step
 
         talks = [[self._shown(turn) for turn in turns_of(conversation, self.reading)] for conversation in conversations]
         scripts = [self.chat.asking(turns, thinking) for turns in talks]
@@ -110,7 +110,7 @@ class Engine:
         if films := [medium for medium in media if isinstance(medium, Video)]:
             inputs["second_per_grid_ts"] = [seconds_a_step(film, self.chat.video_limits.step_frames) for film in films]
         known = {key: torch.tensor(value) for key, value in inputs.items() if key in self.processor.model_input_names}
-        return BatchFeature(known | pixels(media, self.chat, self.processor)).to(self.model.device)
+        return BatchFeature(known | as_floats(pixels(media, self.chat, self.processor))).to(self.model.device)
 
     def _shown(self, turn: Turn) -> Turn:
         """The turn, its pictures and videos blank if so wished."""
