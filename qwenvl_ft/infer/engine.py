@@ -3,8 +3,8 @@
     engine = Engine.open("data/tiny")
     engine.ask([{"role": "user", "content": [{"type": "image", "image": "chart.png"}, {"type": "text", "text": "read"}]}])
 
-A conversation is a question, a list of messages as messages.py reads them, or a list of Turns as a record has them. torch is
-imported once a model is opened, so that `from qwenvl_ft import Engine` costs nothing.
+A conversation is a question, a list of messages as messages.py reads them, a list of Turns as a record has them, or a Record, which
+brings its tools, too. torch is imported once a model is opened, so that `from qwenvl_ft import Engine` costs nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from PIL import Image
 from qwenvl_ft.data.chat import Chat, open_chat
 from qwenvl_ft.data.geometry import Limits
 from qwenvl_ft.data.pictures import bounded, opened
-from qwenvl_ft.data.records import Medium, Part, Picture, Turn, Video
+from qwenvl_ft.data.records import Medium, Part, Picture, Record, Turn, Video
 from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.folders.adapter import check_base
 from qwenvl_ft.folders.problems import check_adapter, check_model
@@ -28,7 +28,7 @@ from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.messages import read_messages
 
 MAX_NEW_TOKENS = 512
-Conversation = str | Sequence[Turn | dict[str, Any]]
+Conversation = str | Record | Sequence[Turn | dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class Engine:
             self.chat.video_id: iter([self.processor.replace_video_token(seen, at) for at in range(len(videos))]),
         }
         rows = []
-        for turns in talks:
-            prompt = self.chat.prompt(turns, thinking)
+        for turns, conversation in zip(talks, conversations, strict=True):
+            prompt = self.chat.prompt(turns, thinking, conversation.tools if isinstance(conversation, Record) else ())
             rows.append([id for token in prompt for id in (self.chat.encode(next(texts[token])) if token in texts else [token])])
         width = max(map(len, rows))
         pad = self.processor.tokenizer.pad_token_id
@@ -131,7 +131,7 @@ class Engine:
             if isinstance(medium, Picture):
                 medium = Picture.of(opened(medium))
             parts.append(_blank(medium) if self.blank else medium)
-        return Turn(turn.role, tuple(parts))
+        return replace(turn, parts=tuple(parts))
 
     def ask_many(
         self, conversations: Sequence[Conversation], max_new_tokens: int = MAX_NEW_TOKENS, thinking: bool | None = None
@@ -261,6 +261,8 @@ def check_folders(model_dir: Path, adapters: Iterable[Path]) -> Chat:
 
 def turns_of(conversation: Conversation) -> Sequence[Turn]:
     """Messages as they were sent are read and their media opened, a text alone is the user's; Turns stay."""
+    if isinstance(conversation, Record):
+        return conversation.turns
     if isinstance(conversation, str):
         return [Turn("user", (conversation,))]
     turns = [turn for turn in conversation if isinstance(turn, Turn)]
