@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwenvl_ft.data import sources
 from qwenvl_ft.data.chat import Chat
-from qwenvl_ft.data.records import Record
+from qwenvl_ft.data.records import Record, Source
 from qwenvl_ft.data.template import split_thought
 from qwenvl_ft.folders.whole import short_hash
 from qwenvl_ft.infer.batch_file import append_answers, other_answers, read_answers
@@ -100,10 +101,10 @@ def _shown(record: Record) -> list[list[str]]:
     def shown(part: Any) -> str:
         if isinstance(part, str):
             return part
-        if not isinstance(part.source, Path):
+        if not isinstance(part.source, Source):
             return f"{part.width} x {part.height}"
-        state = part.source.stat()
-        return json.dumps([str(part.source), state.st_size, state.st_mtime_ns])
+        _, num_bytes, mtime_ns = sources.stamp(part.source)
+        return json.dumps([sources.key(part.source), num_bytes, mtime_ns])
 
     return [[turn.role, *map(shown, turn.parts), *turn.calls] for turn in record.turns] + [[tool] for tool in record.tools]
 
