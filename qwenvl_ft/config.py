@@ -73,6 +73,7 @@ class Config(BaseModel):
     max_pixels: Annotated[Area, Field(validate_default=True)] = 1280 * 28 * 28
     row_tokens: Positive = 4096
     thinking: Literal["off", "on", "template"] = "off"
+    boxes: Literal["pixels", "unit", "thousand"] | None = None
     on_bad_record: Literal["error", "skip"] = "error"
     dataloader_num_workers: Count = 2
 
@@ -283,12 +284,12 @@ NOT_NEEDED = {key: why for why, keys in {
     NO_VIDEO:
         "video_fps video_maxlen video_max_pixels video_min_pixels video_max_frames video_min_frames nframes fps "
         "video_resized_width video_resized_height",
+    "boxes are written as the model's family writes them; the key boxes says what the numbers of the meta-file are":
+        "norm_bbox",
     "sound is not trained on":
         "audio_sampling_rate",
     "pictures keep their shape; min_pixels and max_pixels bound their area":
         "image_resized_width image_resized_height",
-    "boxes are taught as the meta-file writes them":
-        "norm_bbox",
     "no code of a model is ever run":
         "trust_remote_code plugins",
 }.items() for key in keys.split()}  # fmt: skip

@@ -7,6 +7,7 @@ import typer
 
 from qwenvl_ft.cli.options import (
     LORA_YAML,
+    BoxesOption,
     ConfigFile,
     DataDir,
     Json,
@@ -16,6 +17,7 @@ from qwenvl_ft.cli.options import (
     Overrides,
     SettingsOf,
     ThinkingOption,
+    read_reading,
     read_settings,
     training_chat_settings,
 )  # fmt: skip
@@ -33,6 +35,7 @@ def validate_meta(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
+    boxes: BoxesOption = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode every picture, too: finds what breaks behind a good header.")
     ] = False,
@@ -50,7 +53,7 @@ def validate_meta(
 
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking)) if model else None
     with counting("reading records") as on_record:
-        records, problems, total = read_records(meta, data_dir, on_record)
+        records, problems, total = read_records(meta, data_dir, on_record, reading=read_reading(config, boxes))
     if deep:
         from qwenvl_ft.data.deep import decode_all
 
@@ -100,6 +103,7 @@ def show(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
+    boxes: BoxesOption = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write the drawing to this picture file, too.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -112,7 +116,7 @@ def show(
 
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
     with counting("reading records") as on_record:
-        records, problems, _ = read_records(meta, data_dir, on_record)
+        records, problems, _ = read_records(meta, data_dir, on_record, reading=read_reading(config, boxes))
     in_array, in_lines = f"{meta.name}[{number}]", f"{meta.name}:{number + 1}"
     found = [record for record in records if record.where in (in_array, in_lines)]
     if not found:

@@ -11,6 +11,7 @@ import typer
 from qwenvl_ft.cli.options import (
     LORA_YAML,
     Adapter,
+    BoxesOption,
     ConfigFile,
     DataDir,
     Json,
@@ -22,6 +23,7 @@ from qwenvl_ft.cli.options import (
     SettingsOf,
     ThinkingOption,
     read_chat_settings,
+    read_reading,
     read_settings,
 )
 from qwenvl_ft.console import counting, draw_counts, print_drawing, print_json, print_line, print_note
@@ -59,6 +61,7 @@ def evaluate(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
+    boxes: BoxesOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer is cut here.")] = 128,
     blank: Annotated[
@@ -66,13 +69,15 @@ def evaluate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Ask every question of a meta-file; exact and relaxed accuracy, every prediction in a file, where a second run goes on.
+    """Ask every question of a meta-file; exact and relaxed accuracy, every prediction in a file, where a second run goes on. Where
+    the wanted answers have boxes: the mean IoU, and the share of boxes with 0.5 or more.
 
     Relaxed is ChartQA's rule: numbers within 5 %. Each assistant turn is a question, the turns before it as they stand in
     the record. An empty answer is wrong. To compare a base with an adapter at equal pixels: --config ADAPTER/config.yaml.
 
     Example: qwenvl-ft eval data/tiny data/sample/eval.json --data-dir data/sample/images --adapter runs/demo
     """
+    from qwenvl_ft.data.boxes import box_notes
     from qwenvl_ft.data.meta_file import read_records
     from qwenvl_ft.evaluate.scoring import evaluate as run
     from qwenvl_ft.infer.batch_file import read_answers, who_answers
@@ -80,9 +85,11 @@ def evaluate(
 
     check_folders(model, [adapter] if adapter else [])
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
-    records, problems, _ = read_records(meta, data_dir)
+    records, problems, _ = read_records(meta, data_dir, reading=read_reading(config, boxes))
     if problems:
         raise UserError(*problems)
+    for note in box_notes(records):
+        print_note(note)
     of = f"{meta.stem}{'' if adapter else f'-{model.resolve().name}'}{'-blank' if blank else ''}"
     target = out or (adapter or Path()) / f"predictions-{of}.jsonl"
     read_answers(target)  # what is wrong with it is said before the model is loaded
@@ -162,6 +169,9 @@ def ask(
     out: Annotated[Path | None, typer.Option("--out", help="Where the answers to --jsonl go; a second run goes on there.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Lines of --jsonl answered at a time.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The answer is cut here.")] = 512,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the answer as one JSON document, its boxes and points in px of the last picture.")
+    ] = False,
 ) -> None:
     """Ask a model about pictures or videos, or about none; the answer comes as it is generated.
 
@@ -169,6 +179,8 @@ def ask(
     """
     if bool(questions) != bool(out) or (questions and (question or image or video)):
         raise typer.BadParameter("they go together, without a question, --image or --video", param_hint="--jsonl and --out")
+    if as_json and not question:
+        raise typer.BadParameter("prints the answer to one question: give it", param_hint="--json")
     from qwenvl_ft.infer.engine import check_folders
 
     check_folders(model, [adapter] if adapter else [])
@@ -199,6 +211,12 @@ def ask(
     shown = read_messages([{"role": "user", "content": media}])[0].parts if media else ()  # before torch is imported
     engine = Engine.open(model, adapter, False, *chat_settings)
     talk: list[Turn] = []
+    if question and as_json:
+        from qwenvl_ft.data.boxes import facts_of
+
+        (said,) = engine.answer_many([[Turn("user", (*shown, question))]], max_new_tokens)
+        print_json({"answer": said.text, "cut": said.cut, "boxes": [facts_of(box) for box in said.boxes]})
+        return
     for asked in [question] if question else chat_lines():
         talk.append(Turn("user", (*shown, asked)))
         shown, answer = (), ""

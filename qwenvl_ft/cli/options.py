@@ -1,12 +1,14 @@
 """The arguments that several commands take, and the settings that plan and train read from theirs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qwenvl_ft.config import FOUR_TOKENS, Config, load_config
+from qwenvl_ft.data.reading import AS_FOUND, Numbers, Reading
 from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.errors import Problem, UserError
 
@@ -24,6 +26,10 @@ SettingsOf = Annotated[
 ]
 MinPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Enlarge smaller pictures to this area, in px.")]
 MaxPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Shrink larger pictures to this area, in px.")]
+BoxesOption = Annotated[
+    Numbers | None,
+    typer.Option("--boxes", help="What the numbers of the file's boxes are, else as --config says."),
+]
 ThinkingOption = Annotated[
     Thinking | None,
     typer.Option("--thinking", help="A thought before the answer: as training had it, or off, where this is not given."),
@@ -65,6 +71,12 @@ def read_chat_settings(
         settings = load_config(config)
         return min_pixels or settings.min_pixels, max_pixels or settings.max_pixels, thinking or settings.thinking
     return min_pixels, max_pixels, thinking
+
+
+def read_reading(config: Path | None, boxes: Numbers | None) -> Reading:
+    """How a meta-file is read by a command's options, else by the settings that --config names."""
+    reading = Reading.of(load_config(config)) if config else AS_FOUND
+    return replace(reading, boxes=boxes or reading.boxes)
 
 
 def training_chat_settings(

@@ -19,9 +19,10 @@ from typing import Any
 from jinja2 import Template
 from tokenizers import Tokenizer
 
+from qwenvl_ft.data.boxes import Seen, written
 from qwenvl_ft.data.families import Family, family_of
-from qwenvl_ft.data.geometry import Limits, grid_of, read_limits, tokens_of
-from qwenvl_ft.data.records import Medium, Picture, Record, Turn, Video
+from qwenvl_ft.data.geometry import Limits, grid_of, read_limits, resized, tokens_of, within
+from qwenvl_ft.data.records import Box, Medium, Picture, Record, Turn, Video
 from qwenvl_ft.data.template import (
     CLOSE_THOUGHT,
     OPEN_THOUGHT,
@@ -95,7 +96,19 @@ class Chat:
 
         Raises UserError for a conversation that the template refuses.
         """
-        return self._prompt(turns, thinking)[0]
+        return self._prompt(self.written(turns), thinking)[0]
+
+    def written(self, turns: Sequence[Turn]) -> list[Turn]:
+        """The turns of a conversation from its beginning, their boxes as the texts that the family reads and says."""
+        boxes = any(isinstance(part, Box) for turn in turns for part in turn.parts)
+        return written(turns, self.family.boxes, self.seen(turns)) if boxes else list(turns)
+
+    def seen(self, turns: Sequence[Turn]) -> list[Seen]:
+        """The size of each picture of the turns, and the size that the processor gives it."""
+        pictures = [medium for turn in turns for medium in turn.media if isinstance(medium, Picture)]
+        sizes = [(of.height, of.width) for of in pictures]
+        own = [within(self.limits, of.min_pixels, of.max_pixels) for of in pictures]
+        return [Seen(*size, *resized(*size, limits)) for size, limits in zip(sizes, own, strict=True)]
 
     def opens_thought(self, prompt: Sequence[int]) -> bool:
         """Whether the prompt ends within a thought, whose opening tag the answer then lacks."""
@@ -112,12 +125,13 @@ class Chat:
         labels: list[int] = []
         last = 0
         cache: dict[str, list[int]] = {}
-        for number, turn in enumerate(record.turns):
+        turns = self.written(record.turns)
+        for number, turn in enumerate(turns):
             if turn.role != "assistant" or not turn.taught:
                 continue
-            prompt, text = self._prompt(record.turns[:number], None, cache)
+            prompt, text = self._prompt(turns[:number], None, cache)
             if prompt[: len(ids)] != ids:
-                scripts.append(self._script(record.where, ids, labels, record.turns[:last]))
+                scripts.append(self._script(record.where, ids, labels, turns[:last]))
                 ids, labels = [], []
             answer = [*self._encode(self._continuation(turn, text, number), cache), self._special[END]]
             labels = labels + [IGNORE] * (len(prompt) - len(ids)) + answer
@@ -125,7 +139,7 @@ class Chat:
         if not ids or not self._closing.startswith(END):
             what, fix = "the chat template leaves nothing to teach", "use the chat template of an instruct model"
             raise UserError(Problem(record.where, what, fix))
-        return [*scripts, self._script(record.where, ids, labels, record.turns[:last])]
+        return [*scripts, self._script(record.where, ids, labels, turns[:last])]
 
     def _script(self, where: str, ids: list[int], labels: list[int], turns: Sequence[Turn]) -> Script:
         pictures = Record(where, tuple(turns)).pictures

@@ -12,7 +12,7 @@ find them. `--config`, `--max-pixels` and `--min-pixels` put them in place of a 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwenvl_ft.errors import Problem, UserError
@@ -52,6 +52,12 @@ def resized(height: int, width: int, limits: Limits) -> tuple[int, int]:
         grow = math.sqrt(limits.min_pixels / (height * width))
         new_height, new_width = math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
     return new_height, new_width
+
+
+def within(limits: Limits, least: int | None, most: int | None) -> Limits:
+    """The limits of a picture that has bounds of its own, in px: the narrower of both."""
+    most = min(most or limits.max_pixels, limits.max_pixels)
+    return replace(limits, min_pixels=min(max(limits.min_pixels, least or 0), most), max_pixels=most)
 
 
 def grid_of(height: int, width: int, limits: Limits) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from qwenvl_ft.data.boxes import placed
 from qwenvl_ft.data.formats.documented import turns_of
 from qwenvl_ft.data.formats.json_entries import entries_of
 from qwenvl_ft.data.media import FOLDER_KEYS, Media
@@ -46,7 +47,7 @@ def read_records(
             problems.append(entry)
         else:
             found: list[Problem] = []
-            turns = tuple(turns_of(entry, where, media.picture, found))
+            turns = placed(tuple(turns_of(entry, where, media.picture, found)), where, reading.boxes, found)
             problems.extend(found)
             if not found:
                 records.append(Record(where, turns))

@@ -7,7 +7,6 @@ Stock loaders leave phone photos lying on their side and turn 16-bit pictures wh
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from qwenvl_ft.data.geometry import MAX_ASPECT, Limits, resized
+from qwenvl_ft.data.geometry import MAX_ASPECT, Limits, resized, within
 from qwenvl_ft.data.magic import HEAD_BYTES, what_it_is
 from qwenvl_ft.data.records import Medium, Picture, Video
 from qwenvl_ft.errors import Problem, UserError
@@ -128,11 +127,11 @@ def bounded(part: Medium, limits: Limits) -> Medium:
     """
     if not (part.min_pixels or part.max_pixels):
         return part
-    least, most = max(limits.min_pixels, part.min_pixels or 0), min(part.max_pixels or limits.max_pixels, limits.max_pixels)
+    least = max(limits.min_pixels, part.min_pixels or 0)
     if part.max_pixels and part.max_pixels < least:
         what = f"is {part.max_pixels}, below the least that it may have, {least}"
         raise UserError(Problem(f"a {part.kind}'s max_pixels", what, "raise it, or leave it out"))
-    own = replace(limits, min_pixels=min(least, most), max_pixels=most)
+    own = within(limits, part.min_pixels, part.max_pixels)
     frames = [opened(part)] if isinstance(part, Picture) else part.images
     height, width = resized(frames[0].height, frames[0].width, own)
     sized = [frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames]

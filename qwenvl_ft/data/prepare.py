@@ -14,6 +14,7 @@ from qwenvl_ft.data.formats.documented import record_notes
 from qwenvl_ft.data.geometry import resized
 from qwenvl_ft.data.meta_file import OnRecord, read_records
 from qwenvl_ft.data.packing import Plan, pack, steps
+from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Record
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.problems import check_model
@@ -78,7 +79,7 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     meta_file = config.eval_meta_file if evaluation and config.eval_meta_file else config.train_meta_file
     data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
     chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking)
-    records, problems, total = read_records(meta_file, data_dir, on_record)
+    records, problems, total = read_records(meta_file, data_dir, on_record, reading=Reading.of(config))
     scripts = write_scripts(chat, records, problems)
     plan = pack([script.length for script in scripts], config.row_tokens, share=not chat.family.linear_attention)
     stops = config.on_bad_record == "error" or not plan.rows

@@ -16,11 +16,12 @@ from typing import Any
 
 from PIL import Image
 
+from qwenvl_ft.data.boxes import read_answer
 from qwenvl_ft.data.chat import Chat, open_chat
 from qwenvl_ft.data.geometry import Limits
 from qwenvl_ft.data.pictures import bounded, opened
-from qwenvl_ft.data.records import Medium, Part, Picture, Turn, Video
-from qwenvl_ft.data.template import Thinking
+from qwenvl_ft.data.records import Box, Medium, Part, Picture, Turn, Video
+from qwenvl_ft.data.template import Thinking, split_thought
 from qwenvl_ft.folders.adapter import check_base
 from qwenvl_ft.folders.problems import check_adapter, check_model
 from qwenvl_ft.infer.decoding import read_decoding
@@ -33,10 +34,11 @@ Conversation = str | Sequence[Turn | dict[str, Any]]
 
 @dataclass(frozen=True)
 class Answer:
-    """What was answered; `cut`: by max_new_tokens, before the model ended it."""
+    """What was answered; `cut`: by max_new_tokens, before the model ended it; the boxes in it as `read_answer` reads them."""
 
     text: str
     cut: bool
+    boxes: tuple[Box, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,10 @@ class Engine:
         from transformers import BatchFeature
         from transformers.video_utils import VideoMetadata
 
-        talks = [[self._ready(turn) for turn in turns_of(conversation)] for conversation in conversations]
+        talks = [
+            [self._ready(turn) for turn in self.chat.written(turns_of(conversation))]  # boxes first: `_ready` may shrink pictures
+            for conversation in conversations
+        ]
         media = [medium for turns in talks for turn in turns for medium in turn.media]
         pictures = [medium.source for medium in media if isinstance(medium, Picture)]
         videos = [medium for medium in media if isinstance(medium, Video)]
@@ -145,13 +150,19 @@ class Engine:
         """`ask_many`, with whether each answer was cut."""
         import torch
 
-        inputs = self.inputs(conversations, thinking)
+        talks = [turns_of(conversation) for conversation in conversations]
+        inputs = self.inputs(talks, thinking)
         with torch.inference_mode():
             out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         asked = inputs["input_ids"].tolist()
         said = out[:, len(asked[0]) :].tolist()
         texts = [Detokenizer(self.chat, prompt).add(ids, whole=True) for prompt, ids in zip(asked, said, strict=True)]
-        return [Answer(text, self._cut(ids)) for text, ids in zip(texts, said, strict=True)]
+        answered = zip(talks, texts, said, strict=True)
+        return [Answer(text, self._cut(ids), tuple(self.boxes(turns, text))) for turns, text, ids in answered]
+
+    def boxes(self, turns: Sequence[Turn], answer: str) -> list[Box]:
+        """The boxes and points that an answer to these turns gives, in px of their last picture."""
+        return read_answer(split_thought(answer)[1], self.chat.family.boxes, self.chat.seen(turns))
 
     def _cut(self, ids: Sequence[int]) -> bool:
         """Whether an answer's ids have no end."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from qwenvl_ft.data.boxes import box_notes
 from qwenvl_ft.data.formats.json_entries import EXAMPLE, kind_of
 from qwenvl_ft.data.records import CONTROL_TOKEN, Picture, Record, Turn
 from qwenvl_ft.errors import Problem, UserError
@@ -29,7 +30,7 @@ NO_SOUND = "sound is not trained on: leave the record out, or delete the key if 
 NO_TOOLS = (
     "tools are no part of a record here: write into the values what the model reads and says of them, or leave the record out"
 )
-BOXES = "write references and boxes into the values, as the model is to read and say them"
+BOXES = "write them into the values: <ref>the dog</ref><box>(x1,y1),(x2,y2)</box>, thousandths of the picture's width and height"
 NO_PAIRS = "preferences are not trained on: keep the wanted answer as the assistant's turn, and delete the key"
 NO_WEIGHTS = (
     'nothing is weighed: repeat the record, or write "loss": false on an answer that is not to be taught, and delete the key'
@@ -64,7 +65,6 @@ TAG_FIXES = {
     "<video>": "videos are not trained on: leave the record out, or take the tag out if the talk needs no video",
     "<audio>": "sound is not trained on: leave the record out, or take the tag out if the talk needs none",
 }
-BOX_TAG = re.compile(r"</?(?:ref|box|quad)>")
 
 
 def turns_of(entry: Any, where: str, find: Find, problems: list[Problem]) -> Iterator[Turn]:
@@ -163,16 +163,11 @@ def _with_reasoning(turn: dict[str, Any], role: str | None, place: str, problems
 
 
 def record_notes(records: Sequence[Record]) -> list[str]:
-    """What is allowed and probably not meant, a line each: the tags that the first Qwen-VL's data has, which are no tokens of later
-    families; answers that begin with white space, which is learnt, too."""
-    tagged = [record.where for record in records if any(BOX_TAG.search(turn.text) for turn in record.turns)]
+    """What is allowed and probably not meant, a line each: what looks like a box and is none; answers that begin with white space,
+    which is learnt, too."""
     answers = [(record.where, turn) for record in records for turn in record.turns if turn.role == "assistant" and turn.taught]
-    spaced = [where for where, turn in answers if turn.text[:1].isspace()]
-    found = []
-    if tagged:
-        some = f"{len(tagged):,} records hold" if len(tagged) > 1 else "1 record holds"
-        what = "<ref> or <box>, which is taught as letters: Qwen2-VL and later have no such tokens"
-        found.append(f"{some} {what} ({tagged[0]} for one)")
+    spaced = [where for where, turn in answers if isinstance(turn.parts[0], str) and turn.parts[0][:1].isspace()]
+    found = box_notes(records)
     if spaced:
         some = f"{len(spaced):,} answers begin" if len(spaced) > 1 else "1 answer begins"
         what = "with white space, which is taught as it stands: take it out if it is not meant"
