@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     StrictBool,
     ValidationError,
     ValidationInfo,
@@ -54,7 +55,42 @@ Count = Annotated[Number, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Step = Annotated[Rate, AfterValidator(_step)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+# The forms of records that are told from what a meta-file holds; data/formats reads them.
+Form = Literal["documented", "v1", "llava", "sharegpt", "messages", "openai", "prompt_completion", "query_response", "alpaca",
+               "texts", "columns"]  # fmt: skip
 Tower = Literal["language", "vision", "merger"]
+
+
+class Part(BaseModel):
+    """One of several meta-files that are mixed: each of its records counts `weight` times."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: Path
+    data_dir: Path | None = None
+    weight: Rate = 1
+
+
+def _meta(value: Any) -> Any:
+    """A path, or a list of parts, each of which may be a path alone; complained about as one thing."""
+    if not isinstance(value, list):
+        if not isinstance(value, str | Path):
+            raise ValueError("it should be a path, a text, or a list of {file, data_dir, weight}")
+        return Path(value)
+    parts = []
+    for number, part in enumerate(value):
+        try:
+            parts.append(Part.model_validate({"file": part} if isinstance(part, str | Path) else part))
+        except ValidationError as error:
+            first = error.errors()[0]
+            at, said = ".".join(map(str, [number, *first["loc"]])), first["msg"][0].lower() + first["msg"][1:]
+            raise ValueError(f"write each of the list as {{file, data_dir, weight}}: of {at} {said}") from error
+    if not parts:
+        raise ValueError("list at least one file")
+    return parts
+
+
+Meta = Annotated[Path | list[Part], PlainValidator(_meta)]
 
 
 class Config(BaseModel):
@@ -63,17 +99,23 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Path
-    train_meta_file: Path
-    train_data_dir: Path
+    train_meta_file: Meta
+    train_data_dir: Path | None = None
     output_dir: Path
-    eval_meta_file: Path | None = None
+    eval_meta_file: Meta | None = None
     eval_data_dir: Path | None = None
 
     min_pixels: Area | None = None
     max_pixels: Annotated[Area, Field(validate_default=True)] = 1280 * 28 * 28
+    video_fps: Annotated[Rate, Field(le=120)] = 2.0
+    video_max_frames: Annotated[Number, Field(ge=2)] = 768
+    video_max_pixels: Area = 768 * 28 * 28
     row_tokens: Positive = 4096
     thinking: Literal["off", "on", "template"] = "off"
     boxes: Literal["pixels", "unit", "thousand"] | None = None
+    fetch_media: StrictBool = False
+    format: Form | None = None
+    columns: dict[str, str | None] = {}
     on_bad_record: Literal["error", "skip"] = "error"
     dataloader_num_workers: Count = 2
 
@@ -164,6 +206,9 @@ PEERS = {
     "dataset_use": "train_meta_file", "max_model_len": "row_tokens", "max_packed_sequence_len": "row_tokens",
     "lora_target_linear": "lora_on", "target_regex": "lora_on", "vision_tower": "lora_on", "tune_merger": "lora_on",
     "xformers_attention": "attn_implementation", "sdp_attention": "attn_implementation",
+    "formatting": "format", "dataset_type": "format", "field_messages": "columns", "field_instruction": "columns",
+    "video_maxlen": "video_max_frames", "fps_max_frames": "video_max_frames", "fps": "video_fps",
+    "video_max_token_num": "video_max_pixels",
     "saves_per_epoch": "save_steps", "evals_per_epoch": "eval_steps", "use_wandb": "report_to", "wandb_project": "report_to",
 }  # fmt: skip
 CLOSE = 0.85  # of two keys that are one misspelt: lower, and a key of another meaning is near enough
@@ -174,6 +219,8 @@ REMARKS = {
     "row_tokens": "records share rows of so many tokens, and a longer one is reported, never cut",
     "eval_meta_file": "a file of held-out records; none are split off",
     "warmup_ratio": "a share of the run, not a number of steps",
+    "format": "the name of a form: documented, llava, sharegpt, messages ...; without it each record says so itself",
+    "columns": "our word and the key that your records have for it: {question: query, answer: label}",
     "resume": "true goes on from the newest whole checkpoint in output_dir",
 }
 FOUR_BIT = (
@@ -182,7 +229,6 @@ FOUR_BIT = (
 LORA_ONLY = "this tool trains LoRA and nothing else"
 NEW_ADAPTER = "a run begins with a new adapter; resume: true goes on with the one of output_dir"
 NO_HUB = "training uploads nothing; `qwenvl-ft export --push modelscope:ORG/NAME` (or hf:) uploads the merged model"
-NO_VIDEO = "videos are not trained on"
 NO_STOPPING = "no best step is looked for; eval_steps and save_steps show and keep more of them"
 ONE_RATE = "learning_rate is that of all towers; lora_on says which of them train"
 ANSWERS_ONLY = 'only assistant turns are taught, but for those with "loss": false in the meta-file'
@@ -214,7 +260,7 @@ NOT_NEEDED = {key: why for why, keys in {
         "max_samples max_train_samples max_eval_samples streaming buffer_size interleave_probs mix_strategy",
     "the meta-file is read as it stands, and nothing of it is cached":
         "overwrite_cache tokenized_path dataset_prepared_path cache_dir dataset_text_field dataset_kwargs "
-        "dataset_config dataset_name dataset_train_split dataset_test_split formatting columns lazy_preprocess "
+        "dataset_config dataset_name dataset_train_split dataset_test_split lazy_preprocess "
         "lazy_tokenize skip_prepare_dataset load_from_cache_file",
     "a checkpoint holds the adapter and all that resume needs; save_total_limit says how many are kept":
         "save_only_model save_safetensors save_on_each_node save_first_step create_checkpoint_symlink",
@@ -255,7 +301,7 @@ NOT_NEEDED = {key: why for why, keys in {
         "padding_free group_by_length pad_to_sequence_len pad_to_multiple_of length_column_name",
     "a record is never cut: one that is longer than row_tokens is reported":
         "truncation_strategy truncation_mode",
-    "there are no columns":
+    "a column that is not read is a problem; columns: {NAME: null} leaves it out":
         "remove_unused_columns",
     "start with `accelerate launch --config_file configs/zero2.yaml train.py ...`":
         "deepspeed deepspeed_config zero_stage",
@@ -281,9 +327,8 @@ NOT_NEEDED = {key: why for why, keys in {
         "sequence_parallel_size context_parallel_size sequence_parallel_degree rope_scaling",
     "for less memory set gradient_checkpointing: true, and lower max_pixels and row_tokens":
         "activation_offloading auto_find_batch_size",
-    NO_VIDEO:
-        "video_fps video_maxlen video_max_pixels video_min_pixels video_max_frames video_min_frames nframes fps "
-        "video_resized_width video_resized_height",
+    "a short video is drawn whole, 4 frames at least; one of its own size says so in its record":
+        "video_min_frames video_min_pixels video_resized_width video_resized_height nframes",
     "boxes are written as the model's family writes them; the key boxes says what the numbers of the meta-file are":
         "norm_bbox",
     "sound is not trained on":

@@ -63,8 +63,8 @@ def print_problems(problems: Sequence[Problem], every: bool = False, more: str =
 
 
 @contextmanager
-def counting(what: str, patience_s: float = 0) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for work that calls back with (done, total), once it has taken `patience_s` seconds.
+def counting(what: str, patience_s: float = 0) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar for work that calls back with (done, total; None if nobody knows it), once it has taken `patience_s` seconds.
 
     On standard error, so that --json stays clean.
     """
@@ -72,7 +72,7 @@ def counting(what: str, patience_s: float = 0) -> Iterator[Callable[[int, int], 
     progress = Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal)
     task, began = progress.add_task(what), time.monotonic()
 
-    def tell(done: int, total: int) -> None:
+    def tell(done: int, total: int | None) -> None:
         progress.update(task, completed=done, total=total)
         if time.monotonic() - began >= patience_s:
             progress.start()  # which does nothing the second time
@@ -104,10 +104,21 @@ def draw_counts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
+def draw_files(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was read: each meta-file with its containers and records, and how often these count where they are weighed."""
+    facts = []
+    for part in summary["files"]:
+        kinds = ", ".join(kind if number == 1 else f"{number:,} x {kind}" for kind, number in part["containers"].items())
+        weighed = f", weighed by {part['weight']:g}: {part['used']:,} good" if part["weight"] != 1 else ""
+        facts.append(("file", f"{part['meta']}: {kinds}, {part['records']:,} records{weighed}"))
+    return [*facts, ("forms", ", ".join(f"{form} {number:,}" for form, number in summary["forms"].items()))]
+
+
 def draw_plan(summary: dict[str, Any]) -> Table:
     """What `qwenvl-ft plan` shows."""
     tokens = summary["tokens"]
     facts = [
+        *draw_files(summary),
         ("records", f"{summary['records']:,}, {summary['used']:,} used, {len(summary['skipped']):,} problems"),
         (
             "pictures",

@@ -26,6 +26,14 @@ def in_the_project(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_the_user(tmp_path_factory):
+    """What was measured or brought before these tests, and by them, stays out of them and of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def family_model(request, tmp_path_factory) -> Path:
     """The folder of a random model of one family, with the real Qwen tokenizer."""

@@ -14,7 +14,8 @@ REQUIRED = "model: m\ntrain_meta_file: train.json\ntrain_data_dir: images\noutpu
 # A key that is renamed or taken away breaks somebody's file: add here, never change.
 KEYS = """
     model train_meta_file train_data_dir output_dir eval_meta_file eval_data_dir
-    min_pixels max_pixels row_tokens thinking boxes on_bad_record dataloader_num_workers
+    min_pixels max_pixels video_fps video_max_frames video_max_pixels
+    row_tokens thinking boxes fetch_media format columns on_bad_record dataloader_num_workers
     lora_on lora_rank lora_alpha lora_dropout
     num_train_epochs max_steps rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm seed
     dtype attn_implementation gradient_checkpointing
@@ -265,10 +266,9 @@ def test_a_learning_rate_that_no_weight_survives_is_refused(rate, complaints):
 OF_PEERS = """
     max_samples save_only_model overwrite_output_dir adapter_name_or_path vision_lr hub_model_id push_to_hub logging_dir plot_loss
     load_best_model_at_end metric_for_best_model early_stopping_steps early_stopping_patience use_rslora lora_bias ref_model
-    mix_strategy interleave_probs overwrite_cache mask_history streaming tool_format default_system video_fps video_maxlen
-    video_max_pixels max_new_tokens predict_with_generate do_eval do_predict per_device_eval_batch_size eval_accumulation_steps optim
+    mix_strategy interleave_probs overwrite_cache mask_history streaming tool_format default_system max_new_tokens predict_with_generate do_eval do_predict per_device_eval_batch_size eval_accumulation_steps optim
     adam_beta1 lr_scheduler_kwargs min_lr use_liger_kernel use_unsloth neftune_noise_alpha dataloader_pin_memory dataloader_drop_last
-    save_safetensors auto_find_batch_size projector_lr merger_lr vit_lr aligner_lr lora_weight_path double_quant lazy_preprocess fps
+    save_safetensors auto_find_batch_size projector_lr merger_lr vit_lr aligner_lr lora_weight_path double_quant lazy_preprocess
     nframes dataset_shuffle truncation_strategy loss_scale sequence_parallel_size norm_bbox lora_dtype modules_to_save task_type
     rlhf_type hub_token hub_strategy sample_packing pad_to_sequence_len dataset_prepared_path wandb_entity special_tokens tokenizer_type
     roles_to_train local_rank dataset_text_field eval_packing completion_only_loss eos_token loss_type cache_dir base_model_config

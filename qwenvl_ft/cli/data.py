@@ -1,7 +1,7 @@
 """Commands for before the GPU: what is in a meta-file, what the model sees of it, what a run would do. None imports torch."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,8 @@ from qwenvl_ft.cli.options import (
     BoxesOption,
     ConfigFile,
     DataDir,
+    FetchMedia,
+    FormatOption,
     Json,
     MaxPixels,
     Meta,
@@ -21,14 +23,28 @@ from qwenvl_ft.cli.options import (
     read_settings,
     training_chat_settings,
 )  # fmt: skip
-from qwenvl_ft.console import counting, draw_counts, draw_plan, print_drawing, print_json, print_line, print_problems, save_svg
-from qwenvl_ft.data.show import draw_record, facts_of
+from qwenvl_ft.console import (
+    counting,
+    draw_counts,
+    draw_files,
+    draw_plan,
+    print_drawing,
+    print_json,
+    print_line,
+    print_problems,
+    save_svg,
+)
 from qwenvl_ft.errors import MOST_ALONE, Problem, UserError, alike
+
+if TYPE_CHECKING:
+    from qwenvl_ft.data.chat import Chat
+    from qwenvl_ft.data.reading import Reading
+    from qwenvl_ft.data.records import Record
 
 
 def validate_meta(
     meta: Meta,
-    data_dir: DataDir,
+    data_dir: DataDir = None,
     model: Annotated[Path | None, typer.Option("--model", help="Count tokens as training on this model would.")] = None,
     list_all: Annotated[bool, typer.Option("--all", help="List every problem, not the first of each kind with a count.")] = False,
     config: SettingsOf = None,
@@ -39,6 +55,8 @@ def validate_meta(
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode every picture, too: finds what breaks behind a good header.")
     ] = False,
+    fetch_media: FetchMedia = False,
+    format: FormatOption = None,
     as_json: Json = False,
 ) -> None:
     """Check a meta-file and its pictures: every problem in one run, with its place and its fix.
@@ -49,11 +67,12 @@ def validate_meta(
     """
     from qwenvl_ft.data.chat import open_chat
     from qwenvl_ft.data.formats.documented import record_notes
-    from qwenvl_ft.data.meta_file import read_records
+    from qwenvl_ft.data.meta_file import Tally, read_records
 
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking)) if model else None
+    reading, tally = read_reading(config, fetch_media, format, boxes=boxes), Tally()
     with counting("reading records") as on_record:
-        records, problems, total = read_records(meta, data_dir, on_record, reading=read_reading(config, boxes))
+        records, problems, total = read_records(meta, data_dir, on_record, reading=reading, tally=tally)
     if deep:
         from qwenvl_ft.data.deep import decode_all
 
@@ -66,6 +85,7 @@ def validate_meta(
         tokens = token_counts([script.length for script in write_scripts(chat, records, problems)])
     refused = {problem.where for problem in problems}
     report: dict[str, Any] = {
+        **tally.facts,
         "records": total,
         "used": sum(record.where not in refused for record in records),
         "pictures": len({picture.source for record in records for picture in record.pictures}),
@@ -78,6 +98,7 @@ def validate_meta(
         print_json(report)
     else:
         facts = [
+            *draw_files(report),
             ("records", f"{report['records']:,}, {report['used']:,} good"),
             ("pictures", f"{report['pictures']:,}, shown {report['shown']:,} times"),
         ]
@@ -96,35 +117,43 @@ def validate_meta(
 
 def show(
     meta: Meta,
-    number: Annotated[int, typer.Argument(help="Which record, counted from 0.")],
-    data_dir: DataDir,
     model: Annotated[Path, typer.Option("--model", help="The model's folder.")],
+    number: Annotated[int | None, typer.Argument(min=0, help="Which record, counted from 0; may be left out with --html.")] = None,
+    data_dir: DataDir = None,
+    fetch_media: FetchMedia = False,
+    format: FormatOption = None,
     config: SettingsOf = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
     boxes: BoxesOption = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write the drawing to this picture file, too.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write many records to this page for a browser.")] = None,
+    start: Annotated[int | None, typer.Option(min=0, help="With --html: the first record of the page, 0 if not given.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --html: how many records, 200 if not given.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show a record as training on the model would: pictures as blocks with their tokens, what is taught in green.
 
+    With --html a page of many records: pictures at the size that the model sees, the borders of tokens, boxes, problems.
+
     Example: qwenvl-ft show data/sample/train.json 0 --data-dir data/sample/images --model data/tiny
     """
+    if html and (svg or as_json or (number is not None and (start is not None or limit is not None))):
+        raise typer.BadParameter("--html takes --start and --limit or a number, and neither --svg nor --json")
+    if not html and (number is None or start is not None or limit is not None):
+        raise typer.BadParameter("give the number of a record, or --html with --start and --limit")
     from qwenvl_ft.data.chat import open_chat
-    from qwenvl_ft.data.meta_file import read_records
+    from qwenvl_ft.data.show import check_page, draw_record, facts_of
 
+    if html:
+        check_page(html)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
-    with counting("reading records") as on_record:
-        records, problems, _ = read_records(meta, data_dir, on_record, reading=read_reading(config, boxes))
-    in_array, in_lines = f"{meta.name}[{number}]", f"{meta.name}:{number + 1}"
-    found = [record for record in records if record.where in (in_array, in_lines)]
-    if not found:
-        mine = [problem for problem in problems if f"{problem.where}.".startswith((in_array, f"{in_lines}.", f"{in_lines}:"))]
-        if not mine and records:
-            mine = [Problem(str(meta), f"has no record {number}", f"count from 0; the last good record is {records[-1].where}")]
-        raise UserError(*(mine or problems))
-    scripts = chat.write_scripts(found[0])
+    reading = read_reading(config, fetch_media, format, boxes=boxes)
+    if html:
+        return _show_page(html, meta, data_dir, chat, reading, *((start or 0, limit or 200) if number is None else (number, 1)))
+    assert number is not None
+    scripts = chat.write_scripts(record_at(meta, data_dir, number, reading))
     if as_json:
         print_json(facts_of(scripts[-1], chat))  # where a template rewrites turns, the last example has the whole talk
         return
@@ -132,6 +161,65 @@ def show(
         print_drawing(draw_record(script, chat))
     if svg:
         save_svg(draw_record(scripts[-1], chat), svg)
+
+
+def _show_page(out: Path, meta: Path, data_dir: Path | None, chat: "Chat", reading: "Reading", start: int, limit: int) -> None:
+    from qwenvl_ft.data.meta_file import Tally, stream_records
+    from qwenvl_ft.data.show import cut_out, draw_page, write_page
+
+    tally = Tally()
+    with counting("reading records") as on_record:
+        cut = cut_out(stream_records(meta, data_dir, reading, tally), tally, start, limit, on_record)
+    with counting("looking at pictures") as on_medium:
+        page = draw_page(meta.name, cut, chat, on_medium)
+    write_page(page, out)
+    facts = f"{page.num_shown:,} record{'s' * (page.num_shown != 1)}, {page.num_bad:,} with problems"
+    more = f", more follow (--start {start + limit})" * cut.more
+    print_line(f"{out}: {facts}{more}, {out.stat().st_size / 1e3:,.0f} kB; open it in a browser")
+
+
+def record_at(meta: Path, data_dir: Path | None, number: int, reading: "Reading") -> "Record":
+    """The record of this number, counted from 0, without reading on. Raises UserError with its problems, or the file's."""
+    from qwenvl_ft.data.meta_file import Tally, stream_records
+
+    tally, last, of_files = Tally(), "", list[Problem]()
+    with counting("reading records") as on_record:
+        for found in stream_records(meta, data_dir, reading, tally):
+            on_record(tally.num_records, None)
+            if not found.where:
+                of_files += found.problems
+            elif tally.num_records == number + 1:
+                if found.record:
+                    return found.record
+                if not found.problems:  # there is no folder of pictures, which is said at the end
+                    continue
+                raise UserError(*tally.said_once(found.problems))
+            last = found.where if found.record else last
+    fix = f"count from 0; the last good record is {last}" if last else "mend the others first"
+    raise UserError(*(of_files or [Problem(str(meta), f"has no record {number}", fix)]))
+
+
+def convert(
+    meta: Meta,
+    out: Annotated[Path, typer.Argument(help="The new file: .json for an array, .jsonl for JSON lines.")],
+    data_dir: DataDir = None,
+    fetch_media: FetchMedia = False,
+    format: FormatOption = None,
+    boxes: BoxesOption = None,
+    config: SettingsOf = None,
+) -> None:
+    """Write a meta-file of any kind and form anew in the documented form, or say what that cannot carry.
+
+    What is written is read again and compared with what was read. Pictures and videos stay where they are.
+
+    Example: qwenvl-ft convert data/sample/train.json sample.jsonl --data-dir data/sample/images
+    """
+    from qwenvl_ft.data import convert as converting
+
+    with counting("writing records") as on_record:
+        tally = converting.convert(meta, out, data_dir, read_reading(config, fetch_media, format, boxes=boxes), on_record)
+    count = f"{tally.num_records:,} record{'s' * (tally.num_records != 1)}"
+    print_line(f"{out}: {count}, read as {draw_files(tally.facts)[-1][1]}")
 
 
 def plan(overrides: Overrides = None, config: ConfigFile = LORA_YAML, as_json: Json = False) -> None:

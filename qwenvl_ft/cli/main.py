@@ -17,9 +17,9 @@ from qwenvl_ft.errors import UserError
 
 app = typer.Typer(
     name="qwenvl-ft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-    help="LoRA fine-tuning for Qwen-VL models: init, validate-meta, show, plan before the GPU; train; eval, export, ask after.",
+    help="LoRA fine-tuning for Qwen-VL models: validate-meta, show, convert, plan before the GPU; train; eval, export, ask after.",
 )  # fmt: skip
-for command in (init.init, data.validate_meta, data.show, data.plan,
+for command in (init.init, data.validate_meta, data.show, data.convert, data.plan,
                 model.train, model.evaluate, model.export, model.ask, hub.download, hub.doctor,
                 serve.serve):  # fmt: skip
     # Of `--learning_rate 1e-4` the config says what to write; click would say "no such option".

@@ -1,5 +1,6 @@
 """Commands that run a model: train, eval, export, ask. torch is imported inside them."""
 
+import re
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +15,7 @@ from qwenvl_ft.cli.options import (
     BoxesOption,
     ConfigFile,
     DataDir,
+    FetchMedia,
     Json,
     MaxPixels,
     Meta,
@@ -26,7 +28,7 @@ from qwenvl_ft.cli.options import (
     read_reading,
     read_settings,
 )
-from qwenvl_ft.console import counting, draw_counts, print_drawing, print_json, print_line, print_note
+from qwenvl_ft.console import counting, draw_counts, draw_files, print_drawing, print_json, print_line, print_note
 from qwenvl_ft.errors import UserError
 
 
@@ -48,7 +50,7 @@ def train(overrides: Overrides = None, config: ConfigFile = LORA_YAML) -> None:
 def evaluate(
     model: ModelArgument,
     meta: Meta,
-    data_dir: DataDir,
+    data_dir: DataDir = None,
     adapter: Adapter = None,
     out: Annotated[
         Path | None,
@@ -67,6 +69,7 @@ def evaluate(
     blank: Annotated[
         bool, typer.Option("--blank", help="Show white pictures of the same size: what is still right was not seen.")
     ] = False,
+    fetch_media: FetchMedia = False,
     as_json: Json = False,
 ) -> None:
     """Ask every question of a meta-file; exact and relaxed accuracy, every prediction in a file, where a second run goes on. Where
@@ -78,31 +81,36 @@ def evaluate(
     Example: qwenvl-ft eval data/tiny data/sample/eval.json --data-dir data/sample/images --adapter runs/demo
     """
     from qwenvl_ft.data.boxes import box_notes
-    from qwenvl_ft.data.meta_file import read_records
+    from qwenvl_ft.data.geometry import reading_of
+    from qwenvl_ft.data.meta_file import Tally, read_records
     from qwenvl_ft.evaluate.scoring import evaluate as run
+    from qwenvl_ft.folders.runs import processor_folder
     from qwenvl_ft.infer.batch_file import read_answers, who_answers
     from qwenvl_ft.infer.engine import Engine, check_folders
 
     check_folders(model, [adapter] if adapter else [])
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
-    records, problems, _ = read_records(meta, data_dir, reading=read_reading(config, boxes))
+    tally = Tally()
+    reading = read_reading(config, fetch_media, own=reading_of(processor_folder(model, adapter)), boxes=boxes)
+    records, problems, _ = read_records(meta, data_dir, reading=reading, tally=tally)
     if problems:
         raise UserError(*problems)
     for note in box_notes(records):
         print_note(note)
-    of = f"{meta.stem}{'' if adapter else f'-{model.resolve().name}'}{'-blank' if blank else ''}"
+    of = f"{re.sub('[^-.0-9A-Za-z_]+', '_', meta.stem)}{'' if adapter else f'-{model.resolve().name}'}{'-blank' if blank else ''}"
     target = out or (adapter or Path()) / f"predictions-{of}.jsonl"
     read_answers(target)  # what is wrong with it is said before the model is loaded
     engine = Engine.open(model, adapter, blank, *chat_settings)
     limits = engine.limits("image")
     with counting("answering") as on_answer:
-        who = who_answers(model, adapter, [blank, vars(limits), engine.chat.source])
+        how = [blank, vars(limits), vars(engine.chat.video_limits), reading.video_fps, reading.video_max_frames, engine.chat.source]
+        who = who_answers(model, adapter, how)
         scores, _ = run(engine, records, batch_size, max_new_tokens, on_answer, target, who)
     scores |= {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels, "predictions": str(target)}
     if as_json:
         print_json(scores)
     else:
-        facts = [
+        facts = draw_files(tally.facts) + [
             (
                 name.replace("_", " "),
                 f"{value:.1%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value,
@@ -193,7 +201,8 @@ def ask(
         from qwenvl_ft.infer.engine import Engine
 
         engine = Engine.open(model, adapter, False, *chat_settings)
-        who = who_answers(model, adapter, [vars(engine.limits("image")), engine.chat.source])
+        of_videos = [vars(engine.chat.video_limits), engine.reading.video_fps, engine.reading.video_max_frames]
+        who = who_answers(model, adapter, [vars(engine.limits("image")), *of_videos, engine.chat.source])
         with counting("answering") as on_answer:
             before, problems = answer_file(engine, lines, out, batch_size, max_new_tokens, on_answer, who)
         if problems:
@@ -202,13 +211,17 @@ def ask(
         print_line(f"{len(lines)} answers in {out}" + (f", {before} of them from before" if before else "")
                    + (f", {cut} of them cut by --max-new-tokens" if cut else ""))  # fmt: skip
         return
+    from qwenvl_ft.data.geometry import reading_of
     from qwenvl_ft.data.records import Turn
+    from qwenvl_ft.folders.runs import processor_folder
     from qwenvl_ft.infer.engine import Engine
     from qwenvl_ft.infer.messages import read_messages
 
     media: list[dict[str, Any]] = [{"type": "image", "image": source} for source in image or []]
     media += [{"type": "video", "video": source} | ({"fps": fps} if fps else {}) for source in video or []]
-    shown = read_messages([{"role": "user", "content": media}])[0].parts if media else ()  # before torch is imported
+    reading = read_reading(config, False, own=reading_of(processor_folder(model, adapter)))
+    # Before torch is imported.
+    shown = read_messages([{"role": "user", "content": media}], reading=reading)[0].parts if media else ()
     engine = Engine.open(model, adapter, False, *chat_settings)
     talk: list[Turn] = []
     if question and as_json:

@@ -2,18 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qwenvl_ft.config import FOUR_TOKENS, Config, load_config
+from qwenvl_ft.config import FOUR_TOKENS, Config, Form, Part, load_config
 from qwenvl_ft.data.reading import AS_FOUND, Numbers, Reading
 from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.errors import Problem, UserError
 
-Meta = Annotated[Path, typer.Argument(help="The meta-file: a JSON array or JSON lines of conversations.")]
-DataDir = Annotated[Path, typer.Option("--data-dir", help="The folder that the <img> tags' file names are resolved against.")]
+Meta = Annotated[
+    Path,
+    typer.Argument(help="JSON, JSON lines, CSV, parquet, Arrow, a WebDataset tar; a folder or a 'pattern*' of them; hf:ORG/NAME."),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="Where file names are looked up: the meta-file's folder, unless it is given."),
+]
+FetchMedia = Annotated[bool, typer.Option("--fetch-media", help="Bring pictures that are named by URL or held as base64, once.")]
+FormatOption = Annotated[
+    Form | None, typer.Option("--format", help="The form of the records, where what they hold does not say so rightly.")
+]
 ModelArgument = Annotated[Path, typer.Argument(help="The model's folder.")]
 ConfigFile = Annotated[Path, typer.Option("--config", help="The settings; `qwenvl-ft init` writes a lora.yaml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for a program.")]
@@ -46,10 +57,11 @@ def read_settings(config: Path, overrides: list[str] | None, say: Callable[[str]
     settings = load_config(config, overrides or [])
     problems = []
     for key in ("train_meta_file", "train_data_dir", "eval_meta_file", "eval_data_dir"):
-        path = getattr(settings, key)
-        if path and not path.exists():
-            of = "file of conversations" if key.endswith("file") else "folder of pictures"
-            problems.append(Problem(f"{key}: {path}", "is not there", f"put your {of} there, or set {key} to where it is"))
+        value = getattr(settings, key)
+        for path in parts_of(value) if key.endswith("file") else [value]:
+            if path and not is_there(path):
+                of = "file of conversations" if key.endswith("file") else "folder of pictures"
+                problems.append(Problem(f"{key}: {path}", "is not there", f"put your {of} there, or set {key} to where it is"))
     try:
         if not problems or read_source(str(settings.model)) is None:  # nothing is downloaded for a run that could not begin
             settings = with_local_model(settings, say)
@@ -60,7 +72,19 @@ def read_settings(config: Path, overrides: list[str] | None, say: Callable[[str]
     return settings
 
 
-ChatSettings = tuple[int | None, int | None, Thinking | None]
+ChatSettings = tuple[int | None, int | None, Thinking | None, int | None]
+
+
+def parts_of(meta: Path | list[Part] | None) -> list[Path]:
+    """The paths of a meta-file, or of several."""
+    return [part.file for part in meta] if isinstance(meta, list) else [meta] if meta else []
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path, or a pattern, means something; a place on a hub may."""
+    from qwenvl_ft.hub.clients import read_source
+
+    return path.exists() or bool(glob(str(path), recursive=True)) or read_source(str(path)) is not None
 
 
 def read_chat_settings(
@@ -69,19 +93,25 @@ def read_chat_settings(
     """What `open_chat` and `Engine.open` take of a command's options, else of the settings that --config names. None: not given."""
     if config:
         settings = load_config(config)
-        return min_pixels or settings.min_pixels, max_pixels or settings.max_pixels, thinking or settings.thinking
-    return min_pixels, max_pixels, thinking
-
-
-def read_reading(config: Path | None, boxes: Numbers | None) -> Reading:
-    """How a meta-file is read by a command's options, else by the settings that --config names."""
-    reading = Reading.of(load_config(config)) if config else AS_FOUND
-    return replace(reading, boxes=boxes or reading.boxes)
+        own = settings.min_pixels, settings.max_pixels, settings.thinking
+        return min_pixels or own[0], max_pixels or own[1], thinking or own[2], settings.video_max_pixels
+    return min_pixels, max_pixels, thinking, None
 
 
 def training_chat_settings(
     config: Path | None, min_pixels: int | None, max_pixels: int | None, thinking: Thinking | None
 ) -> ChatSettings:
     """What `plan` and `train` would use: that of `read_chat_settings`, else a config's defaults."""
-    least, most, thinks = read_chat_settings(config, min_pixels, max_pixels, thinking)
-    return least, most or Config.model_fields["max_pixels"].default, thinks or Config.model_fields["thinking"].default
+    least, most, thinks, of_video = read_chat_settings(config, min_pixels, max_pixels, thinking)
+    defaults = {key: Config.model_fields[key].default for key in ("max_pixels", "thinking", "video_max_pixels")}
+    return least, most or defaults["max_pixels"], thinks or defaults["thinking"], of_video or defaults["video_max_pixels"]
+
+
+def read_reading(
+    config: Path | None, fetch_media: bool, format: Form | None = None, own: Reading = AS_FOUND, boxes: Numbers | None = None
+) -> Reading:
+    """How records are read: as the settings that --config names have it, and as the command's own options do."""
+    reading = Reading.of(load_config(config)) if config else own
+    return replace(
+        reading, fetch_media=fetch_media or reading.fetch_media, format=format or reading.format, boxes=boxes or reading.boxes
+    )

@@ -38,33 +38,20 @@ class Seen(NamedTuple):
     shown_width: int
 
 
-class Drawn(NamedTuple):
-    """A box of a record, to be drawn: `picture` counts the record's, the corners are px of it as it is seen."""
-
-    picture: int
-    corners: tuple[float, ...]
-    label: str
-    taught: bool
-
-
 # ---- from a file ----
 
 
-def placed(
-    turns: Sequence[Turn], where: str, numbers: Numbers | None, problems: list[Problem], key: str = "conversations"
-) -> tuple[Turn, ...]:
-    """The turns with the boxes and references of their texts as parts; what is wrong with one is added to the record's `problems`.
+def placed(turns: Sequence[Turn], places: Sequence[str], numbers: Numbers | None, problems: list[Problem]) -> list[Turn]:
+    """The turns with the boxes and references of their texts as parts; what is wrong with one is added to `problems`, at its turn's
+    place.
 
     A box lies in the last picture before it, or in the first if none is before it. Tags of the first Qwen-VL are thousandths,
-    tokens of Qwen2-VL are what `numbers` says, else thousandths; JSON is read if `numbers` says what it holds. `key` is what the
-    record calls the list of its turns.
+    tokens of Qwen2-VL are what `numbers` says, else thousandths; JSON is read if `numbers` says what it holds.
     """
     texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
     if not any(HINT.search(text) or (numbers and JSON_HINT.search(text)) for text in texts):
-        return tuple(turns)
-    pictures = Record(where, tuple(turns)).pictures
-    if problems and not pictures:
-        return tuple(turns)  # it has one that could not be read
+        return list(turns)
+    pictures = [medium for turn in turns for medium in turn.media if isinstance(medium, Picture)]
     of_v1 = any("<box>" in text for text in texts)  # elsewhere <ref> is a footnote
     shown = 0
 
@@ -76,8 +63,7 @@ def placed(
         return replace(box, bare=True) if mark.kind == "bare" else box
 
     found = []
-    for count, turn in enumerate(turns):
-        place = f"{where}.{key}[{count}]"
+    for turn, place in zip(turns, places, strict=True):
         parts: list[Part] = []
         for part in turn.parts:
             shown += isinstance(part, Picture)
@@ -90,7 +76,7 @@ def placed(
                 except UserError as error:
                     problems.extend(error.problems)
         found.append(replace(turn, parts=tuple(part for part in parts if part != "")))
-    return tuple(found)
+    return found
 
 
 def box_in(pictures: Sequence[Picture], picture: int, numbers: Sequence[float], unit: Numbers, label: str, place: str) -> Box:
@@ -135,16 +121,6 @@ def box_notes(records: Sequence[Record]) -> list[str]:
             some = f"{len(has):,} records hold" if len(has) > 1 else "1 record holds"
             found.append(f"{some} {what} ({has[0]} for one)")
     return found
-
-
-def boxes_of(turns: Sequence[Turn]) -> list[Drawn]:
-    """The boxes and points of the turns, in their order."""
-    return [
-        Drawn(part.picture, part.corners, part.label, turn.role == "assistant" and turn.taught)
-        for turn in turns
-        for part in turn.parts
-        if isinstance(part, Box) and part.corners
-    ]
 
 
 # ---- to the model ----

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from qwenvl_ft.data.boxes import Seen, written
 from qwenvl_ft.data.families import Family, family_of
-from qwenvl_ft.data.geometry import Limits, grid_of, read_limits, resized, tokens_of, within
+from qwenvl_ft.data.geometry import Limits, VideoLimits, grid_of, read_limits, read_video_limits, tokens_of
 from qwenvl_ft.data.records import Box, Medium, Picture, Record, Turn, Video
 from qwenvl_ft.data.template import (
     CLOSE_THOUGHT,
@@ -35,12 +35,14 @@ from qwenvl_ft.data.template import (
     thinks,
 )
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.model import read_model_json, read_template
+from qwenvl_ft.folders.model import read_config, read_model_json, read_template
 from qwenvl_ft.folders.problems import talk_problems
 from qwenvl_ft.folders.runs import processor_folder
 
 IGNORE = -100  # the label that torch's cross entropy skips
 END, PICTURE, VIDEO = "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
+STEP = "<{:.1f} seconds><|vision_start|>" + VIDEO + "<|vision_end|>"  # of a video whose times are written; source: Qwen3VLProcessor
+TOKENS_PER_SECOND = 4  # of Qwen2.5-VL, where its config.json does not say it
 # Special tokens that people write and models say. Each other one ends a turn or poses as a picture.
 MEANT = {f"<|{name}_{side}|>" for name in ("object_ref", "box", "quad") for side in ("start", "end")}
 
@@ -78,9 +80,15 @@ class Script:
         return ids, labels
 
 
+def runs_of(medium: Medium, grid: tuple[int, int, int], family: Family) -> list[tuple[int, int, int]]:
+    """The grid of each run of a medium's tokens: a video whose times are written has a run a step."""
+    steps, rows, columns = grid
+    return [(1, rows, columns)] * steps if isinstance(medium, Video) and family.clock == "written" else [grid]
+
+
 @dataclass(frozen=True)
 class Chat:
-    """A model's way of writing: its tokenizer, its chat template, its picture limits.
+    """A model's way of writing: its tokenizer, its chat template, its limits of pictures and videos.
 
     `source` is the template's text, with the default that `thinking` has given it: whoever renders it asks as was taught.
     """
@@ -90,6 +98,8 @@ class Chat:
     limits: Limits
     family: Family
     thinking: Thinking
+    video_limits: VideoLimits
+    tokens_per_second: float = 0  # of the places that a video's steps take, where the family has them by the second
 
     def prompt(self, turns: Sequence[Turn], thinking: bool | None = None) -> list[int]:
         """The ids that ask for the next answer, one placeholder per picture or video. `thinking` replaces the default.
@@ -106,9 +116,11 @@ class Chat:
     def seen(self, turns: Sequence[Turn]) -> list[Seen]:
         """The size of each picture of the turns, and the size that the processor gives it."""
         pictures = [medium for turn in turns for medium in turn.media if isinstance(medium, Picture)]
-        sizes = [(of.height, of.width) for of in pictures]
-        own = [within(self.limits, of.min_pixels, of.max_pixels) for of in pictures]
-        return [Seen(*size, *resized(*size, limits)) for size, limits in zip(sizes, own, strict=True)]
+        grids = [self.grid_of(picture) for picture in pictures]
+        patch = self.limits.patch_size
+        return [
+            Seen(of.height, of.width, rows * patch, columns * patch) for of, (_, rows, columns) in zip(pictures, grids, strict=True)
+        ]
 
     def opens_thought(self, prompt: Sequence[int]) -> bool:
         """Whether the prompt ends within a thought, whose opening tag the answer then lacks."""
@@ -142,12 +154,44 @@ class Chat:
         return [*scripts, self._script(record.where, ids, labels, turns[:last])]
 
     def _script(self, where: str, ids: list[int], labels: list[int], turns: Sequence[Turn]) -> Script:
-        pictures = Record(where, tuple(turns)).pictures
-        grids = [grid_of(picture.height, picture.width, self.limits) for picture in pictures]
-        counts = [tokens_of(grid, self.limits.merge_size) for grid in grids]
         closing = self._encode(self._closing.removeprefix(END), {})  # not taught: a model never has to say it
-        labels = labels + [IGNORE] * len(closing)
-        return Script(where, ids + closing, labels, [*pictures], grids, counts, (self.picture_id, self.video_id))
+        return self._shown(where, ids + closing, labels + [IGNORE] * len(closing), turns)
+
+    def asking(self, turns: Sequence[Turn], thinking: bool | None = None) -> Script:
+        """`prompt` as a script, with what its media take; nothing of it is taught."""
+        ids = self.prompt(turns, thinking)
+        return self._shown("", ids, [IGNORE] * len(ids), turns)
+
+    def _shown(self, where: str, ids: Sequence[int], labels: Sequence[int], turns: Sequence[Turn]) -> Script:
+        """The script of ids with one placeholder a medium, in whose place come those of its runs, its times between them."""
+        media = [medium for turn in turns for medium in turn.media]
+        grids = [self.grid_of(medium) for medium in media]
+        runs = [runs_of(medium, grid, self.family) for medium, grid in zip(media, grids, strict=True)]
+        texts = [self._times(medium) for medium in media]
+        shown, taught = [*ids], [*labels]
+        if any(texts):
+            placed = [at for at, id in enumerate(ids) if id in (self.picture_id, self.video_id)]
+            for at, text in reversed([*zip(placed, texts, strict=True)]):
+                written = self.encode(text) if text else [ids[at]]
+                shown[at : at + 1], taught[at : at + 1] = written, [labels[at]] * len(written)
+        counts = [tokens_of(run, self.limits.merge_size) for of_medium in runs for run in of_medium]
+        return Script(where, shown, taught, media, grids, counts, (self.picture_id, self.video_id))
+
+    def grid_of(self, medium: Medium) -> tuple[int, int, int]:
+        """(steps, rows, columns) of a medium's patches, within its own bounds. Raises UserError for bounds that cannot be kept."""
+        if isinstance(medium, Video):
+            return self.video_limits.grid_of(medium)
+        return grid_of(medium.height, medium.width, self.limits.of(medium))
+
+    def _times(self, medium: Medium) -> str:
+        """A video with the time before each step, the mean of its first and its last frame's; "" where no times are written."""
+        if not isinstance(medium, Video) or self.family.clock != "written":
+            return ""
+        frames = self.video_limits.step_frames
+        indices = [*medium.indices] + [medium.indices[-1]] * (-len(medium.indices) % frames)
+        seconds = [at / medium.fps for at in indices]
+        ends = zip(seconds[::frames], seconds[frames - 1 :: frames], strict=True)
+        return "".join(STEP.format((first + last) / 2) for first, last in ends)
 
     def _continuation(self, turn: Turn, prompt: str, number: int) -> str:
         """What the model has to say behind the prompt, without its end token: the turn's text, its thought in the form that
@@ -278,7 +322,7 @@ PROBE = "a text that no template writes"
 
 def open_chat(
     model_dir: Path, min_pixels: int | None = None, max_pixels: int | None = None, thinking: Thinking | None = None,
-    adapter: Path | None = None,
+    video_max_pixels: int | None = None, adapter: Path | None = None,
 ) -> Chat:  # fmt: skip
     """Reads tokenizer, template and limits from a model's folder, the latter two from an adapter's own if it has them.
 
@@ -299,7 +343,10 @@ def open_chat(
     except Exception as error:  # the library has no error of its own
         raise UserError(Problem(str(path), "is not a tokenizer", "download it again")) from error
     tokenizer.encode_special_tokens = True
-    chat = Chat(tokenizer, source, read_limits(folder, min_pixels, max_pixels), family, thinking)
+    videos = read_video_limits(folder, family.clock == "written", video_max_pixels)
+    ticks = read_config(model_dir).get("vision_config", {}).get("tokens_per_second", TOKENS_PER_SECOND)
+    ticks = ticks if family.clock == "seconds" else 0
+    chat = Chat(tokenizer, source, read_limits(folder, min_pixels, max_pixels), family, thinking, videos, ticks)
     if missing := [token for token in (PICTURE, END) if token not in chat._special]:
         raise UserError(Problem(str(path), f"has no token {missing[0]}", "bring the tokenizer.json of the model itself"))
     return chat

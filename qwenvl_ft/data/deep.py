@@ -1,16 +1,17 @@
-"""Decodes every picture of some records, in parallel, and names those that only look whole.
+"""Decodes every picture and video of some records, in parallel, and names those that only look whole.
 
-A header says nothing of what follows it: a file that was cut off, or a bit that fell over, shows when the picture is decoded.
+A header says nothing of what follows it: a file that was cut off, or a bit that fell over, shows when it is decoded.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from importlib import import_module
 from multiprocessing import get_context
-from pathlib import Path
+from typing import Any
 
 from qwenvl_ft.data.pictures import opened
-from qwenvl_ft.data.records import Picture, Record
+from qwenvl_ft.data.records import Medium, Picture, Record
 from qwenvl_ft.errors import Problem, UserError
 
 CHUNK = 16  # pictures that a process takes at once
@@ -18,19 +19,19 @@ OnPicture = Callable[[int, int], None]
 
 
 def decode_all(records: Sequence[Record], on_picture: OnPicture = lambda done, total: None) -> list[Problem]:
-    """A problem for each record and each picture of it that breaks; each file is decoded once, as training decodes it.
+    """A problem for each record and each picture and video of it that breaks; each is decoded once, as training decodes it.
 
-    `on_picture(done, total)` is called after each file.
+    `on_picture(done, total)` is called after each.
     """
-    pictures = list({picture.source: picture for record in records for picture in record.pictures}.values())
-    broken: dict[Path, Problem] = {}
+    pictures = list({medium.source: medium for record in records for medium in record.media}.values())
+    broken: dict[Any, Problem] = {}
     # Pillow holds the lock of Python's threads while it decodes, so processes; new ones, since a fork copies what threads hold.
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         try:
             for done, (picture, problem) in enumerate(
                 zip(pictures, pool.map(problem_of, pictures, chunksize=CHUNK), strict=True), 1
             ):
-                if problem and isinstance(picture.source, Path):
+                if problem:
                     broken[picture.source] = problem
                 on_picture(done, len(pictures))
         except BrokenProcessPool as error:
@@ -41,15 +42,18 @@ def decode_all(records: Sequence[Record], on_picture: OnPicture = lambda done, t
     return [
         Problem(record.where, broken[picture.source].what, broken[picture.source].fix)
         for record in records
-        for picture in dict.fromkeys(record.pictures)
-        if isinstance(picture.source, Path) and picture.source in broken
+        for picture in dict.fromkeys(record.media)
+        if picture.source in broken
     ]
 
 
-def problem_of(picture: Picture) -> Problem | None:
-    """What is wrong with a picture once it is decoded."""
+def problem_of(medium: Medium) -> Problem | None:
+    """What is wrong with a picture or a video once it is decoded."""
     try:
-        opened(picture)
+        if isinstance(medium, Picture):
+            opened(medium)
+        else:
+            import_module("qwenvl_ft.data.videos").frames(medium, lambda frame: None)  # and PyAV, which pictures can do without
     except UserError as error:
         return error.problems[0]
     return None

@@ -23,6 +23,8 @@ class Family:
 
     `linear_attention`: some layers keep a state in place of keys and values. It leaks from record to record of a row without a
     word unless flash-linear-attention is installed, so a row gets one record, and it cannot be padded.
+    `clock`: how the model knows when a step of a video is shown: its steps follow each other on the time axis by ones, or by
+    seconds, or the seconds are written before each.
     """
 
     language: str
@@ -30,6 +32,7 @@ class Family:
     merger: str
     boxes: BoxForm
     linear_attention: bool = False
+    clock: Literal["steps", "seconds", "written"] = "steps"
 
 
 LANGUAGE = rf"model\.language_model\.layers\.\d+\.(?:{ATTENTION}|{GATED_MLP})"
@@ -38,14 +41,19 @@ QWEN2_MERGER = r"model\.visual\.merger\.mlp\.[02]"
 
 FAMILIES = {
     "qwen2_vl": Family(LANGUAGE, r"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])", QWEN2_MERGER, "tokens"),
-    "qwen2_5_vl": Family(LANGUAGE, rf"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|{GATED_MLP})", QWEN2_MERGER, "pixels"),
-    "qwen3_vl": Family(LANGUAGE, QWEN3_VISION, r"model\.visual\.(?:merger|deepstack_merger_list\.\d+)\.linear_fc[12]", "thousand"),
+    "qwen2_5_vl": Family(
+        LANGUAGE, rf"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|{GATED_MLP})", QWEN2_MERGER, "pixels", clock="seconds"
+    ),
+    "qwen3_vl": Family(
+        LANGUAGE, QWEN3_VISION, r"model\.visual\.(?:merger|deepstack_merger_list\.\d+)\.linear_fc[12]", "thousand", clock="written"
+    ),
     "qwen3_5": Family(
         rf"model\.language_model\.layers\.\d+\.(?:{ATTENTION}|{GATED_MLP}|linear_attn\.(?:in_proj_qkv|in_proj_z|out_proj))",
         QWEN3_VISION,
         r"model\.visual\.merger\.linear_fc[12]",
         "thousand",
         linear_attention=True,
+        clock="written",
     ),
 }
 NAMES = ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3.5")  # as people call these

@@ -21,7 +21,6 @@ HEAD_BYTES = 4096  # of a file, that are looked at
 PICTURE, CONVERSATIONS = "name a picture file", "give the JSON file of conversations"
 UNPACK, UNPACK_META = "unpack it, and name the pictures in it", f"unpack it, and {CONVERSATIONS}"
 ROWS = "write its records as JSON lines: "
-FROM_DATASETS = "datasets.Dataset.from_{}(FILE).to_json(OUT), where its rows have conversations"
 # The first that matches counts. None backtracks much, since strangers send files.
 KINDS = [Kind(re.compile(pattern, re.DOTALL | re.IGNORECASE), *about) for pattern, *about in (
     (rb"version https://git-lfs", "a git-lfs pointer", "bring the pictures themselves: `git lfs pull` in their repository",
@@ -40,16 +39,17 @@ KINDS = [Kind(re.compile(pattern, re.DOTALL | re.IGNORECASE), *about) for patter
     (rb"%!PS", "a PostScript drawing", "draw it as PNG", CONVERSATIONS),
     (rb"8BPS", "a Photoshop file", "export it as PNG", CONVERSATIONS),
     (rb"PK\x03\x04", "a zip archive, or a file that is one, such as .xlsx", UNPACK, UNPACK_META),
-    (rb"\x1f\x8b", "a gzip file", UNPACK, UNPACK_META), (rb"BZh", "a bzip2 file", UNPACK, UNPACK_META),
+    (rb"\x1f\x8b", "a gzip file", UNPACK,
+     "unpack it, as with `gunzip FILE`: what is compressed as a whole cannot be read from the middle"),
+    (rb"BZh", "a bzip2 file", UNPACK, UNPACK_META),
     (rb"\xfd7zXZ", "an xz file", UNPACK, UNPACK_META), (rb"\x28\xb5\x2f\xfd", "a zstd file", UNPACK, UNPACK_META),
     (rb"7z\xbc\xaf", "a 7z archive", UNPACK, UNPACK_META), (rb"Rar!", "a rar archive", UNPACK, UNPACK_META),
-    (rb".{257}ustar", "a tar archive", UNPACK, UNPACK_META),
+    (rb".{257}ustar", "a tar archive", UNPACK, None),
     (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "a JPEG XL picture", "save it as PNG or JPEG, as with `djxl a.jxl a.png`", CONVERSATIONS),
     (rb".{128}DICM", "a DICOM image", "export it as PNG", CONVERSATIONS),
     (rb"\x93NUMPY", "a NumPy array", "save it as PNG", CONVERSATIONS),
-    (rb"PAR1", "a parquet file", PICTURE, ROWS + FROM_DATASETS.format("parquet")),
-    (rb"ARROW1", "an Arrow file", PICTURE, ROWS + FROM_DATASETS.format("file")),
-    (rb"\xff\xff\xff\xff", "an Arrow stream", PICTURE, ROWS + FROM_DATASETS.format("file")),
+    (rb"PAR1", "a parquet file", PICTURE, None), (rb"ARROW1", "an Arrow file", PICTURE, None),
+    (rb"\xff\xff\xff\xff", "an Arrow stream", PICTURE, None),
     (rb"FEA1", "a Feather file", PICTURE, ROWS + "pandas.read_feather(FILE).to_json(OUT, orient='records', lines=True)"),
     (rb"\x89HDF", "an HDF5 file", PICTURE, ROWS + "with h5py"),
     (rb"SQLite format 3", "an SQLite database", PICTURE, ROWS + "with sqlite3"),

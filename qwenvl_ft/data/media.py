@@ -5,7 +5,7 @@ A name is resolved against one folder and must lie inside it.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -13,25 +13,39 @@ from pathlib import Path
 from unicodedata import normalize
 from urllib.parse import unquote
 
+from qwenvl_ft.data import sources
+from qwenvl_ft.data.brought import bring, is_elsewhere
+from qwenvl_ft.data.cache import cache_folder
 from qwenvl_ft.data.formats.documented import OPEN
+from qwenvl_ft.data.formats.talk import Named, Options
 from qwenvl_ft.data.pictures import size_of
 from qwenvl_ft.data.reading import Reading
-from qwenvl_ft.data.records import Picture
+from qwenvl_ft.data.records import Picture, Source, Video
+from qwenvl_ft.data.sizes import Sizes
 from qwenvl_ft.errors import Problem, UserError
 
 NUMBER, ZEROS = re.compile(r"\d+"), re.compile(r"(?<!\d)0+(?=\d)")
 MOST_FOLDERS = 8  # of a name, the last of which may be what is meant
 MAX_COMPARED = 200_000  # file names that missing ones are compared with, 50 µs each: a folder of them must not take hours
+MOST_SEEN = 50_000  # names that are remembered: a million of them would be half a gigabyte, and to look again takes 15 µs
+ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif")  # of frames in a folder
 FOLDER_KEYS = "(train_data_dir, --data-dir)"  # what a config calls it, and the commands without one
 
 
 class Media:
-    """The pictures and videos of one folder, each file's header read once."""
+    """The pictures and videos of one folder; of each file the header is read once, and never again while the file stays as it is.
+
+    `beside` are the media that lie with the entry that is being read, by name: they come first.
+    """
 
     def __init__(self, folder: Path, reading: Reading):
         self.folder, self.reading = folder, reading
         self.root = folder.resolve()
+        self.sizes = Sizes(cache_folder())
+        self.beside: Mapping[str, Source] = {}
         self.seen: dict[str, Picture] = {}
+        self.real: dict[str, str] = {}  # of a name's folder, what it is in truth; nothing for one that is not inside
+        self.stamps: dict[Path, sources.Stamp] = {}  # of tars and tables
         self.one_is_there = False
         self.missing: dict[Problem, str] = {}  # of each its name
         self.misspelt: set[str] = set()  # of them those that are there in another spelling
@@ -81,26 +95,106 @@ class Media:
             fix += f" For that one: {first.fix}"
         return [Problem(str(self.folder), what, fix), *(problem for problem in problems if problem not in self.missing)]
 
-    def picture(self, name: str, where: str) -> Picture:
+    def picture(self, name: Named, where: str) -> Picture:
         """Raises UserError where the name is no readable picture inside the folder."""
+        source = name if not isinstance(name, str) else self.beside.get(name)
+        if source is not None:
+            return self._measured(source, where)
+        assert isinstance(name, str)
         if name in self.seen:
             return self.seen[name]
+        if len(self.seen) >= MOST_SEEN:
+            self.seen.clear()
         try:
-            return self.seen.setdefault(name, self._open(name, where))
+            return self.seen.setdefault(name, self._known(name) or self._measured(self._file(name, where), where))
         except UserError as error:  # alike but for the name
-            ours = (name[:120], name[:60], Path(name).name)
-            raise UserError(
-                *(replace(problem, kind=problem.kind or _without(problem, ours)) for problem in error.problems)
-            ) from None
+            raise _alike(error, name) from None
 
-    def _open(self, name: str, where: str) -> Picture:
+    def video(self, name: Named | Sequence[Named], where: str, options: Options) -> Video:
+        """A film, or the frames of one: by name, in a list, or all pictures of a folder in their natural order.
+
+        Raises UserError where it is none that can be read, or is not inside the folder.
+        """
+        from qwenvl_ft.data.videos import measured  # and PyAV, which pictures can do without
+
+        if isinstance(name, Sequence) and not isinstance(name, str):
+            found: Source | list[Source] = [self._source(frame, where) for frame in name]
+        else:
+            source = self._source(name, where, or_folder=True)
+            found = _frames(source) if isinstance(source, Path) and source.is_dir() else source
+        if found == []:
+            raise UserError(Problem(where, f"{name} is a folder without pictures", "name a film, or a folder of its frames"))
+        return measured(found, where, options, self.reading)
+
+    def _source(self, name: Named, where: str, or_folder: bool = False) -> Source:
+        if not isinstance(name, str):
+            return name
+        try:
+            return self.beside.get(name) or self._file(name, where, or_folder)
+        except UserError as error:
+            raise _alike(error, name) from None
+
+    def _known(self, name: str) -> Picture | None:
+        """A file whose header was read before and that is as it was then: no look at it but one for its size and time."""
+        parent, _, file = name.rpartition("/")
+        folder = self.real.get(parent)
+        if folder is None:
+            if len(self.real) >= MOST_SEEN:
+                self.real.clear()
+            folder = self.real.setdefault(parent, self._real(parent))
+        if not folder:
+            return None
+        path = f"{folder}{os.sep}{file}"
+        try:
+            state = os.stat(path)
+        except (OSError, ValueError):
+            return None
+        size = self.sizes.get(f"{path}\0{state.st_size}\0{state.st_mtime_ns}")
+        if size is None:  # so are links, folders and pipes: sizes are kept by the names of real files
+            return None
+        self.one_is_there = True
+        return Picture(Path(path), *size, num_bytes=state.st_size)
+
+    def _real(self, parent: str) -> str:
+        try:
+            path = (self.root / parent).resolve()
+            return str(path) if path.is_relative_to(self.root) and path.is_dir() else ""
+        except (OSError, ValueError, RuntimeError):
+            return ""
+
+    def _measured(self, source: Source, where: str) -> Picture:
+        """The picture of a source; its size is kept for the next run."""
+        stamp = self._stamp(source)
+        text = f"{sources.key(source)}\0{stamp.num_bytes}\0{stamp.mtime_ns}" if stamp else ""
+        size = self.sizes.get(text) if text else None
+        if size is None:
+            size = size_of(source, where)
+            if text:
+                self.sizes.add(text, *size)
+        return Picture(source, *size, num_bytes=sources.num_bytes(source))
+
+    def _stamp(self, source: Source) -> sources.Stamp | None:
+        try:
+            if isinstance(source, Path):
+                return sources.stamp(source)
+            if source.path not in self.stamps:
+                self.stamps[source.path] = sources.stamp(source)
+            return self.stamps[source.path]
+        except OSError:
+            return None
+
+    def _file(self, name: str, where: str, or_folder: bool = False) -> Path:
+        """The file of a name."""
         if not name:
             raise UserError(Problem(where, "an <img> tag is empty", "write <img>file.png</img>"))
         if OPEN in name:
             raise UserError(Problem(where, "an <img> tag stands inside another", "close the first one: <img>file.png</img>"))
-        if "://" in name or name.startswith("data:"):
-            fix = f"download the picture to {self.folder} and name its file"
-            raise UserError(Problem(where, f"{name[:60]} is not a file name", fix))
+        if is_elsewhere(name):
+            if self.reading.fetch_media:
+                return bring(name, where)
+            what = "holds the file itself" if name.startswith("data:") else "is not a file name"
+            fix = f"set fetch_media: true to bring such files once, or put the file into {self.folder} and name it"
+            raise UserError(Problem(where, f"{name[:60]} {what}", fix))
         try:
             path = (self.root / name).resolve()
             inside = path.is_relative_to(self.root)
@@ -119,10 +213,21 @@ class Media:
             self.missing[problem] = name
             raise UserError(problem)
         self.one_is_there = True
-        if not path.is_file():
+        if not path.is_file() and not (or_folder and path.is_dir()):
             raise UserError(Problem(where, f"{name} is not a regular file", "name a picture file"))
-        height, width = size_of(path, where)
-        return Picture(path, height, width, num_bytes=path.stat().st_size)
+        return path
+
+
+def _frames(folder: Path) -> list[Source]:
+    """The pictures of a folder, a2 before a10."""
+    found = [path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in ENDINGS and path.is_file()]
+    return [*sorted(found, key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])]
+
+
+def _alike(error: UserError, name: str) -> UserError:
+    """The problems of several names as of one kind."""
+    ours = (name[:120], name[:60], Path(name).name)
+    return UserError(*(replace(problem, kind=problem.kind or _without(problem, ours)) for problem in error.problems))
 
 
 def _plain(name: str) -> str:

@@ -1,21 +1,49 @@
-"""Reads a meta-file and the headers of its pictures, and finds everything that is wrong with them in one run.
+"""Reads meta-files and the headers of their pictures, and finds everything that is wrong with them in one run.
 
 A record with a problem is left out of what is returned, never mended in silence; its problem says where it stands.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from random import Random
+from typing import Any, NamedTuple, Protocol
 
-from qwenvl_ft.data.boxes import placed
-from qwenvl_ft.data.formats.documented import turns_of
-from qwenvl_ft.data.formats.json_entries import entries_of
+from qwenvl_ft.data.files.containers import container_of, entries_of, files_of, names_of
+from qwenvl_ft.data.files.entry import Entry
+from qwenvl_ft.data.formats import form_of, read_entry, unpacked
 from qwenvl_ft.data.media import FOLDER_KEYS, Media
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Record
-from qwenvl_ft.errors import Problem
+from qwenvl_ft.errors import Problem, UserError
 
-OnRecord = Callable[[int, int], None]
+OnRecord = Callable[[int, int | None], None]  # (done, of how many; None where nobody knows that yet)
+
+
+class Part(Protocol):
+    """One of several meta-files that are mixed; `weight` is how often each of its records counts."""
+
+    @property
+    def file(self) -> Path: ...
+    @property
+    def data_dir(self) -> Path | None: ...
+    @property
+    def weight(self) -> float: ...
+
+
+Meta = Path | str | Sequence[Part]
+
+
+def called(meta: Meta) -> str:
+    """A name of all of them, for a message."""
+    return Path(meta).name if isinstance(meta, Path | str) else ", ".join(part.file.name for part in meta)
+
+
+class _Alone(NamedTuple):
+    file: Path
+    data_dir: Path | None = None
+    weight: float = 1
 
 
 class MetaFile(NamedTuple):
@@ -26,32 +54,130 @@ class MetaFile(NamedTuple):
     num_records: int
 
 
-def read_records(
-    meta_file: Path | str, data_dir: Path | str, on_record: OnRecord = lambda done, total: None, most: int | None = None,
-    reading: Reading = AS_FOUND,
-) -> MetaFile:  # fmt: skip
-    """Reads all records, or until `most` are good. `on_record(done, total)` is called after each.
+class Found(NamedTuple):
+    """What one entry came to: a record and how often it counts, by its part's weight, or its problems.
 
-    Pictures are resolved against `data_dir` and must lie inside it; only their headers are read.
+    `where` is "" of a problem of a whole file, after which what was read of that file may not be all there is.
     """
-    meta_file, data_dir = Path(meta_file), Path(data_dir)
-    entries, problems = entries_of(meta_file)
-    if not data_dir.is_dir():
-        problems = [*problems, *(entry for _, entry in entries if isinstance(entry, Problem))]
-        problems.append(Problem(str(data_dir), "is not a folder", f"give the folder of the pictures {FOLDER_KEYS}"))
-        return MetaFile([], problems, len(entries))
-    media = Media(data_dir, reading)
-    records: list[Record] = []
-    for done, (where, entry) in enumerate(entries, start=1):
-        if isinstance(entry, Problem):
-            problems.append(entry)
-        else:
-            found: list[Problem] = []
-            turns = placed(tuple(turns_of(entry, where, media.picture, found)), where, reading.boxes, found)
-            problems.extend(found)
-            if not found:
-                records.append(Record(where, turns))
-        on_record(done, len(entries))
-        if len(records) == most:
+
+    where: str
+    record: Record | None
+    problems: list[Problem]
+    times: int = 1
+
+
+@dataclass
+class Counts:
+    """Of one part: its containers, each with how many files; its records, and how many they are once they are weighed."""
+
+    meta: str
+    weight: float = 1
+    containers: Counter[str] = field(default_factory=Counter)
+    records: int = 0
+    used: int = 0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For a program."""
+        return vars(self) | {"containers": dict(self.containers)}
+
+
+@dataclass
+class Tally:
+    """What was read so far; `forms` counts the records by the name of their form."""
+
+    num_records: int = 0
+    parts: list[Counts] = field(default_factory=list)
+    forms: Counter[str] = field(default_factory=Counter)  # how many records are of each form
+    media: dict[Path, Media] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For a program."""
+        return {"files": [part.facts for part in self.parts], "forms": dict(self.forms)}
+
+    def said_once(self, problems: list[Problem]) -> list[Problem]:
+        """The problems, with one in place of all pictures that are missing where the folder is the wrong one."""
+        for media in self.media.values():
+            problems = media.none_is_there(problems)
+        return problems
+
+
+def stream_records(
+    meta: Meta, data_dir: Path | str | None = None, reading: Reading = AS_FOUND, tally: Tally | None = None, seed: int = 0
+) -> Iterator[Found]:
+    """What each entry comes to, one after another and none of them kept. `tally` counts them.
+
+    Pictures are resolved against `data_dir`, else the folder of the meta-file, and must lie inside it; only their headers are
+    read. A record of a part of weight 2.3 counts twice, and three times in 0.3 of the cases: the same ones for the same `seed`.
+    """
+    tally = tally or Tally()
+    parts = [_Alone(Path(meta))] if isinstance(meta, Path | str) else meta
+    files: list[list[Path]] = []
+    for part in parts:
+        try:
+            files.append(files_of(part.file))
+        except UserError as error:
+            files.append([])
+            yield Found("", None, [*error.problems])
+    names = iter(names_of([file for of_part in files for file in of_part]))
+    try:
+        for number, (part, of_part) in enumerate(zip(parts, files, strict=True)):
+            counts, draw = Counts(str(part.file), part.weight), Random(f"{seed} {number}")
+            tally.parts.append(counts)
+            folder = Path(part.data_dir or data_dir or (part.file if part.file.is_dir() else part.file.parent))
+            if folder not in tally.media and folder.is_dir():
+                tally.media[folder] = Media(folder, reading)
+            for file, name in zip(of_part, names, strict=False):
+                counts.containers[container_of(file)] += 1
+                for entry in _each(entries_of(file, name)):
+                    found = _read(entry, tally.media.get(folder), tally)
+                    times = int(part.weight) + (draw.random() < part.weight % 1) if found.record else 0
+                    counts.records, counts.used = counts.records + bool(entry.where), counts.used + times
+                    tally.num_records += bool(entry.where)
+                    yield found._replace(times=times)
+            if folder not in tally.media:
+                what, fix = "is not a folder", f"give the folder of the pictures {FOLDER_KEYS}"
+                yield Found("", None, [Problem(str(folder), what, fix)])
+    finally:
+        for media in tally.media.values():
+            media.sizes.save()
+
+
+def _each(entries: Iterator[Entry]) -> Iterator[Entry]:
+    """The entries, with those of a list of records as entries of their own."""
+    for entry in entries:
+        for where, value in unpacked(entry.where, entry.value):
+            yield entry._replace(where=where, value=value)
+
+
+def _read(entry: Entry, media: Media | None, tally: Tally) -> Found:
+    if isinstance(entry.value, Problem):
+        return Found(entry.where, None, [entry.value])
+    if media is None:
+        return Found(entry.where, None, [])
+    media.beside = entry.beside
+    problems: list[Problem] = []
+    tally.forms[form_of(entry.value, media.reading) or "none that is known"] += 1
+    return Found(entry.where, read_entry(entry.value, entry.where, media, problems, media.reading), problems)
+
+
+def read_records(
+    meta: Meta, data_dir: Path | str | None = None, on_record: OnRecord = lambda done, total: None, most: int | None = None,
+    reading: Reading = AS_FOUND, tally: Tally | None = None, seed: int = 0,
+) -> MetaFile:  # fmt: skip
+    """Reads all records, each as often as it counts, or until `most` are good. `on_record(done, total)` is called after each.
+
+    Of a file that breaks there are none.
+    """
+    tally = tally or Tally()
+    records, problems, whole = list[Record](), list[Problem](), True
+    for found in stream_records(meta, data_dir, reading, tally, seed):
+        problems += found.problems
+        whole &= bool(found.where)
+        if found.record:
+            records += [found.record] * found.times
+        on_record(tally.num_records, None)
+        if most is not None and len(records) >= most:
             break
-    return MetaFile(records, media.none_is_there(problems), len(entries))
+    return MetaFile(records if whole else [], tally.said_once(problems), tally.num_records)

@@ -7,7 +7,7 @@ Stock loaders leave phone photos lying on their side and turn 16-bit pictures wh
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from qwenvl_ft.data.geometry import MAX_ASPECT, Limits, resized, within
+from qwenvl_ft.data import sources
+from qwenvl_ft.data.geometry import MAX_ASPECT, Limits, resized
 from qwenvl_ft.data.magic import HEAD_BYTES, what_it_is
-from qwenvl_ft.data.records import Medium, Picture, Video
+from qwenvl_ft.data.records import Picture, Source
 from qwenvl_ft.errors import Problem, UserError
 
 MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
@@ -46,26 +47,40 @@ class PictureChanged(UserError):
     """A picture is not the one whose header was read: what was planned with it cannot be done any more, nor done again."""
 
 
-def size_of(path: Path, where: str) -> tuple[int, int]:
+def size_of(source: Source, where: str) -> tuple[int, int]:
     """(height, width) in px as it will be seen, from the header alone. Raises UserError where it cannot become a picture."""
-    with _opened(path, where, path.name) as picture:
+    file = _file(source, where)
+    with _opened(file, where, source.name) as picture:
         width, height = picture.size
         mark = END_MARKS.get(picture.format or "")
         sideways = _turn(picture) in LIES_ON_ITS_SIDE
     if width * height > MAX_PIXELS:
-        raise UserError(Problem(where, f"{path.name} has {width} x {height} px, more than 100 megapixels", "make it smaller"))
-    check_aspect(width, height, where, path.name)
-    if mark and not _ends(path, mark):
-        what = f"{path.name} ends before its picture does: the file was cut off"
+        raise UserError(Problem(where, f"{source.name} has {width} x {height} px, more than 100 megapixels", "make it smaller"))
+    check_aspect(width, height, where, source.name)
+    if mark and not _ends(file, mark):
+        what = f"{source.name} ends before its picture does: the file was cut off"
         raise UserError(Problem(where, what, "copy it again from its source"))
     return (width, height) if sideways else (height, width)
 
 
-def load(path: Path, where: str) -> Image.Image:
+def load(source: Source, where: str) -> Image.Image:
     """The picture in RGB, EXIF orientation applied, on white. Raises UserError where its data is damaged."""
-    with _opened(path, where, path.name) as picture:
-        _check_sums(picture, path)
+    return _load(_file(source, where), where, source.name)
+
+
+def _load(file: Path | BytesIO, where: str, name: str) -> Image.Image:
+    with _opened(file, where, name) as picture:
+        _check_sums(picture, file)
         return as_seen(picture)
+
+
+def _file(source: Source, where: str) -> Path | BytesIO:
+    """What Pillow opens."""
+    try:
+        return sources.opened(source)
+    except OSError as error:  # of a tar or a table, which are read here
+        what = f"cannot be read from {sources.holder(source).name}: {error.strerror or error}"
+        raise UserError(Problem(where, f"{source.name} {what}", "copy that file again from its source")) from error
 
 
 def opened(picture: Picture, where: str = "") -> Image.Image:
@@ -73,25 +88,24 @@ def opened(picture: Picture, where: str = "") -> Image.Image:
 
     Raises UserError where its data is damaged, PictureChanged where the file is gone or another than was planned with.
     """
-    path = picture.source
-    if isinstance(path, Image.Image):
-        return path
-    assert isinstance(path, Path)
-    where, changed = where or str(path), ""
+    source = picture.source
+    if isinstance(source, Image.Image):
+        return source
+    where, changed = where or sources.place(source), ""
     try:
-        image = load(path, where)
+        image = load(source, where)
     except UserError as error:
-        if not path.is_file():
-            changed = f"{path.name} is gone"
-        elif _is_bad(path):  # its header could be read before
+        if not (holder := sources.holder(source)).is_file():
+            changed = f"{holder.name} is gone"
+        elif _is_bad(source):  # its header could be read before
             changed = error.problems[0].what
         if not changed:
             raise
     else:
         if image.size != (picture.width, picture.height):
-            changed = f"{path.name} was {picture.width} x {picture.height} px and is {image.width} x {image.height} px"
-        elif picture.num_bytes not in (None, path.stat().st_size):
-            changed = f"{path.name} is another file of the same size in px"
+            changed = f"{source.name} was {picture.width} x {picture.height} px and is {image.width} x {image.height} px"
+        elif picture.num_bytes is not None and picture.num_bytes != sources.num_bytes(source):
+            changed = f"{source.name} is another file of the same size in px"
         if not changed:
             return image
     raise PictureChanged(
@@ -99,9 +113,9 @@ def opened(picture: Picture, where: str = "") -> Image.Image:
     )
 
 
-def _is_bad(path: Path) -> bool:
+def _is_bad(source: Source) -> bool:
     try:
-        size_of(path, "")
+        size_of(source, "")
     except UserError:
         return True
     return False
@@ -120,22 +134,15 @@ def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image
             return as_seen(picture)
 
 
-def bounded(part: Medium, limits: Limits) -> Medium:
-    """What has bounds of its own, at the size that they give it: whole units, which the processor then leaves alone.
+def bounded(picture: Picture, limits: Limits) -> Picture:
+    """A picture with bounds of its own, at the size that they give it: whole units, which whoever knows `limits` only leaves alone.
 
-    Raises UserError for bounds that the processor would not leave alone.
+    Raises UserError for bounds that the limits would override.
     """
-    if not (part.min_pixels or part.max_pixels):
-        return part
-    least = max(limits.min_pixels, part.min_pixels or 0)
-    if part.max_pixels and part.max_pixels < least:
-        what = f"is {part.max_pixels}, below the least that it may have, {least}"
-        raise UserError(Problem(f"a {part.kind}'s max_pixels", what, "raise it, or leave it out"))
-    own = within(limits, part.min_pixels, part.max_pixels)
-    frames = [opened(part)] if isinstance(part, Picture) else part.images
-    height, width = resized(frames[0].height, frames[0].width, own)
-    sized = [frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
-    return Picture.of(sized[0]) if isinstance(part, Picture) else Video.of(sized, part.fps, part.indices, part.num_frames)
+    if not (picture.min_pixels or picture.max_pixels):
+        return picture
+    height, width = resized(picture.height, picture.width, limits.of(picture))
+    return Picture.of(opened(picture).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def check_aspect(width: int, height: int, where: str, name: str = "it") -> None:
@@ -253,14 +260,15 @@ def _turn(picture: Image.Image) -> Image.Transpose | None:
     return TURNS.get(Image.Image.getexif(picture).get(ORIENTATION, 1))
 
 
-def _ends(path: Path, mark: bytes) -> bool:
+def _ends(source: Path | BytesIO, mark: bytes) -> bool:
     """Whether a file is whole: its end mark near its end, or else it decodes (phones append videos and depth maps to photos)."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        file.seek(0, SEEK_END)
+        file.seek(max(0, file.tell() - TAIL_BYTES))
         if mark in file.read():
             return True
     try:
-        load(path, "")
+        _load(source, "", "")
     except UserError:
         return False
     return True

@@ -12,10 +12,10 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.data.chat import IGNORE, Chat, Script, open_chat
 from qwenvl_ft.data.formats.documented import record_notes
 from qwenvl_ft.data.geometry import resized
-from qwenvl_ft.data.meta_file import OnRecord, read_records
+from qwenvl_ft.data.meta_file import OnRecord, Tally, called, read_records
 from qwenvl_ft.data.packing import Plan, pack, steps
 from qwenvl_ft.data.reading import Reading
-from qwenvl_ft.data.records import Picture, Record
+from qwenvl_ft.data.records import Picture, Record, Video
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.problems import check_model
 from qwenvl_ft.folders.runs import check_output_dir
@@ -35,6 +35,7 @@ class Prepared:
     plan: Plan
     problems: list[Problem]
     chat: Chat
+    tally: Tally
 
     def taught_tokens(self, row: int) -> int:
         """How many tokens a row teaches: what the loss divides by, summed over a step's rows."""
@@ -50,6 +51,7 @@ class Prepared:
         used = [index for row in self.plan.rows for index in row]
         pictures = {picture for record in self.records for picture in record.pictures}
         return {
+            **self.tally.facts,
             "records": self.num_records,
             "used": len({self.scripts[index].where for index in used}),
             "skipped": [problem.facts for problem in self.problems],
@@ -78,19 +80,22 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     """
     meta_file = config.eval_meta_file if evaluation and config.eval_meta_file else config.train_meta_file
     data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
-    chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking)
-    records, problems, total = read_records(meta_file, data_dir, on_record, reading=Reading.of(config))
+    chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking, config.video_max_pixels)
+    tally = Tally()
+    records, problems, total = read_records(
+        meta_file, data_dir, on_record, reading=Reading.of(config), tally=tally, seed=config.seed
+    )
     scripts = write_scripts(chat, records, problems)
     plan = pack([script.length for script in scripts], config.row_tokens, share=not chat.family.linear_attention)
     stops = config.on_bad_record == "error" or not plan.rows
-    problems += too_long(scripts, plan, meta_file.name, as_one=stops)  # a run that skips them keeps the list of them
+    problems += too_long(scripts, plan, called(meta_file), as_one=stops)  # a run that skips them keeps the list of them
     if problems and stops:
         if config.on_bad_record == "error" and plan.rows:
             found = "1 problem was" if len(problems) == 1 else f"{len(problems)} problems were"
             problems.append(Problem("on_bad_record", f"is error, and {found} found",
                                     "mend them, or set on_bad_record: skip to train without these records"))  # fmt: skip
         raise UserError(*problems)
-    return Prepared(total, records, scripts, plan, problems, chat)
+    return Prepared(total, records, scripts, plan, problems, chat, tally)
 
 
 def make_ready(config: Config, on_record: OnRecord = lambda done, total: None) -> Ready:
@@ -122,12 +127,14 @@ def too_long(scripts: Sequence[Script], plan: Plan, name: str, as_one: bool) -> 
     lengths: dict[str, int] = {}  # by record: one whose template rewrites turns has several scripts
     for script in (scripts[index] for index in plan.too_long):
         lengths[script.where] = max(script.length, lengths.get(script.where, 0))
+    films = any(isinstance(medium, Video) for index in plan.too_long for medium in scripts[index].media)
+    lower = "video_max_pixels, video_fps or video_max_frames" if films else "max_pixels"
     if as_one and len(lengths) > 1:
         longest = max(lengths, key=lambda where: lengths[where])
         what = f"{len(lengths):,} records are too long for a row of {plan.row_tokens} tokens; {longest} is the longest, "
-        fix = f"raise row_tokens to {lengths[longest]}, lower max_pixels, or shorten them"
+        fix = f"raise row_tokens to {lengths[longest]}, lower {lower}, or shorten them"
         return [Problem(name, f"{what}{lengths[longest]} tokens", fix)]
-    fix = "raise row_tokens to {}, lower max_pixels, or shorten the record"
+    fix = f"raise row_tokens to {{}}, lower {lower}, or shorten the record"
     return [
         Problem(where, f"{length} tokens, a row holds {plan.row_tokens}", fix.format(length)) for where, length in lengths.items()
     ]

@@ -1,6 +1,7 @@
 """How a meta-file is to be read, where what it holds does not say so itself: the config's keys of that."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -11,14 +12,26 @@ Numbers = Literal["pixels", "unit", "thousand"]  # what the numbers of boxes are
 
 @dataclass(frozen=True)
 class Reading:
-    """The settings that every reader of records is given; each field is a key of the config."""
+    """The settings that every reader of records is given; each field is a key of the config.
+
+    `format` is the name of a form; None: told from each entry. `columns` gives, by our word for them, the keys of an entry; one
+    without a key of its own is left out.
+    """
+
+    fetch_media: bool = False
+    format: str | None = None
+    columns: Mapping[str, str | None] = field(default_factory=dict, hash=False)
+
+    # Qwen's own: what the bases were trained with, and what others draw who serve the merged model. Source: qwen_vl_utils.
+    video_fps: float = 2.0
+    video_max_frames: int = 768
 
     boxes: Numbers | None = None
 
     @classmethod
     def of(cls, config: "Config") -> "Reading":
         """Those of a config."""
-        return cls(**{of.name: getattr(config, of.name) for of in fields(cls)})
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 AS_FOUND = Reading()  # where nobody says otherwise

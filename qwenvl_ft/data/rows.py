@@ -1,4 +1,4 @@
-"""Rows of tensors for the model: the pictures decoded, the placeholders widened, several records joined into one row.
+"""Rows of tensors for the model: the pictures and videos decoded, the placeholders widened, several records joined into one row.
 
 A row is never padded and holds exactly the keyword arguments of the model's forward, and `labels`. What keeps its records
 apart is the text row of `position_ids`, which starts again at 0 with each record; transformers builds the attention mask from
@@ -12,37 +12,51 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from transformers.image_utils import SizeDict
+from transformers.video_processing_utils import BaseVideoProcessor
 
-from qwenvl_ft.data.chat import IGNORE, Chat, Script
+from qwenvl_ft.data.chat import IGNORE, Chat, Script, runs_of
 from qwenvl_ft.data.pictures import PictureChanged, opened
-from qwenvl_ft.data.records import Picture
+from qwenvl_ft.data.records import Medium, Picture, Video
+from qwenvl_ft.data.videos import frames
 from qwenvl_ft.errors import Problem, UserError
 
 Row = dict[str, Any]
 Built = tuple[Row, list[Problem]]  # a row, and what is wrong with those of its records that it shows blank and untaught
 
 
-def positions(ids: Sequence[int], grids: Sequence[tuple[int, int, int]], picture_id: int, merge_size: int) -> torch.Tensor:
+Grid = tuple[int, int, int]
+# By the kind of a medium: what the model calls its patches and its grids.
+PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+
+
+def positions(
+    ids: Sequence[int], runs: Sequence[tuple[Grid, torch.Tensor | None]], placeholders: Sequence[int | None], merge_size: int
+) -> torch.Tensor:
     """(4, S): the token's number, then its time, height and width as Qwen-VL's rotary embedding wants them.
 
-    A text token has the same place on all three axes. A picture's tokens spread over its grid from one start, and what comes
-    after starts past its larger side. Source: `get_rope_index` of transformers 5.23, equal to it by test.
+    A text token has the same place on all three axes. The tokens of a run (a picture, a video, or a step of one) spread over its
+    grid from one start, its steps as many places apart on the time axis as is said, else one, and what comes after starts past its
+    larger side. Source: `get_rope_index` of transformers 5.23, equal to it by test.
     """
     pieces: list[torch.Tensor] = []
     start, at = 0, 0
-    rest = iter(grids)
+    rest = iter(runs)
     while at < len(ids):
         end = at
-        if ids[at] == picture_id:
-            frames, rows, columns = next(rest)
+        if ids[at] in placeholders:
+            (steps, rows, columns), apart = next(rest)
             rows, columns = rows // merge_size, columns // merge_size
-            end += frames * rows * columns
-            place = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
+            end += steps * rows * columns
+            times = torch.arange(steps) if apart is None else (torch.arange(steps) * apart).long()
+            place = torch.meshgrid(times, torch.arange(rows), torch.arange(columns), indexing="ij")
             pieces.append(torch.stack(place).reshape(3, -1) + start)
             start += max(rows, columns)
         else:
-            while end < len(ids) and ids[end] != picture_id:
+            while end < len(ids) and ids[end] not in placeholders:
                 end += 1
             pieces.append(torch.arange(end - at).expand(3, -1) + start)
             start += end - at
@@ -50,10 +64,53 @@ def positions(ids: Sequence[int], grids: Sequence[tuple[int, int, int]], picture
     return torch.cat([torch.arange(len(ids))[None], torch.cat(pieces, dim=1)])
 
 
+def seconds_a_step(video: Video, step_frames: int) -> float:
+    """How long a step of its frames lasts: transformers' `second_per_grid_ts`."""
+    return step_frames / (len(video.indices) / video.num_frames * video.fps)
+
+
+def pixels(media: Sequence[Medium], chat: Chat, processor: Any, where: str = "") -> Row:
+    """(P, D) patches and (N, 3) grids of the pictures among the media, and of the videos, by the names that the model gives them.
+
+    A frame is resized as soon as it is decoded, so that of a film there is no more in memory than the model sees.
+    """
+    found: dict[str, list[torch.Tensor]] = {name: [] for names in PIXELS.values() for name in names}
+    pictures = [medium for medium in media if isinstance(medium, Picture)]
+    plain = [picture for picture in pictures if not (picture.min_pixels or picture.max_pixels)]
+    together = [plain] if len(plain) == len(pictures) else [[picture] for picture in pictures]
+    for some in filter(None, together):
+        limits = chat.limits.of(some[0])
+        size = {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
+        shown = [opened(picture, where) for picture in some]
+        _add(found, processor.image_processor(images=shown, size=size, return_tensors="pt"))
+    for video in (medium for medium in media if isinstance(medium, Video)):
+        _add(found, _video_pixels(video, chat, processor.video_processor, where))
+    return {name: torch.cat(tensors) for name, tensors in found.items() if tensors}
+
+
+def _add(found: dict[str, list[torch.Tensor]], inputs: Any) -> None:
+    for name in found.keys() & inputs.keys():
+        found[name].append(inputs[name])
+
+
+def _video_pixels(video: Video, chat: Chat, processor: Any, where: str) -> Any:
+    height, width = chat.video_limits.size_of(video)
+    size = SizeDict(height=height, width=width)
+
+    def as_shown(frame: Image.Image) -> torch.Tensor:
+        """(3, height, width) of 8 bits; the resize is the processor's own, which does all frames at once, to the bit."""
+        whole = torch.from_numpy(np.array(frame)).permute(2, 0, 1).contiguous()
+        return BaseVideoProcessor.resize(processor, whole, size, processor.resample)
+
+    shown = torch.stack(frames(video, as_shown, where))
+    return processor(videos=[shown], do_resize=False, do_sample_frames=False, return_tensors="pt")
+
+
 def join(examples: Sequence[Row]) -> Row:
     """One row of one or more examples.
 
-    (1, S) ids and labels, (4, 1, S) positions, (P, D) patches and (N, 3) grids if there are pictures, (R + 1) bounds if R > 1.
+    (1, S) ids and labels, (4, 1, S) positions, (P, D) patches and (N, 3) grids if there are pictures, the same of videos,
+    (R + 1) bounds if R > 1.
     """
     lengths = [example["input_ids"].shape[0] for example in examples]
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -65,9 +122,9 @@ def join(examples: Sequence[Row]) -> Row:
     if len(examples) > 1:  # Qwen3.5 without flash-linear-attention refuses bounds, and for one record there are none
         longest = max(lengths)
         row |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-    if seen := [example for example in examples if "pixel_values" in example]:
-        row["pixel_values"] = torch.cat([example["pixel_values"] for example in seen])
-        row["image_grid_thw"] = torch.cat([example["image_grid_thw"] for example in seen])
+    for name in (name for names in PIXELS.values() for name in names):
+        if seen := [example[name] for example in examples if name in example]:
+            row[name] = torch.cat(seen)
     return row
 
 
@@ -77,18 +134,18 @@ def _first_ignored(labels: torch.Tensor) -> torch.Tensor:
 
 
 class Rows:
-    """The rows of a plan, each built when it is asked for. `image_processor` is the model's own, within `chat.limits`.
+    """The rows of a plan, each built when it is asked for. `processor` is the model's own.
 
-    `always_look` gives a row without pictures a blank one, in a record of its own that teaches nothing: where processes
+    `always_look` gives a row without pictures and videos a blank one, in a record of its own that teaches nothing: where processes
     share out the vision tower's weights or gradients, one that does not run it leaves the others waiting for ever.
     """
 
     def __init__(
-        self, scripts: Sequence[Script], rows: Sequence[Sequence[int]], chat: Chat, image_processor: Any, always_look: bool = False,
+        self, scripts: Sequence[Script], rows: Sequence[Sequence[int]], chat: Chat, processor: Any, always_look: bool = False,
         skip: bool = False,
     ):  # fmt: skip
-        self.scripts, self.rows, self.limits, self.image_processor = scripts, rows, chat.limits, image_processor
-        self.picture_id, self.always_look, self.skip = chat.picture_id, always_look, skip
+        self.scripts, self.rows, self.chat, self.processor = scripts, rows, chat, processor
+        self.always_look, self.skip = always_look, skip
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -112,7 +169,7 @@ class Rows:
                     raise
                 problems += error.problems
                 examples.append(self.untaught(script))
-        if self.always_look and not any("pixel_values" in example for example in examples):
+        if self.always_look and not any(patches in example for example in examples for patches, _ in PIXELS.values()):
             examples.append(self.blank())
         return join(examples), problems
 
@@ -125,45 +182,59 @@ class Rows:
 
     def blank(self) -> Row:
         """A record of one picture of one token, nothing of it taught."""
-        merge = self.limits.merge_size
+        merge, id = self.chat.limits.merge_size, self.chat.picture_id
         grid = (1, merge, merge)
         return {
-            "input_ids": torch.tensor([self.picture_id]),
+            "input_ids": torch.tensor([id]),
             "labels": torch.tensor([IGNORE]),
-            "position_ids": positions([self.picture_id], [grid], self.picture_id, merge),
-            **self.blank_pictures([grid]),
+            "position_ids": positions([id], [(grid, None)], [id], merge),
+            **self.blank_media(["image"], [grid]),
         }
 
-    def blank_pictures(self, grids: Sequence[tuple[int, int, int]]) -> Row:
-        """Grey pictures of these grids."""
-        patch_values = 3 * self.image_processor.temporal_patch_size * self.limits.patch_size**2
-        patches = torch.zeros(sum(map(math.prod, grids)), patch_values)
-        return {"pixel_values": patches, "image_grid_thw": torch.tensor(grids)}
+    def blank_media(self, kinds: Sequence[str], grids: Sequence[Grid]) -> Row:
+        """Grey pictures and videos of these grids."""
+        values = 3 * self.chat.video_limits.step_frames * self.chat.limits.patch_size**2
+        blank: Row = {}
+        for kind, (patches, sizes) in PIXELS.items():
+            if own := [grid for of, grid in zip(kinds, grids, strict=True) if of == kind]:
+                blank[patches], blank[sizes] = torch.zeros(sum(map(math.prod, own)), values), torch.tensor(own)
+        return blank
 
     def untaught(self, script: Script) -> Row:
-        """The example of a record whose pictures cannot be shown: as long as it was planned, nothing of it taught."""
+        """The example of a record whose media cannot be shown: as long as it was planned, nothing of it taught."""
         text = self.text(script)
-        return text | {"labels": torch.full_like(text["labels"], IGNORE)} | self.blank_pictures(script.grids)
+        return (
+            text
+            | {"labels": torch.full_like(text["labels"], IGNORE)}
+            | self.blank_media([medium.kind for medium in script.media], script.grids)
+        )
 
     def text(self, script: Script) -> Row:
-        """What of an example follows from its text and the sizes of its pictures."""
+        """What of an example follows from its text and the sizes of its media."""
         ids, labels = script.widened()
+        chat = self.chat
+        runs: list[tuple[Grid, torch.Tensor | None]] = []
+        for medium, grid in zip(script.media, script.grids, strict=True):
+            apart = None
+            if (
+                isinstance(medium, Video) and chat.tokens_per_second
+            ):  # in float32, as transformers has it: it is cut to whole places
+                apart = torch.tensor(seconds_a_step(medium, chat.video_limits.step_frames)) * chat.tokens_per_second
+            runs += [(run, apart) for run in runs_of(medium, grid, chat.family)]
         return {
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),
-            "position_ids": positions(ids, script.grids, self.picture_id, self.limits.merge_size),
+            "position_ids": positions(ids, runs, script.placeholders, chat.limits.merge_size),
         }
 
     def example(self, script: Script) -> Row:
-        """One record's tensors: (S) ids and labels, (4, S) positions, (P, D) patches, (N, 3) grids."""
-        example = self.text(script)
-        if script.media:
-            pictures = [opened(picture, script.where) for picture in script.media if isinstance(picture, Picture)]
-            inputs = self.image_processor(images=pictures, return_tensors="pt")
-            grids = [tuple(grid) for grid in inputs["image_grid_thw"].tolist()]
-            if grids != list(script.grids):
-                files = ", ".join(medium.name for medium in script.media)
-                what = f"planned with grids {script.grids} but its pictures ({files}) gave {grids}"
-                raise PictureChanged(Problem(script.where, what, "a picture changed since the plan was made: start again"))
-            example["pixel_values"], example["image_grid_thw"] = inputs["pixel_values"], inputs["image_grid_thw"]
+        """One record's tensors: (S) ids and labels, (4, S) positions, (P, D) patches and (N, 3) grids of pictures and of videos."""
+        example = self.text(script) | pixels(script.media, self.chat, self.processor, script.where)
+        for kind, (_, name) in PIXELS.items():
+            planned = [grid for medium, grid in zip(script.media, script.grids, strict=True) if medium.kind == kind]
+            grids = [tuple(grid) for grid in example[name].tolist()] if name in example else []
+            if grids != planned:
+                files = ", ".join(medium.name for medium in script.media if medium.kind == kind)
+                what = f"planned with grids {planned} but its {kind}s ({files}) gave {grids}"
+                raise PictureChanged(Problem(script.where, what, "one of them changed since the plan was made: start again"))
         return example

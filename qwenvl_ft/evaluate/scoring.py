@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qwenvl_ft.data import sources
 from qwenvl_ft.data.box_marks import HINT, JSON_HINT
 from qwenvl_ft.data.boxes import facts_of
-from qwenvl_ft.data.records import Box, Record, Turn
+from qwenvl_ft.data.records import Box, Record, Source, Turn
 from qwenvl_ft.data.template import split_thought
 from qwenvl_ft.evaluate.overlap import HIT, areas, pair
 from qwenvl_ft.folders.whole import short_hash
@@ -132,10 +133,10 @@ def _shown(turns: Sequence[Turn]) -> list[list[str]]:
     def shown(part: Any) -> str:
         if isinstance(part, str):
             return part
-        if not isinstance(part.source, Path):
+        if not isinstance(part.source, Source):
             return f"{part.width} x {part.height}"
-        state = part.source.stat()
-        return json.dumps([str(part.source), state.st_size, state.st_mtime_ns])
+        _, num_bytes, mtime_ns = sources.stamp(part.source)
+        return json.dumps([sources.key(part.source), num_bytes, mtime_ns])
 
     return [[turn.role, *map(shown, turn.parts)] for turn in turns]
 

@@ -19,8 +19,10 @@ from threadpoolctl import threadpool_limits
 
 from qwenvl_ft.config import load_config, read_yaml
 from qwenvl_ft.data.chat import open_chat
-from qwenvl_ft.data.geometry import read_limits
+from qwenvl_ft.data.families import family_of
+from qwenvl_ft.data.geometry import VIDEO_PROCESSORS, read_limits, read_video_limits, reading_of, video_settings
 from qwenvl_ft.data.meta_file import read_records
+from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.export.prove import prove
 from qwenvl_ft.folders.adapter import DTYPES, LORA_KEY, Floats, Stored, as_float32, module_of, read_header
@@ -45,6 +47,7 @@ COPIED = (
     "video_preprocessor_config.json", *PROCESSORS, "LICENSE", "NOTICE",
 )  # fmt: skip
 TEMPLATED = ("tokenizer_config.json", *PROCESSORS)  # which may hold a template, too
+OF_PICTURES = ("min_pixels", "max_pixels", "image_processor_type")  # in a file that old bases have for pictures and videos together
 BLOCK_BYTES = 1 << 19  # a block and its float32 stay in a core's cache
 # Settings of PEFT that make an adapter more than B @ A.
 NOT_PLAIN = (
@@ -105,7 +108,7 @@ def _copy_settings(folder: Path, run: Path, base: Path) -> None:
         (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
     if not holds_processor(run):
         return
-    limits = read_limits(run)
+    limits, videos, reading = read_limits(run), read_video_limits(run, family_of(base).clock == "written"), reading_of(run)
     values = dict.fromkeys(("min_pixels", "shortest_edge"), limits.min_pixels)
     values |= dict.fromkeys(("max_pixels", "longest_edge"), limits.max_pixels)
     for path in (folder / name for name in PROCESSORS if (folder / name).is_file()):
@@ -115,6 +118,15 @@ def _copy_settings(folder: Path, run: Path, base: Path) -> None:
             for place in (settings, settings.get("size") or {}):
                 place |= {key: value for key, value in values.items() if place.get(key) is not None}
             write_json(path, content)
+    of_videos = {key: value for key, value in video_settings(base).items() if key not in OF_PICTURES} | {
+        "size": {"shortest_edge": videos.min_pixels, "longest_edge": videos.max_pixels}, "cap_pixels_per_frame": True,
+        "max_video_tokens": videos.max_video_tokens, "fps": reading.video_fps, "max_frames": reading.video_max_frames,
+    }  # fmt: skip
+    new, old = (folder / name for name in VIDEO_PROCESSORS[:2])
+    if new.is_file() and "video_processor" in (content := read_model_json(new)):
+        write_json(new, content | {"video_processor": of_videos})
+    else:
+        write_json(old, of_videos)
 
 
 def _sample(run: Path, number: int) -> list[tuple[str, Any]]:
@@ -122,10 +134,9 @@ def _sample(run: Path, number: int) -> list[tuple[str, Any]]:
     settings = run / "config.yaml"
     if number and settings.is_file():
         config = load_config(settings)
-        if config.train_meta_file.is_file():
-            records = read_records(config.train_meta_file, config.train_data_dir, most=number).records
-            if records:
-                return [(record.where, record.turns) for record in records]
+        found = read_records(config.train_meta_file, config.train_data_dir, most=number, reading=Reading.of(config))
+        if records := found.records[:number]:
+            return [(record.where, record.turns) for record in records]
     from PIL import Image
 
     picture = Image.linear_gradient("L").convert("RGB")

@@ -18,12 +18,13 @@ from PIL import Image
 
 from qwenvl_ft.data.boxes import read_answer
 from qwenvl_ft.data.chat import Chat, open_chat
-from qwenvl_ft.data.geometry import Limits
-from qwenvl_ft.data.pictures import bounded, opened
-from qwenvl_ft.data.records import Box, Medium, Part, Picture, Turn, Video
+from qwenvl_ft.data.geometry import Limits, reading_of
+from qwenvl_ft.data.reading import AS_FOUND, Reading
+from qwenvl_ft.data.records import Box, Medium, Picture, Turn, Video
 from qwenvl_ft.data.template import Thinking, split_thought
 from qwenvl_ft.folders.adapter import check_base
 from qwenvl_ft.folders.problems import check_adapter, check_model
+from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.infer.decoding import read_decoding
 from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.messages import read_messages
@@ -53,66 +54,53 @@ class Engine:
     chat: Chat
     blank: bool = False
     adapter: str | None = None
+    reading: Reading = AS_FOUND
 
     @classmethod
-    def open(cls, model_dir: Path | str, adapter: Path | str | None = None, blank: bool = False, min_pixels: int | None = None,
-             max_pixels: int | None = None, thinking: Thinking | None = None) -> "Engine":  # fmt: skip
-        """Loads model and adapter, onto the GPU if there is one. Pictures are seen within the limits of the adapter's own
-        processor, which are training's, else of the model's, and prompts end as training's did; the bounds and `thinking` replace
-        that. Raises UserError for what is wrong with either folder.
+    def open(
+        cls, model_dir: Path | str, adapter: Path | str | None = None, blank: bool = False, min_pixels: int | None = None,
+        max_pixels: int | None = None, thinking: Thinking | None = None, video_max_pixels: int | None = None,
+    ) -> "Engine":  # fmt: skip
+        """Loads model and adapter, onto the GPU if there is one. Pictures and videos are seen within the limits of the adapter's
+        own processor, which are training's, else of the model's, and prompts end as training's did; the bounds and `thinking`
+        replace that. Raises UserError for what is wrong with either folder.
         """
         model_dir, adapter = Path(model_dir), Path(adapter) if adapter else None
         check_folders(model_dir, [adapter] if adapter else [])
-        chat = open_chat(model_dir, min_pixels, max_pixels, thinking, adapter)
+        chat = open_chat(model_dir, min_pixels, max_pixels, thinking, video_max_pixels, adapter)
         import torch
         from transformers import GenerationConfig
 
-        from qwenvl_ft.model.load import add_adapter, load_base, open_processor
+        from qwenvl_ft.model.load import add_adapter, limited, load_base, open_processor
 
-        processor = limited(open_processor(model_dir, adapter), chat, bool(min_pixels or max_pixels))
+        processor = limited(open_processor(model_dir, adapter), chat)
         model = load_base(model_dir, "auto")
         # In place of what the folder's file made of it, so that nothing else of that file has a say.
         model.generation_config = GenerationConfig(**read_decoding(model_dir, chat.tokenizer).settings())
         if adapter:
             model = add_adapter(model, adapter, "default", model_dir)
-        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor, chat, blank)
+        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor, chat, blank,
+                   reading=reading_of(processor_folder(model_dir, adapter)))  # fmt: skip
 
     def limits(self, kind: str) -> Limits:
-        """What the processor does to an image, or to each frame of a video."""
-        media = self.processor.image_processor if kind == "image" else self.processor.video_processor
-        return Limits(media.patch_size, media.merge_size, media.size["shortest_edge"], media.size["longest_edge"])
+        """What the processor does to an image."""
+        assert kind == "image"
+        return self.chat.limits
 
     def inputs(self, conversations: Sequence[Conversation], thinking: bool | None = None) -> Any:
-        """The model's inputs for a batch, on its device, padded on the left: ids as `Chat.prompt` writes them, placeholders at
-        their real number of tokens. Raises UserError for what cannot be opened, ValueError for what the processor refuses.
+        """The model's inputs for a batch, on its device, padded on the left: ids as `Chat.asking` writes them, placeholders at
+        their real number of tokens, pixels as training has them. Raises UserError for what cannot be opened or kept within its
+        bounds, ValueError for what the processor refuses.
         """
         import torch
         from transformers import BatchFeature
-        from transformers.video_utils import VideoMetadata
 
-        talks = [
-            [self._ready(turn) for turn in self.chat.written(turns_of(conversation))]  # boxes first: `_ready` may shrink pictures
-            for conversation in conversations
-        ]
-        media = [medium for turns in talks for turn in turns for medium in turn.media]
-        pictures = [medium.source for medium in media if isinstance(medium, Picture)]
-        videos = [medium for medium in media if isinstance(medium, Video)]
-        # A video's own rate must come with it: without, its timestamps are silently those of 24 frames a second.
-        metadata = [VideoMetadata(total_num_frames=of.num_frames, fps=of.fps, frames_indices=list(of.indices)) for of in videos]
-        seen: dict[str, Any] = {}
-        if media:
-            frames = {"videos": [of.images for of in videos], "video_metadata": metadata, "do_sample_frames": False}
-            seen = dict(
-                self.processor(images=pictures or None, **(frames if videos else {}), return_metadata=True, return_tensors="pt")
-            )
-        texts = {
-            self.chat.picture_id: iter([self.processor.replace_image_token(seen, at) for at in range(len(pictures))]),
-            self.chat.video_id: iter([self.processor.replace_video_token(seen, at) for at in range(len(videos))]),
-        }
-        rows = []
-        for turns in talks:
-            prompt = self.chat.prompt(turns, thinking)
-            rows.append([id for token in prompt for id in (self.chat.encode(next(texts[token])) if token in texts else [token])])
+        from qwenvl_ft.data.rows import pixels, seconds_a_step
+
+        talks = [[self._shown(turn) for turn in turns_of(conversation, self.reading)] for conversation in conversations]
+        scripts = [self.chat.asking(turns, thinking) for turns in talks]
+        media = [medium for script in scripts for medium in script.media]
+        rows = [script.widened()[0] for script in scripts]
         width = max(map(len, rows))
         pad = self.processor.tokenizer.pad_token_id
         ids = [[pad] * (width - len(row)) + row for row in rows]
@@ -121,22 +109,16 @@ class Engine:
             "attention_mask": [[0] * (width - len(row)) + [1] * len(row) for row in rows],
             "mm_token_type_ids": self.processor.create_mm_token_type_ids(ids),
         }
-        seen.pop("video_metadata", None)
+        if films := [medium for medium in media if isinstance(medium, Video)]:
+            inputs["second_per_grid_ts"] = [seconds_a_step(film, self.chat.video_limits.step_frames) for film in films]
         known = {key: torch.tensor(value) for key, value in inputs.items() if key in self.processor.model_input_names}
-        return BatchFeature(known | seen).to(self.model.device)
+        return BatchFeature(known | pixels(media, self.chat, self.processor)).to(self.model.device)
 
-    def _ready(self, turn: Turn) -> Turn:
-        """The turn as it is shown: its pictures open, at their own bounds, blank if so wished."""
-        parts: list[Part] = []
-        for part in turn.parts:
-            if not isinstance(part, Picture | Video):
-                parts.append(part)
-                continue
-            medium = bounded(part, self.limits(part.kind))
-            if isinstance(medium, Picture):
-                medium = Picture.of(opened(medium))
-            parts.append(_blank(medium) if self.blank else medium)
-        return Turn(turn.role, tuple(parts))
+    def _shown(self, turn: Turn) -> Turn:
+        """The turn, its pictures and videos blank if so wished."""
+        if not self.blank:
+            return turn
+        return replace(turn, parts=tuple(_blank(part) if isinstance(part, Picture | Video) else part for part in turn.parts))
 
     def ask_many(
         self, conversations: Sequence[Conversation], max_new_tokens: int = MAX_NEW_TOKENS, thinking: bool | None = None
@@ -150,7 +132,7 @@ class Engine:
         """`ask_many`, with whether each answer was cut."""
         import torch
 
-        talks = [turns_of(conversation) for conversation in conversations]
+        talks = [turns_of(conversation, self.reading) for conversation in conversations]
         inputs = self.inputs(talks, thinking)
         with torch.inference_mode():
             out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -228,35 +210,26 @@ class _Tokens:
 
 
 def open_beside(model_dir: Path, adapters: Mapping[str, Path], min_pixels: int | None = None, max_pixels: int | None = None,
-                thinking: Thinking | None = None) -> dict[str | None, Engine]:  # fmt: skip
+                thinking: Thinking | None = None, video_max_pixels: int | None = None) -> dict[str | None, Engine]:  # fmt: skip
     """The base, under None, and each adapter by its name, on one copy of the base's weights, each with its own limits of pixels
     and its own way of asking, but where the bounds and `thinking` replace them.
 
     Whoever runs them must switch the model to `engine.adapter` first, as a Batcher does. Raises UserError.
     """
     check_folders(model_dir, adapters.values())
-    from qwenvl_ft.model.load import add_adapter, open_processor
+    from qwenvl_ft.model.load import add_adapter, limited, open_processor
 
-    base = Engine.open(model_dir, None, False, min_pixels, max_pixels, thinking)
+    base = Engine.open(model_dir, None, False, min_pixels, max_pixels, thinking, video_max_pixels)
     model = base.model
     engines: dict[str | None, Engine] = {None: base}
     for number, (name, folder) in enumerate(adapters.items()):
         slot = f"adapter_{number}"  # PEFT takes no name with a dot
         model = add_adapter(model, folder, slot, model_dir)
-        chat = open_chat(model_dir, min_pixels, max_pixels, thinking, folder)
-        processor = limited(open_processor(model_dir, folder), chat, bool(min_pixels or max_pixels))
-        engines[name] = replace(base, processor=processor, chat=chat, adapter=slot)
+        chat = open_chat(model_dir, min_pixels, max_pixels, thinking, video_max_pixels, folder)
+        processor, reading = limited(open_processor(model_dir, folder), chat), reading_of(processor_folder(model_dir, folder))
+        engines[name] = replace(base, processor=processor, chat=chat, adapter=slot, reading=reading)
     model = model.to(base.model.device).eval()
     return {name: replace(engine, model=model) for name, engine in engines.items()}
-
-
-def limited(processor: Any, chat: Chat, other: bool) -> Any:
-    """The processor, its pictures within the chat's limits where these are others."""
-    if other:
-        from qwenvl_ft.model.load import limited_image_processor
-
-        limited_image_processor(processor, chat.limits)
-    return processor
 
 
 def check_folders(model_dir: Path, adapters: Iterable[Path]) -> Chat:
@@ -270,16 +243,16 @@ def check_folders(model_dir: Path, adapters: Iterable[Path]) -> Chat:
     return chat
 
 
-def turns_of(conversation: Conversation) -> Sequence[Turn]:
+def turns_of(conversation: Conversation, reading: Reading = AS_FOUND) -> Sequence[Turn]:
     """Messages as they were sent are read and their media opened, a text alone is the user's; Turns stay."""
     if isinstance(conversation, str):
         return [Turn("user", (conversation,))]
     turns = [turn for turn in conversation if isinstance(turn, Turn)]
-    return turns if turns and len(turns) == len(conversation) else read_messages(conversation)
+    return turns if turns and len(turns) == len(conversation) else read_messages(conversation, reading=reading)
 
 
 def _blank(medium: Medium) -> Medium:
+    white = Image.new("RGB", (medium.width, medium.height), "white")
     if isinstance(medium, Picture):
-        return Picture.of(Image.new("RGB", (medium.width, medium.height), "white"))
-    white = [Image.new("RGB", frame.size, "white") for frame in medium.images]
-    return Video.of(white, medium.fps, medium.indices, medium.num_frames)
+        return replace(medium, source=white)
+    return replace(medium, source=(white,) * len(medium.indices))

@@ -7,7 +7,6 @@ A picture is a path, file://, data:, http(s) or a PIL image; a video a file of t
 
 import base64
 import binascii
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +17,9 @@ from PIL import Image
 
 from qwenvl_ft.data.fetch import fetch
 from qwenvl_ft.data.pictures import as_seen, check_aspect, decode
+from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Part, Picture, Turn, Video
-from qwenvl_ft.data.videos import FPS, FPS_MAX_FRAMES, Allowance, read_video
+from qwenvl_ft.data.videos import Allowance, Drawing, check_number, read_video, several_sizes
 from qwenvl_ft.errors import Problem, UserError
 
 MOST_MESSAGES, MOST_PARTS = 1000, 10_000
@@ -39,12 +39,14 @@ def open_anywhere(source: str) -> bytes:
         raise UserError(Problem(source, f"cannot be read ({error.strerror})", "give the path of a file")) from error
 
 
-def read_messages(messages: Sequence[Any], open_source: Fetch = open_anywhere, allowance: Allowance | None = None) -> list[Turn]:
-    """The messages with their pictures and videos open. `open_source` brings what is not a data: URL.
+def read_messages(messages: Sequence[Any], open_source: Fetch = open_anywhere, allowance: Allowance | None = None,
+                  reading: Reading = AS_FOUND) -> list[Turn]:  # fmt: skip
+    """The messages with their pictures and videos open. `open_source` brings what is not a data: URL; `reading` says how videos
+    are drawn that do not say it themselves.
 
     Raises UserError with the problems of all messages.
     """
-    opening = _Opening(open_source, allowance or Allowance())
+    opening = _Opening(open_source, allowance or Allowance(), reading)
     problems: list[Problem] = []
     found = []
     if not isinstance(messages, list | tuple) or not messages:
@@ -79,6 +81,7 @@ class _Opening:
 
     open_source: Fetch
     allowance: Allowance
+    reading: Reading
 
     def parts(self, content: Any, where: str) -> Iterator[Part]:
         if isinstance(content, str):
@@ -130,29 +133,17 @@ class _Opening:
             raise UserError(Problem(place, "is no base64", "send data:image/png;base64,... without line breaks")) from error
 
     def video(self, part: dict[str, Any], source: Any, place: str) -> Video:
-        """A video sampled as Qwen does: `fps` (default 2) frames a second, or `nframes` of them, rounded to pairs."""
-        fps = part.get("fps")
-        if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 120):
-            raise UserError(Problem(f"{place}.fps", "is no rate", "send frames a second, more than 0, at most 120"))
-        nframes = part.get("nframes")
-        if nframes is not None and (
-            isinstance(nframes, bool) or not isinstance(nframes, int | float) or not math.isfinite(nframes) or nframes <= 0
-        ):
-            raise UserError(Problem(f"{place}.nframes", f"is {nframes!r}", "send how many frames are drawn, an even number"))
-        wanted: dict[str, float] = {"fps": fps or FPS} if nframes is None else {"nframes": nframes}
-        if "nframes" in wanted and fps is not None:
-            raise UserError(Problem(place, "has fps and nframes", "send one of them"))
+        """A video sampled as Qwen does: `fps` frames a second, or `nframes` of them, rounded to pairs."""
+        drawing = Drawing.of(part, place, self.reading)
         if isinstance(source, str) and source.startswith(FRAMES):  # vLLM's form of a list of frames
-            source = [f"data:image/jpeg;base64,{frame}" for frame in source[len(FRAMES) :].split(",", FPS_MAX_FRAMES)]
+            source = [f"data:image/jpeg;base64,{frame}" for frame in source[len(FRAMES) :].split(",", drawing.max_frames)]
         if not isinstance(source, list | tuple):
-            return read_video(self.data(source, place), place, wanted, self.allowance)
-        if not 2 <= len(source) <= FPS_MAX_FRAMES:
-            raise UserError(Problem(place, f"has {len(source)} frames", f"send 2 to {FPS_MAX_FRAMES}"))
+            return read_video(self.data(source, place), place, drawing, self.allowance)
+        check_number(len(source), place, drawing)
         frames = tuple(self.image(one, f"{place}[{number}]") for number, one in enumerate(source))
         if len({frame.size for frame in frames}) > 1:
-            sizes = ", ".join(sorted({f"{frame.width} x {frame.height}" for frame in frames}))
-            raise UserError(Problem(place, f"its frames have {sizes} px", "send frames of one size"))
-        return Video.of(frames, float(fps or FPS), range(len(frames)), len(frames))
+            raise several_sizes(place, [frame.size for frame in frames])
+        return Video.of(frames, drawing.fps, range(len(frames)), len(frames))
 
 
 def _named(place: str, source: Any) -> str:

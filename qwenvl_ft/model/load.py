@@ -12,8 +12,9 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from qwenvl_ft.data.chat import Chat
 from qwenvl_ft.data.families import Family
-from qwenvl_ft.data.geometry import Limits
+from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import OLD_KEYS
 from qwenvl_ft.folders.runs import processor_folder
@@ -66,16 +67,21 @@ def load_base(model_dir: Path, dtype: str, attention: str = "auto") -> Any:
 def open_processor(model_dir: Path, adapter: Path | None = None) -> Any:
     """The processor for answering: the adapter's own, if it has one (an adapter of another tool has none), else the base's."""
     processor = AutoProcessor.from_pretrained(processor_folder(model_dir, adapter))
-    if hasattr(processor.video_processor, "cap_pixels_per_frame"):
-        processor.video_processor.cap_pixels_per_frame = True  # as qwen_vl_utils does; unset, it is a warning and no bound
     processor.tokenizer.padding_side = "left"  # is not saved with a tokenizer; answers start at the right edge
     return processor
 
 
-def limited_image_processor(processor: Any, limits: Limits) -> Any:
-    """The processor's image processor, held to the limits that the plan was made with; saved with it, they are what is served."""
-    processor.image_processor.size = {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
-    return processor.image_processor
+def limited(processor: Any, chat: Chat, reading: Reading | None = None) -> Any:
+    """The processor, held to the limits that the plan was made with, and to how its videos are drawn if that is given; saved with
+    it, they are what is served."""
+    pictures, videos = processor.image_processor, processor.video_processor
+    pictures.size = {"shortest_edge": chat.limits.min_pixels, "longest_edge": chat.limits.max_pixels}
+    videos.size = {"shortest_edge": chat.video_limits.min_pixels, "longest_edge": chat.video_limits.max_pixels}
+    videos.max_video_tokens = chat.video_limits.max_video_tokens
+    videos.cap_pixels_per_frame = True  # as qwen_vl_utils does; unset, it is a warning and no bound
+    if reading:
+        videos.fps, videos.max_frames = reading.video_fps, reading.video_max_frames
+    return processor
 
 
 def add_lora(model: Any, family: Family, on: Sequence[str], rank: int, alpha: float, dropout: float, seed: int) -> Any:

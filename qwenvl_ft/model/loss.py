@@ -3,13 +3,14 @@
 Nothing is averaged here: the step divides once, by the number of tokens taught in all rows of all processes.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from qwenvl_ft.data.chat import IGNORE
-from qwenvl_ft.data.rows import Row
+from qwenvl_ft.data.rows import PIXELS, Row
 
 
 def taught(labels: torch.Tensor) -> torch.Tensor:
@@ -17,16 +18,25 @@ def taught(labels: torch.Tensor) -> torch.Tensor:
     return functional.pad(labels[:, 1:] != IGNORE, (0, 1), value=False)
 
 
-def picture_features(model: Any, row: Row, trains: bool) -> dict[str, Any] | None:
-    """What the vision tower makes of the row's pictures, for the model's `mm_encoder_outputs`; None without pictures.
+def vision_features(model: Any, row: Row, trains: bool) -> dict[str, Any] | None:
+    """What the vision tower makes of the row's pictures and videos, for the model's `mm_encoder_outputs`; None without any.
 
+    It is run once, whatever the row shows: where processes share out its weights, one that ran it twice would wait for the others.
     Without gradient where nothing in the tower trains. Left to itself, peft with gradient checkpointing runs the whole
     frozen tower backward and recomputes it; the LoRA gradients are the same to the bit.
     """
-    if "pixel_values" not in row:
+    shown = {kind: names for kind, names in PIXELS.items() if names[0] in row}
+    if not shown:
         return None
+    patches, grids = (torch.cat([row[names[at]] for names in shown.values()]) for at in (0, 1))
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-        return {"image": model.get_image_features(row["pixel_values"], row["image_grid_thw"], return_dict=True)}
+        features = model.get_image_features(patches, grids, return_dict=True)
+    found, at = {}, 0
+    for kind, (_, name) in shown.items():
+        own = slice(at, at := at + len(row[name]))
+        layers = [of[own] for of in getattr(features, "deepstack_features", None) or []]  # Qwen3-VL's
+        found[kind] = SimpleNamespace(pooler_output=features.pooler_output[own], deepstack_features=layers)
+    return found
 
 
 def summed_loss(model: Any, bare_model: Any, row: Row, tower_trains: bool) -> torch.Tensor:
@@ -35,9 +45,10 @@ def summed_loss(model: Any, bare_model: Any, row: Row, tower_trains: bool) -> to
     `model` may be wrapped for several processes; `bare_model` is the same without the wrapping, for the vision tower.
     """
     keep = taught(row["labels"])
-    inputs = {key: value for key, value in row.items() if key not in ("labels", "pixel_values", "image_grid_thw")}
+    of_media = {name for names in PIXELS.values() for name in names}
+    inputs = {key: value for key, value in row.items() if key != "labels" and key not in of_media}
     # use_cache=False: with a cache transformers ignores where records begin, without a word (tests/test_packing.py shows it).
     logits = model(
-        **inputs, mm_encoder_outputs=picture_features(bare_model, row, tower_trains), use_cache=False, logits_to_keep=keep
+        **inputs, mm_encoder_outputs=vision_features(bare_model, row, tower_trains), use_cache=False, logits_to_keep=keep
     ).logits
     return functional.cross_entropy(logits.float(), row["labels"][:, 1:][keep[:, :-1]], reduction="sum")

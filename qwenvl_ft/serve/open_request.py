@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from qwenvl_ft.data.fetch import fetch
+from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Part, Picture, Turn
 from qwenvl_ft.data.videos import Allowance
 from qwenvl_ft.errors import Problem, UserError
@@ -30,21 +31,22 @@ class Opener:
         self.bounds, self.uploads, self.hosts = bounds, Uploads(), frozenset(hosts)
         self.threads = ThreadPoolExecutor(THREADS, "opener")
 
-    async def open(self, chat: ChatRequest, until: float, then: Callable[[list[Turn]], T]) -> T:
-        """What `then` makes of the messages once their pictures are open, in the same thread. Raises ApiError."""
+    async def open(self, chat: ChatRequest, until: float, then: Callable[[list[Turn]], T], reading: Reading = AS_FOUND) -> T:
+        """What `then` makes of the messages once their pictures are open, in the same thread; `reading` says how videos are drawn.
+        Raises ApiError."""
         queued = [chat]
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.threads, lambda: then(self._messages(queued.pop(), until)))
+            return await loop.run_in_executor(self.threads, lambda: then(self._messages(queued.pop(), until, reading)))
         except BaseException:
             queued.clear()  # the threads' queue keeps what it was given, also where nobody waits any more
             raise
 
-    def _messages(self, chat: ChatRequest, until: float) -> list[Turn]:
+    def _messages(self, chat: ChatRequest, until: float, reading: Reading) -> list[Turn]:
         bounds = self.bounds
         try:
             allowance = Allowance(bounds.pictures, bounds.picture_pixels, 2 * bounds.picture_pixels, until)
-            messages = read_messages(chat.messages, self._read, allowance)
+            messages = read_messages(chat.messages, self._read, allowance, reading)
         except UserError as error:
             raise invalid_messages(error) from error
         letters = sum(len(message.text) for message in messages)

@@ -35,7 +35,7 @@ class TransformersBackend:
         if not self.batcher.alive:
             raise ApiError(503, "unavailable", "the model has stopped")
         async with self.opened:
-            inputs, usage = await self.opener.open(chat, until, partial(self._inputs, engine, chat.thinking))
+            inputs, usage = await self.opener.open(chat, until, partial(self._inputs, engine, chat.thinking), engine.reading)
             loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[str, str | None, Usage]]()
 
             def on_piece(text: str, finish: str | None) -> None:

@@ -219,15 +219,17 @@ def read_usage(usage: Mapping[str, Any]) -> Usage:
 def start_vllm(
     model: Path, names: Sequence[str], adapters: Mapping[str, Path], arguments: Sequence[str], opener: Opener,
     min_pixels: int | None = None, max_pixels: int | None = None, thinking: Thinking | None = None,
+    video_max_pixels: int | None = None,
 ) -> VllmBackend:  # fmt: skip
     """Starts `vllm serve` on loopback and waits until it is up. It ends with this process, however that ends but by SIGKILL.
 
     Raises UserError for what is wrong with the folders, and where it is not installed or ends.
     """
     check_folders(model, adapters.values())
-    base = open_chat(model, min_pixels, max_pixels, thinking)
+    settings = min_pixels, max_pixels, thinking, video_max_pixels
+    base = open_chat(model, *settings)
     chats = dict.fromkeys(names, base)
-    chats |= {name: open_chat(model, min_pixels, max_pixels, thinking, folder) for name, folder in adapters.items()}
+    chats |= {name: open_chat(model, *settings, folder) for name, folder in adapters.items()}
     if not (program := shutil.which("vllm")):
         raise UserError(
             Problem("--engine vllm", "vllm is not installed", "install it in an environment of its own: pip install vllm")

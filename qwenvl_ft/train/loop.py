@@ -23,11 +23,12 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.console import Display, draw_plan, print_drawing, print_line, print_problems
 from qwenvl_ft.data.chat import IGNORE
 from qwenvl_ft.data.prepare import Prepared, Ready, make_ready, schedule
+from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.rows import Built, Row
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import writing
-from qwenvl_ft.model.load import add_lora, limited_image_processor, load_base, trainable
+from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss
 from qwenvl_ft.train.launch import Signals, alone, lost, open_trackers, start
 from qwenvl_ft.train.output_dir import METRICS, Metrics, was_evaluated, write_results, write_settings
@@ -206,7 +207,7 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
 
     processor = AutoProcessor.from_pretrained(config.model)
     processor.chat_template = prepared.chat.source  # which asks as was taught
-    image_processor = limited_image_processor(processor, prepared.chat.limits)
+    limited(processor, prepared.chat, Reading(video_fps=config.video_fps, video_max_frames=config.video_max_frames))
     model = load_base(config.model, config.dtype, config.attn_implementation)
     bf16 = model.dtype == torch.bfloat16
     model = add_lora(
@@ -219,7 +220,7 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
         set_peft_model_state_dict(model, load_file(resume / ADAPTER_WEIGHTS))
     sizes = model.get_nb_trainable_parameters()
     model, optimizer = accelerator.prepare(model, optimizer)
-    run = Run(config, accelerator, model, optimizer, prepared, image_processor, bf16)
+    run = Run(config, accelerator, model, optimizer, prepared, processor, bf16)
     done = run.load(resume) if resume else 0
     with writing(config.output_dir):
         if main:

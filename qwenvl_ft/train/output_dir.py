@@ -27,7 +27,7 @@ def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
     """Writes what belongs to every adapter of the run, before its first step: processor (with the limits that training
     uses), settings with whole paths, plan, and which base it is."""
     out = config.output_dir
-    settings = {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in config.model_dump().items()}
+    settings = {key: whole(value) for key, value in config.model_dump().items()}
     # First of all the file that says whose folder this is: check_output_dir looks for it after a kill at any moment.
     with (out / ".config.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(settings, file)
@@ -39,6 +39,15 @@ def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
         processor.save_pretrained(folder)
 
     write_aside(out, "processor", write, but=MANIFEST)
+
+
+def whole(value: Any) -> Any:
+    """A setting with whole paths, also those within it."""
+    if isinstance(value, list):
+        return [whole(part) for part in value]
+    if isinstance(value, dict):
+        return {key: whole(part) for key, part in value.items() if part is not None}
+    return str(value.resolve()) if isinstance(value, Path) else value
 
 
 def write_aside(out: Path, name: str, write: Callable[[Path], None], but: str = "") -> None:
@@ -90,7 +99,9 @@ def print_next(config: Config) -> None:
     print_line(f"\nThe adapter is in {config.output_dir}. Next:", "bold")
     print_line(f'  qwenvl-ft ask {base} --adapter {adapter} --image PICTURE "QUESTION"')
     seen = "" if config.eval_meta_file else "  # the training records: how it does on others it does not say"
-    print_line(f"  qwenvl-ft eval {base} {shlex.quote(str(meta))} --data-dir {shlex.quote(str(data))} --adapter {adapter}{seen}")
+    meta, data = (meta, data) if isinstance(meta, Path) else (meta[0].file, meta[0].data_dir or data)
+    where = f" --data-dir {shlex.quote(str(data))}" if data else ""
+    print_line(f"  qwenvl-ft eval {base} {shlex.quote(str(meta))}{where} --adapter {adapter}{seen}")
     print_line(f"  qwenvl-ft export --adapter {adapter} --out {shlex.quote(str(config.output_dir) + '-merged')}")
 
 

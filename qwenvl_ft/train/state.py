@@ -12,13 +12,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
+from qwenvl_ft.data import sources
 from qwenvl_ft.data.prepare import Prepared
-from qwenvl_ft.data.records import Picture
+from qwenvl_ft.data.records import Source
 from qwenvl_ft.data.rows import Built, Rows
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.adapter import base_fingerprint
@@ -39,9 +41,9 @@ class Run:
     """What a step, an evaluation and a checkpoint need, together."""
 
     def __init__(self, config: Config, accelerator: Accelerator, model: Any, optimizer: Any, prepared: Prepared,
-                 image_processor: Any, bf16: bool):  # fmt: skip
+                 processor: Any, bf16: bool):  # fmt: skip
         self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
-        self.prepared, self.image_processor, self.bf16 = prepared, image_processor, bf16
+        self.prepared, self.processor, self.bf16 = prepared, processor, bf16
         self.bare = accelerator.unwrap_model(model)
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.metrics: Metrics | None = None  # the main process has them
@@ -61,7 +63,7 @@ class Run:
 
     def rows_of(self, prepared: Prepared) -> Rows:
         """The rows of a plan as tensors."""
-        return Rows(prepared.scripts, prepared.plan.rows, prepared.chat, self.image_processor, self.always_look,
+        return Rows(prepared.scripts, prepared.plan.rows, prepared.chat, self.processor, self.always_look,
                     skip=self.config.on_bad_record == "skip")  # fmt: skip
 
     def loader(self, steps: list[tuple[int, list[int]]]) -> DataLoader[Built | UserError]:
@@ -212,10 +214,10 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
     Hashes pictures and base, each file once. Raises UserError for a file that is gone.
     """
     same = "lora_on lora_rank lora_alpha lora_dropout rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay "
-    same += "max_grad_norm seed dtype num_train_epochs max_steps thinking"
+    same += "max_grad_norm seed dtype num_train_epochs max_steps thinking video_fps video_max_frames video_max_pixels"
     settings = {key: str(getattr(config, key)) for key in same.split()}
-    sources = {of.source for part in (prepared, held_out) if part for of in pictures_of(part)}
-    files = sorted(source for source in sources if isinstance(source, Path))
+    held = {source for part in (prepared, held_out) if part for source in sources_of(part)}
+    files = sorted({sources.holder(source) for source in held})
     contents = digests(files, config.output_dir / PICTURE_HASHES, "hashing pictures")
     seen = [read_model_json(path) for name in PROCESSORS if (path := config.model / name).is_file()]
 
@@ -223,10 +225,10 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
         return [[script.ids, script.labels] for script in part.scripts]
 
     def names(part: Prepared) -> list[Any]:
-        return sorted({(str(of.source), of.height, of.width) for of in pictures_of(part)})
+        return sorted((sources.key(source), *size) for source, size in sources_of(part).items())
 
     def content(part: Prepared) -> list[str]:
-        return [contents[source] for source in sorted({of.source for of in pictures_of(part) if isinstance(of.source, Path)})]
+        return [contents[file] for file in sorted({sources.holder(source) for source in sources_of(part)})]
 
     return {
         **settings,
@@ -240,9 +242,11 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
     }
 
 
-def pictures_of(prepared: Prepared) -> list[Picture]:
-    """Every picture of its records."""
-    return [of for record in prepared.records for of in record.pictures]
+def sources_of(prepared: Prepared) -> dict[Source, tuple[int, ...]]:
+    """Where the bytes of its pictures and videos lie, with their sizes in px."""
+    media = [medium for record in prepared.records for medium in record.media]
+    frames = [(of.source if isinstance(of.source, tuple) else (of.source,), (of.height, of.width)) for of in media]
+    return {source: size for some, size in frames for source in some if not isinstance(source, Image.Image)}
 
 
 def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared) -> list[str]:

@@ -1,6 +1,7 @@
 """The commands that need no GPU, as a user types them: what they print, what they exit with, and what they never import."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def test_serve_refuses_what_it_would_ignore(run, ignored):
     assert code == 2 and ("its own models" in err or "it is for --engine vllm" in err)
 
 
-def test_what_comes_before_the_gpu_never_imports_torch():
+def test_what_comes_before_the_gpu_never_imports_torch(tmp_path):
     """Importing torch takes 6 s here, transformers' Trainer 25 s; these commands answer at once."""
     code = """
 import json, sys
@@ -52,6 +53,7 @@ for arguments in json.load(sys.stdin):
     assert not heavy, (arguments, heavy)
 """
     commands = [["train", "--help"], VALIDATE, ["show", TRAIN, "0", *SHOW], PLAN]
+    commands.append(["show", TRAIN, *SHOW, "--html", str(tmp_path / "page.html"), "--limit", "2"])
     subprocess.run([sys.executable, "-c", code], input=json.dumps(commands), text=True, check=True, stdout=subprocess.PIPE)
 
 
@@ -61,15 +63,16 @@ def test_the_script_that_the_mission_names_is_the_command():
 
 
 @pytest.mark.parametrize("arguments", [
-    [], ["no-such-command"], ["validate-meta"], ["validate-meta", TRAIN], [*VALIDATE, "--yes"], ["show", TRAIN, "first", *SHOW],
-    ["show", TRAIN, *SHOW], ["eval", "m", TRAIN, "--data-dir", ".", "--batch-size", "0"],
+    [], ["no-such-command"], ["validate-meta"], ["validate-meta", TRAIN, "more"], [*VALIDATE, "--yes"], ["show", TRAIN, "first", *SHOW],
+    ["show", TRAIN, *SHOW], ["show", TRAIN, "0", "--limit", "2", *SHOW], ["show", TRAIN, *SHOW, "--html", "p.html", "--json"],
+    ["show", TRAIN, "0", *SHOW, "--html", "p.html", "--start", "1"], ["eval", "m", TRAIN, "--data-dir", ".", "--batch-size", "0"],
 ])  # fmt: skip
 def test_wrong_usage_exits_with_2(arguments, run):
     code, out, err = run(*arguments)
     assert code == 2 and "Usage" in out + err
 
 
-@pytest.mark.parametrize("command", ["init", "validate-meta", "show", "plan", "train", "eval", "export", "ask"])
+@pytest.mark.parametrize("command", ["init", "validate-meta", "show", "convert", "plan", "train", "eval", "export", "ask"])
 def test_every_command_helps_with_an_example_of_itself(command, run):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -101,6 +104,31 @@ def test_show_draws_pictures_as_blocks(run):
     assert "train.json[0]" in out and "two_col_103562.png: " in out and "taught (green)" in out
 
 
+def test_show_writes_a_page_of_many_records_or_of_one(run, tmp_path):
+    out = tmp_path / "page.html"
+    code, said, err = run("show", TRAIN, *SHOW, "--html", str(out), "--start", "2", "--limit", "3")
+    assert (code, err) == (0, "")
+    assert said.startswith(f"{out}: 3 records, 0 with problems, more follow (--start 5), ")
+    places = re.findall(r'<article [^>]*id="([^"]*)"', out.read_text(encoding="utf-8"))
+    assert places == ["train.json[2]", "train.json[3]", "train.json[4]"]
+    assert run("show", TRAIN, "7", *SHOW, "--html", str(out))[0] == 0  # over a page of its own
+    assert re.findall(r'<article [^>]*id="([^"]*)"', out.read_text(encoding="utf-8")) == ["train.json[7]"]
+
+
+def test_a_page_replaces_no_file_of_the_users(run, talk, tmp_path):
+    """`show train.json --html train.json` would have been the end of the data."""
+    meta = talk(["q", "a"])
+    before = meta.read_bytes()
+    code, _, err = run("show", str(meta), "--data-dir", str(tmp_path), "--model", str(TINY), "--html", str(meta))
+    assert (code, meta.read_bytes()) == (1, before) and "is there and is no page of this command" in err
+    code, _, err = run("show", str(meta), "--data-dir", str(tmp_path), "--model", str(TINY), "--html", str(tmp_path))
+    assert code == 1 and "is a folder" in err
+    code, _, err = run(
+        "show", str(meta), "--data-dir", str(tmp_path), "--model", str(TINY), "--html", str(tmp_path / "no" / "p.html")
+    )
+    assert code == 1 and "No such file or directory" in err
+
+
 def test_show_names_the_last_record_where_there_is_no_such_one(run, talk, tmp_path):
     meta = talk(["q", "a"], ["q"], ["q", "a"])
     code, _, err = run("show", str(meta), "3", "--data-dir", str(tmp_path), "--model", str(TINY))
@@ -121,8 +149,8 @@ def test_plan_as_json_adds_up(run):
     facts = json.loads(out)
     assert (code, err) == (0, "")
     assert list(facts) == [
-        "records", "used", "skipped", "pictures", "pictures_shrunk", "tokens", "taught_tokens", "rows", "row_tokens", "fill",
-        "steps_per_epoch", "steps", "notes",
+        "files", "forms", "records", "used", "skipped", "pictures", "pictures_shrunk", "tokens", "taught_tokens", "rows",
+        "row_tokens", "fill", "steps_per_epoch", "steps", "notes",
     ]  # fmt: skip
     assert facts["notes"] == []
     assert facts["records"] == facts["used"] and facts["skipped"] == []
@@ -256,13 +284,13 @@ def test_boxes_of_no_said_unit_are_noted_and_are_problems_where_the_said_unit_is
 
 
 def test_problems_of_one_kind_are_a_line_with_their_count_for_people_and_programs(run, tmp_path):
-    """300 records of LLaVA's form were 1,201 lines."""
-    turns = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": "Red."}]
-    (tmp_path / "train.json").write_text(json.dumps([{"id": str(i), "image": "a.png", "conversations": turns} for i in range(300)]))
+    """300 records with two troubles each were 1,201 lines."""
+    turns = [{"from": "human", "value": "<audio>\nColour?"}, {"from": "gpt", "value": "Red."}]
+    (tmp_path / "train.json").write_text(json.dumps([{"id": str(i), "audio": "a.wav", "conversations": turns} for i in range(300)]))
     command = ["validate-meta", str(tmp_path / "train.json"), "--data-dir", str(tmp_path)]
     code, _, err = run(*command)
     assert code == 1 and err.count("\n") == 5
-    assert err.startswith('train.json[0], train.json[1], train.json[2] and 297 more: has a key "image", which is not read\n')
+    assert err.startswith('train.json[0], train.json[1], train.json[2] and 297 more: has a key "audio", which is not read\n')
     assert err.endswith("\n600 problems, 2 different (--all lists each)\n")
     found = json.loads(run(*command, "--json")[1])["problems"]
     assert [(problem["count"], len(problem["places"])) for problem in found] == [(300, 10)] * 2

@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.data.box_marks import Mark, Stray, marks
-from qwenvl_ft.data.boxes import Drawn, Seen, boxes_of, read_answer, written
+from qwenvl_ft.data.boxes import Seen, read_answer, written
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.families import FAMILIES
 from qwenvl_ft.data.formats.documented import record_notes
@@ -80,10 +80,8 @@ def test_texts_around_boxes_stay_and_boxes_share_a_reference(read):
 
 def test_a_box_lies_in_the_last_picture_before_it_or_in_the_first(read):
     turns, _ = read(f"{V1}? <img>a.png</img>\n", V1, f"<img>b.png</img>\n{V1}?", V1)
-    assert [(box.picture, box.corners[0], box.taught) for box in boxes_of(turns)] == [
-        (0, 20, False), (0, 20, True), (1, 100, False), (1, 100, True),
-    ]  # fmt: skip
-    assert boxes_of(turns)[3] == Drawn(1, (100, 100, 300, 200), "the bar", True)
+    boxes = [part for turn in turns for part in turn.parts if isinstance(part, Box)]
+    assert [(box.picture, box.corners) for box in boxes] == [(0, (20, 20, 60, 40))] * 2 + [(1, (100, 100, 300, 200))] * 2
 
 
 def test_a_picture_that_lies_on_its_side_is_measured_as_it_is_seen(read, tmp_path):

@@ -8,18 +8,20 @@ import pytest
 from PIL import Image
 
 from qwenvl_ft.data.formats import documented
-from qwenvl_ft.data.formats.documented import FIXES, KEYS, TURN_FIXES, TURN_KEYS
+from qwenvl_ft.data.formats.json_entries import kind_of
+from qwenvl_ft.data.formats.keys import FIXES, TURN_FIXES
+from qwenvl_ft.data.formats.lists import KNOWN
+from qwenvl_ft.data.formats.turns import KNOWN as KNOWN_OF_A_TURN
+from qwenvl_ft.data.formats.turns import OLD
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.records import Turn
 
 QUESTION, ANSWER = {"from": "user", "value": "<img>a.png</img>\nWhat colour?"}, {"from": "assistant", "value": "Red."}
 KNOWN_TO_PEERS = """
-    tools objects video videos audio audios image images image_path image_url img weight chosen rejected label messages system
-    history query response prompt completion instruction input output rejected_response kto_tag bbox functions
+    audio audios image_path image_url img weight chosen rejected label messages history query response prompt completion
+    instruction input output rejected_response kto_tag bbox functions tool_choice parallel_tool_calls
 """.split()
-OF_A_TURN = (
-    "weight train trainable mask masked content role tool_calls function_call reasoning_content thinking image images".split()
-)
+OF_A_TURN = "train trainable mask masked content role function_call thinking image images loss_scale tools".split()
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def read(tmp_path):
 
 @pytest.mark.parametrize("key", KNOWN_TO_PEERS)
 def test_a_key_of_a_record_that_is_not_read_is_a_problem_with_a_fix_of_its_own(key, read):
-    """A record with `tools`, `video` or `image_url` trained as text alone, without a word."""
+    """A record with `audio`, `chosen` or `image_url` trained as text alone, without a word."""
     records, (problem,) = read({"conversations": [QUESTION, ANSWER], key: "x"}, {"conversations": [QUESTION, ANSWER]})
     assert (problem.where, problem.what) == ("train.json[0]", f'has a key "{key}", which is not read')
     assert problem.fix == FIXES[key] and [record.where for record in records] == ["train.json[1]"]
@@ -54,9 +56,9 @@ def test_a_key_that_nobody_knows_is_to_be_deleted_and_one_in_another_case_to_be_
     _, problems = read(entry)
     assert [(problem.what[:40], problem.fix) for problem in problems] == [
         ('has a key "ID", which is not read', 'write it as "id"'),
-        ('has a key "kkkkkkkkkkkkkkkkkkkkkkkkkkkkk', "delete it: only conversations, id are read"),
-        ('has a key "source", which is not read', "delete it: only conversations, id are read"),
-        ('has a key "zz", which is not read', "delete it: only from, value, loss, reasoning are read"),
+        ('has a key "kkkkkkkkkkkkkkkkkkkkkkkkkkkkk', f"delete it, or leave it out with columns: {{{'k' * 60}: null}}"),
+        ('has a key "source", which is not read', "delete it, or leave it out with columns: {source: null}"),
+        ('has a key "zz", which is not read', "delete it, or leave it out with columns: {zz: null}"),
         ('has a key "From", which is not read', 'write it as "from"'),
     ]
     assert not read({"conversations": [QUESTION, ANSWER], "id": ["any", "thing"]})[1]
@@ -65,9 +67,12 @@ def test_a_key_that_nobody_knows_is_to_be_deleted_and_one_in_another_case_to_be_
 def test_keys_come_in_the_same_order_in_every_process():
     """They were looked through as a set, whose order is another in every process."""
     code = f"""
-from qwenvl_ft.data.formats.documented import turns_of
+from pathlib import Path
+from qwenvl_ft.data.formats import read_entry
+from qwenvl_ft.data.media import Media
+from qwenvl_ft.data.reading import AS_FOUND
 problems = []
-list(turns_of({{"conversations": [{QUESTION!r}, {ANSWER!r}], **dict.fromkeys("qwertyuiop")}}, "", lambda *at: "", problems))
+read_entry({{"conversations": [{ANSWER!r}], **dict.fromkeys("qwertyuiop")}}, "", Media(Path("."), AS_FOUND), problems)
 print([problem.what for problem in problems])
 """
     said = {subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env={"PYTHONPATH": ".", "PYTHONHASHSEED": seed}).stdout
@@ -84,10 +89,10 @@ def test_an_answer_with_loss_false_is_shown_and_not_taught(read):
     assert not problems and record.turns[1] == Turn("assistant", ("Red.",), taught=True)
 
 
-@pytest.mark.parametrize("loss", [0, 1, "false", None, [], 0.5])
+@pytest.mark.parametrize("loss", ["false", [], 0.5, 2, {}])
 def test_loss_is_true_or_false_and_nothing_else(loss, read):
     _, (problem,) = read({"conversations": [QUESTION, ANSWER | {"loss": loss}]})
-    assert problem.what == f'its "loss" is {documented.kind_of(loss)}, not true or false'
+    assert problem.what == f'its "loss" is {kind_of(loss)}, not true or false'
 
 
 def test_loss_on_a_question_and_a_record_that_teaches_nothing_are_problems(read):
@@ -111,7 +116,7 @@ def test_the_reasoning_of_an_answer_is_taught_before_it_as_templates_write_it(re
 
 @pytest.mark.parametrize(("turn", "what"), [
     ({"reasoning": 7}, 'its "reasoning" is a number, not a text'),
-    ({"reasoning": None}, 'its "reasoning" is null, not a text'),
+    ({"reasoning_content": ["a"]}, 'its "reasoning_content" is a list, not a text'),
     ({"reasoning": " \n"}, 'its "reasoning" is empty'),
     ({"reasoning": "a</think>b"}, 'its "reasoning" holds <think> or </think>'),
     ({"reasoning": "a", "value": "\n<think>b</think>c"}, 'has "reasoning", and a value that begins with <think>'),
@@ -131,7 +136,7 @@ def test_reasoning_stands_in_an_answer_only(read):
 
 
 def test_a_known_key_has_no_fix():
-    assert not FIXES.keys() & set(KEYS) and not TURN_FIXES.keys() & set(TURN_KEYS)
+    assert FIXES.keys() & KNOWN["conversations"] == {"conversations"} and not TURN_FIXES.keys() & KNOWN_OF_A_TURN[OLD]
 
 
 def test_answers_that_begin_with_white_space_are_noted(talk, tmp_path):

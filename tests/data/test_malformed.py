@@ -23,7 +23,7 @@ MALFORMED = {
     "null": b"null",
     "a list of null": b"[null]",
     "a list of texts": b'["x"]',
-    "a list of lists": f"[[{GOOD}]]".encode(),
+    "a list of lists of lists": f"[[[{GOOD}]]]".encode(),
     "a list of numbers": b"[1, 2.5, -3e9]",
     "an empty list": b"[]",
     "an empty object": b"{}",
@@ -63,7 +63,7 @@ MALFORMED = {
     "broken JSON lines": f"{GOOD}\n{GOOD[:-1]}\n".encode(),
     "a key in capitals": f"[{GOOD}]".replace("conversations", "Conversations").encode(),
     "LLaMA-Factory's messages": b'[{"messages": [{"role": "user", "content": "q"}], "images": ["a.png"]}]',
-    "roles and contents": record('[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'),
+    "roles and values": record('[{"role": "user", "value": "q"}, {"role": "assistant", "value": "a"}]'),
     "conversations null": record("null"),
     "conversations a text": record('"q"'),
     "no turns": record("[]"),
@@ -88,7 +88,7 @@ def test_a_malformed_file_ends_in_problems_and_never_in_a_traceback(name, tmp_pa
         main([*arguments, "--json"])
     report = json.loads(capsys.readouterr().out)
     assert exit.value.code == 1
-    assert list(report) == ["records", "used", "pictures", "shown", "tokens", "notes", "problems"]
+    assert list(report) == ["files", "forms", "records", "used", "pictures", "shown", "tokens", "notes", "problems"]
     assert report["used"] <= report["records"]
     assert report["problems"] and all(problem[key] for problem in report["problems"] for key in ("where", "what", "fix"))
 
@@ -105,5 +105,6 @@ def test_a_good_file_beside_them_passes(tmp_path, capsys):
     (tmp_path / "train.json").write_text(f"[{GOOD}]")
     with pytest.raises(SystemExit) as exit:
         main(["validate-meta", str(tmp_path / "train.json"), "--data-dir", str(tmp_path), "--json"])
-    wanted = {"records": 1, "used": 1, "pictures": 1, "shown": 1, "tokens": None, "notes": [], "problems": []}
-    assert (exit.value.code, json.loads(capsys.readouterr().out)) == (0, wanted)
+    file = {"meta": str(tmp_path / "train.json"), "weight": 1, "containers": {"JSON": 1}, "records": 1, "used": 1}
+    wanted = {"files": [file], "forms": {"documented": 1}, "records": 1, "used": 1, "pictures": 1, "shown": 1, "tokens": None}
+    assert (exit.value.code, json.loads(capsys.readouterr().out)) == (0, wanted | {"notes": [], "problems": []})

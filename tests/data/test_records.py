@@ -18,6 +18,7 @@ TAG = "write <img>file.png</img>"
 LIST = f"write a JSON list of records: [{EXAMPLE}]"
 ORDER = "let user and assistant take turns, user first"
 COPY = "copy it there, or give the right folder (train_data_dir, --data-dir)"
+TOOL = 'write {"type": "function", "function": {"name": "...", "description": "...", "parameters": {...}}}'
 MEND = "mend the file at this line and column"
 
 
@@ -106,7 +107,7 @@ RECORDS = [
     (talk("<img>a.png<img>a.png</img>", "a"), USER, "an <img> tag stands inside another",
      "close the first one: <img>file.png</img>"),
     (talk("<img>http://x/a.png</img>", "a"), USER, "http://x/a.png is not a file name",
-     "download the picture to FOLDER and name its file"),
+     "set fetch_media: true to bring such files once, or put the file into FOLDER and name it"),
     (talk("<img>../a.png</img>", "a"), USER, "../a.png lies outside FOLDER", "copy it into that folder"),
     (talk("<img>/etc/hosts</img>", "a"), USER, "/etc/hosts lies outside FOLDER", "copy it into that folder"),
     (talk("<img>a.jpg</img>", "a"), USER, "a.jpg is not in FOLDER", "did you mean a.png?"),
@@ -115,20 +116,24 @@ RECORDS = [
     (talk("<img>nope.png</img>", "a"), USER, "nope.png is not in FOLDER", COPY),
     (talk("<image>\nq", "a"), USER, "holds <image>, which is no tag here: it would be read as text", TAG),
     (talk("q<video>", "a"), USER, "holds <video>, which is no tag here: it would be read as text",
-     "videos are not trained on: leave the record out, or take the tag out if the talk needs no video"),
+     "write <video>clip.mp4</video>"),
     (talk("<Audio>q", "a"), USER, "holds <Audio>, which is no tag here: it would be read as text",
      "sound is not trained on: leave the record out, or take the tag out if the talk needs none"),
     (talk("<IMG>a.png</IMG>q", "a"), USER, "holds <IMG>, which is no tag here: it would be read as text", TAG),
     (talk("<img>a.png</img><Img>a.png</Img>", "a"), USER, "holds <Img>, which is no tag here: it would be read as text", TAG),
     (talk("<img>b</img>", "a"), USER, "b is not a regular file", "name a picture file"),
-    (talk("q", "a") | {"image": ""}, "", 'has a key "image", which is not read',
-     "name the picture inside the user's value: <img>file.png</img>"),
-    (talk("q", "a") | {"images": []}, "", 'has a key "images", which is not read',
-     "name the pictures inside the user's values: <img>file.png</img>"),
-    (talk("q", "a") | {"videos": []}, "", 'has a key "videos", which is not read',
-     "videos are not trained on; name pictures inside the user's value: <img>file.png</img>"),
-    (talk("q", "a") | {"system": ""}, "", 'has a key "system", which is not read',
-     'write it as the first turn: {"from": "system", "value": "..."}'),
+    (talk("q", "a") | {"image": "a.png"}, "", "holds 0 <image> and names 1 picture",
+     "write <image> once for each picture, where it is seen"),
+    (talk("<image>q", "a") | {"images": ["a.png", "a.png"]}, "", "holds 1 <image> and names 2 pictures",
+     "write <image> once for each picture, where it is seen"),
+    (talk("q", "a<image>") | {"image": "a.png"}, ANSWER, "<image> stands in the assistant's turn",
+     "show pictures and videos in the user's turns only"),
+    (talk("q", "a") | {"videos": ["a.mp4"]}, "", "holds 0 <video> and names 1 video",
+     "write <video> once for each video, where it is seen"),
+    (talk("q", "a") | {"system": 0}, ".system", "is a number, not a text", "write a text"),
+    (talk("q", "a") | {"tools": 0}, ".tools", "is a number, not an object or a list", TOOL),
+    (talk("q", "a") | {"audio": "a.mp3"}, "", 'has a key "audio", which is not read',
+     "sound is not trained on: leave the record out, or delete the key if the talk needs none"),
 ]  # fmt: skip
 
 
@@ -190,8 +195,8 @@ def test_an_answer_may_write_what_a_question_may_not(folder):
 
 def test_problems_come_in_the_same_order_every_time(folder):
     """The keys of a record were looked through as a set: another order in every process."""
-    _, problems = read(folder, [talk("q", "a") | dict.fromkeys(("videos", "system", "images", "image"), "")])
-    assert [problem.what.split('"')[1] for problem in problems] == ["image", "images", "videos", "system"]
+    _, problems = read(folder, [talk("q", "a") | dict.fromkeys(("rejected", "audio", "zz", "img", "weight"), "")])
+    assert [problem.what.split('"')[1] for problem in problems] == ["img", "audio", "rejected", "weight", "zz"]
 
 
 def test_a_missing_picture_alone_in_its_turn_is_one_problem(folder):
@@ -297,12 +302,12 @@ def test_missing_pictures_and_broken_ones_are_of_a_kind_each(folder):
 
 
 @pytest.mark.parametrize(("head", "what", "fix"), [
-    (b"PAR1\x15\x04\xff", "is a parquet file", "datasets.Dataset.from_parquet(FILE).to_json(OUT)"),
-    (b"ARROW1\0\0\xff", "is an Arrow file", "datasets.Dataset.from_file(FILE).to_json(OUT)"),
-    (b"\xff\xff\xff\xff\x10", "is an Arrow stream", "datasets.Dataset.from_file(FILE).to_json(OUT)"),
+    (b"PAR1\x15\x04\xff", "is a damaged parquet file", "copy it again"),
+    (b"ARROW1\0\0\xff", "is a damaged Arrow file", "copy it again"),
+    (b"\xff\xff\xff\xff\x10", "is a damaged Arrow file", "copy it again"),
     (b"PK\x03\x04\x14", "is a zip archive", "unpack it"),
     (b"\x1f\x8b\x08", "is a gzip file", "unpack it"),
-    (b"\0" * 257 + b"ustar", "is a tar archive", "unpack it"),
+    (b"\0" * 257 + b"ustar", "is a damaged tar archive", "copy it again"),
     (b"\x89PNG\r\n\x1a\n", "is a picture", "give the file that names it"),
     (b"\xff\xd8\xff\xe0", "is a picture", "give the file that names it"),
     (b"\0\0\0\x18ftypheic", "is an HEIC photo", "give the JSON file of conversations"),

@@ -18,8 +18,9 @@ from qwen_vl_utils import vision_process
 from transformers import AutoProcessor
 from transformers.video_utils import VideoMetadata
 
+from qwenvl_ft.data.reading import AS_FOUND
 from qwenvl_ft.data.records import Picture, Video
-from qwenvl_ft.data.videos import FPS, FPS_MAX_FRAMES, Allowance, read_video
+from qwenvl_ft.data.videos import Allowance, Drawing, read_video
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.infer.messages import read_messages
@@ -92,7 +93,7 @@ def test_the_inputs_of_a_picture_are_those_of_the_documented_snippet(engine):
 
 def test_a_video_gives_the_frames_that_qwen_would_take(video):
     """At 2 frames a second 4 of the 20, from first to last; qwen_vl_utils spreads them by the same linspace."""
-    assert (FPS, FPS_MAX_FRAMES) == (vision_process.FPS, vision_process.FPS_MAX_FRAMES)
+    assert (AS_FOUND.video_fps, AS_FOUND.video_max_frames) == (vision_process.FPS, vision_process.FPS_MAX_FRAMES)
     (message,) = read_messages(user({"type": "video", "video": video.as_uri(), "fps": 2.0}))
     film = message.parts[0]
     assert film.indices == tuple(torch.linspace(0, 19, 4).round().long().tolist()) and (film.fps, film.num_frames) == (10.0, 20)
@@ -277,7 +278,7 @@ def test_a_film_of_too_large_frames_is_not_decoded_to_find_out(tmp_path):
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = peak_kib()
     with pytest.raises(UserError, match="frames of more than 1,000,000 px"):
-        read_video(data, "film", {"fps": 2.0}, Allowance(picture_pixels=1_000_000))
+        read_video(data, "film", Drawing.of({"fps": 2.0}, "film"), Allowance(picture_pixels=1_000_000))
     assert peak_kib() - before < 30_000, "a frame has 48 MB"
 
 
@@ -287,7 +288,7 @@ def test_a_film_of_an_unknown_codec_is_refused(tmp_path):
         if data[at : at + 4] == b"MJPG":
             data[at : at + 4] = b"XXXX"
     with pytest.raises(UserError, match="not a video"):
-        read_video(bytes(data), "film", {"fps": 2.0})
+        read_video(bytes(data), "film", Drawing.of({"fps": 2.0}, "film"))
 
 
 def test_a_damaged_video_is_named(video, tmp_path):
@@ -347,7 +348,7 @@ def test_a_phones_film_stands_upright(matrix, tmp_path):
     """Phones film lying on their side and write a matrix: the model saw such films lying, or mirrored."""
     a, b, c, d = matrix
     data = boxes(marked(tmp_path / "film.mp4"), b"tkhd", 40, ">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    film = read_video(data, "film", {"nframes": 4})
+    film = read_video(data, "film", Drawing.of({"nframes": 4}, "film"))
     right, bottom = MATRICES[matrix]
     for frame in film.images:
         assert frame.size == ((112, 84) if a else (84, 112))
@@ -363,7 +364,7 @@ def test_a_phones_film_stands_upright(matrix, tmp_path):
 def test_a_film_that_is_turned_askew_is_refused(tmp_path):
     data = boxes(marked(tmp_path / "film.mp4"), b"tkhd", 40, ">9i", ONE, ONE, 0, -ONE, ONE, 0, 0, 0, 1 << 30)
     with pytest.raises(UserError, match="no quarter of a circle"):
-        read_video(data, "film", {"nframes": 4})
+        read_video(data, "film", Drawing.of({"nframes": 4}, "film"))
 
 
 @pytest.mark.parametrize("first", [0, 3, 10, 15])
@@ -373,7 +374,7 @@ def test_a_film_that_an_edit_list_shortens_is_whole(first, tmp_path):
     with av.open(str(path)) as container:
         ticks = round(1 / container.streams.video[0].time_base / 10)
     data = boxes(path, b"elst", 8, ">Ii", 2000 - 100 * first, first * ticks)
-    film = read_video(data, "film", {"fps": 2.0})
+    film = read_video(data, "film", Drawing.of({"fps": 2.0}, "film"))
     assert film.num_frames == 20 - first and film.indices[-1] == 19 - first
     seen = np.asarray(film.images[0].convert("L")).astype(int)
     assert np.argmax(seen[45, 30:] > 45) + 30 == pytest.approx(40 + first, abs=3)  # the moving bar says which frame it is
@@ -405,8 +406,10 @@ def test_a_film_with_packets_that_show_no_frame_is_whole(tmp_path, monkeypatch):
 
     opening = av.open
     monkeypatch.setattr(av, "open", lambda *args, **options: Twice(opening(*args, **options)))
-    film = read_video(path.read_bytes(), "film", {"fps": 2.0})
-    assert film.num_frames == 20 and film.indices == (0, 6, 13, 19)
+    film = read_video(path.read_bytes(), "film", Drawing.of({"fps": 2.0}, "film"))
+    assert film.num_frames == 21 and film.indices == (0, 7, 13, 20)
+    seen = [np.asarray(frame.convert("L")).astype(int)[45, 30:] for frame in film.images]
+    assert [int(np.argmax(line > 45)) - 10 for line in seen] == pytest.approx([0, 6.3, 12.3, 19], abs=3)
 
 
 @pytest.mark.parametrize("nframes", [1, 1.2, 2, 3, 4.0, 5, 5.7, 7, 19, 20, 20.5, 21, 21.1, 22, 10**6])

@@ -9,8 +9,8 @@ from torch.nn import functional
 from qwenvl_ft.data.chat import IGNORE, open_chat
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.rows import Rows, join
-from qwenvl_ft.model.load import PatchEmbedding, add_lora, limited_image_processor, load_base, trainable
-from qwenvl_ft.model.loss import picture_features, summed_loss, taught
+from qwenvl_ft.model.load import PatchEmbedding, add_lora, limited, load_base, trainable
+from qwenvl_ft.model.loss import summed_loss, taught, vision_features
 
 TALKS = [
     ["<img>a.png</img>\nWhat?", "A chart of three bars."],
@@ -44,7 +44,7 @@ def make_job(model_dir, folder, on=("language",)):
     chat = open_chat(model_dir)
     scripts = [chat.write_scripts(record)[-1] for record in records]
     processor = AutoProcessor.from_pretrained(model_dir)
-    rows = Rows(scripts, [[0, 1, 2], [0], [1], [2]], chat, limited_image_processor(processor, chat.limits))
+    rows = Rows(scripts, [[0, 1, 2], [0], [1], [2]], chat, limited(processor, chat))
     model = add_lora(load_base(model_dir, "float32"), chat.family, list(on), 4, 8, 0.0, 0)
     for name, parameter in trainable(model).items():
         if "lora_B" in name:
@@ -116,7 +116,7 @@ def test_a_cache_would_let_records_see_each_other(packing_job):
 
     def loss(use_cache):
         with torch.no_grad():
-            features = picture_features(model, row, False)
+            features = vision_features(model, row, False)
             logits = model(**inputs, mm_encoder_outputs=features, use_cache=use_cache, logits_to_keep=keep).logits
         return functional.cross_entropy(logits, row["labels"][:, 1:][keep[:, :-1]], reduction="sum").item()
 
@@ -160,7 +160,7 @@ def test_the_loss_is_that_of_the_models_own_forward(job):
 
 def test_a_frozen_tower_costs_no_backward_and_changes_no_gradient(job):
     model, rows = job
-    assert not picture_features(model, rows[1], trains=False)["image"].pooler_output[0].requires_grad
+    assert not vision_features(model, rows[1], trains=False)["image"].pooler_output[0].requires_grad
     model.zero_grad()
     summed_loss(model, model, rows[1], tower_trains=False).backward()
     without = [parameter.grad.clone() for parameter in trainable(model).values()]

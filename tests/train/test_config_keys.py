@@ -18,7 +18,7 @@ CHANGES_THE_WEIGHTS = {
 SHOWS_ELSEWHERE = {
     "model": "test_export", "train_meta_file": "test_training", "train_data_dir": "test_meta", "output_dir": "test_training",
     "resume": "test_training", "run_name": "test_training",
-    "thinking": "test_thinking", "boxes": "test_boxes",
+    "thinking": "test_thinking", "boxes": "test_boxes", "fetch_media": "test_media", "format": "test_forms", "columns": "test_forms",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 
 from qwenvl_ft.data.pictures import PictureChanged
 from qwenvl_ft.errors import UserError
-from qwenvl_ft.model.load import limited_image_processor
+from qwenvl_ft.model.load import limited
 from qwenvl_ft.train import loop
 from tests.runs import ROOT, adapter, config, difference, few_records, metrics, run, same
 from tests.train.test_training import launch_two
@@ -64,7 +64,7 @@ def test_a_step_divides_by_what_is_really_taught(tmp_path, monkeypatch):
     good = [[number for number in prepared.plan.rows[row] if number not in (1, 4)] for row in step]
     processor = AutoProcessor.from_pretrained(known.model)
     rows = Rows(prepared.scripts, [row for row in good if row], prepared.chat,
-                limited_image_processor(processor, prepared.chat.limits))  # fmt: skip
+                limited(processor, prepared.chat))  # fmt: skip
     model = add_lora(load_base(known.model, "float32"), prepared.chat.family, ["language"], 4, 8, 0.0, known.seed)
     tokens = sum(int((row["labels"] >= 0).sum()) for row in rows)
     loss = sum(summed_loss(model, model, row, False) for row in rows) / tokens

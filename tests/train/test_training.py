@@ -15,7 +15,7 @@ from torch import nn
 
 from qwenvl_ft.errors import NonFiniteLoss, UserError
 from qwenvl_ft.folders.whole import seal
-from qwenvl_ft.model.load import limited_image_processor
+from qwenvl_ft.model.load import limited
 from qwenvl_ft.train import loop
 from qwenvl_ft.train.loop import learning_rate
 from qwenvl_ft.train.output_dir import print_next
@@ -52,7 +52,7 @@ def test_a_step_divides_once_by_the_tokens_taught_in_all_rows(tmp_path):
     counts = [prepared.taught_tokens(row) for row in step]
     assert len(step) == 2 and counts[0] != counts[1]  # else a mean of means would be the same
     processor = AutoProcessor.from_pretrained(settings.model)
-    rows = Rows(prepared.scripts, prepared.plan.rows, prepared.chat, limited_image_processor(processor, prepared.chat.limits))
+    rows = Rows(prepared.scripts, prepared.plan.rows, prepared.chat, limited(processor, prepared.chat))
     model = add_lora(load_base(settings.model, "float32"), prepared.chat.family, ["language"], 4, 8, 0.0, settings.seed)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=settings.learning_rate, weight_decay=0.0)
     loss = sum(summed_loss(model, model, rows[row], False) for row in step) / sum(counts)

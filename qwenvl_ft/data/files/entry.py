@@ -1,0 +1,18 @@
+"""What every container yields."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from qwenvl_ft.data.records import Source
+
+
+class Entry(NamedTuple):
+    """A record as it was found: `value` is what JSON can hold, with a Source in place of a name where a medium lies within the
+    container; or a Problem.
+
+    `where` is "" of a Problem of the whole file. `beside` are the media that lie with it, by name.
+    """
+
+    where: str
+    value: Any
+    beside: Mapping[str, Source] = {}

@@ -1,0 +1,230 @@
+"""One value out of the middle of a parquet column, by its page alone: a row group may be gigabytes, a page is one megabyte.
+
+What a page is made of is in github.com/apache/parquet-format, README.md and Encodings.md. Encodings that are rare for bytes, and
+encryption, are not read here: `Unread` says so, and pyarrow reads the row group.
+"""
+
+import struct
+from bisect import bisect_right
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+KEPT_PAGES = 16  # of all files together, decompressed
+HEAD_BYTES = 256  # of a page, in which its header is if it has no statistics
+DATA, DICTIONARY, DATA_V2 = 0, 2, 3  # kinds of pages
+PLAIN, PLAIN_DICTIONARY, RLE_DICTIONARY = 0, 2, 8
+CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd", "LZ4_RAW": "lz4_raw"}
+
+
+class Unread(Exception):
+    """A column that is written in a way that is not read here."""
+
+
+class Page(NamedTuple):
+    """A page: where its body lies, its header by the numbers of Thrift's fields, and which of the column's slots is its first."""
+
+    offset: int
+    header: dict[int, Any]
+    first: int
+
+
+class Chunk:
+    """The pages of one column in one row group. A slot is a value or a null; of lists each item is one, and so is an empty list."""
+
+    def __init__(self, path: Path, file: pq.ParquetFile, group: int, column: str):
+        self.path = path
+        row_group, schema = file.metadata.row_group(group), file.schema
+        leaves = [at for at in range(row_group.num_columns) if _leads_to_bytes(row_group.column(at).path_in_schema, column)]
+        if len(leaves) != 1 or row_group.column(leaves[0]).physical_type != "BYTE_ARRAY":
+            raise Unread
+        of, leaf = row_group.column(leaves[0]), schema.column(leaves[0])
+        self.most_defined, self.most_repeated = leaf.max_definition_level, leaf.max_repetition_level
+        if self.most_repeated > 1 or (of.compression != "UNCOMPRESSED" and of.compression not in CODECS):
+            raise Unread
+        self.codec = pa.Codec(CODECS[of.compression]) if of.compression in CODECS else None
+        self.pages: list[Page] = []
+        self.dictionary: Page | None = None
+        start = of.data_page_offset if of.dictionary_page_offset is None else min(of.dictionary_page_offset, of.data_page_offset)
+        self._find_pages(start, start + of.total_compressed_size)
+        self.firsts = [page.first for page in self.pages]
+        self.rows: NDArray[np.int64] | None = None  # of lists, the slot that each row begins with
+        if self.most_repeated:
+            levels = [self._levels(number)[0] for number in range(len(self.pages))]
+            self.rows = np.flatnonzero(np.concatenate(levels) == 0)
+
+    def _find_pages(self, at: int, end: int) -> None:
+        slots = 0
+        with self.path.open("rb") as file:
+            while at < end:
+                header, length = _page_header(file, at)
+                page = Page(at + length, header, slots)
+                if header[1] in (DATA, DATA_V2):
+                    self.pages.append(page)
+                    slots += header[5 if header[1] == DATA else 8][1]
+                elif header[1] == DICTIONARY:
+                    self.dictionary = page
+                at += length + header[3]
+
+    def value(self, row: int, item: int) -> bytes | None:
+        """The bytes of a row of the group, of its list's `item` where there are lists."""
+        slot = row if self.rows is None else int(self.rows[row]) + item
+        if self.rows is not None and slot >= (self.rows[row + 1] if row + 1 < len(self.rows) else slot + 1):
+            raise IndexError(f"row {row} has no {item}")
+        at = bisect_right(self.firsts, slot) - 1
+        defined, values = _decoded(self, at)
+        if not 0 <= (place := slot - self.firsts[at]) < len(defined):
+            raise IndexError(f"row {row} is in no page")
+        if not defined[place]:
+            return None
+        return values[int(np.count_nonzero(defined[:place]))]
+
+    def body(self, page: Page) -> bytes:
+        """The page, decompressed but for the levels of the second version."""
+        with self.path.open("rb") as file:
+            file.seek(page.offset)
+            raw = file.read(page.header[3])
+        plain = page.header[1] == DATA_V2 and not page.header[8].get(7, True)
+        if self.codec is None or plain:
+            return raw
+        levels = page.header[8][5] + page.header[8][6] if page.header[1] == DATA_V2 else 0
+        if page.header[2] == levels:
+            return raw[:levels]
+        return raw[:levels] + bytes(self.codec.decompress(raw[levels:], page.header[2] - levels))
+
+    def _levels(self, number: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32], bytes]:
+        """(repetition levels, definition levels, what follows them) of a page."""
+        page, found = self.pages[number], []
+        body, at = self.body(page), 0
+        second = page.header[1] == DATA_V2
+        head = page.header[8 if second else 5]
+        for most, length in ((self.most_repeated, head.get(6)), (self.most_defined, head.get(5))):
+            if not second and most:
+                length, at = struct.unpack_from("<I", body, at)[0], at + 4
+            length = length if second or most else 0
+            found.append(hybrid(body[at : at + length], most.bit_length(), head[1]))
+            at += length
+        return found[0], found[1], body[at:]
+
+    def decoded(self, number: int) -> tuple[NDArray[np.bool_], list[bytes]]:
+        """Which slots of a page have a value, and the values."""
+        page = self.pages[number]
+        _, levels, rest = self._levels(number)
+        defined = levels == self.most_defined
+        count = int(defined.sum())
+        encoding = page.header[5][2] if page.header[1] == DATA else page.header[8][4]
+        if encoding == PLAIN:
+            return defined, plain_values(rest, count)
+        if encoding not in (PLAIN_DICTIONARY, RLE_DICTIONARY) or self.dictionary is None:
+            raise Unread
+        words = plain_values(self.body(self.dictionary), self.dictionary.header[7][1])
+        return defined, [words[at] for at in hybrid(rest[1:], rest[0], count)] if count else []
+
+
+@lru_cache(KEPT_PAGES)
+def _decoded(chunk: Chunk, page: int) -> tuple[NDArray[np.bool_], list[bytes]]:
+    return chunk.decoded(page)
+
+
+def _leads_to_bytes(path: str, column: str) -> bool:
+    return path == column or (path.startswith(f"{column}.") and path.rpartition(".")[2] in ("bytes", "element", "item"))
+
+
+def plain_values(body: bytes, count: int) -> list[bytes]:
+    """Values that each stand behind their length."""
+    found, at = [], 0
+    for _ in range(count):
+        length = struct.unpack_from("<I", body, at)[0]
+        if at + 4 + length > len(body):
+            raise ValueError("a value ends behind its page")
+        found.append(body[at + 4 : at + 4 + length])
+        at += 4 + length
+    return found
+
+
+def hybrid(body: bytes, width: int, count: int) -> NDArray[np.uint32]:
+    """Numbers of `width` bits in runs, or packed by eights (parquet's RLE / bit-packing hybrid)."""
+    found = np.zeros(count, np.uint32)
+    if not width:
+        return found
+    at = done = 0
+    while done < count:
+        head, at = varint(body, at)
+        if head & 1:
+            packed = body[at : at + (head >> 1) * width]
+            if len(packed) < (head >> 1) * width:
+                raise ValueError("levels end behind their page")
+            bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little").reshape(-1, width)
+            run = bits @ (1 << np.arange(width, dtype=np.uint32))
+            at += len(packed)
+        else:
+            size = (width + 7) // 8
+            run = np.full(min(head >> 1, count - done), int.from_bytes(body[at : at + size], "little"), np.uint32)
+            at += size
+        if not len(run):
+            raise ValueError("an empty run")
+        found[done : done + len(run)] = run[: count - done]
+        done += len(run)
+    return found
+
+
+def varint(body: bytes, at: int) -> tuple[int, int]:
+    """(a number of any length, where it ends)."""
+    value = shift = 0
+    while True:
+        byte = body[at]
+        value |= (byte & 127) << shift
+        at += 1
+        if byte < 128:
+            return value, at
+        shift += 7
+
+
+def _page_header(file: Any, offset: int) -> tuple[dict[int, Any], int]:
+    """(the header at this place of the file, its length)."""
+    size = HEAD_BYTES
+    while True:
+        file.seek(offset)
+        head = file.read(size)
+        try:
+            return thrift(head, 0)
+        except IndexError:
+            if len(head) < size:
+                raise
+            size *= 4
+
+
+def thrift(body: bytes, at: int) -> tuple[dict[int, Any], int]:
+    """(a struct of Thrift's compact protocol by the numbers of its fields, where it ends)."""
+    found: dict[int, Any] = {}
+    field = 0
+    while kind := body[at]:
+        at += 1
+        if kind >> 4:
+            field += kind >> 4
+        else:
+            number, at = varint(body, at)
+            field = (number >> 1) ^ -(number & 1)
+        found[field], at = _thrift_value(body, at, kind & 15)
+    return found, at + 1
+
+
+def _thrift_value(body: bytes, at: int, kind: int) -> tuple[Any, int]:
+    if kind in (1, 2):
+        return kind == 1, at
+    if kind in (4, 5, 6):
+        number, at = varint(body, at)
+        return (number >> 1) ^ -(number & 1), at
+    if kind == 8:
+        length, at = varint(body, at)
+        if at + length > len(body):
+            raise IndexError
+        return body[at : at + length], at + length
+    if kind == 12:
+        return thrift(body, at)
+    raise Unread

@@ -1,0 +1,83 @@
+"""Values out of the middle of a parquet file, whichever way it is written, are those that pyarrow reads from the whole."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qwenvl_ft.data import sources
+from qwenvl_ft.data.records import InTable
+
+IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+WRITTEN = {
+    "as it comes": {}, "small pages": {"data_page_size": 500}, "small groups": {"row_group_size": 7, "data_page_size": 300},
+    "no dictionary": {"use_dictionary": False, "data_page_size": 500}, "second version": {"data_page_version": "2.0", "data_page_size": 500},
+    "second version, plain": {"data_page_version": "2.0", "compression": "none"}, "plain": {"compression": "none", "data_page_size": 500},
+    "zstd": {"compression": "zstd"}, "gzip": {"compression": "gzip"}, "brotli": {"compression": "brotli"},
+    "index": {"write_page_index": True, "data_page_size": 500}, "by content": {"use_content_defined_chunking": True},
+    "small dictionary": {"dictionary_pagesize_limit": 2000, "data_page_size": 500}, "checksums": {"write_page_checksum": True},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table() -> pa.Table:
+    random = np.random.default_rng(0)
+
+    def value() -> bytes | None:
+        return None if random.random() < 0.2 else random.bytes(int(random.integers(0, 200))) * int(random.integers(1, 3))
+
+    def image() -> dict | None:
+        return None if random.random() < 0.1 else {"bytes": value(), "path": "x" if random.random() < 0.5 else None}
+
+    def some(make) -> list | None:
+        return None if random.random() < 0.1 else [make() for _ in range(int(random.integers(0, 5)))]
+
+    rows = 150
+    return pa.table({
+        "n": range(rows), "raw": pa.array([value() for _ in range(rows)], pa.binary()), "image": pa.array([image() for _ in range(rows)], IMAGE),
+        "raws": pa.array([some(value) for _ in range(rows)], pa.list_(pa.binary())), "images": pa.array([some(image) for _ in range(rows)], pa.list_(IMAGE)),
+        "few": pa.array([random.choice([b"a", b"bb", b""]) for _ in range(rows)], pa.large_binary()),
+    })  # fmt: skip
+
+
+def held(table: pa.Table, file: Path) -> list[tuple[InTable, bytes]]:
+    """Every cell that holds bytes, and they."""
+    found = []
+    for column in table.column_names[1:]:
+        for row, value in enumerate(table.column(column).to_pylist()):
+            for item, one in enumerate(value) if isinstance(value, list) else [(-1, value)]:
+                content = one.get("bytes") if isinstance(one, dict) else one
+                if content is not None:
+                    found.append((InTable(file, "x", column, row, item), content))
+    return found
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_every_value_is_the_one_that_pyarrow_reads(name, table, tmp_path, monkeypatch):
+    pq.write_table(table, tmp_path / "a.parquet", **WRITTEN[name])
+    wanted = held(pq.read_table(tmp_path / "a.parquet"), tmp_path / "a.parquet")
+    assert len(wanted) > 400
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", None)  # so it is by their pages that they are found
+    order = np.random.default_rng(1).permutation(len(wanted))
+    assert [sources.read(wanted[at][0]) for at in order] == [wanted[at][1] for at in order]
+
+
+def test_a_column_of_a_rare_encoding_is_read_by_pyarrow(table, tmp_path):
+    encoding = {"raw": "DELTA_LENGTH_BYTE_ARRAY", "few": "DELTA_BYTE_ARRAY"}
+    for way in ({"use_dictionary": False, "column_encoding": encoding}, {"compression": "lz4"}):
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=40, **way)
+        for source, wanted in held(table, tmp_path / "a.parquet"):
+            assert sources.read(source) == wanted
+
+
+def test_what_is_not_there_is_an_os_error(table, tmp_path):
+    file = tmp_path / "a.parquet"
+    pq.write_table(table, file)
+    for column, row, item in (("raw", 150, -1), ("raw", -1, -1), ("images", 3, 9), ("none", 0, -1), ("n", 0, -1)):
+        with pytest.raises(OSError):
+            sources.read(InTable(file, "x", column, row, item))
+    null = table.column("raw").to_pylist().index(None)
+    with pytest.raises(OSError, match="holds no bytes"):
+        sources.read(InTable(file, "x", "raw", null))
