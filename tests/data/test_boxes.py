@@ -135,6 +135,36 @@ def test_json_that_says_more_than_boxes_is_kept_and_its_numbers_are_converted(re
     assert said.text.startswith('{"objects": [{"bbox_2d": [100, 200, 300, 400], "label": "a"}], "all"')
 
 
+def test_boxes_that_ms_swift_lists_are_written_within_the_json_that_asks_for_them(talk, pictures):
+    content = '```json\n[\n\t{"bbox_2d": <bbox>, "label": "<ref-object>"},\n\t{"label": "b", "point_2d": <bbox>}\n]\n```'
+    entry = {"messages": [{"role": "user", "content": "<image>Find."}, {"role": "assistant", "content": content}], "images": ["a.png"],
+             "objects": {"ref": ["cat"], "bbox": [[16.8, 0, 168, 56], [84, 56]]}}  # fmt: skip
+    (pictures / "swift.jsonl").write_text(json.dumps(entry))
+    (record,), problems, _ = read_records(pictures / "swift.jsonl", pictures)
+    assert not problems
+    assert written(record.turns[1:], "thousand", [Seen(112, 168, 112, 168)])[0].text == (
+        '```json\n[\n\t{"bbox_2d": [100, 0, 1000, 500], "label": "cat"},\n\t{"label": "b", "point_2d": [500, 500]}\n]\n```'
+    )
+
+
+@pytest.mark.parametrize("form", ["llava", "messages", "openai"])
+def test_boxes_are_read_in_the_texts_of_every_form(form, pictures):
+    said = '{"bbox_2d": [0, 0, 84, 56], "label": "it"}'
+    entry = {
+        "llava": {"image": "a.png", "conversations": [{"from": "human", "value": "Find.\n<image>"}, {"from": "gpt", "value": said}]},
+        "messages": {"images": ["a.png"], "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>Find."},
+                                                       {"role": "assistant", "content": said}]},
+        "openai": {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Find."}]},
+                                {"role": "assistant", "content": [{"type": "text", "text": said}]}]},
+    }[form]  # fmt: skip
+    (pictures / "train.json").write_text(json.dumps([entry]))
+    (record,), problems, _ = read_records(pictures / "train.json", pictures, reading=Reading(boxes="pixels"))
+    assert not problems and record.turns[-1].parts == (Box((0, 0, 84, 56), "it"),)
+    _, (problem,), _ = read_records(pictures / "train.json", pictures, reading=Reading(boxes="unit"))
+    place = {"llava": "conversations[1].value", "messages": "messages[2].content", "openai": "messages[1].content"}[form]
+    assert problem.where.startswith(f"train.json[0].{place.rpartition('.')[0]}")
+
+
 def test_json_boxes_of_no_said_unit_are_taught_as_they_stand_and_noted(talk, pictures):
     answer = '[{"bbox_2d": [1, 2, 9999, 4], "label": "a"}]'
     records, problems, _ = read_records(
