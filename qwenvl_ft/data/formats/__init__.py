@@ -101,7 +101,7 @@ def read_entry(entry: Any, where: str, media: Finder, problems: list[Problem], r
         return None
     before = len(problems)
     talk = form.read(entry, where, complaints)
-    record = assemble(talk, where, media, complaints)
+    record = assemble(talk, where, media, complaints, reading.boxes)
     return record if len(problems) == before else None
 
 
