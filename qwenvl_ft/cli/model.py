@@ -23,6 +23,7 @@ from qwenvl_ft.cli.options import (
     Overrides,
     SettingsOf,
     ThinkingOption,
+    local_meta,
     read_chat_settings,
     read_reading,
     read_settings,
@@ -85,6 +86,7 @@ def evaluate(
     from qwenvl_ft.infer.engine import Engine, check_folders
 
     check_folders(model, [adapter] if adapter else [])
+    meta = local_meta(meta, print_note)
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
     tally = Tally()
     reading = read_reading(config, fetch_media, own=reading_of(processor_folder(model, adapter)))
