@@ -2,6 +2,7 @@
 
     python scripts/bench_data.py [--work /tmp/bench_data] [--records 1000 10000 100000 1000000] [--svg docs/data_growth.svg]
     python scripts/bench_data.py --records 10000000 --short    # a few tokens each, pictures shared
+    python scripts/bench_data.py --pictures    # one core: headers against decoding, containers, our pixels against transformers'
 
 Writes JPEG pictures of 640 x 480 px to 12 MP and PNGs, and records over them, to the work folder, then runs the commands as a user
 does: validate-meta without a model and with one, plan, and a second start, which reads the table. Prints a Markdown table and draws
@@ -15,6 +16,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +139,63 @@ def run(work: Path, num_records: int, pictures: list[str], short: bool) -> list[
     ]
 
 
+def read_pictures(work: Path, names: list[str]) -> str:
+    """What a picture costs one core, in a Markdown table: its size from the header and from decoding it, its RGB from a file, a tar
+    and a parquet, its patches by our path and by transformers' processor alone on what Pillow opens, which have to be the same."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+    from transformers import AutoProcessor
+
+    from qwenvl_ft.data.chat import open_chat
+    from qwenvl_ft.data.pictures import load, size_of
+    from qwenvl_ft.data.records import InTable, InTar, Picture
+    from qwenvl_ft.data.rows import pixels
+    from qwenvl_ft.model.load import limited
+
+    torch.set_num_threads(1)
+    folder, tar, table = work / "pictures", work / "pictures.tar", work / "pictures.parquet"
+    paths = [folder / name for name in names]
+    with tarfile.open(tar, "w") as file:
+        for path in paths:
+            file.add(path, path.name)
+    with tarfile.open(tar) as file:
+        in_tar = [InTar(tar, one.name, one.offset_data, one.size) for one in file.getmembers()]
+    pq.write_table(pa.table({"image": [path.read_bytes() for path in paths]}), table, row_group_size=100)
+    in_table = [InTable(table, name, "image", row) for row, name in enumerate(names)]
+    chat = open_chat(ROOT / "data/tiny", max_pixels=602_112)
+    processor = limited(AutoProcessor.from_pretrained(ROOT / "data/tiny"), chat)
+    pictures = [Picture(path, *size_of(path, "")) for path in paths]
+
+    def ours(picture: Picture) -> np.ndarray:
+        return pixels([picture], chat, processor)["pixel_values"].numpy()
+
+    def theirs(picture: Picture) -> np.ndarray:
+        with Image.open(picture.source) as image:
+            return processor.image_processor(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"].numpy()
+
+    same = all(np.array_equal(ours(picture), theirs(picture)) for picture in pictures[:100])
+    ways = {
+        "size from the header": (lambda path: size_of(path, ""), paths),
+        "size by decoding": (lambda path: Image.open(path).convert("RGB").size, paths),
+        "RGB of a loose file": (lambda path: load(path, ""), paths),
+        "RGB from a tar": (lambda source: load(source, ""), in_tar),
+        "RGB from a parquet": (lambda source: load(source, ""), in_table),
+        "patches, ours": (ours, pictures),
+        "patches, Pillow and transformers": (theirs, pictures),
+    }
+    spent = dict.fromkeys(ways, 0.0)
+    for start in range(0, len(names), 50):  # in turn, so that what else the machine does falls on all
+        for name, (do, of) in ways.items():
+            began = time.process_time()
+            for one in of[start : start + 50]:
+                do(one)
+            spent[name] += time.process_time() - began
+    lines = [f"| {name} | {seconds / len(names) * 1000:.2f} |" for name, seconds in spent.items()]
+    return "\n".join(["| a picture | CPU ms |", "|---|---|", *lines, "", f"patches bit-identical: {same}"])
+
+
 def markdown(costs: list[Cost]) -> str:
     """The figures as a table; `before` are those of the version that held records as objects."""
     lines = ["| command | records | seconds | CPU seconds | peak MiB of each process | before |", "|---|---|---|---|---|---|"]
@@ -148,7 +207,7 @@ def markdown(costs: list[Cost]) -> str:
 
 
 def draw(costs: list[Cost]) -> str:
-    """Two charts as SVG, both axes logarithmic: CPU seconds and the highest peak of a process, by records."""
+    """Two charts as SVG: CPU seconds and the highest peak of a process, by records."""
     counts = sorted({cost.num_records for cost in costs})
     colors = dict(zip(dict.fromkeys(cost.what for cost in costs), ("#2f6db3", "#c8662a", "#3f8f4f", "#8a5aa8"), strict=False))
     charts = [
@@ -189,9 +248,13 @@ def main() -> None:
     parser.add_argument("--records", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--short", action="store_true", help="texts of a word or two")
     parser.add_argument("--svg", type=Path, help="where the growth is drawn")
+    parser.add_argument("--pictures", action="store_true", help="what a picture costs one core")
     args = parser.parse_args()
     work = args.work / ("short" if args.short else "talk")
     pictures = write_pictures(work / "pictures")
+    if args.pictures:
+        print(read_pictures(work, pictures[:300]))
+        return
     costs: list[Cost] = []
     for count in args.records:
         costs += run(work, count, pictures, args.short)
