@@ -22,8 +22,11 @@ class Note(NamedTuple):
     what: str
 
 
-JSON_BOX = Note("record holds", "records hold",
-                "boxes in JSON, which are taught as they stand: set `boxes` to what the numbers are, pixels, unit or thousand")  # fmt: skip
+JSON_BOX = Note(
+    "record holds",
+    "records hold",
+    "boxes in JSON, which are taught as they stand: set `boxes` to what the numbers are, pixels, unit or thousand",
+)
 TAGGED = Note("record holds", "records hold", "<ref> or <box> without the numbers of a box, which is taught as letters")
 SPACED = Note("answer begins", "answers begin", "with white space, which is taught as it stands: take it out if it is not meant")
 NOTES = (JSON_BOX, TAGGED, SPACED)
