@@ -57,7 +57,7 @@ Step = Annotated[Rate, AfterValidator(_step)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 # The forms of records that are told from what a meta-file holds; data/formats reads them.
 Form = Literal["documented", "v1", "llava", "sharegpt", "messages", "openai", "prompt_completion", "query_response", "alpaca",
-               "texts", "columns"]  # fmt: skip
+               "pairs", "columns"]  # fmt: skip
 Tower = Literal["language", "vision", "merger"]
 
 

@@ -24,6 +24,7 @@ from qwenvl_ft.cli.options import (
     Overrides,
     SettingsOf,
     ThinkingOption,
+    local_meta,
     read_chat_settings,
     read_reading,
     read_settings,
@@ -80,22 +81,23 @@ def evaluate(
 
     Example: qwenvl-ft eval data/tiny data/sample/eval.json --data-dir data/sample/images --adapter runs/demo
     """
-    from qwenvl_ft.data.boxes import box_notes
     from qwenvl_ft.data.geometry import reading_of
     from qwenvl_ft.data.meta_file import Tally, read_records
+    from qwenvl_ft.data.notes import Noted
     from qwenvl_ft.evaluate.scoring import evaluate as run
     from qwenvl_ft.folders.runs import processor_folder
     from qwenvl_ft.infer.batch_file import read_answers, who_answers
     from qwenvl_ft.infer.engine import Engine, check_folders
 
     check_folders(model, [adapter] if adapter else [])
+    meta = local_meta(meta, print_note)
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
     tally = Tally()
     reading = read_reading(config, fetch_media, own=reading_of(processor_folder(model, adapter)), boxes=boxes)
     records, problems, _ = read_records(meta, data_dir, reading=reading, tally=tally)
     if problems:
         raise UserError(*problems)
-    for note in box_notes(records):
+    for note in Noted(records).lines:
         print_note(note)
     of = f"{re.sub('[^-.0-9A-Za-z_]+', '_', meta.stem)}{'' if adapter else f'-{model.resolve().name}'}{'-blank' if blank else ''}"
     target = out or (adapter or Path()) / f"predictions-{of}.jsonl"

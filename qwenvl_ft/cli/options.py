@@ -52,6 +52,7 @@ LORA_YAML = Path("lora.yaml")  # what --config is where it is not given
 def read_settings(config: Path, overrides: list[str] | None, say: Callable[[str], None]) -> Config:
     """The settings, with a folder for their model. Raises UserError with all that they name and that is not there."""
     from qwenvl_ft.hub.clients import read_source
+    from qwenvl_ft.hub.data_sets import with_local_data
     from qwenvl_ft.hub.download import with_local_model
 
     settings = load_config(config, overrides or [])
@@ -64,7 +65,7 @@ def read_settings(config: Path, overrides: list[str] | None, say: Callable[[str]
                 problems.append(Problem(f"{key}: {path}", "is not there", f"put your {of} there, or set {key} to where it is"))
     try:
         if not problems or read_source(str(settings.model)) is None:  # nothing is downloaded for a run that could not begin
-            settings = with_local_model(settings, say)
+            settings = with_local_data(with_local_model(settings, say), say)
     except UserError as error:
         problems = [*error.problems, *problems]
     if problems:
@@ -84,7 +85,16 @@ def is_there(path: Path) -> bool:
     """Whether a path, or a pattern, means something; a place on a hub may."""
     from qwenvl_ft.hub.clients import read_source
 
-    return path.exists() or bool(glob(str(path), recursive=True)) or read_source(str(path)) is not None
+    return path.exists() or bool(glob(str(path), recursive=True)) or read_source(str(path).partition("#")[0]) is not None
+
+
+def local_meta(meta: Path, say: Callable[[str], None]) -> Path:
+    """The meta-file of a command: that of a data set on a hub is brought first."""
+    if ":" not in str(meta):  # the hubs' clients take a second to import
+        return meta
+    from qwenvl_ft.hub.data_sets import local
+
+    return local(meta, say)
 
 
 def read_chat_settings(

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from qwenvl_ft.data.box_marks import Mark, Stray, has_json, has_tags, marks
 from qwenvl_ft.data.families import BoxForm
 from qwenvl_ft.data.reading import Numbers
-from qwenvl_ft.data.records import Box, Part, Picture, Record, Turn
+from qwenvl_ft.data.records import Box, Part, Picture, Turn
 from qwenvl_ft.errors import Problem, UserError
 
 THOUSAND = 1000
@@ -106,21 +106,6 @@ def box_in(pictures: Sequence[Picture], picture: int, numbers: Sequence[float], 
             raise refused(what, "mend it, or set `boxes` to what the numbers are: pixels, unit or thousand")
         corners.append(min(max(number / most * side, 0.0), float(side)))
     return Box(tuple(corners), label, picture)
-
-
-def box_notes(records: Sequence[Record]) -> list[str]:
-    """What looks like a box and is taught as it stands, a line for each kind."""
-    kinds = [
-        (has_json, "boxes in JSON, which are taught as they stand: set `boxes` to what the numbers are, pixels, unit or thousand"),
-        (has_tags, "<ref> or <box> without the numbers of a box, which is taught as letters"),
-    ]
-    found = []
-    for kind, what in kinds:
-        has = [record.where for record in records if any(kind(turn.text) for turn in record.turns)]
-        if has:
-            some = f"{len(has):,} records hold" if len(has) > 1 else "1 record holds"
-            found.append(f"{some} {what} ({has[0]} for one)")
-    return found
 
 
 # ---- to the model ----

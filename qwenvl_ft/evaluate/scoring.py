@@ -17,7 +17,8 @@ from typing import Any
 from qwenvl_ft.data import sources
 from qwenvl_ft.data.box_marks import has_json, has_tags
 from qwenvl_ft.data.boxes import facts_of
-from qwenvl_ft.data.records import Box, Record, Source, Turn
+from qwenvl_ft.data.chat import Chat
+from qwenvl_ft.data.records import Box, Record, Source
 from qwenvl_ft.data.template import split_thought
 from qwenvl_ft.evaluate.overlap import HIT, areas, pair
 from qwenvl_ft.folders.whole import short_hash
@@ -25,15 +26,18 @@ from qwenvl_ft.infer.batch_file import append_answers, other_answers, read_answe
 from qwenvl_ft.infer.engine import Engine
 
 TOLERANCE = 0.05  # of the wanted number; Source: Masry et al. 2022, ChartQA
-Question = tuple[str, tuple[Turn, ...], str]
+Question = tuple[Record, str]
 
 
-def questions(records: Sequence[Record]) -> Iterator[Question]:
-    """(where, the turns before the answer, the wanted answer) of each assistant turn, but of those that are not to be learnt."""
+def questions(records: Sequence[Record], chat: Chat | None = None) -> Iterator[Question]:
+    """(the record as far as before the answer, the wanted answer) of each assistant turn, but of those that are not to be learnt.
+    Calls of tools are wanted as `chat` writes them.
+    """
     for record in records:
         for number, turn in enumerate(record.turns):
             if turn.role == "assistant" and turn.taught:
-                yield f"{record.where}.conversations[{number}]", record.turns[:number], turn.text
+                asked = Record(f"{record.where}.conversations[{number}]", record.turns[:number], record.tools)
+                yield asked, chat.answer_of(turn) if chat and turn.calls else turn.text
 
 
 def evaluate(
@@ -48,16 +52,16 @@ def evaluate(
     `out`, a JSON line, as it comes; what is there already, of `who` and the same questions (`asked` is their hash), is not asked
     again. Raises UserError where `out` holds the answers of others.
     """
-    asked = list(questions([_written(record, engine) for record in records]))
-    hashes = [short_hash([who, max_new_tokens, where, _shown(turns), wanted]) for where, turns, wanted in asked]
+    asked = list(questions([_written(record, engine) for record in records], engine.chat))
+    hashes = [short_hash([who, max_new_tokens, record.where, _shown(record), wanted]) for record, wanted in asked]
     said = {line["asked"]: line for line in read_answers(out)} if out else {}
     if said.keys() - set(hashes):
         raise other_answers(out or Path())
     left = [index for index, name in enumerate(hashes) if name not in said]
-    left.sort(key=lambda index: sum(len(turn.text) for turn in asked[index][1]))
+    left.sort(key=lambda index: sum(len(turn.text) for turn in asked[index][0].turns))
     for start in range(0, len(left), batch_size):  # questions of like length share a batch
         batch = left[start : start + batch_size]
-        answers = engine.answer_many([asked[index][1] for index in batch], max_new_tokens)
+        answers = engine.answer_many([asked[index][0] for index in batch], max_new_tokens)
         new = {
             hashes[index]: prediction(asked[index], answer.text, answer.cut)
             | box_facts(wanted_boxes(asked[index], engine), answer.boxes)
@@ -79,11 +83,11 @@ def evaluate(
 
 def prediction(question: Question, answer: str, cut: bool) -> dict[str, Any]:
     """What is kept of an answer. A thought before it counts neither for it nor against it."""
-    where, turns, wanted = question
+    record, wanted = question
     said, meant = split_thought(answer)[1], split_thought(wanted)[1]
     return {
-        "where": where, "pictures": [str(picture.source) for picture in Record(where, turns).pictures],
-        "question": " ".join(part for part in turns[-1].parts if isinstance(part, str)), "wanted": wanted, "answer": answer,
+        "where": record.where, "pictures": [str(picture.source) for picture in record.pictures],
+        "question": " ".join(part for part in record.turns[-1].parts if isinstance(part, str)), "wanted": wanted, "answer": answer,
         "cut": cut, "exact": exact(said, meant), "relaxed": relaxed(said, meant),
     }  # fmt: skip
 
@@ -96,8 +100,8 @@ def _written(record: Record, engine: Engine) -> Record:
 
 def wanted_boxes(question: Question, engine: Engine) -> list[Box]:
     """The boxes of the wanted answer, read as those of the answer are."""
-    _, turns, wanted = question
-    return engine.boxes(turns, wanted) if has_tags(wanted) or has_json(wanted) else []
+    record, wanted = question
+    return engine.boxes(record.turns, wanted) if has_tags(wanted) or has_json(wanted) else []
 
 
 def box_facts(wanted: Sequence[Box], said: Sequence[Box]) -> dict[str, Any]:
@@ -127,8 +131,8 @@ def score(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _shown(turns: Sequence[Turn]) -> list[list[str]]:
-    """The turns as JSON; a picture by its file and that file's size and time."""
+def _shown(record: Record) -> list[list[str]]:
+    """Turns and tools as JSON; a picture by its file and that file's size and time."""
 
     def shown(part: Any) -> str:
         if isinstance(part, str):
@@ -138,7 +142,7 @@ def _shown(turns: Sequence[Turn]) -> list[list[str]]:
         _, num_bytes, mtime_ns = sources.stamp(part.source)
         return json.dumps([sources.key(part.source), num_bytes, mtime_ns])
 
-    return [[turn.role, *map(shown, turn.parts)] for turn in turns]
+    return [[turn.role, *map(shown, turn.parts), *turn.calls] for turn in record.turns] + [[tool] for tool in record.tools]
 
 
 def exact(answer: str, wanted: str) -> bool:

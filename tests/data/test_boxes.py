@@ -15,8 +15,8 @@ from qwenvl_ft.data.box_marks import Mark, Stray, marks
 from qwenvl_ft.data.boxes import Seen, read_answer, written
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.families import FAMILIES
-from qwenvl_ft.data.formats.documented import record_notes
 from qwenvl_ft.data.meta_file import read_records
+from qwenvl_ft.data.notes import Noted
 from qwenvl_ft.data.prepare import prepare
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Box, Picture, Record, Turn
@@ -171,7 +171,7 @@ def test_json_boxes_of_no_said_unit_are_taught_as_they_stand_and_noted(talk, pic
         talk(["<img>a.png</img>", answer], ["<img>a.png</img>", "no"], ["<img>a.png</img>", answer]), pictures
     )
     assert not problems and records[0].turns[1].parts == (answer,)
-    assert record_notes(records) == [
+    assert Noted(records).lines == [
         "2 records hold boxes in JSON, which are taught as they stand: set `boxes` to what the numbers are, "
         "pixels, unit or thousand (train.json[0] for one)"
     ]
@@ -181,7 +181,7 @@ def test_footnotes_and_other_tags_of_these_names_stay_text_and_are_noted(talk, p
     text = "So it is.<ref>Smith 2010</ref> A <box> is <box>a chest</box>"
     records, problems, _ = read_records(talk(["Tell", text.split(" A")[0]], ["<img>a.png</img>", text]), pictures)
     assert not problems and records[0].turns[1].parts == ("So it is.<ref>Smith 2010</ref>",)
-    assert record_notes(records) == [
+    assert Noted(records).lines == [
         "2 records hold <ref> or <box> without the numbers of a box, which is taught as letters (train.json[0] for one)"
     ]
 

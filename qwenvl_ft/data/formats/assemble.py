@@ -47,6 +47,7 @@ def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints, box
             continue
         goes_on = said.role == "call" and last == "assistant"  # an answer that ends in a call, or several calls
         follows = role == "tool" and (last == "tool" or (last == "assistant" and bool(turns) and bool(turns[-1].calls)))
+        follows |= talk.in_parts and role == last == "user"
         if role not in ("system", None, expected) and not goes_on and not follows:
             complaints.say(place, f"is from the {role} where the {expected}'s turn was due", TURNS_FIX)
         if role != "system":
@@ -77,7 +78,7 @@ def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints, box
         complaints.say(place, f"the last turn is the {last}'s and nobody answers it", "add the answer or delete it")
     elif not taught:
         complaints.say(where, 'has "loss": false on every answer, so it teaches nothing', "let one be taught, or delete the record")
-    front = media.settle(where, talk.front)
+    front = media.settle(where, talk.front) if media.used else []
     if hollow and not front:
         complaints.say(hollow, "the user's turn is empty", EMPTY_FIX)
     if objects:
@@ -92,23 +93,22 @@ def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints, box
 
 def _parts(said: Said, role: str, media: "_Media", objects: Objects | None, complaints: Complaints) -> Sequence[Part]:
     """The texts, boxes and media of a turn."""
-    if isinstance(said.content, str):  # the common case, and the quick one
-        content: list[str | Shown] = [said.content]
-    else:
-        content = said.content or []
     found: list[Part] = []
-    for text in (*(part for part in content if isinstance(part, str)), *said.calls):
-        check_text(text, said.place, complaints)
-    for part in content:
+    for part in [said.content] if isinstance(said.content, str) else said.content or ():
         if isinstance(part, Shown):
             medium = media.next(part.kind) if part.listed is None else media.found(part.kind, part.listed)
             found += [medium] if medium else []
-        elif role == "user":
+            continue
+        check_text(part, said.place, complaints)
+        if role in ("user", "tool"):  # a tool may bring a picture
             found += read_parts(part, said.place, media, complaints)
         else:
-            check_untagged(part, role, said.place, media, complaints)
+            if "<" in part:
+                check_untagged(part, role, said.place, media, complaints)
             if part.strip():
                 found.append(part)
+    for text in said.calls:
+        check_text(text, said.place, complaints)
     return found if objects is None else objects.put_into(found, said.place, media.pictures)
 
 
@@ -130,6 +130,10 @@ class _Media:
     @property
     def any_listed(self) -> bool:
         return any(self.listed.values())
+
+    @property
+    def used(self) -> bool:
+        return self.any_listed or any(self.asked.values())
 
     def lists(self, kind: str) -> bool:
         return bool(self.listed[kind])

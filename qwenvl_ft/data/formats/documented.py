@@ -7,12 +7,11 @@ The newline after a tag or a placeholder belongs to it.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
-from qwenvl_ft.data.boxes import box_notes
 from qwenvl_ft.data.formats.keys import Complaints
-from qwenvl_ft.data.records import CONTROL_TOKEN, Part, Record
+from qwenvl_ft.data.records import CONTROL_TOKEN, Part
 
 OPEN, CLOSE = "<img>", "</img>"
 OPEN_VIDEO, CLOSE_VIDEO = "<video>", "</video>"
@@ -109,16 +108,3 @@ def _video_end(text: str, at: int) -> int:
     """Where the tag that was opened before `at` is closed; -1 for a placeholder, after which another one may come."""
     following = text.find(OPEN_VIDEO, at)
     return text.find(CLOSE_VIDEO, at, len(text) if following < 0 else following)
-
-
-def record_notes(records: Sequence[Record]) -> list[str]:
-    """What is allowed and probably not meant, a line each: what looks like a box and is none; answers that begin with white space,
-    which is learnt, too."""
-    answers = [(record.where, turn) for record in records for turn in record.turns if turn.role == "assistant" and turn.taught]
-    spaced = [where for where, turn in answers if isinstance(first := next(iter(turn.parts), ""), str) and first[:1].isspace()]
-    found = box_notes(records)
-    if spaced:
-        some = f"{len(spaced):,} answers begin" if len(spaced) > 1 else "1 answer begins"
-        what = "with white space, which is taught as it stands: take it out if it is not meant"
-        found.append(f"{some} {what} ({spaced[0]} for one)")
-    return found
