@@ -67,7 +67,9 @@ class Pointer:
 
     def answer_many(self, conversations, max_new_tokens):
         answers = [self.answers.pop(0) for _ in conversations]
-        return [Answer(text, False, tuple(self.boxes(turns, text))) for turns, text in zip(conversations, answers, strict=True)]
+        return [
+            Answer(text, False, tuple(self.boxes(record.turns, text))) for record, text in zip(conversations, answers, strict=True)
+        ]
 
 
 def test_records_with_boxes_are_scored_by_their_overlap_and_others_are_not():
