@@ -64,8 +64,18 @@ FIXES = {"<quad>": "write its box, <box>(x1,y1),(x2,y2)</box>: later families ha
          "<|obj": "write <|object_ref_start|>what it is<|object_ref_end|>"}  # fmt: skip
 KEYED_FIX = "write the four numbers of a box or the two of a point"
 NUMBER_OF, OBJECT_OF, KEYED_OF, NUMBERS_OF = map(re.compile, (NUMBER, OBJECT, KEYED, NUMBERS))
-HINT = re.compile(r"""<(?:ref|box|quad)>|<\|(?:box|object_ref)_""")
-JSON_HINT = re.compile(rf"""["'](?:{"|".join(KEYS)})["']\s*+:\s*+\[(?!\s*+\])""")
+TAG = re.compile(r"<(?:ref|box|quad)>|<\|(?:box|object_ref)_")
+JSON_KEY = re.compile(rf"""["'](?:{"|".join(KEYS)})["']\s*+:\s*+\[(?!\s*+\])""")
+
+
+def has_tags(text: str) -> bool:
+    """Whether there may be marks in tags or tokens; quick where there are none."""
+    return "<" in text and TAG.search(text) is not None
+
+
+def has_json(text: str) -> bool:
+    """Whether there may be marks in JSON; quick where there are none."""
+    return ("bbox" in text or "point" in text) and JSON_KEY.search(text) is not None
 
 
 def marks(text: str, as_json: bool) -> Iterator[str | Mark | Stray]:

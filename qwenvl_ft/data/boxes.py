@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from qwenvl_ft.data.box_marks import HINT, JSON_HINT, Mark, Stray, marks
+from qwenvl_ft.data.box_marks import Mark, Stray, has_json, has_tags, marks
 from qwenvl_ft.data.families import BoxForm
 from qwenvl_ft.data.reading import Numbers
 from qwenvl_ft.data.records import Box, Part, Picture, Turn
@@ -49,7 +49,7 @@ def placed(turns: Sequence[Turn], places: Sequence[str], numbers: Numbers | None
     tokens of Qwen2-VL are what `numbers` says, else thousandths; JSON is read if `numbers` says what it holds.
     """
     texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
-    if not any(HINT.search(text) or (numbers and JSON_HINT.search(text)) for text in texts):
+    if not any(has_tags(text) or (numbers and has_json(text)) for text in texts):
         return list(turns)
     pictures = [medium for turn in turns for medium in turn.media if isinstance(medium, Picture)]
     of_v1 = any("<box>" in text for text in texts)  # elsewhere <ref> is a footnote

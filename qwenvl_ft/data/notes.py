@@ -3,15 +3,12 @@
 What looks like a box and is none is taught as it stands; white space before an answer is learnt, too.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from qwenvl_ft.data.box_marks import JSON_HINT
+from qwenvl_ft.data.box_marks import has_json, has_tags
 from qwenvl_ft.data.records import Record, Turn
-
-TAG = re.compile(r"<(?:ref|box)>")
 
 
 class Note(NamedTuple):
@@ -22,11 +19,8 @@ class Note(NamedTuple):
     what: str
 
 
-JSON_BOX = Note(
-    "record holds",
-    "records hold",
-    "boxes in JSON, which are taught as they stand: set `boxes` to what the numbers are, pixels, unit or thousand",
-)
+AS_JSON = "boxes in JSON, which are taught as they stand: set `boxes` to what the numbers are, pixels, unit or thousand"
+JSON_BOX = Note("record holds", "records hold", AS_JSON)
 TAGGED = Note("record holds", "records hold", "<ref> or <box> without the numbers of a box, which is taught as letters")
 SPACED = Note("answer begins", "answers begin", "with white space, which is taught as it stands: take it out if it is not meant")
 NOTES = (JSON_BOX, TAGGED, SPACED)
@@ -43,8 +37,8 @@ class Noted:
 
     def add(self, record: Record) -> None:
         """One more record."""
-        self._count(JSON_BOX, any(JSON_HINT.search(turn.text) for turn in record.turns), record.where)
-        self._count(TAGGED, any(TAG.search(turn.text) for turn in record.turns), record.where)
+        self._count(JSON_BOX, any(has_json(turn.text) for turn in record.turns), record.where)
+        self._count(TAGGED, any(has_tags(turn.text) for turn in record.turns), record.where)
         answers = [turn for turn in record.turns if turn.role == "assistant" and turn.taught]
         self._count(SPACED, sum(map(_begins_with_space, answers)), record.where)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data import sources
-from qwenvl_ft.data.box_marks import HINT, JSON_HINT
+from qwenvl_ft.data.box_marks import has_json, has_tags
 from qwenvl_ft.data.boxes import facts_of
 from qwenvl_ft.data.chat import Chat
 from qwenvl_ft.data.records import Box, Record, Source
@@ -101,7 +101,7 @@ def _written(record: Record, engine: Engine) -> Record:
 def wanted_boxes(question: Question, engine: Engine) -> list[Box]:
     """The boxes of the wanted answer, read as those of the answer are."""
     record, wanted = question
-    return engine.boxes(record.turns, wanted) if HINT.search(wanted) or JSON_HINT.search(wanted) else []
+    return engine.boxes(record.turns, wanted) if has_tags(wanted) or has_json(wanted) else []
 
 
 def box_facts(wanted: Sequence[Box], said: Sequence[Box]) -> dict[str, Any]:
