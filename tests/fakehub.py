@@ -86,8 +86,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.json({}, self.may_write())
         if path == "/api/v1/repos/internalAccelerationInfo":
             return self.json({"Code": 200, "Data": {"InternalRegionQueryAddress": ""}})
-        if path.startswith("/api/v1/models/"):
-            return self.modelscope(path.removeprefix("/api/v1/models/"), query)
+        for kind in ("models", "datasets"):
+            if path.startswith(f"/api/v1/{kind}/"):
+                return self.modelscope(path.removeprefix(f"/api/v1/{kind}/"), query)
         return self.huggingface(path, query)
 
     do_HEAD = do_GET
@@ -98,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo != self.hub.repo or commit is None:
             return self.json({"Code": 10010205001, "Message": "not found", "Success": False}, 404)
         files = self.hub.commits[commit]
-        if verb == "/files":
+        if verb in ("/files", "/tree"):
             entries = [
                 {"Path": name, "Name": name, "Type": "blob", "Size": len(content), "Revision": commit,
                  "CommittedDate": 1700000000 + int(commit[0]),
@@ -110,7 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def huggingface(self, path: str, query: dict[str, str]) -> None:
         parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        if parts[0] == "datasets":
+            parts = parts[1:]
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):
             repo, verb = "/".join(parts[2:4]), parts[4:]
             if repo != self.hub.repo:
                 return self.json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})

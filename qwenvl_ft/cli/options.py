@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qwenvl_ft.config import FOUR_TOKENS, Config, Form, Part, load_config
-from qwenvl_ft.data.reading import AS_FOUND, Reading
+from qwenvl_ft.data.reading import AS_FOUND, Numbers, Reading
 from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.errors import Problem, UserError
 
@@ -37,6 +37,10 @@ SettingsOf = Annotated[
 ]
 MinPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Enlarge smaller pictures to this area, in px.")]
 MaxPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Shrink larger pictures to this area, in px.")]
+BoxesOption = Annotated[
+    Numbers | None,
+    typer.Option("--boxes", help="What the numbers of the file's boxes are, else as --config says."),
+]
 ThinkingOption = Annotated[
     Thinking | None,
     typer.Option("--thinking", help="A thought before the answer: as training had it, or off, where this is not given."),
@@ -48,6 +52,7 @@ LORA_YAML = Path("lora.yaml")  # what --config is where it is not given
 def read_settings(config: Path, overrides: list[str] | None, say: Callable[[str], None]) -> Config:
     """The settings, with a folder for their model. Raises UserError with all that they name and that is not there."""
     from qwenvl_ft.hub.clients import read_source
+    from qwenvl_ft.hub.data_sets import with_local_data
     from qwenvl_ft.hub.download import with_local_model
 
     settings = load_config(config, overrides or [])
@@ -60,7 +65,7 @@ def read_settings(config: Path, overrides: list[str] | None, say: Callable[[str]
                 problems.append(Problem(f"{key}: {path}", "is not there", f"put your {of} there, or set {key} to where it is"))
     try:
         if not problems or read_source(str(settings.model)) is None:  # nothing is downloaded for a run that could not begin
-            settings = with_local_model(settings, say)
+            settings = with_local_data(with_local_model(settings, say), say)
     except UserError as error:
         problems = [*error.problems, *problems]
     if problems:
@@ -80,7 +85,16 @@ def is_there(path: Path) -> bool:
     """Whether a path, or a pattern, means something; a place on a hub may."""
     from qwenvl_ft.hub.clients import read_source
 
-    return path.exists() or bool(glob(str(path), recursive=True)) or read_source(str(path)) is not None
+    return path.exists() or bool(glob(str(path), recursive=True)) or read_source(str(path).partition("#")[0]) is not None
+
+
+def local_meta(meta: Path, say: Callable[[str], None]) -> Path:
+    """The meta-file of a command: that of a data set on a hub is brought first."""
+    if ":" not in str(meta):  # the hubs' clients take a second to import
+        return meta
+    from qwenvl_ft.hub.data_sets import local
+
+    return local(meta, say)
 
 
 def read_chat_settings(
@@ -103,7 +117,11 @@ def training_chat_settings(
     return least, most or defaults["max_pixels"], thinks or defaults["thinking"], of_video or defaults["video_max_pixels"]
 
 
-def read_reading(config: Path | None, fetch_media: bool, format: Form | None = None, own: Reading = AS_FOUND) -> Reading:
+def read_reading(
+    config: Path | None, fetch_media: bool, format: Form | None = None, own: Reading = AS_FOUND, boxes: Numbers | None = None
+) -> Reading:
     """How records are read: as the settings that --config names have it, and as the command's own options do."""
     reading = Reading.of(load_config(config)) if config else own
-    return replace(reading, fetch_media=fetch_media or reading.fetch_media, format=format or reading.format)
+    return replace(
+        reading, fetch_media=fetch_media or reading.fetch_media, format=format or reading.format, boxes=boxes or reading.boxes
+    )

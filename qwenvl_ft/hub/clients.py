@@ -20,6 +20,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import sha256
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+MODEL, DATA_SET = "model", "dataset"  # what a repository is, in both hubs' words
 LATER = "run the same command again: it brings what is missing"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OF_THE_DISK = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -50,7 +51,8 @@ class ModelScope:
 
     tool, log_in = "modelscope", "modelscope login"
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = MODEL) -> None:
+        self.kind = kind
         from modelscope_hub import HubApi, HubConfig  # not `modelscope`, which takes ten times as long to import
 
         logging.getLogger("modelscope_hub.download").addFilter(lambda record: record.levelno < logging.ERROR)  # those we say
@@ -70,7 +72,7 @@ class ModelScope:
 
     def _files(self, repo: str, revision: str) -> tuple[dict[str, Wanted], str]:
         """(the files, the commit of the newest), in the hub's own words: the client's tidy ones leave the commits out."""
-        entries = [of for of in self.api.legacy.list_repo_files(repo, "model", revision) if of.get("Type") != "tree"]
+        entries = [of for of in self.api.legacy.list_repo_files(repo, self.kind, revision) if of.get("Type") != "tree"]
         files = {of["Path"]: Wanted(int(of["Size"]), of.get("Sha256") or None, bool(of.get("Sha256"))) for of in entries}
         return files, max(entries, key=lambda of: of.get("CommittedDate") or 0, default={}).get("Revision") or ""
 
@@ -90,7 +92,7 @@ class ModelScope:
         failed: dict[str, BaseException] = {}
         with _told(repo, commit):
             try:
-                self.api.download_repo(repo, "model", revision=commit, local_dir=folder, file_list=entries)
+                self.api.download_repo(repo, self.kind, revision=commit, local_dir=folder, file_list=entries)
             except FileDownloadError as error:
                 failed = error.failed_files
         problems: list[Problem] = []
@@ -122,17 +124,18 @@ class HuggingFace:
 
     tool, log_in = "hf", "hf auth login"
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = MODEL) -> None:
         from huggingface_hub import HfApi
 
+        self.kind = kind
         self.api = HfApi()
 
     def listing(self, repo: str, revision: str | None) -> tuple[str, dict[str, Wanted]]:
         from huggingface_hub.hf_api import RepoFile
 
         with _told(repo, revision or "main"):
-            commit = str(self.api.model_info(repo, revision=revision).sha)
-            tree = self.api.list_repo_tree(repo, recursive=True, revision=commit)
+            commit = str(self.api.repo_info(repo, revision=revision, repo_type=self.kind).sha)
+            tree = self.api.list_repo_tree(repo, recursive=True, revision=commit, repo_type=self.kind)
             files = [entry for entry in tree if isinstance(entry, RepoFile)]
         return commit, {file.path: Wanted(file.size, file.lfs.sha256 if file.lfs else None, True) for file in files}
 
@@ -141,7 +144,7 @@ class HuggingFace:
         if not any((folder / name).is_file() for name in files):
             return set(files)
         with _told(repo, commit):
-            found = self.api.verify_repo_checksums(repo, revision=commit, local_dir=folder)
+            found = self.api.verify_repo_checksums(repo, revision=commit, local_dir=folder, repo_type=self.kind)
         return files.keys() & {*found.missing_paths, *(of["path"] for of in found.mismatches)}
 
     def fetch(self, repo: str, commit: str, files: dict[str, Wanted], folder: Path) -> list[Problem]:
@@ -150,7 +153,9 @@ class HuggingFace:
             cut.unlink()
         only = [glob.escape(name) for name in files]
         with _told(repo, commit):
-            self.api.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=only, max_workers=1)
+            self.api.snapshot_download(
+                repo, revision=commit, local_dir=folder, allow_patterns=only, max_workers=1, repo_type=self.kind
+            )
         wrong = sorted(self.lacking(repo, commit, files, folder))
         for name in wrong:
             (folder / name).unlink(missing_ok=True)

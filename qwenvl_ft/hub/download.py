@@ -21,7 +21,7 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.problems import broken_weights, pointers, whole_problems
 from qwenvl_ft.folders.whole import sha256, write_json
-from qwenvl_ft.hub.clients import HUBS, LATER, NO_ROOM, Source, Unreachable, Wanted, pieces, read_source
+from qwenvl_ft.hub.clients import HUBS, LATER, MODEL, NO_ROOM, Source, Unreachable, Wanted, pieces, read_source
 
 ASIDE = ".download"
 MANIFEST, PARTS = f"{ASIDE}/manifest.json", f"{ASIDE}/parts"
@@ -65,15 +65,15 @@ def is_complete(folder: Path, source: Source) -> bool:
     )
 
 
-def download(source: Source, folder: Path, names: Sequence[str], say: Say) -> dict[str, Any]:
-    """Brings the whole model, or only the files that `names` (patterns) match. Returns the manifest.
+def download(source: Source, folder: Path, names: Sequence[str], say: Say, kind: str = MODEL) -> dict[str, Any]:
+    """Brings the whole model, or only the files of a model or a data set that `names` (patterns) match. Returns the manifest.
 
     Raises UserError with everything that is still missing or wrong; what is right stays for the next run.
     """
     before = read_manifest(folder)
     if before["repo"] and (before["hub"], before["repo"]) != source[:2]:
         raise UserError(Problem(str(folder), f"holds {before['hub']}:{before['repo']}", "choose another --local-dir, or delete it"))
-    hub = HUBS[source.hub]()
+    hub = HUBS[source.hub](kind)
     try:
         commit, files = hub.listing(source.repo, source.revision or before["commit"])
     except Unreachable as error:

@@ -22,6 +22,7 @@ from qwenvl_ft.cli.main import main
 from qwenvl_ft.config import Config, load_config
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.hub.clients import push, pushable, read_source
+from qwenvl_ft.hub.data_sets import local, with_local_data
 from qwenvl_ft.hub.download import alone, download, read_manifest, with_local_model
 from tests.conftest import ROOT, SAMPLE, TINY
 from tests.fakehub import FIRST, SECOND, FakeHub
@@ -725,3 +726,39 @@ def test_a_place_that_nothing_can_be_pushed_to_is_refused_first(where, capsys, a
     with pytest.raises(SystemExit, match="1"):
         main(["export", "--adapter", an_adapter, "--out", "nowhere-merged", "--push", where])
     assert "names no repository" in capsys.readouterr().err
+
+
+def test_a_data_set_of_a_hub_is_brought_once_and_read(hub, kind, tmp_path, monkeypatch, capsys):
+    """Whole, one split of it, and a pattern; then without the hub."""
+    monkeypatch.chdir(tmp_path)
+    talk = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    hub.commits[FIRST] = {
+        "README.md": b"x", "data/train-00000-of-00002.jsonl": json.dumps(talk).encode(), "other/more.json": json.dumps([talk] * 5).encode(),
+        "data/train-00001-of-00002.jsonl": json.dumps(talk).encode(), "data/test-00000-of-00001.jsonl": json.dumps(talk).encode(),
+    }  # fmt: skip
+
+    def count(meta: str) -> int:
+        with pytest.raises(SystemExit) as exit:
+            main(["validate-meta", f"{kind}:org/tiny{meta}", "--json"])
+        facts = json.loads(capsys.readouterr().out)
+        assert exit.value.code == bool(facts["problems"])
+        return facts["records"]
+
+    assert count("#train") == 2 and count("#other/*.json") == 5 and count("#test") == 1
+    asked = len(hub.asked)
+    assert {name for name, _ in hub.asked} == {name for name in hub.files if name != "README.md"}
+    hub.close()
+    assert count("#train") == 2 and len(hub.asked) == asked
+    settings = {"model": TINY, "train_meta_file": [f"{kind}:org/tiny#train"], "output_dir": "out"}
+    assert with_local_data(Config(**settings), print).train_meta_file[0].file.name == "*train*"
+
+
+def test_a_data_set_of_several_folders_asks_for_one(hub, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub.commits[FIRST] = {"a/x.json": b"[1]", "b/x.json": b"[1]"}
+    with pytest.raises(UserError, match=r"2 folders: a, b(.|\n)*#a/\*"):
+        local(Path(f"{kind}:org/tiny"), print)
+    hub.commits[SECOND] = {"a.png": b"1"}
+    shutil.rmtree("datasets")
+    with pytest.raises(UserError, match="no files of records"):
+        local(Path(f"{kind}:org/tiny@{SECOND}#a.png"), print)

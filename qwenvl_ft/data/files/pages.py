@@ -6,8 +6,9 @@ encryption, are not read here: `Unread` says so, and pyarrow reads the row group
 
 import struct
 from bisect import bisect_right
-from functools import lru_cache
+from collections import OrderedDict
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-KEPT_PAGES = 16  # of all files together, decompressed
+KEPT_BYTES = 128 << 20  # of decompressed pages
 HEAD_BYTES = 256  # of a page, in which its header is if it has no statistics
 DATA, DICTIONARY, DATA_V2 = 0, 2, 3  # kinds of pages
 PLAIN, PLAIN_DICTIONARY, RLE_DICTIONARY = 0, 2, 8
+_LENGTH = struct.Struct("<I")
 CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd", "LZ4_RAW": "lz4_raw"}
 
 
@@ -32,6 +34,19 @@ class Page(NamedTuple):
     offset: int
     header: dict[int, Any]
     first: int
+
+
+class Values(NamedTuple):
+    """The values of a page, which lie in `body` from each start to 4 bytes before the next; `which` they are of a dictionary's."""
+
+    body: memoryview
+    starts: NDArray[np.int64]
+    which: NDArray[np.uint32] | None
+
+    def take(self, number: int) -> bytes:
+        """One of them."""
+        at = number if self.which is None else int(self.which[number])
+        return bytes(self.body[self.starts[at] : self.starts[at + 1] - 4])
 
 
 class Chunk:
@@ -77,27 +92,28 @@ class Chunk:
         if self.rows is not None and slot >= (self.rows[row + 1] if row + 1 < len(self.rows) else slot + 1):
             raise IndexError(f"row {row} has no {item}")
         at = bisect_right(self.firsts, slot) - 1
-        defined, values = _decoded(self, at)
+        defined, values = KEPT.get(self, at)
         if not 0 <= (place := slot - self.firsts[at]) < len(defined):
             raise IndexError(f"row {row} is in no page")
         if not defined[place]:
             return None
-        return values[int(np.count_nonzero(defined[:place]))]
+        return values.take(int(np.count_nonzero(defined[:place])))
 
-    def body(self, page: Page) -> bytes:
+    def body(self, page: Page) -> memoryview:
         """The page, decompressed but for the levels of the second version."""
         with self.path.open("rb") as file:
             file.seek(page.offset)
             raw = file.read(page.header[3])
         plain = page.header[1] == DATA_V2 and not page.header[8].get(7, True)
         if self.codec is None or plain:
-            return raw
+            return memoryview(raw)
         levels = page.header[8][5] + page.header[8][6] if page.header[1] == DATA_V2 else 0
         if page.header[2] == levels:
-            return raw[:levels]
-        return raw[:levels] + bytes(self.codec.decompress(raw[levels:], page.header[2] - levels))
+            return memoryview(raw)[:levels]
+        values = memoryview(self.codec.decompress(memoryview(raw)[levels:], page.header[2] - levels)).cast("B")
+        return memoryview(raw[:levels] + values.tobytes()) if levels else values
 
-    def _levels(self, number: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32], bytes]:
+    def _levels(self, number: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32], memoryview]:
         """(repetition levels, definition levels, what follows them) of a page."""
         page, found = self.pages[number], []
         body, at = self.body(page), 0
@@ -111,7 +127,7 @@ class Chunk:
             at += length
         return found[0], found[1], body[at:]
 
-    def decoded(self, number: int) -> tuple[NDArray[np.bool_], list[bytes]]:
+    def decoded(self, number: int) -> tuple[NDArray[np.bool_], Values]:
         """Which slots of a page have a value, and the values."""
         page = self.pages[number]
         _, levels, rest = self._levels(number)
@@ -123,31 +139,49 @@ class Chunk:
         if encoding not in (PLAIN_DICTIONARY, RLE_DICTIONARY) or self.dictionary is None:
             raise Unread
         words = plain_values(self.body(self.dictionary), self.dictionary.header[7][1])
-        return defined, [words[at] for at in hybrid(rest[1:], rest[0], count)] if count else []
+        which = hybrid(rest[1:], rest[0], count) if count else np.zeros(0, np.uint32)
+        if count and which.max() >= len(words.starts) - 1:
+            raise ValueError("a value that is not in the dictionary")
+        return defined, words._replace(which=which)
 
 
-@lru_cache(KEPT_PAGES)
-def _decoded(chunk: Chunk, page: int) -> tuple[NDArray[np.bool_], list[bytes]]:
-    return chunk.decoded(page)
+class Kept:
+    """The pages that were decompressed last, of all files of a process."""
+
+    def __init__(self) -> None:
+        self.pages: OrderedDict[tuple[int, int], tuple[Chunk, NDArray[np.bool_], Values]] = OrderedDict()
+        self.lock = Lock()
+
+    def get(self, chunk: Chunk, number: int) -> tuple[NDArray[np.bool_], Values]:
+        with self.lock:
+            if (id(chunk), number) not in self.pages:
+                self.pages[id(chunk), number] = chunk, *chunk.decoded(number)  # the chunk itself, so that no other has its id
+                while len(self.pages) > 1 and sum(len(values.body) for _, _, values in self.pages.values()) > KEPT_BYTES:
+                    self.pages.popitem(last=False)
+            self.pages.move_to_end((id(chunk), number))
+            return self.pages[id(chunk), number][1:]
+
+
+KEPT = Kept()
 
 
 def _leads_to_bytes(path: str, column: str) -> bool:
     return path == column or (path.startswith(f"{column}.") and path.rpartition(".")[2] in ("bytes", "element", "item"))
 
 
-def plain_values(body: bytes, count: int) -> list[bytes]:
+def plain_values(body: memoryview, count: int) -> Values:
     """Values that each stand behind their length."""
-    found, at = [], 0
-    for _ in range(count):
-        length = struct.unpack_from("<I", body, at)[0]
-        if at + 4 + length > len(body):
+    starts, at = np.zeros(count + 1, np.int64), 0
+    for number in range(count):
+        starts[number] = at = at + 4
+        at += _LENGTH.unpack_from(body, at - 4)[0]
+        if at > len(body):
             raise ValueError("a value ends behind its page")
-        found.append(body[at + 4 : at + 4 + length])
-        at += 4 + length
-    return found
+    starts[count] = at + 4
+    return Values(body, starts, None)
 
 
-def hybrid(body: bytes, width: int, count: int) -> NDArray[np.uint32]:
+def hybrid(body: memoryview, width: int, count: int) -> NDArray[np.uint32]:
     """Numbers of `width` bits in runs, or packed by eights (parquet's RLE / bit-packing hybrid)."""
     found = np.zeros(count, np.uint32)
     if not width:
@@ -173,7 +207,7 @@ def hybrid(body: bytes, width: int, count: int) -> NDArray[np.uint32]:
     return found
 
 
-def varint(body: bytes, at: int) -> tuple[int, int]:
+def varint(body: bytes | memoryview, at: int) -> tuple[int, int]:
     """(a number of any length, where it ends)."""
     value = shift = 0
     while True:
