@@ -7,6 +7,7 @@ import typer
 
 from qwenvl_ft.cli.options import (
     LORA_YAML,
+    BoxesOption,
     ConfigFile,
     DataDir,
     FetchMedia,
@@ -52,6 +53,7 @@ def validate_meta(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
+    boxes: BoxesOption = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode every picture, too: finds what breaks behind a good header.")
     ] = False,
@@ -65,34 +67,50 @@ def validate_meta(
 
     Example: validate-meta data/sample/train.json --data-dir data/sample/images --model data/tiny
     """
+    import numpy as np
+
     from qwenvl_ft.data.chat import open_chat
-    from qwenvl_ft.data.formats.documented import record_notes
-    from qwenvl_ft.data.meta_file import Tally, read_records
+    from qwenvl_ft.data.meta_file import Tally
+    from qwenvl_ft.data.notes import Noted
+    from qwenvl_ft.data.parts import parts_of
 
     meta = local_meta(meta, print_note)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking)) if model else None
-    reading, tally = read_reading(config, fetch_media, format), Tally()
+    reading, tally, noted = read_reading(config, fetch_media, format, boxes=boxes), Tally(), Noted()
+    problems, records, lengths = list[Problem](), list["Record"](), [np.zeros(0, np.int32)]
+    pictures: set[bytes] = set()
+    used = shown = 0
+    whole = True  # of a file that breaks nothing is trusted
     with counting("reading records") as on_record:
-        records, problems, total = read_records(meta, data_dir, on_record, reading=reading, tally=tally)
+        for part in parts_of(meta, data_dir, tally, chat, reading, on_record=on_record, keep_records=deep):
+            problems += part.problems
+            records += part.records
+            pictures.update(medium.digest for medium in part.media if medium.is_picture)
+            lengths.append(part.scripts.numbers[:, 0])
+            noted.join(part.noted)
+            used, shown, whole = used + part.num_used, shown + part.num_shown, whole and part.whole
+    problems = tally.said_once(problems)
     if deep:
         from qwenvl_ft.data.deep import decode_all
 
+        refused = {problem.where for problem in problems}
         with counting("decoding pictures") as on_picture:
-            problems.extend(decode_all(records, on_picture))
+            broken = decode_all(records if whole else [], on_picture)
+        used -= len({problem.where for problem in broken} - refused)
+        problems += broken
     tokens = None
     if chat:  # imported here, since it brings the whole config with it: a third of the time of a run without a model
-        from qwenvl_ft.data.prepare import token_counts, write_scripts
+        from qwenvl_ft.data.prepare import token_counts
 
-        tokens = token_counts([script.length for script in write_scripts(chat, records, problems)])
-    refused = {problem.where for problem in problems}
+        tokens = token_counts(np.concatenate(lengths if whole else lengths[:1]))
     report: dict[str, Any] = {
         **tally.facts,
-        "records": total,
-        "used": sum(record.where not in refused for record in records),
-        "pictures": len({picture.source for record in records for picture in record.pictures}),
-        "shown": sum(len(record.pictures) for record in records),
+        "records": tally.num_records,
+        "used": used if whole else 0,
+        "pictures": len(pictures) if whole else 0,
+        "shown": shown if whole else 0,
         "tokens": tokens,
-        "notes": record_notes(records),
+        "notes": noted.lines if whole else [],
         "problems": [found.facts for found in alike(problems, len(problems) if list_all else MOST_ALONE)],
     }
     if as_json:
@@ -127,6 +145,7 @@ def show(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
+    boxes: BoxesOption = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write the drawing to this picture file, too.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write many records to this page for a browser.")] = None,
     start: Annotated[int | None, typer.Option(min=0, help="With --html: the first record of the page, 0 if not given.")] = None,
@@ -150,7 +169,7 @@ def show(
         check_page(html)
     meta = local_meta(meta, print_note)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
-    reading = read_reading(config, fetch_media, format)
+    reading = read_reading(config, fetch_media, format, boxes=boxes)
     if html:
         return _show_page(html, meta, data_dir, chat, reading, *((start or 0, limit or 200) if number is None else (number, 1)))
     assert number is not None
@@ -206,6 +225,7 @@ def convert(
     data_dir: DataDir = None,
     fetch_media: FetchMedia = False,
     format: FormatOption = None,
+    boxes: BoxesOption = None,
     config: SettingsOf = None,
 ) -> None:
     """Write a meta-file of any kind and form anew in the documented form, or say what that cannot carry.
@@ -217,7 +237,7 @@ def convert(
     from qwenvl_ft.data import convert as converting
 
     with counting("writing records") as on_record:
-        tally = converting.convert(meta, out, data_dir, read_reading(config, fetch_media, format), on_record)
+        tally = converting.convert(meta, out, data_dir, read_reading(config, fetch_media, format, boxes=boxes), on_record)
     count = f"{tally.num_records:,} record{'s' * (tally.num_records != 1)}"
     print_line(f"{out}: {count}, read as {draw_files(tally.facts)[-1][1]}")
 

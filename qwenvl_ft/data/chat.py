@@ -8,9 +8,10 @@ own template writes them. A control token in somebody's text is tokenised as the
     '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'
 """
 
+import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -19,25 +20,29 @@ from typing import Any
 from jinja2 import Template
 from tokenizers import Tokenizer
 
+from qwenvl_ft.data.boxes import Seen, written
 from qwenvl_ft.data.families import Family, family_of
 from qwenvl_ft.data.geometry import Limits, VideoLimits, grid_of, read_limits, read_video_limits, tokens_of
-from qwenvl_ft.data.records import Medium, Picture, Record, Turn, Video
+from qwenvl_ft.data.records import Box, Medium, Picture, Record, Turn, Video
 from qwenvl_ft.data.template import (
     CLOSE_THOUGHT,
     OPEN_THOUGHT,
     Thinking,
     compile_template,
+    knows_tools,
     render,
     settle,
     settled,
     split_thought,
     thinks,
 )
+from qwenvl_ft.data.tools import call_of, function_of
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.model import read_config, read_model_json, read_template
 from qwenvl_ft.folders.problems import talk_problems
 from qwenvl_ft.folders.runs import processor_folder
 
+SHORT, MOST_SHORT = 64, 50_000  # letters of a text whose ids are kept beyond its record; and of how many texts
 IGNORE = -100  # the label that torch's cross entropy skips
 END, PICTURE, VIDEO = "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
 STEP = "<{:.1f} seconds><|vision_start|>" + VIDEO + "<|vision_end|>"  # of a video whose times are written; source: Qwen3VLProcessor
@@ -100,12 +105,43 @@ class Chat:
     video_limits: VideoLimits
     tokens_per_second: float = 0  # of the places that a video's steps take, where the family has them by the second
 
-    def prompt(self, turns: Sequence[Turn], thinking: bool | None = None) -> list[int]:
-        """The ids that ask for the next answer, one placeholder per picture or video. `thinking` replaces the default.
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: what it is made of; the tokenizer as its JSON, and nothing that was compiled."""
+        made_of: dict[str, Any] = {part.name: getattr(self, part.name) for part in fields(self)}
+        return made_of | {"tokenizer": self.tokenizer.to_str()}
 
-        Raises UserError for a conversation that the template refuses.
+    def __setstate__(self, made_of: dict[str, Any]) -> None:
+        self.__dict__.update(made_of | {"tokenizer": _reads_no_special(Tokenizer.from_str(made_of["tokenizer"]))})
+
+    def prompt(self, turns: Sequence[Turn], thinking: bool | None = None, tools: Sequence[str] = ()) -> list[int]:
+        """The ids that ask for the next answer, one placeholder per picture or video. `thinking` replaces the default; `tools`
+        are those that the model is told of, as in a Record.
+
+        Raises UserError for a conversation that the template refuses, and for tools where it knows none.
         """
-        return self._prompt(turns, thinking)[0]
+        self._check_tools(turns, tools)
+        return self._prompt(self.written(turns), thinking, tools)[0]
+
+    def answer_of(self, turn: Turn) -> str:
+        """What an assistant's turn says: its text and, as the template writes them, its calls. Raises UserError for calls where
+        the template knows no tools."""
+        self._check_tools([turn], ())
+        mark = _mark([turn], ())
+        return turn.text + self._calls(turn, mark).replace(mark, "<")
+
+    def written(self, turns: Sequence[Turn]) -> list[Turn]:
+        """The turns of a conversation from its beginning, their boxes as the texts that the family reads and says."""
+        boxes = any(isinstance(part, Box) for turn in turns for part in turn.parts)
+        return written(turns, self.family.boxes, self.seen(turns)) if boxes else list(turns)
+
+    def seen(self, turns: Sequence[Turn]) -> list[Seen]:
+        """The size of each picture of the turns, and the size that the processor gives it."""
+        pictures = [medium for turn in turns for medium in turn.media if isinstance(medium, Picture)]
+        grids = [self.grid_of(picture) for picture in pictures]
+        patch = self.limits.patch_size
+        return [
+            Seen(of.height, of.width, rows * patch, columns * patch) for of, (_, rows, columns) in zip(pictures, grids, strict=True)
+        ]
 
     def opens_thought(self, prompt: Sequence[int]) -> bool:
         """Whether the prompt ends within a thought, whose opening tag the answer then lacks."""
@@ -115,35 +151,37 @@ class Chat:
         """The record as training examples: one, or several where the prompt of a later answer is not what was taught so far and
         goes on. Templates drop the thoughts of earlier turns, and white space is tokenised otherwise at an answer's beginning.
 
-        Raises UserError if nothing is taught, or a thought is missing or too much.
+        Raises UserError if nothing is taught, a thought is missing or too much, or the template knows no tools and there are some.
         """
+        self._check_tools(record.turns, record.tools)
         scripts: list[Script] = []
         ids: list[int] = []
         labels: list[int] = []
         last = 0
         cache: dict[str, list[int]] = {}
-        for number, turn in enumerate(record.turns):
+        turns = self.written(record.turns)
+        for number, turn in enumerate(turns):
             if turn.role != "assistant" or not turn.taught:
                 continue
-            prompt, text = self._prompt(record.turns[:number], None, cache)
+            prompt, text = self._prompt(turns[:number], None, record.tools, cache)
             if prompt[: len(ids)] != ids:
-                scripts.append(self._script(record.where, ids, labels, record.turns[:last]))
+                scripts.append(self._script(record.where, ids, labels, turns[:last]))
                 ids, labels = [], []
-            answer = [*self._encode(self._continuation(turn, text, number), cache), self._special[END]]
+            answer = [*self._answer(turn, text, number, cache), self._special[END]]
             labels = labels + [IGNORE] * (len(prompt) - len(ids)) + answer
             ids, last = prompt + answer, number + 1
         if not ids or not self._closing.startswith(END):
             what, fix = "the chat template leaves nothing to teach", "use the chat template of an instruct model"
             raise UserError(Problem(record.where, what, fix))
-        return [*scripts, self._script(record.where, ids, labels, record.turns[:last])]
+        return [*scripts, self._script(record.where, ids, labels, turns[:last])]
 
     def _script(self, where: str, ids: list[int], labels: list[int], turns: Sequence[Turn]) -> Script:
         closing = self._encode(self._closing.removeprefix(END), {})  # not taught: a model never has to say it
         return self._shown(where, ids + closing, labels + [IGNORE] * len(closing), turns)
 
-    def asking(self, turns: Sequence[Turn], thinking: bool | None = None) -> Script:
+    def asking(self, turns: Sequence[Turn], thinking: bool | None = None, tools: Sequence[str] = ()) -> Script:
         """`prompt` as a script, with what its media take; nothing of it is taught."""
-        ids = self.prompt(turns, thinking)
+        ids = self.prompt(turns, thinking, tools)
         return self._shown("", ids, [IGNORE] * len(ids), turns)
 
     def _shown(self, where: str, ids: Sequence[int], labels: Sequence[int], turns: Sequence[Turn]) -> Script:
@@ -177,8 +215,34 @@ class Chat:
         ends = zip(seconds[::frames], seconds[frames - 1 :: frames], strict=True)
         return "".join(STEP.format((first + last) / 2) for first, last in ends)
 
+    def _answer(self, turn: Turn, prompt: str, number: int, cache: dict[str, list[int]]) -> list[int]:
+        """The ids of what the model has to say behind the prompt, without its end token: text, calls of tools, or both."""
+        mark = _mark([turn], ())
+        said = self._marked(self._continuation(turn, prompt, number), mark)
+        return self._encode(said + self._calls(turn, mark), cache, mark)
+
+    def _calls(self, turn: Turn, mark: str) -> str:
+        """The turn's calls as the template writes them behind its text: what they add to an answer without them."""
+        if not turn.calls:
+            return ""
+        answer = {"content": self._marked(split_thought(turn.text)[1] if self.thinks else turn.text, mark)}
+        without, whole = self._probed(answer), self._probed(answer | {"tool_calls": self._message(turn, mark)["tool_calls"]})
+        before = without.removesuffix(self._closing)
+        if not (whole.startswith(before) and whole.endswith(self._closing)):
+            what, fix = "writes calls elsewhere than behind an answer's text", "use a model whose template does"
+            raise UserError(Problem("chat template", what, fix))
+        return whole.removeprefix(before).removesuffix(self._closing)
+
+    def _check_tools(self, turns: Sequence[Turn], tools: Sequence[str]) -> None:
+        """Raises UserError for tools, their calls and their answers where the template knows none."""
+        found = "is told of tools" if tools else "calls a tool" if any(turn.calls for turn in turns) else ""
+        found = found or ("holds a tool's answer" if any(turn.role == "tool" for turn in turns) else "")
+        if found and not self._knows_tools:
+            fix = "use a model whose template does (Qwen3-VL, Qwen3.5), or put such a template into the model's folder"
+            raise UserError(Problem("tools", f"the record {found}, and the model's chat template writes no tools", fix))
+
     def _continuation(self, turn: Turn, prompt: str, number: int) -> str:
-        """What the model has to say behind the prompt, without its end token: the turn's text, its thought in the form that
+        """What the model has to say behind the prompt, without calls and end token: the turn's text, its thought in the form that
         templates write."""
         if not self.thinks:
             return turn.text
@@ -195,30 +259,38 @@ class Chat:
         return f"{OPEN_THOUGHT}{thought}{CLOSE_THOUGHT}{answer}" if thought else answer
 
     def _prompt(
-        self, turns: Sequence[Turn], thinking: bool | None, cache: dict[str, list[int]] | None = None
+        self, turns: Sequence[Turn], thinking: bool | None, tools: Sequence[str] = (), cache: dict[str, list[int]] | None = None
     ) -> tuple[list[int], str]:
-        """The prompt's ids and its text, in which control tokens of the turns are marked."""
-        texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
-        mark = next(mark for mark in map(chr, range(0xF8FF, 0, -1)) if not any(mark in text for text in texts))
+        """The prompt's ids and its text, in which control tokens of the turns and the tools are marked."""
+        mark = _mark(turns, tools)
         messages = [self._message(turn, mark) for turn in turns]
-        text = render(self.template, messages, answer_next=True, thinking=thinking)
+        functions = [self._marked_object(function_of(tool), mark) for tool in tools]
+        text = render(self.template, messages, True, thinking, functions)
         return self._encode(text, {} if cache is None else cache, mark), text
 
     def _message(self, turn: Turn, mark: str) -> dict[str, Any]:
         """A turn for the template; in its texts the mark stands for the first letter of each control token."""
-
-        def marked(text: str) -> str:
-            return self._acting.sub(lambda token: mark + token[0][1:], text)
-
-        if turn.role == "user":
+        if turn.role == "user" or (turn.role == "tool" and turn.media):
             parts = [
-                {"type": of.kind} if isinstance(of, Picture | Video) else {"type": "text", "text": marked(str(of))}
+                {"type": of.kind} if isinstance(of, Picture | Video) else {"type": "text", "text": self._marked(str(of), mark)}
                 for of in turn.parts
             ]
             return {"role": turn.role, "content": parts}
         thought, said = split_thought(turn.text) if turn.role == "assistant" and self._takes_thoughts else ("", turn.text)
-        message = {"role": turn.role, "content": marked(said)}  # some templates want these turns as one text
-        return message | ({"reasoning_content": marked(thought)} if thought else {})
+        # Some templates want these turns as one text.
+        message: dict[str, Any] = {"role": turn.role, "content": self._marked(said, mark)}
+        if thought:
+            message["reasoning_content"] = self._marked(thought, mark)
+        if turn.calls:
+            message["tool_calls"] = [self._marked_object(call_of(call), mark) for call in turn.calls]
+        return message
+
+    def _marked(self, text: str, mark: str) -> str:
+        return self._acting.sub(lambda token: mark + token[0][1:], text)
+
+    def _marked_object(self, value: dict[str, Any], mark: str) -> Any:
+        """The same object, its keys and texts marked; JSON writes no letter of a token otherwise."""
+        return json.loads(self._marked(json.dumps(value, ensure_ascii=False), mark))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text whose special tokens are meant."""
@@ -232,9 +304,12 @@ class Chat:
                 ids.append(self._special[piece])
             elif piece:
                 letters = piece.replace(mark, "<") if mark else piece
-                if letters not in cache:
-                    cache[letters] = self.tokenizer.encode(letters, add_special_tokens=False).ids
-                ids += cache[letters]
+                kept = self._short if len(letters) <= SHORT else cache
+                if letters not in kept:
+                    if len(self._short) >= MOST_SHORT:
+                        self._short.clear()
+                    kept[letters] = self.tokenizer.encode(letters, add_special_tokens=False).ids
+                ids += kept[letters]
         return ids
 
     def said(self, ids: Sequence[int]) -> str:
@@ -261,6 +336,11 @@ class Chat:
         return thinks(self.template)
 
     @cached_property
+    def _knows_tools(self) -> bool:
+        """Whether the template writes tools: see `template.knows_tools`."""
+        return knows_tools(self.template)
+
+    @cached_property
     def picture_id(self) -> int:
         """The placeholder's id, of which a picture has one for each of its tokens."""
         return self._special[PICTURE]
@@ -269,6 +349,11 @@ class Chat:
     def video_id(self) -> int | None:
         """The placeholder of a video."""
         return self._special.get(VIDEO)
+
+    @cached_property
+    def _short(self) -> dict[str, list[int]]:
+        """The ids of short texts: what the template writes in every record, and answers such as yes."""
+        return {}
 
     @cached_property
     def _special(self) -> dict[str, int]:
@@ -280,7 +365,8 @@ class Chat:
 
     @cached_property
     def _acting(self) -> re.Pattern[str]:
-        return re.compile(_any_of(self._special.keys() - MEANT))
+        """Control tokens, with or without their last ">": some template writes one behind a tool's name."""
+        return re.compile(_any_of(token.removesuffix(">") for token in self._special.keys() - MEANT))
 
     @cached_property
     def _silent(self) -> frozenset[int]:
@@ -296,8 +382,8 @@ class Chat:
         """What the template writes behind an answer: the end token and perhaps a newline."""
         return self._probed({"content": PROBE}).partition(PROBE)[2]
 
-    def _probed(self, answer: dict[str, str]) -> str:
-        talk = [{"role": "user", "content": "a"}, {"role": "assistant", **answer}]
+    def _probed(self, answer: dict[str, Any]) -> str:
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant"} | answer]
         return render(self.template, talk, answer_next=False)
 
 
@@ -323,10 +409,9 @@ def open_chat(
     source = settle(source, thinking)
     read_model_json(path)  # the tokenizers library's own error names neither the file nor the cause
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = _reads_no_special(Tokenizer.from_file(str(path)))
     except Exception as error:  # the library has no error of its own
         raise UserError(Problem(str(path), "is not a tokenizer", "download it again")) from error
-    tokenizer.encode_special_tokens = True
     videos = read_video_limits(folder, family.clock == "written", video_max_pixels)
     ticks = read_config(model_dir).get("vision_config", {}).get("tokens_per_second", TOKENS_PER_SECOND)
     ticks = ticks if family.clock == "seconds" else 0
@@ -334,6 +419,19 @@ def open_chat(
     if missing := [token for token in (PICTURE, END) if token not in chat._special]:
         raise UserError(Problem(str(path), f"has no token {missing[0]}", "bring the tokenizer.json of the model itself"))
     return chat
+
+
+def _reads_no_special(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _mark(turns: Sequence[Turn], tools: Sequence[str]) -> str:
+    """A letter that stands nowhere in them."""
+    texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
+    objects = [call_of(call) for turn in turns for call in turn.calls] + [function_of(tool) for tool in tools]
+    texts += [json.dumps(value, ensure_ascii=False) for value in objects]
+    return next(mark for mark in map(chr, range(0xF8FF, 0, -1)) if not any(mark in text for text in texts))
 
 
 def _any_of(tokens: Iterable[str]) -> str:

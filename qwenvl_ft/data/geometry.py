@@ -15,6 +15,7 @@ A video's frames are resized alike, two of them to a token's depth. `video_max_p
 """
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from qwenvl_ft.folders.runs import PROCESSORS
 
 VIDEO_PROCESSORS = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")
 FRAME_TOKENS, CONTEXT_TOKENS = 768, 128_000  # max_video_tokens of the two kinds, where a processor's file does not say it
+ROUNDED_AWAY = 0.1  # of a picture's area; less is how every picture is rounded
 MAX_ASPECT = 200  # the processors refuse a picture whose sides differ by more
 
 
@@ -209,3 +211,10 @@ def video_settings(model_dir: Path) -> dict[str, Any]:
         if settings:
             return settings
     return {}
+
+
+def shrunk(height: int, width: int, limits: Limits) -> bool:
+    """Whether a picture is made smaller: by `max_pixels`, or by rounding to whole units, if that takes a tenth of it or more."""
+    seen = resized(height, width, limits)
+    rounded = resized(height, width, replace(limits, max_pixels=sys.maxsize))
+    return seen != rounded or math.prod(seen) <= (1 - ROUNDED_AWAY) * height * width

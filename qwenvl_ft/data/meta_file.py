@@ -4,7 +4,7 @@ A record with a problem is left out of what is returned, never mended in silence
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -68,33 +68,31 @@ class Found(NamedTuple):
 
 @dataclass
 class Counts:
-    """Of one part: its containers, each with how many files; its records, and how many they are once they are weighed."""
+    """Of one part: its containers, each with how many files, and its records."""
 
     meta: str
     weight: float = 1
     containers: Counter[str] = field(default_factory=Counter)
     records: int = 0
-    used: int = 0
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """For a program."""
-        return vars(self) | {"containers": dict(self.containers)}
 
 
 @dataclass
 class Tally:
-    """What was read so far; `forms` counts the records by the name of their form."""
+    """What was read so far; `forms` counts the records by the name of their form, `used` those of each part, weighed."""
 
     num_records: int = 0
     parts: list[Counts] = field(default_factory=list)
-    forms: Counter[str] = field(default_factory=Counter)  # how many records are of each form
+    forms: Counter[str] = field(default_factory=Counter)
+    used: Counter[int] = field(default_factory=Counter)
     media: dict[Path, Media] = field(default_factory=dict)
 
     @property
     def facts(self) -> dict[str, Any]:
         """For a program."""
-        return {"files": [part.facts for part in self.parts], "forms": dict(self.forms)}
+        files = [
+            vars(part) | {"containers": dict(part.containers), "used": self.used[number]} for number, part in enumerate(self.parts)
+        ]
+        return {"files": files, "forms": dict(self.forms)}
 
     def said_once(self, problems: list[Problem]) -> list[Problem]:
         """The problems, with one in place of all pictures that are missing where the folder is the wrong one."""
@@ -103,15 +101,17 @@ class Tally:
         return problems
 
 
-def stream_records(
-    meta: Meta, data_dir: Path | str | None = None, reading: Reading = AS_FOUND, tally: Tally | None = None, seed: int = 0
-) -> Iterator[Found]:
-    """What each entry comes to, one after another and none of them kept. `tally` counts them.
+class Job(NamedTuple):
+    """An entry to be read: the folder of its media, None where there is none; the number of its part; how often it counts."""
 
-    Pictures are resolved against `data_dir`, else the folder of the meta-file, and must lie inside it; only their headers are
-    read. A record of a part of weight 2.3 counts twice, and three times in 0.3 of the cases: the same ones for the same `seed`.
-    """
-    tally = tally or Tally()
+    entry: Entry
+    folder: Path | None = None
+    part: int = 0
+    times: int = 1
+
+
+def stream_entries(meta: Meta, data_dir: Path | str | None, reading: Reading, tally: Tally, seed: int = 0) -> Iterator[Job]:
+    """Every entry, as `read_job` reads it, here or in another process. `tally` counts them."""
     parts = [_Alone(Path(meta))] if isinstance(meta, Path | str) else meta
     files: list[list[Path]] = []
     for part in parts:
@@ -119,7 +119,7 @@ def stream_records(
             files.append(files_of(part.file))
         except UserError as error:
             files.append([])
-            yield Found("", None, [*error.problems])
+            yield from (Job(Entry("", problem)) for problem in error.problems)
     names = iter(names_of([file for of_part in files for file in of_part]))
     try:
         for number, (part, of_part) in enumerate(zip(parts, files, strict=True)):
@@ -131,17 +131,44 @@ def stream_records(
             for file, name in zip(of_part, names, strict=False):
                 counts.containers[container_of(file)] += 1
                 for entry in _each(entries_of(file, name)):
-                    found = _read(entry, tally.media.get(folder), tally)
-                    times = int(part.weight) + (draw.random() < part.weight % 1) if found.record else 0
-                    counts.records, counts.used = counts.records + bool(entry.where), counts.used + times
+                    times = int(part.weight) + (draw.random() < part.weight % 1)
+                    counts.records += bool(entry.where)
                     tally.num_records += bool(entry.where)
-                    yield found._replace(times=times)
+                    yield Job(entry, folder if folder in tally.media else None, number, times)
             if folder not in tally.media:
                 what, fix = "is not a folder", f"give the folder of the pictures {FOLDER_KEYS}"
-                yield Found("", None, [Problem(str(folder), what, fix)])
+                yield Job(Entry("", Problem(str(folder), what, fix)))
     finally:
         for media in tally.media.values():
             media.sizes.save()
+
+
+def read_job(job: Job, media: Mapping[Path, Media], tally: Tally) -> Found:
+    """What an entry comes to; `tally` counts its form, and how often it is used."""
+    entry = job.entry
+    if isinstance(entry.value, Problem) or job.folder is None:
+        return Found(entry.where, None, [entry.value] if isinstance(entry.value, Problem) else [], 0)
+    own = media[job.folder]
+    own.beside = entry.beside
+    problems: list[Problem] = []
+    tally.forms[form_of(entry.value, own.reading) or "none that is known"] += 1
+    record = read_entry(entry.value, entry.where, own, problems, own.reading)
+    times = job.times if record else 0
+    tally.used[job.part] += times
+    return Found(entry.where, record, problems, times)
+
+
+def stream_records(
+    meta: Meta, data_dir: Path | str | None = None, reading: Reading = AS_FOUND, tally: Tally | None = None, seed: int = 0
+) -> Iterator[Found]:
+    """What each entry comes to, one after another and none of them kept. `tally` counts them.
+
+    Pictures are resolved against `data_dir`, else the folder of the meta-file, and must lie inside it; only their headers are
+    read. A record of a part of weight 2.3 counts twice, and three times in 0.3 of the cases: the same ones for the same `seed`.
+    """
+    tally = tally or Tally()
+    for job in stream_entries(meta, data_dir, reading, tally, seed):
+        yield read_job(job, tally.media, tally)
 
 
 def _each(entries: Iterator[Entry]) -> Iterator[Entry]:
@@ -149,17 +176,6 @@ def _each(entries: Iterator[Entry]) -> Iterator[Entry]:
     for entry in entries:
         for where, value in unpacked(entry.where, entry.value):
             yield entry._replace(where=where, value=value)
-
-
-def _read(entry: Entry, media: Media | None, tally: Tally) -> Found:
-    if isinstance(entry.value, Problem):
-        return Found(entry.where, None, [entry.value])
-    if media is None:
-        return Found(entry.where, None, [])
-    media.beside = entry.beside
-    problems: list[Problem] = []
-    tally.forms[form_of(entry.value, media.reading) or "none that is known"] += 1
-    return Found(entry.where, read_entry(entry.value, entry.where, media, problems, media.reading), problems)
 
 
 def read_records(

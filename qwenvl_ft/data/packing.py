@@ -1,66 +1,189 @@
 """Which records share a row, decided from lengths alone, before any picture is opened.
 
-A record is never split and never cut: one that does not fit is returned in `too_long` with its place.
+A record is never split and never cut: one that does not fit is returned in `too_long` with its place. Millions of records are a
+few arrays here, and no object each.
 
     >>> pack([3000, 2000, 1000, 900], row_tokens=4096).rows
     [[0, 2], [1, 3]]
 """
 
-import bisect
+import heapq
 import random
-from collections.abc import Sequence
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Indices = NDArray[np.int64]
+
+
+class PackedRows(Sequence[list[int]]):
+    """The indices that each row holds; those of row i are `members[starts[i] : starts[i + 1]]`."""
+
+    def __init__(self, starts: Indices, members: Indices):
+        self.starts, self.members = starts, members
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, row: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[list[int]]: ...
+    def __getitem__(self, row: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(row, slice):
+            return [self[at] for at in range(len(self))[row]]
+        at = range(len(self))[row]
+        held: list[int] = self.members[self.starts[at] : self.starts[at + 1]].tolist()
+        return held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(list.__eq__, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def sums(self, of: ArrayLike) -> Indices:
+        """For each row the sum of a number that every record has."""
+        until = np.concatenate([[0], np.cumsum(np.asarray(of, dtype=np.int64)[self.members])])
+        sums: Indices = until[self.starts[1:]] - until[self.starts[:-1]]
+        return sums
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`rows` hold indices into the lengths that were packed; `lengths` and `row_tokens` are in tokens."""
+    """`rows` hold indices into the lengths that were packed, as `too_long` does; `row_tokens` is in tokens, `fill` the share of
+    the rows' room that records take, 0 to 1."""
 
-    rows: list[list[int]]
+    rows: PackedRows
     too_long: list[int]
-    lengths: list[int]
     row_tokens: int
-
-    @property
-    def fill(self) -> float:
-        """Share of the rows' room that records take, 0 to 1."""
-        used = sum(self.lengths[index] for row in self.rows for index in row)
-        return used / (len(self.rows) * self.row_tokens) if self.rows else 0.0
+    fill: float
 
 
-def pack(lengths: Sequence[int], row_tokens: int, share: bool = True) -> Plan:
+def pack(lengths: ArrayLike, row_tokens: int, share: bool = True) -> Plan:
     """Best fit, longest first: each record goes into the fullest row that still has room. `share=False`: one record a row.
 
-    Rows keep their records in file order and stand in the order of their first record, so equal input gives equal rows.
+    Rows keep their records in file order and stand in the order of their first record, so equal input gives equal rows. Records
+    of one length are placed together, so the time grows with the rows and the number of different lengths.
     """
-    too_long = [index for index, length in enumerate(lengths) if length > row_tokens]
-    fitting = [index for index, length in enumerate(lengths) if length <= row_tokens]
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for index in sorted(fitting, key=lambda index: (-lengths[index], index)):
-        at = bisect.bisect_left(room, (lengths[index], -1)) if share else len(room)
-        if at == len(room):
-            rows.append([index])
-            bisect.insort(room, (row_tokens - lengths[index], len(rows) - 1))
-        else:
-            free, row = room.pop(at)
-            rows[row].append(index)
-            bisect.insort(room, (free - lengths[index], row))
-    return Plan(sorted(sorted(row) for row in rows), too_long, list(lengths), row_tokens)
+    sizes = np.asarray(lengths, dtype=np.int64)
+    fitting = np.flatnonzero(sizes <= row_tokens)
+    order = fitting[np.argsort(-sizes[fitting], kind="stable")]
+    row_of = np.arange(len(order))
+    if share:
+        ends = [*(np.flatnonzero(np.diff(sizes[order])) + 1).tolist(), len(order)] if len(order) else []
+        room = Room(row_tokens)
+        for start, end in pairwise([0, *ends]):
+            for row, count in room.take(int(sizes[order[start]]), end - start):
+                row_of[start : start + count] = row
+                start += count
+    order, row_of = (part[np.argsort(order)] for part in (order, row_of))  # now in file order
+    first = np.full(len(order), len(order))
+    np.minimum.at(first, row_of, np.arange(len(order)))  # of each row its first record
+    members = order[np.argsort(first[row_of], kind="stable")]
+    counts = np.unique(first[row_of], return_counts=True)[1]
+    starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    fill = float(sizes[members].sum() / ((len(starts) - 1) * row_tokens)) if len(members) else 0.0
+    return Plan(PackedRows(starts, members), np.flatnonzero(sizes > row_tokens).tolist(), row_tokens, fill)
 
 
-def steps(num_rows: int, rows_per_step: int, seed: int, epoch: int) -> list[list[int]]:
-    """The rows of each optimizer step of one epoch: every row once, in an order drawn from (seed, epoch) and nothing else.
+class Room:
+    """The rows by their free tokens: a whole number of at most `row_tokens`, so each has a heap of its rows, and which heaps are
+    not empty are the bits of one integer."""
 
-    The steps are as few as `rows_per_step` allows and take equally many rows, to within one: a step of the few rows that are
-    left would take a full step's stride on them, and its loss would look like a jump.
+    def __init__(self, row_tokens: int):
+        self.row_tokens, self.num_rows = row_tokens, 0
+        self.rows: defaultdict[int, list[int]] = defaultdict(list)
+        self.bits = 0
 
-    >>> [len(rows) for rows in steps(9, rows_per_step=8, seed=42, epoch=0)]
-    [5, 4]
+    def take(self, length: int, count: int) -> Iterator[tuple[int, int]]:
+        """Places `count` records of `length` tokens, not longer than any before: (row, how many of them it takes) of each row.
+
+        A row that takes one and has room for another is the fullest of those that have, so it takes that, too.
+        """
+        while count:
+            if fits := self.bits >> length:
+                free = length + (fits & -fits).bit_length() - 1
+                row = heapq.heappop(self.rows[free])
+                if not self.rows[free]:
+                    self.bits ^= 1 << free
+            else:
+                free, row = self.row_tokens, self.num_rows
+                self.num_rows += 1
+            taken = min(count, free // length)
+            yield row, taken
+            count -= taken
+            free -= taken * length
+            heapq.heappush(self.rows[free], row)
+            self.bits |= 1 << free
+
+
+class Schedule(Sequence[tuple[int, list[int]]]):
+    """(epoch, rows) of every optimizer step: an epoch takes every row once, in an order drawn from (seed, epoch) and nothing else.
+
+    Its steps are as few as `rows_per_step` allows and take equally many rows, to within one: a step of the few rows that are
+    left would take a full step's stride on them, and its loss would look like a jump. `max_steps` goes before `epochs`.
+
+    >>> [(epoch, len(rows)) for epoch, rows in Schedule(9, rows_per_step=8, seed=42, epochs=2)]
+    [(0, 5), (0, 4), (1, 5), (1, 4)]
     """
-    order = list(range(num_rows))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    count = -(-num_rows // rows_per_step)
-    bounds = [-(-num_rows * number // count) for number in range(count + 1)] if count else []
-    return [order[start:end] for start, end in pairwise(bounds)]
+
+    def __init__(self, num_rows: int, rows_per_step: int, seed: int, epochs: int = 1, max_steps: int | None = None):
+        self.num_rows, self.seed = num_rows, seed
+        self.steps_per_epoch = -(-num_rows // rows_per_step)
+        self.num_steps = (max_steps or epochs * self.steps_per_epoch) if num_rows else 0
+        self.drawn: tuple[int, array[int]] = (-1, array("i"))  # the epoch that was asked for last, and its order
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    @overload
+    def __getitem__(self, step: int) -> tuple[int, list[int]]: ...
+    @overload
+    def __getitem__(self, step: slice) -> list[tuple[int, list[int]]]: ...
+    def __getitem__(self, step: int | slice) -> tuple[int, list[int]] | list[tuple[int, list[int]]]:
+        if isinstance(step, slice):
+            return [self[at] for at in range(len(self))[step]]
+        epoch, number = divmod(range(len(self))[step], self.steps_per_epoch)
+        start, end = (-(-self.num_rows * at // self.steps_per_epoch) for at in (number, number + 1))
+        return epoch, self.order(epoch)[start:end].tolist()
+
+    def since(self, step: int) -> Iterator[tuple[int, list[int]]]:
+        """The steps behind the first `step` ones."""
+        return (self[at] for at in range(step, len(self)))
+
+    def order(self, epoch: int) -> "array[int]":
+        """The rows of an epoch as its steps take them."""
+        if self.drawn[0] != epoch:
+            order = array("i", range(self.num_rows))  # four bytes a row; numpy's own permutation may change with its version
+            random.Random(f"{self.seed} {epoch}").shuffle(order)
+            self.drawn = epoch, order
+        return self.drawn[1]
+
+
+def deal(rows: Sequence[int], costs: Sequence[float], hands: int) -> list[list[int | None]]:
+    """The rows of a step for each of `hands` processes, so that none has much more work: the dearest first, each to whoever has
+    least so far. All get equally many, with None at the end of those that have one less: they make the same number of passes.
+
+    >>> deal([0, 1, 2, 3, 4], costs=[9, 1, 1, 8, 1], hands=2)
+    [[0, 2, None], [3, 1, 4]]
+    """
+    if hands == 1:
+        return [list(rows)]
+    each = -(-len(rows) // hands)
+    held: list[list[int | None]] = [[] for _ in range(hands)]
+    load = [(0.0, 0, hand) for hand in range(hands)]  # a heap: work, rows, process
+    for at in sorted(range(len(rows)), key=lambda at: (-costs[at], at)):
+        work, count, hand = heapq.heappop(load)
+        held[hand].append(rows[at])
+        if count + 1 < each:
+            heapq.heappush(load, (work + costs[at], count + 1, hand))
+    return [hand + [None] * (each - len(hand)) for hand in held]

@@ -1,72 +1,94 @@
 """From a config to everything that is known before a GPU is touched: records, scripts, rows, and what was left out and why."""
 
-import sys
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
-from itertools import count, islice
-from statistics import median
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qwenvl_ft.config import Config
-from qwenvl_ft.data.chat import IGNORE, Chat, Script, open_chat
-from qwenvl_ft.data.formats.documented import record_notes
+from qwenvl_ft.data.chat import Chat, open_chat
 from qwenvl_ft.data.geometry import resized
-from qwenvl_ft.data.meta_file import OnRecord, Tally, called, read_records
-from qwenvl_ft.data.packing import Plan, pack, steps
+from qwenvl_ft.data.kept import kept_table, table_name
+from qwenvl_ft.data.meta_file import Meta, OnRecord, Tally, called
+from qwenvl_ft.data.notes import Noted
+from qwenvl_ft.data.packed import Ints, PackedMedium, read_medium
+from qwenvl_ft.data.packing import Indices, Plan, Schedule, pack
+from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.reading import Reading
-from qwenvl_ft.data.records import Picture, Record, Video
+from qwenvl_ft.data.records import Picture, Video
+from qwenvl_ft.data.table import Scripts, TableWriter
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.problems import check_model
 from qwenvl_ft.folders.runs import check_output_dir
 
-ROUNDED_AWAY = 0.1  # of a picture's area; less is how every picture is rounded
 FEW_TOKENS = 16  # of a picture: 112 x 112 px where a token is 28 x 28
 FEW_STEPS = 20  # optimizer steps; LoRA has hardly left its zeros after fewer
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One meta-file made ready. `problems` are the records left out of `plan`, each with its reason."""
+    """One meta-file made ready. `problems` are the records left out of `plan`, each with its reason.
 
-    num_records: int
-    records: list[Record]
-    scripts: list[Script]
+    Its scripts lie in a table on the disk: what is here are a few numbers of each.
+    """
+
+    scripts: Scripts
     plan: Plan
     problems: list[Problem]
     chat: Chat
-    tally: Tally
+
+    @property
+    def num_records(self) -> int:
+        """How many the meta-file holds in all."""
+        number: int = self.scripts.facts["records"]
+        return number
 
     def taught_tokens(self, row: int) -> int:
         """How many tokens a row teaches: what the loss divides by, summed over a step's rows."""
-        return sum(sum(label != IGNORE for label in self.scripts[index].labels) for index in self.plan.rows[row])
+        return int(self.scripts.taught[self.plan.rows[row]].sum())
+
+    def tokens(self, row: int) -> int:
+        """How many tokens a row has."""
+        return int(self.scripts.lengths[self.plan.rows[row]].sum())
+
+    def cost(self, row: int) -> int:
+        """What a row takes of time, about: a token of a picture or video is one to read, and one to see."""
+        return self.tokens(row) + int(self.media_tokens[row])
+
+    @cached_property
+    def media_tokens(self) -> Indices:
+        """Of each row its tokens of pictures and videos."""
+        return self.plan.rows.sums(self.scripts.media_tokens)
 
     def places(self, row: int) -> str:
         """The records of a row, for a message."""
-        return ", ".join(self.scripts[index].where for index in self.plan.rows[row])
+        return ", ".join(map(self.scripts.where, self.plan.rows[row]))
 
     def summary(self, config: Config) -> dict[str, Any]:
         """What `qwenvl-ft plan --json` prints and `plan.json` keeps; tokens are those of the packed records."""
-        num_steps = len(schedule(self, config))
-        used = [index for row in self.plan.rows for index in row]
-        pictures = {picture for record in self.records for picture in record.pictures}
+        steps = schedule(self, config)
+        used = self.plan.rows.members
+        facts = self.scripts.facts
         return {
-            **self.tally.facts,
+            "files": facts["files"],
+            "forms": facts["forms"],
             "records": self.num_records,
-            "used": len({self.scripts[index].where for index in used}),
+            "used": len(np.unique(self.scripts.records[used])),
             "skipped": [problem.facts for problem in self.problems],
-            "pictures": len(pictures),
-            "pictures_shrunk": sum(shrunk(picture, self.chat) for picture in pictures),
-            "tokens": token_counts([self.scripts[index].length for index in used]),
-            "taught_tokens": sum(self.taught_tokens(row) for row in range(len(self.plan.rows))),
+            "pictures": facts["pictures"],
+            "pictures_shrunk": facts["pictures_shrunk"],
+            "tokens": token_counts(self.scripts.lengths[used]),
+            "taught_tokens": int(self.scripts.taught[used].sum(dtype=np.int64)),
             "rows": len(self.plan.rows),
             "row_tokens": self.plan.row_tokens,
             "fill": round(self.plan.fill, 4),
-            "steps_per_epoch": len(steps(len(self.plan.rows), config.rows_per_step, config.seed, 0)),
-            "steps": num_steps,
-            "notes": notes(len(self.plan.rows), num_steps, config)
-            + record_notes(self.records)
-            + picture_notes(pictures, self.chat),
+            "steps_per_epoch": steps.steps_per_epoch,
+            "steps": len(steps),
+            "notes": notes(len(self.plan.rows), len(steps), config) + facts["notes"],
         }
 
 
@@ -74,28 +96,61 @@ Ready = tuple[Prepared, Prepared | None]
 
 
 def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lambda done, total: None) -> Prepared:
-    """Reads, writes and packs the training records, or the evaluation records.
+    """Reads, writes and packs the training records, or the evaluation records; what was written before for the same files is read.
 
     Raises UserError with every problem, unless `on_bad_record` is skip and something is left to train on.
     """
-    meta_file = config.eval_meta_file if evaluation and config.eval_meta_file else config.train_meta_file
+    meta = config.eval_meta_file if evaluation and config.eval_meta_file else config.train_meta_file
     data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
     chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking, config.video_max_pixels)
-    tally = Tally()
-    records, problems, total = read_records(
-        meta_file, data_dir, on_record, reading=Reading.of(config), tally=tally, seed=config.seed
-    )
-    scripts = write_scripts(chat, records, problems)
-    plan = pack([script.length for script in scripts], config.row_tokens, share=not chat.family.linear_attention)
-    stops = config.on_bad_record == "error" or not plan.rows
-    problems += too_long(scripts, plan, called(meta_file), as_one=stops)  # a run that skips them keeps the list of them
-    if problems and stops:
-        if config.on_bad_record == "error" and plan.rows:
-            found = "1 problem was" if len(problems) == 1 else f"{len(problems)} problems were"
-            problems.append(Problem("on_bad_record", f"is error, and {found} found",
-                                    "mend them, or set on_bad_record: skip to train without these records"))  # fmt: skip
-        raise UserError(*problems)
-    return Prepared(total, records, scripts, plan, problems, chat, tally)
+    reading, linear = Reading.of(config), chat.family.linear_attention
+
+    def make(folder: Path) -> None:
+        """Raises UserError for records that the config has no use for: whoever mends them is to be believed the next time."""
+        scripts, found, whole = write_table(folder, meta, data_dir, chat, reading, config.seed, on_record)
+        if not whole or not len(scripts) or (found and config.on_bad_record == "error"):
+            planned(scripts if whole else None, found)
+
+    def planned(scripts: Scripts | None, problems: list[Problem]) -> Prepared:
+        lengths = scripts.lengths if scripts else np.zeros(0, np.int32)
+        plan = pack(lengths, config.row_tokens, share=not linear)
+        stops = config.on_bad_record == "error" or not len(plan.rows)
+        if scripts:  # a run that skips them keeps the list of them
+            problems = problems + too_long(scripts, plan, called(meta), as_one=stops)
+        if scripts is None or (problems and stops):
+            if config.on_bad_record == "error" and len(plan.rows):
+                found = "1 problem was" if len(problems) == 1 else f"{len(problems)} problems were"
+                problems.append(Problem("on_bad_record", f"is error, and {found} found",
+                                        "mend them, or set on_bad_record: skip to train without these records"))  # fmt: skip
+            raise UserError(*problems)
+        return Prepared(scripts, plan, problems, chat)
+
+    scripts = kept_table(table_name(meta, data_dir, config.model, chat, reading, config.seed), make)
+    return planned(scripts, [Problem(*problem) for problem in scripts.facts["problems"]])
+
+
+def write_table(
+    folder: Path, meta: Meta, data_dir: Path | None, chat: Chat, reading: Reading, seed: int, on_record: OnRecord
+) -> tuple[Scripts, list[Problem], bool]:
+    """Reads all records and writes their scripts into a table; with it their problems, and whether no file broke."""
+    tally, writer, noted, few = Tally(), TableWriter(folder), Noted(), Few(chat)
+    problems: list[Problem] = []
+    whole = True
+    for part in parts_of(meta, data_dir, tally, chat, reading, seed, on_record):
+        few.add(writer.add(part.scripts, part.media, part.num_records))
+        for missed in part.missed.values():
+            writer.add_files(missed.failed)
+        noted.join(part.noted)
+        problems += part.problems
+        whole &= part.whole
+    problems = tally.said_once(problems)
+    facts = tally.facts | {
+        "placeholders": [chat.picture_id, chat.video_id],
+        "problems": [[problem.where, problem.what, problem.fix, problem.kind] for problem in problems],
+        "notes": noted.lines + few.lines,
+    }
+    writer.close(facts)
+    return Scripts(folder), problems, whole
 
 
 def make_ready(config: Config, on_record: OnRecord = lambda done, total: None) -> Ready:
@@ -111,23 +166,13 @@ def make_ready(config: Config, on_record: OnRecord = lambda done, total: None) -
     return prepare(config, on_record=on_record), prepare(config, evaluation=True) if config.eval_meta_file else None
 
 
-def write_scripts(chat: Chat, records: Sequence[Record], problems: list[Problem]) -> list[Script]:
-    """The examples of all records; what the template refuses is added to `problems`."""
-    scripts: list[Script] = []
-    for record in records:
-        try:
-            scripts += chat.write_scripts(record)
-        except UserError as error:
-            problems += [replace(problem, where=record.where) for problem in error.problems]
-    return scripts
-
-
-def too_long(scripts: Sequence[Script], plan: Plan, name: str, as_one: bool) -> list[Problem]:
+def too_long(scripts: Scripts, plan: Plan, name: str, as_one: bool) -> list[Problem]:
     """A problem for each record that no row holds; as one of the file `name`, if they are several."""
     lengths: dict[str, int] = {}  # by record: one whose template rewrites turns has several scripts
-    for script in (scripts[index] for index in plan.too_long):
-        lengths[script.where] = max(script.length, lengths.get(script.where, 0))
-    films = any(isinstance(medium, Video) for index in plan.too_long for medium in scripts[index].media)
+    for number in plan.too_long:
+        where = scripts.where(number)
+        lengths[where] = max(int(scripts.lengths[number]), lengths.get(where, 0))
+    films = any(isinstance(medium, Video) for number in plan.too_long for medium in scripts[number].media)
     lower = "video_max_pixels, video_fps or video_max_frames" if films else "max_pixels"
     if as_one and len(lengths) > 1:
         longest = max(lengths, key=lambda where: lengths[where])
@@ -155,34 +200,41 @@ def notes(num_rows: int, num_steps: int, config: Config) -> list[str]:
     return found
 
 
-def picture_notes(pictures: Collection[Picture], chat: Chat) -> list[str]:
-    """What can hardly be seen: pictures of few tokens, the smallest named."""
-    sizes = {picture: resized(picture.height, picture.width, chat.limits) for picture in pictures}
-    few = [picture for picture, (height, width) in sizes.items() if height * width <= FEW_TOKENS * chat.limits.unit_px**2]
-    if not few:
-        return []
-    least = min(few, key=lambda picture: (sizes[picture][0] * sizes[picture][1], picture.name))
-    height, width = sizes[least]
-    tokens = height * width // chat.limits.unit_px**2
-    what = f"{len(few):,} picture{'s' * (len(few) > 1)} of at most {FEW_TOKENS} tokens, in which little can be seen: {least.name}, "
-    return [f"{what}{least.width} x {least.height} px, becomes {width} x {height}, {tokens} tokens; min_pixels enlarges them"]
+class Few:
+    """What can hardly be seen: pictures of few tokens, counted while they go by, the smallest named."""
+
+    def __init__(self, chat: Chat):
+        self.limits, self.count = chat.limits, 0
+        self.least: tuple[int, str, str] | None = None  # its area, its name, itself
+
+    def add(self, media: Iterable[PackedMedium]) -> None:
+        """Media that were not there before."""
+        for medium in media:
+            if medium.is_picture and medium.area <= FEW_TOKENS * self.limits.unit_px**2:
+                self.count += 1
+                found = medium.area, read_medium(medium.text).name, medium.text
+                self.least = min(self.least or found, found)
+
+    @property
+    def lines(self) -> list[str]:
+        """A line, or none."""
+        if not self.least:
+            return []
+        picture = read_medium(self.least[2])
+        assert isinstance(picture, Picture)
+        height, width = resized(picture.height, picture.width, self.limits)
+        tokens = height * width // self.limits.unit_px**2
+        what = f"{self.count:,} picture{'s' * (self.count > 1)} of at most {FEW_TOKENS} tokens, in which little can be seen: "
+        what += f"{picture.name}, {picture.width} x {picture.height} px, becomes {width} x {height}, {tokens} tokens"
+        return [f"{what}; min_pixels enlarges them"]
 
 
-def schedule(prepared: Prepared, config: Config) -> list[tuple[int, list[int]]]:
+def schedule(prepared: Prepared, config: Config) -> Schedule:
     """(epoch, rows) of every optimizer step of the run, the same whatever the number of processes."""
-    num_rows, epochs = len(prepared.plan.rows), count() if config.max_steps else range(config.num_train_epochs)
-    found = ((epoch, rows) for epoch in epochs for rows in steps(num_rows, config.rows_per_step, config.seed, epoch))
-    return list(islice(found, config.max_steps))
+    return Schedule(len(prepared.plan.rows), config.rows_per_step, config.seed, config.num_train_epochs, config.max_steps)
 
 
-def token_counts(lengths: Sequence[int]) -> dict[str, int]:
+def token_counts(lengths: Ints | Sequence[int]) -> dict[str, int]:
     """min, median, max and total, as the commands print them."""
-    lengths = lengths or [0]
-    return {"min": min(lengths), "median": int(median(lengths)), "max": max(lengths), "total": sum(lengths)}
-
-
-def shrunk(picture: Picture, chat: Chat) -> bool:
-    """Whether the picture is made smaller: by `max_pixels`, or by rounding to whole units, if that takes a tenth of it or more."""
-    height, width = resized(picture.height, picture.width, chat.limits)
-    rounded = resized(picture.height, picture.width, replace(chat.limits, max_pixels=sys.maxsize))
-    return (height, width) != rounded or height * width <= (1 - ROUNDED_AWAY) * picture.height * picture.width
+    sizes = np.asarray(lengths if len(lengths) else [0], np.int64)
+    return {"min": int(sizes.min()), "median": int(np.median(sizes)), "max": int(sizes.max()), "total": int(sizes.sum())}

@@ -33,6 +33,10 @@ Grid = tuple[int, int, int]
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
 
+SCALES = "scales"  # in a row: what `scales_of` its processor
+IN_8_BITS = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+
+
 def positions(
     ids: Sequence[int], runs: Sequence[tuple[Grid, torch.Tensor | None]], placeholders: Sequence[int | None], merge_size: int
 ) -> torch.Tensor:
@@ -70,7 +74,8 @@ def seconds_a_step(video: Video, step_frames: int) -> float:
 
 
 def pixels(media: Sequence[Medium], chat: Chat, processor: Any, where: str = "") -> Row:
-    """(P, D) patches and (N, 3) grids of the pictures among the media, and of the videos, by the names that the model gives them.
+    """(P, D) patches of 8 bits and (N, 3) grids of the pictures among the media, and of the videos, by the names that the model
+    gives them, and under SCALES how the patches become what it is given: see `as_floats`.
 
     A frame is resized as soon as it is decoded, so that of a film there is no more in memory than the model sees.
     """
@@ -82,10 +87,29 @@ def pixels(media: Sequence[Medium], chat: Chat, processor: Any, where: str = "")
         limits = chat.limits.of(some[0])
         size = {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
         shown = [opened(picture, where) for picture in some]
-        _add(found, processor.image_processor(images=shown, size=size, return_tensors="pt"))
+        _add(found, processor.image_processor(images=shown, size=size, **IN_8_BITS))
     for video in (medium for medium in media if isinstance(medium, Video)):
         _add(found, _video_pixels(video, chat, processor.video_processor, where))
-    return {name: torch.cat(tensors) for name, tensors in found.items() if tensors}
+    row = {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in found.items() if tensors}
+    return row | {SCALES: scales_of(processor)} if row else row
+
+
+def scales_of(processor: Any) -> torch.Tensor:
+    """(2, 2, 3): of pictures and of videos the mean and the standard deviation of each colour, in 8 bits."""
+    kinds = (processor.image_processor, processor.video_processor)
+    return torch.stack([torch.tensor([of.image_mean, of.image_std]) * (1.0 / of.rescale_factor) for of in kinds])
+
+
+def as_floats(row: Row) -> Row:
+    """The row's patches as transformers' processors make them, to the bit: in float32, about 0. Done on the device, a fourth of the
+    bytes pass between processes and to it."""
+    scales = row.get(SCALES)
+    floats = {key: value for key, value in row.items() if key != SCALES}
+    for number, (patches, _) in enumerate(PIXELS.values()):
+        if patches in row:
+            mean, std = scales[number, :, :, None]  # type: ignore[index]
+            floats[patches] = row[patches].unflatten(1, (len(mean), -1)).float().sub_(mean).div_(std).flatten(1)
+    return floats
 
 
 def _add(found: dict[str, list[torch.Tensor]], inputs: Any) -> None:
@@ -103,11 +127,11 @@ def _video_pixels(video: Video, chat: Chat, processor: Any, where: str) -> Any:
         return BaseVideoProcessor.resize(processor, whole, size, processor.resample)
 
     shown = torch.stack(frames(video, as_shown, where))
-    return processor(videos=[shown], do_resize=False, do_sample_frames=False, return_tensors="pt")
+    return processor(videos=[shown], do_resize=False, do_sample_frames=False, **IN_8_BITS)
 
 
 def join(examples: Sequence[Row]) -> Row:
-    """One row of one or more examples.
+    """One row of one or more examples: what the model's forward takes, `labels`, and SCALES if it shows something.
 
     (1, S) ids and labels, (4, 1, S) positions, (P, D) patches and (N, 3) grids if there are pictures, the same of videos,
     (R + 1) bounds if R > 1.
@@ -125,7 +149,7 @@ def join(examples: Sequence[Row]) -> Row:
     for name in (name for names in PIXELS.values() for name in names):
         if seen := [example[name] for example in examples if name in example]:
             row[name] = torch.cat(seen)
-    return row
+    return row | next(({SCALES: example[SCALES]} for example in examples if SCALES in example), {})
 
 
 def _first_ignored(labels: torch.Tensor) -> torch.Tensor:
@@ -197,17 +221,14 @@ class Rows:
         blank: Row = {}
         for kind, (patches, sizes) in PIXELS.items():
             if own := [grid for of, grid in zip(kinds, grids, strict=True) if of == kind]:
-                blank[patches], blank[sizes] = torch.zeros(sum(map(math.prod, own)), values), torch.tensor(own)
-        return blank
+                blank[patches] = torch.full((sum(map(math.prod, own)), values), 128, dtype=torch.uint8)
+                blank[sizes] = torch.tensor(own)
+        return blank | ({SCALES: scales_of(self.processor)} if blank else {})
 
     def untaught(self, script: Script) -> Row:
         """The example of a record whose media cannot be shown: as long as it was planned, nothing of it taught."""
-        text = self.text(script)
-        return (
-            text
-            | {"labels": torch.full_like(text["labels"], IGNORE)}
-            | self.blank_media([medium.kind for medium in script.media], script.grids)
-        )
+        text, kinds = self.text(script), [medium.kind for medium in script.media]
+        return text | {"labels": torch.full_like(text["labels"], IGNORE)} | self.blank_media(kinds, script.grids)
 
     def text(self, script: Script) -> Row:
         """What of an example follows from its text and the sizes of its media."""
@@ -215,10 +236,8 @@ class Rows:
         chat = self.chat
         runs: list[tuple[Grid, torch.Tensor | None]] = []
         for medium, grid in zip(script.media, script.grids, strict=True):
-            apart = None
-            if (
-                isinstance(medium, Video) and chat.tokens_per_second
-            ):  # in float32, as transformers has it: it is cut to whole places
+            apart = None  # in float32, as transformers has it: it is cut to whole places
+            if isinstance(medium, Video) and chat.tokens_per_second:
                 apart = torch.tensor(seconds_a_step(medium, chat.video_limits.step_frames)) * chat.tokens_per_second
             runs += [(run, apart) for run in runs_of(medium, grid, chat.family)]
         return {

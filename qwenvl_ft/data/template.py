@@ -4,6 +4,7 @@
 prompt. What a template does is found by rendering it, not by the name of its family.
 """
 
+import json
 import re
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ def compile_template(source: str) -> Template:
     """As transformers renders it. Raises UserError for what is no template."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals["raise_exception"] = _refuse
+    environment.filters["tojson"] = _json  # jinja's own sorts keys, and writes < and ' as escapes
     try:
         return environment.from_string(source)
     except TemplateError as error:
@@ -33,11 +35,14 @@ def compile_template(source: str) -> Template:
         raise UserError(Problem("chat template", what, "copy it again from the base model")) from error
 
 
-def render(template: Template, messages: list[dict[str, Any]], answer_next: bool, thinking: bool | None = None) -> str:
+def render(
+    template: Template, messages: list[dict[str, Any]], answer_next: bool, thinking: bool | None = None,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:  # fmt: skip
     """The conversation as text; `thinking` replaces the template's default. Raises UserError for what the template refuses."""
     asked = {} if thinking is None else {"enable_thinking": thinking}
     try:
-        return template.render(messages=messages, add_generation_prompt=answer_next, tools=None, **asked)
+        return template.render(messages=messages, add_generation_prompt=answer_next, tools=tools or None, **asked)
     except TemplateError as error:
         what, fix = f"cannot be rendered: {error}", "change the record so that the model's template accepts it"
         raise UserError(Problem("chat template", what, fix)) from error
@@ -48,6 +53,22 @@ def thinks(template: Template) -> bool:
     talk = [{"role": "user", "content": "a"}]
     off = render(template, talk, True, thinking=False)
     return off.endswith(OPEN_THOUGHT) or off != render(template, talk, True, thinking=True)
+
+
+def knows_tools(template: Template) -> bool:
+    """Whether the template writes the tools that it is given, calls of them with their arguments, and what they answer."""
+    tool = {"type": "function", "function": {"name": "probed_tool", "description": "b", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "probed_call", "arguments": {"probed_key": "probed_value"}}}
+    talk: list[dict[str, Any]] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "probed_answer"},
+    ]
+    try:
+        text = render(template, talk, answer_next=True, tools=[tool])
+    except UserError:
+        return False
+    return all(f"probed_{of}" in text for of in ("tool", "call", "key", "value", "answer"))
 
 
 def settle(source: str, thinking: Thinking) -> str:
@@ -76,6 +97,14 @@ def split_thought(text: str) -> tuple[str, str]:
     if not (found := THOUGHT.fullmatch(text)):
         return "", text
     return found[1].strip("\n"), found[2].lstrip("\n")
+
+
+def _json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:  # fmt: skip
+    """Source: transformers 5.23, chat_template_utils."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:

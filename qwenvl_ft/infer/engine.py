@@ -3,8 +3,8 @@
     engine = Engine.open("data/tiny")
     engine.ask([{"role": "user", "content": [{"type": "image", "image": "chart.png"}, {"type": "text", "text": "read"}]}])
 
-A conversation is a question, a list of messages as messages.py reads them, or a list of Turns as a record has them. torch is
-imported once a model is opened, so that `from qwenvl_ft import Engine` costs nothing.
+A conversation is a question, a list of messages as messages.py reads them, a list of Turns as a record has them, or a Record, which
+brings its tools, too. torch is imported once a model is opened, so that `from qwenvl_ft import Engine` costs nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,11 +16,12 @@ from typing import Any
 
 from PIL import Image
 
+from qwenvl_ft.data.boxes import read_answer
 from qwenvl_ft.data.chat import Chat, open_chat
 from qwenvl_ft.data.geometry import Limits, reading_of
 from qwenvl_ft.data.reading import AS_FOUND, Reading
-from qwenvl_ft.data.records import Medium, Picture, Turn, Video
-from qwenvl_ft.data.template import Thinking
+from qwenvl_ft.data.records import Box, Medium, Picture, Record, Turn, Video
+from qwenvl_ft.data.template import Thinking, split_thought
 from qwenvl_ft.folders.adapter import check_base
 from qwenvl_ft.folders.problems import check_adapter, check_model
 from qwenvl_ft.folders.runs import processor_folder
@@ -29,15 +30,16 @@ from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.messages import read_messages
 
 MAX_NEW_TOKENS = 512
-Conversation = str | Sequence[Turn | dict[str, Any]]
+Conversation = str | Record | Sequence[Turn | dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was answered; `cut`: by max_new_tokens, before the model ended it."""
+    """What was answered; `cut`: by max_new_tokens, before the model ended it; the boxes in it as `read_answer` reads them."""
 
     text: str
     cut: bool
+    boxes: tuple[Box, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,11 @@ class Engine:
         import torch
         from transformers import BatchFeature
 
-        from qwenvl_ft.data.rows import pixels, seconds_a_step
+        from qwenvl_ft.data.rows import as_floats, pixels, seconds_a_step
 
         talks = [[self._shown(turn) for turn in turns_of(conversation, self.reading)] for conversation in conversations]
-        scripts = [self.chat.asking(turns, thinking) for turns in talks]
+        tools = [conversation.tools if isinstance(conversation, Record) else () for conversation in conversations]
+        scripts = [self.chat.asking(turns, thinking, known) for turns, known in zip(talks, tools, strict=True)]
         media = [medium for script in scripts for medium in script.media]
         rows = [script.widened()[0] for script in scripts]
         width = max(map(len, rows))
@@ -110,7 +113,7 @@ class Engine:
         if films := [medium for medium in media if isinstance(medium, Video)]:
             inputs["second_per_grid_ts"] = [seconds_a_step(film, self.chat.video_limits.step_frames) for film in films]
         known = {key: torch.tensor(value) for key, value in inputs.items() if key in self.processor.model_input_names}
-        return BatchFeature(known | pixels(media, self.chat, self.processor)).to(self.model.device)
+        return BatchFeature(known | as_floats(pixels(media, self.chat, self.processor))).to(self.model.device)
 
     def _shown(self, turn: Turn) -> Turn:
         """The turn, its pictures and videos blank if so wished."""
@@ -130,13 +133,19 @@ class Engine:
         """`ask_many`, with whether each answer was cut."""
         import torch
 
-        inputs = self.inputs(conversations, thinking)
+        talks = [of if isinstance(of, Record) else turns_of(of, self.reading) for of in conversations]
+        inputs = self.inputs(talks, thinking)
         with torch.inference_mode():
             out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         asked = inputs["input_ids"].tolist()
         said = out[:, len(asked[0]) :].tolist()
         texts = [Detokenizer(self.chat, prompt).add(ids, whole=True) for prompt, ids in zip(asked, said, strict=True)]
-        return [Answer(text, self._cut(ids)) for text, ids in zip(texts, said, strict=True)]
+        answered = zip(talks, texts, said, strict=True)
+        return [Answer(text, self._cut(ids), tuple(self.boxes(turns_of(talk), text))) for talk, text, ids in answered]
+
+    def boxes(self, turns: Sequence[Turn], answer: str) -> list[Box]:
+        """The boxes and points that an answer to these turns gives, in px of their last picture."""
+        return read_answer(split_thought(answer)[1], self.chat.family.boxes, self.chat.seen(turns))
 
     def _cut(self, ids: Sequence[int]) -> bool:
         """Whether an answer's ids have no end."""
@@ -237,6 +246,8 @@ def check_folders(model_dir: Path, adapters: Iterable[Path]) -> Chat:
 
 def turns_of(conversation: Conversation, reading: Reading = AS_FOUND) -> Sequence[Turn]:
     """Messages as they were sent are read and their media opened, a text alone is the user's; Turns stay."""
+    if isinstance(conversation, Record):
+        return conversation.turns
     if isinstance(conversation, str):
         return [Turn("user", (conversation,))]
     turns = [turn for turn in conversation if isinstance(turn, Turn)]

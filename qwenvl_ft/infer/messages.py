@@ -60,6 +60,9 @@ def read_messages(messages: Sequence[Any], open_source: Fetch = open_anywhere, a
         if role not in ROLES:
             problems.append(Problem(f"{where}.role", f"is {str(role)[:40]!r}", f"write one of {', '.join(ROLES)}"))
             continue
+        if message.get("tool_calls"):
+            problems.append(Problem(f"{where}.tool_calls", "are not read", "ask with a Record of its turns and tools"))
+            continue
         try:
             parts = tuple(opening.parts(message.get("content"), f"{where}.content"))
         except UserError as error:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from qwenvl_ft.data.chat import IGNORE
-from qwenvl_ft.data.rows import PIXELS, Row
+from qwenvl_ft.data.rows import PIXELS, SCALES, Row, as_floats
 
 
 def taught(labels: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,8 @@ def vision_features(model: Any, row: Row, trains: bool) -> dict[str, Any] | None
     shown = {kind: names for kind, names in PIXELS.items() if names[0] in row}
     if not shown:
         return None
-    patches, grids = (torch.cat([row[names[at]] for names in shown.values()]) for at in (0, 1))
+    floats = as_floats({key: row[key] for key in (SCALES, *(name for names in shown.values() for name in names))})
+    patches, grids = (torch.cat([floats[names[at]] for names in shown.values()]) for at in (0, 1))
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
         features = model.get_image_features(patches, grids, return_dict=True)
     found, at = {}, 0
@@ -45,8 +46,8 @@ def summed_loss(model: Any, bare_model: Any, row: Row, tower_trains: bool) -> to
     `model` may be wrapped for several processes; `bare_model` is the same without the wrapping, for the vision tower.
     """
     keep = taught(row["labels"])
-    of_media = {name for names in PIXELS.values() for name in names}
-    inputs = {key: value for key, value in row.items() if key != "labels" and key not in of_media}
+    not_taken = {"labels", SCALES, *(name for names in PIXELS.values() for name in names)}
+    inputs = {key: value for key, value in row.items() if key not in not_taken}
     # use_cache=False: with a cache transformers ignores where records begin, without a word (tests/test_packing.py shows it).
     logits = model(
         **inputs, mm_encoder_outputs=vision_features(bare_model, row, tower_trains), use_cache=False, logits_to_keep=keep

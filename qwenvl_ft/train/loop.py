@@ -52,7 +52,7 @@ def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Built | U
     """One optimizer step; None where all processes gave it up between two rows, for a signal: nothing of it has happened then."""
     accelerator, prepared = run.accelerator, run.prepared
     run.model.train()
-    mine = run.mine(rows)
+    mine = run.mine(rows, prepared)
     planned = divisor = sum(prepared.taught_tokens(row) for row in rows)
     built = (raised_here(next(loader)) for _ in mine)
     # DeepSpeed's engine clips and steps in the last backward: what is really taught has to be known before the first.
@@ -146,7 +146,7 @@ def evaluate(run: Run, held_out: Prepared, signals: Signals) -> Taught | None:
     run.model.eval()
     data = run.rows_of(held_out)
     counted = Count(run)
-    for row in run.mine(list(range(len(data)))):
+    for row in run.mine(range(len(data)), held_out):
         if signals.stop(run.accelerator, midway=True):
             return None
         tensors, problems = data.build(row or 0)
@@ -248,7 +248,6 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
                 display.say(f"skipped {problem.where}: {problem.what}")
         said.update(skipped)
 
-    steps_per_epoch = math.ceil(len(prepared.plan.rows) / config.rows_per_step)
     said: set[Problem] = set()
     try:
         with Signals() as signals:
@@ -258,8 +257,8 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
                 tell(evaluated.skipped)
                 if metrics:
                     metrics.amend(evaluated.loss, evaluated.skipped)
-            loader = iter(run.loader(steps[done:]))
-            for step, (epoch, rows) in enumerate(steps[done:], start=done + 1):
+            loader = iter(run.loader(steps, done))
+            for step, (epoch, rows) in enumerate(steps.since(done), start=done + 1):
                 began = time.monotonic()
                 rate = learning_rate(step, len(steps), config)
                 for group in run.optimizer.param_groups:
@@ -268,10 +267,10 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
                 if taught is None:
                     leave(run, signals, display, step - 1, None if is_saved(step - 1) else same)
                 seconds, skipped = time.monotonic() - began, taught.skipped
-                tokens = sum(prepared.scripts[index].length for row in rows for index in prepared.plan.rows[row])
+                tokens = sum(map(prepared.tokens, rows))
                 facts = {
                     "loss": taught.loss, "taught_tokens": taught.tokens, "learning_rate": rate,
-                    "epoch": round(step / steps_per_epoch, 4), "tokens_per_s": tokens / seconds,
+                    "epoch": round(step / steps.steps_per_epoch, 4), "tokens_per_s": tokens / seconds,
                     "taught_tokens_per_s": taught.tokens / seconds,
                 }  # fmt: skip
                 if held_out and is_evaluated(step) and (evaluated := score(step, held_out)):

@@ -32,7 +32,7 @@ def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
     with (out / ".config.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(settings, file)
     (out / ".config.yaml").replace(out / "config.yaml")
-    write_json(out / "plan.json", prepared.summary(config) | {"packed": prepared.plan.rows})
+    write_json(out / "plan.json", prepared.summary(config) | {"packed": list(prepared.plan.rows)})
     write_json(out / BASE, base_fingerprint(config.model))
 
     def write(folder: Path) -> None:

@@ -1,10 +1,12 @@
 """What one process holds of a run: its rows, its model and optimizer, how its gradients join the others'; its checkpoints, and
 from which of them a run goes on, if it is still the same run."""
 
+import hashlib
 import json
-import math
 import shutil
-from contextlib import nullcontext
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +14,30 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import get_peft_model_state_dict
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
-from qwenvl_ft.data import sources
+from qwenvl_ft.data.packed import GONE, FileState
+from qwenvl_ft.data.packing import PackedRows, Schedule, deal
 from qwenvl_ft.data.prepare import Prepared
-from qwenvl_ft.data.records import Source
 from qwenvl_ft.data.rows import Built, Rows
+from qwenvl_ft.data.table import Scripts
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.adapter import base_fingerprint
-from qwenvl_ft.folders.hashes import digests
+from qwenvl_ft.folders.hashes import TICK_NS, digests
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS, read_model_json
 from qwenvl_ft.folders.runs import PICTURE_HASHES, PROCESSORS, checkpoints, newest, rotate
-from qwenvl_ft.folders.whole import short_hash, write_whole
+from qwenvl_ft.folders.whole import short_hash, write_json, write_whole
 from qwenvl_ft.model.load import trainable
 from qwenvl_ft.train.launch import ignore_signals
 from qwenvl_ft.train.output_dir import Metrics
 
 PARTS = ".parts"  # in a run's folder, while it saves: what each process adds to the checkpoint
+CONTENTS = "contents.json"  # beside a table
 STATE = "state.json"  # in a checkpoint: its step, how it was launched, and the fingerprint of its run
-FORM = 2  # of a checkpoint: raised with every change to what is in it, or to which rows a step takes
+FORM = 3  # of a checkpoint: raised with every change to what is in it, or to which rows a step takes
 
 
 class Run:
@@ -50,28 +53,29 @@ class Run:
         self.partitions = zero_partitions(model) if self.deepspeed else []
         self.tower_trains = bool({"vision", "merger"} & set(config.lora_on))
         self.always_look = self.deepspeed and (self.tower_trains or model.zero_optimization_stage() == 3)
-        blind = [row for row, members in enumerate(prepared.plan.rows) if not any(prepared.scripts[at].media for at in members)]
-        if self.always_look and blind and prepared.chat.family.linear_attention:
+        blind = (prepared.media_tokens == 0).nonzero()[0].tolist() if self.always_look else []
+        if blind and prepared.chat.family.linear_attention:
             raise UserError(Problem(prepared.places(blind[0]), "has no picture; DeepSpeed would wait for ever for the vision tower",
                                     "use configs/ddp.yaml, or train on records with pictures only"))  # fmt: skip
 
-    def mine(self, rows: list[int]) -> list[int | None]:
-        """This process's rows of a step; None where another has one more, so that all make the same number of passes."""
+    def mine(self, rows: Sequence[int], of: Prepared) -> list[int | None]:
+        """This process's rows of a step, with about as much work as the others have; None where another has one more, so that all
+        make the same number of passes."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        own: list[int | None] = list(rows[rank::world])
-        return own + [None] * (math.ceil(len(rows) / world) - len(own))
+        return deal(rows, [of.cost(row) for row in rows] if world > 1 else [], world)[rank]
 
     def rows_of(self, prepared: Prepared) -> Rows:
         """The rows of a plan as tensors."""
         return Rows(prepared.scripts, prepared.plan.rows, prepared.chat, self.processor, self.always_look,
                     skip=self.config.on_bad_record == "skip")  # fmt: skip
 
-    def loader(self, steps: list[tuple[int, list[int]]]) -> DataLoader[Built | UserError]:
-        """This process's rows in the order of the steps, built ahead by the workers."""
-        order = [0 if row is None else row for _, rows in steps for row in self.mine(rows)]
+    def loader(self, steps: Schedule, done: int) -> DataLoader[Built | UserError]:
+        """This process's rows in the order of the steps that are not done, built ahead by the workers."""
+        order = (row or 0 for _, rows in steps.since(done) for row in self.mine(rows, self.prepared))
         build, workers = self.rows_of(self.prepared).built_or_problems, self.config.dataloader_num_workers
-        # A list does for a Dataset, whatever its type says.
-        return DataLoader(order, batch_size=None, num_workers=workers, collate_fn=build,  # type: ignore[arg-type]
+        every = range(len(self.prepared.plan.rows))
+        # A range does for a Dataset and a generator for a Sampler, whatever their types say.
+        return DataLoader(every, sampler=order, batch_size=None, num_workers=workers, collate_fn=build,  # type: ignore[arg-type]
                           worker_init_fn=ignore_signals)  # fmt: skip
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -216,19 +220,16 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
     same = "lora_on lora_rank lora_alpha lora_dropout rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay "
     same += "max_grad_norm seed dtype num_train_epochs max_steps thinking video_fps video_max_frames video_max_pixels"
     settings = {key: str(getattr(config, key)) for key in same.split()}
-    held = {source for part in (prepared, held_out) if part for source in sources_of(part)}
-    files = sorted({sources.holder(source) for source in held})
-    contents = digests(files, config.output_dir / PICTURE_HASHES, "hashing pictures")
     seen = [read_model_json(path) for name in PROCESSORS if (path := config.model / name).is_file()]
 
-    def records(part: Prepared) -> list[Any]:
-        return [[script.ids, script.labels] for script in part.scripts]
+    def records(part: Prepared) -> list[str]:
+        return [part.scripts.facts["hashes"][name] for name in ("ids", "taught")]
 
-    def names(part: Prepared) -> list[Any]:
-        return sorted((sources.key(source), *size) for source, size in sources_of(part).items())
+    def names(part: Prepared) -> list[str]:
+        return [part.scripts.facts["hashes"][name] for name in ("media", "digests")]
 
-    def content(part: Prepared) -> list[str]:
-        return [contents[file] for file in sorted({sources.holder(source) for source in sources_of(part)})]
+    def content(part: Prepared) -> str:
+        return contents(part.scripts, config.output_dir / PICTURE_HASHES)
 
     return {
         **settings,
@@ -237,16 +238,36 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
         "training records": short_hash(records(prepared)),
         "pictures": short_hash(names(prepared)),
         "contents": short_hash(content(prepared)),
-        "packed rows": short_hash(prepared.plan.rows),
+        "packed rows": rows_hash(prepared.plan.rows),
         **({"held out": short_hash([records(held_out), names(held_out), content(held_out)])} if held_out else {}),
     }
 
 
-def sources_of(prepared: Prepared) -> dict[Source, tuple[int, ...]]:
-    """Where the bytes of its pictures and videos lie, with their sizes in px."""
-    media = [medium for record in prepared.records for medium in record.media]
-    frames = [(of.source if isinstance(of.source, tuple) else (of.source,), (of.height, of.width)) for of in media]
-    return {source: size for some, size in frames for source in some if not isinstance(source, Image.Image)}
+def rows_hash(rows: PackedRows) -> str:
+    """Names which records share which row."""
+    return hashlib.sha256(rows.starts.tobytes() + rows.members.tobytes()).hexdigest()[:16]
+
+
+def contents(scripts: Scripts, cache: Path) -> str:
+    """Names what is in the files that hold the media of a table. It is kept beside the table, for as long as the files are said to
+    be as they were: by their sizes and both times. Raises UserError for a file that is gone.
+    """
+    now, newest_ns = hashlib.sha256(), 0
+    for state in map(FileState.of, (of.path for of in scripts.files if of.num_bytes != GONE)):
+        now.update(repr(state).encode("utf-8", "surrogateescape"))
+        newest_ns = max(newest_ns, state.mtime_ns, state.ctime_ns)
+    kept = scripts.folder / CONTENTS
+    with suppress(OSError, ValueError):
+        files, found = json.loads(kept.read_text())
+        if files == now.hexdigest():
+            return str(found)
+    paths = [path for of in scripts.files if of.num_bytes != GONE and not (path := Path(of.path)).is_dir()]
+    hashes = digests(dict.fromkeys(paths), cache, "hashing pictures")
+    found = short_hash([hashes[path] for path in hashes])
+    if time.time_ns() - newest_ns > TICK_NS:
+        with suppress(OSError):
+            write_json(kept, [now.hexdigest(), found])
+    return found
 
 
 def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared) -> list[str]:

@@ -52,6 +52,8 @@ SAME: dict[str, dict[str, Any]] = {  # the same content in other forms
         [{"index": 0, "text": None, "type": "image"}, {"index": 1, "text": None, "type": "image"},
          {"index": None, "text": QUESTION, "type": "text"}], [{"index": None, "text": ANSWER, "type": "text"}], AGAIN, LAST)},
     "the Cauldron's": {"images": FILES, "texts": [{"user": QUESTION, "assistant": ANSWER}, {"user": AGAIN, "assistant": LAST}]},
+    "ms-swift's conversation": {"images": FILES, "system": "", "conversation": [{"human": SHOWN, "assistant": ANSWER},
+                                                                                {"human": AGAIN, "assistant": LAST}]},
     "unsloth's": {"conversations": messages(SHOWN, ANSWER, AGAIN, LAST), "images": FILES},
     "tags in messages": {"messages": messages(WANTED["conversations"][0]["value"], ANSWER, AGAIN, LAST)},
 }  # fmt: skip
@@ -59,7 +61,7 @@ FORM_OF = {
     "llava": "llava", "QwenLM's images": "sharegpt", "LLaMA-Factory's sharegpt": "sharegpt", "LLaMA-Factory's messages": "messages",
     "LLaMA-Factory's alpaca": "alpaca", "ms-swift's query": "query_response", "ms-swift's messages": "messages",
     "OpenAI's": "openai", "OpenAI's weights": "openai", "Qwen's parts": "openai", "parts without types": "openai",
-    "TRL's images": "openai", "the hub's parts": "openai", "the Cauldron's": "texts", "unsloth's": "sharegpt",
+    "TRL's images": "openai", "the hub's parts": "openai", "the Cauldron's": "pairs", "ms-swift's conversation": "pairs", "unsloth's": "sharegpt",
     "tags in messages": "messages",
 }  # fmt: skip
 

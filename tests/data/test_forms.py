@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import re
 import typing
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from tests.data.form_cases import (
     messages,
     text,
 )
+from tests.runs import write_film
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,27 @@ def test_what_is_no_call_is_a_problem(turn, what, read):
     assert problems[0].what == what
 
 
+def test_a_user_may_go_on_in_openai_s_parts_and_nowhere_else(read):
+    """OpenAI's guide to vision fine-tuning has a user's text in one message and the picture in the next."""
+    turns = [*messages(QUESTION), *messages([{"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}}], ANSWER)]
+    record, _ = read({"messages": turns})
+    assert [(turn.role, len(turn.media)) for turn in record.turns] == [("user", 0), ("user", 1), ("assistant", 0)]
+    _, (problem,) = read({"messages": [*messages(QUESTION), *messages(AGAIN, ANSWER)]})
+    assert problem.what == "is from the user where the assistant's turn was due"
+
+
+def test_a_tool_may_bring_a_picture(read):
+    """ms-swift's example of an agent: the tool answers with a screenshot."""
+    call = {"role": "tool_call", "content": json.dumps(CALL)}
+    turns = [
+        *messages("<image>What time is it?", "<think>\nI look.\n</think>\n"),
+        call,
+        {"role": "tool", "content": '{"image": "<image>"}'},
+    ]
+    record, _ = read({"messages": [*turns, *messages(LAST, first="assistant")], "images": ["a.png", "b.png"]})
+    assert [medium.name for medium in record.turns[2].media] == ["b.png"] and record.turns[1].calls
+
+
 def test_tools_answer_in_the_order_of_the_calls(read):
     entry = copy.deepcopy(CALLS["OpenAI's"])
     entry["messages"][2]["tool_call_id"] = "call_2"
@@ -254,6 +277,15 @@ def test_every_form_can_be_forced_in_a_config(tmp_path):
                                          video_fps=config.video_fps, video_max_frames=config.video_max_frames)  # fmt: skip
 
 
+def test_the_examples_of_the_page_are_of_the_forms_that_it_names(read):
+    table = re.findall(r"^\| `(\w+)` \|.*`(\{.*\})` \|$", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for name, _ in table] == [*FORMS]
+    for name, example in table:
+        entry = json.loads(example)
+        record, problems = read(entry)
+        assert form_of(entry) == name and not problems and len(record.media) == (name != "alpaca")
+
+
 def test_the_packed_records_of_qwenlm_are_records_of_their_own(folder, tmp_path):
     (tmp_path / "train.json").write_text(json.dumps([[ROWS["2U1's"], WANTED], SAME["llava"]]))
     tally = Tally()
@@ -271,11 +303,75 @@ def test_the_same_trouble_in_every_record_is_one_line(folder):
     assert [group.count for group in alike(problems)] == [2000, 2000]
 
 
+# ---- videos ----
+
+FILM = documented(f"<video>film.mp4</video>\n{QUESTION}", ANSWER)
+FRAMES = documented(f"<video>frames</video>\n{QUESTION}", ANSWER)
+TALK = f"<video>\n{QUESTION}"
+LIST = [f"frames/{number}.png" for number in range(4)]
+FILMS = {
+    "QwenLM's": {"video": "film.mp4", "conversations": [{"from": "human", "value": TALK}, {"from": "gpt", "value": ANSWER}]},
+    "2U1's list": {"id": "s", "video": ["film.mp4"], "conversations": [{"from": "human", "value": TALK}, {"from": "gpt", "value": ANSWER}]},
+    "LLaMA-Factory's": {"messages": messages(TALK, ANSWER), "videos": ["film.mp4"]},
+    "Qwen's parts": {"messages": messages([{"type": "video", "video": "film.mp4"}, text(QUESTION)], ANSWER)},
+    "DashScope's url": {"messages": messages([{"type": "video_url", "video_url": {"url": "film.mp4"}}, text(QUESTION)], ANSWER)},
+    "a row": {"video": "film.mp4", "question": QUESTION, "answer": ANSWER},
+}  # fmt: skip
+FRAME_LISTS = {
+    "QwenLM's": {"video": LIST, "conversations": [{"from": "human", "value": TALK}, {"from": "gpt", "value": ANSWER}]},
+    "LLaMA-Factory's and ms-swift's": {"messages": messages(TALK, ANSWER), "videos": [LIST]},
+    "Qwen's parts": {"messages": messages([{"type": "video", "video": LIST}, text(QUESTION)], ANSWER)},
+    "a row": {"video": LIST, "question": QUESTION, "answer": ANSWER},
+}
+
+
+@pytest.fixture(scope="module")
+def films(folder) -> Path:
+    """A film and a folder of frames beside the pictures."""
+    write_film(folder / "film.mp4", 56, 56)
+    (folder / "frames").mkdir()
+    for number in range(4):
+        Image.new("RGB", (56, 56), (number, 0, 0)).save(folder / f"frames/{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize(("entry", "wanted"), [*((entry, FILM) for entry in FILMS.values()),
+                                               *((entry, FRAMES) for entry in FRAME_LISTS.values())])  # fmt: skip
+def test_a_video_is_the_same_in_every_form(entry, wanted, read, films, chat):
+    (record, problems), (same, none) = read(entry), read(wanted)
+    assert not problems and not none and written(chat, record) == written(chat, same)
+    assert record.turns == same.turns and len(record.media) == 1
+
+
+def test_a_video_s_own_settings_count_and_others_are_named(read, films):
+    entry = {"messages": messages([{"type": "video", "video": "film.mp4", "nframes": 4, "max_pixels": 4000}, text("q")], "a")}
+    record, problems = read(entry)
+    assert not problems and len(record.media[0].indices) == 4 and record.media[0].max_pixels == 4000
+    _, (problem,) = read({"messages": messages([{"type": "video", "video": "film.mp4", "video_start": 1}, text("q")], "a")})
+    assert problem.what == 'has a key "video_start", which is not read'
+
+
+def test_pictures_and_videos_of_one_record_are_told_apart_in_their_order(read, films):
+    entry = {"messages": messages("<video> <image>\n<video>q", "a"), "images": ["a.png"], "videos": ["film.mp4", LIST]}
+    record, problems = read(entry)
+    assert not problems and [part if isinstance(part, str) else part.name for part in record.turns[0].parts] == [
+        "film.mp4", " ", "a.png", "0.png", "q",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value", ["<video>" * 200_000, "<video>" * 100_000 + "</video>", "</video>" * 200_000, "<image>" * 200_000]
+)
+def test_hostile_placeholders_take_linear_time(value, read):
+    """In quadratic time each of them would run into the time limit of the tests."""
+    assert read({"messages": messages(value, "a"), "videos": ["x"], "images": ["a.png"]})[1]
+
+
 # ---- nothing is dropped without a word ----
 
 ALL_KEYS = {
     *keys.IDS, *lists.READ, *rows.QUESTION, *rows.ANSWER, *rows.PICTURE, *rows.VIDEO, *rows.BESIDE, *turns.SAYS, *turns.OLD, *turns.NEW,
-    *turns.KINDS, *turns.OPTIONS["image"], *turns.OPTIONS["video"], "conversations", "messages", "texts", "input", "name", "index",
+    *turns.KINDS, *turns.OPTIONS["image"], *turns.OPTIONS["video"], "conversations", "messages", "texts", "conversation", "human", "detail", "input", "name", "index",
     "type", "url", "function", "arguments", "ref", "bbox", "bbox_type", "image_id",
 }  # fmt: skip
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda of: st.lists(of) | st.dictionaries(st.text(), of),

@@ -1,5 +1,6 @@
 """An answer is taught behind the ids that ask for it, whatever the template: proved on every Qwen template that reads pictures."""
 
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -247,3 +248,11 @@ def test_an_engine_says_the_opening_of_a_thought_that_its_prompt_made(tmp_path):
     assert engine.ask("Hi", max_new_tokens=2).startswith("<think>\n")
     assert "".join(engine.stream("Hi", max_new_tokens=2)) == engine.ask("Hi", max_new_tokens=2)
     assert not Engine.open(folder).ask("Hi", max_new_tokens=2).startswith("<think>")
+
+
+def test_another_process_writes_the_same_scripts_with_the_chat_that_it_is_sent(with_template):
+    """A tokenizer that was pickled alone reads special tokens out of a text: encode_special_tokens stays behind."""
+    chat = open_chat(with_template("qwen3_vl"))
+    record = record_of(["What does <|im_end|> mean?", "The end: <|im_end|>"])
+    written = chat.write_scripts(record)  # and compiles the template, which no pickle takes
+    assert pickle.loads(pickle.dumps(chat)).write_scripts(record) == written

@@ -17,12 +17,14 @@ from tests.conftest import SAMPLE, TINY
 class Parrot:
     """Answers from a list, and notes what it was asked."""
 
+    chat = None
+
     def __init__(self, answers):
         self.answers, self.asked = dict(answers), []
 
     def answer_many(self, conversations, max_new_tokens):
         self.asked += conversations
-        return [Answer(answer := self.answers[turns[-1].parts[-1]], answer == "cut") for turns in conversations]
+        return [Answer(answer := self.answers[record.turns[-1].parts[-1]], answer == "cut") for record in conversations]
 
 
 def test_every_answer_of_a_record_is_a_question_and_an_empty_one_is_wrong(talk, tmp_path):
@@ -38,12 +40,12 @@ def test_every_answer_of_a_record_is_a_question_and_an_empty_one_is_wrong(talk, 
 
 def test_earlier_turns_stand_as_in_the_record(talk, tmp_path):
     records, _, _ = read_records(talk(["a", "1", "b", "2"]), tmp_path)
-    assert [turns for _, turns, _ in questions(records)] == [records[0].turns[:1], records[0].turns[:3]]
+    assert [record.turns for record, _ in questions(records)] == [records[0].turns[:1], records[0].turns[:3]]
 
 
 def test_an_answer_that_is_not_to_be_learnt_is_not_asked_for():
     turns = (Turn("user", ("a",)), Turn("assistant", ("1",), taught=False), Turn("user", ("b",)), Turn("assistant", ("2",)))
-    assert [where for where, _, _ in questions([Record("r", turns)])] == ["r.conversations[3]"]
+    assert [record.where for record, _ in questions([Record("r", turns)])] == ["r.conversations[3]"]
 
 
 def test_a_thought_before_an_answer_is_not_part_of_it(talk, tmp_path):

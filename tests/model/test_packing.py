@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from qwenvl_ft.data.chat import IGNORE, open_chat
 from qwenvl_ft.data.meta_file import read_records
-from qwenvl_ft.data.rows import Rows, join
+from qwenvl_ft.data.rows import Rows, as_floats, join
 from qwenvl_ft.model.load import PatchEmbedding, add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss, taught, vision_features
 
@@ -112,7 +112,7 @@ def test_a_cache_would_let_records_see_each_other(packing_job):
     model, rows = packing_job
     row = rows[0]
     keep = taught(row["labels"])
-    inputs = {key: value for key, value in row.items() if key not in ("labels", "pixel_values", "image_grid_thw")}
+    inputs = {key: value for key, value in row.items() if key not in ("labels", "pixel_values", "image_grid_thw", "scales")}
 
     def loss(use_cache):
         with torch.no_grad():
@@ -147,7 +147,7 @@ def test_the_loss_is_that_of_the_models_own_forward(job):
     """One record through the stock forward, positions and all left to the model."""
     model, rows = job
     script = rows.scripts[1]
-    example = rows.example(script)
+    example = as_floats(rows.example(script))
     kinds = (example["input_ids"] == script.placeholders[0]).int()[None]
     with torch.no_grad():
         stock = model(

@@ -1,5 +1,6 @@
 """Videos in training and asking, of every family: against transformers' own processor and positions, given the same frames."""
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,11 @@ from transformers import AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from qwenvl_ft.data.chat import IGNORE, open_chat
+from qwenvl_ft.data.geometry import read_video_limits, reading_of
 from qwenvl_ft.data.pictures import PictureChanged, size_of
+from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Record, Turn, Video
-from qwenvl_ft.data.rows import Rows
+from qwenvl_ft.data.rows import Rows, as_floats
 from qwenvl_ft.data.videos import frames, measured
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine
@@ -27,9 +30,9 @@ VIDEO_MAX_PIXELS = 160_000  # every film below is shrunk, and above the least th
 def media(tmp_path_factory):
     """A picture and films of several sizes and rates, one of them a list of frames."""
     folder = tmp_path_factory.mktemp("media")
-    random = np.random.default_rng(0)
+    noise = np.random.default_rng(0)
     for name, (width, height) in {"a.png": (168, 112), **{f"{number}.png": (170, 130) for number in range(5)}}.items():
-        Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / name)
+        Image.fromarray(noise.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / name)
     path = folder / "a.png"
     return {
         "picture": Picture(path, *size_of(path, "")),
@@ -90,7 +93,7 @@ def job(family_model):
 def test_ids_pixels_grids_and_positions_are_transformers_own(name, job, media):
     record = record_of(TALKS[name], media)
     (script,) = (rows := job.rows([record])).scripts
-    example, wanted = rows.example(script), job.stock(record)
+    example, wanted = as_floats(rows.example(script)), job.stock(record)
     assert example["input_ids"].tolist() == wanted["input_ids"][0].tolist() and len(example["input_ids"]) == script.length
     for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
         assert (key in example) == (key in wanted) and (key not in example or torch.equal(example[key], wanted[key])), key
@@ -119,14 +122,15 @@ def test_the_times_are_those_of_the_film(job, media):
 def test_what_is_asked_is_what_was_taught(job, media):
     """Of the films as files, as of their frames in memory."""
     engine = Engine(job.model.eval(), job.processor, job.chat)
-    for talk in TALKS.values():
-        record = record_of(talk, media)
+    for name in ("mixed", "five frames", "two films"):
+        record = record_of(TALKS[name], media)
         row = job.rows([record])[0]
+        floats = as_floats(row)
         asked = engine.inputs([record.turns[:-1]])
         ids = asked.pop("input_ids")[0]
         assert torch.equal(ids, row["input_ids"][0, : len(ids)])
         for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
-            assert (key in asked) == (key in row) and (key not in asked or torch.equal(asked[key], row[key]))
+            assert (key in asked) == (key in row) and (key not in asked or torch.equal(asked[key], floats[key]))
         with torch.no_grad():
             logits = job.model(input_ids=ids[None], **dict(asked.items())).logits[0, -1]
             features = vision_features(job.model, row, False)
@@ -152,7 +156,8 @@ def test_a_joined_row_with_films_has_the_loss_and_the_gradients_of_its_records(j
     for name, parameter in trainable(model).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    rows = job.rows([record_of(talk, media) for talk in TALKS.values()], together=True)
+    talks = (TALKS["mixed"], TALKS["one film"], TALKS["text"])
+    rows = job.rows([record_of(talk, media) for talk in talks], together=True)
 
     def gradients(which):
         model.zero_grad()
@@ -160,7 +165,7 @@ def test_a_joined_row_with_films_has_the_loss_and_the_gradients_of_its_records(j
         loss.backward()
         return loss.item(), torch.cat([parameter.grad.flatten() for parameter in trainable(model).values()])
 
-    (packed, together), (single, apart) = gradients([0]), gradients(range(1, 1 + len(TALKS)))
+    (packed, together), (single, apart) = gradients([0]), gradients([1, 2, 3])
     assert packed == pytest.approx(single, rel=1e-5)
     assert (together - apart).abs().max() < 1e-4 * apart.abs().max()
 
@@ -190,7 +195,7 @@ def test_a_film_that_breaks_keeps_its_place_blank_and_untaught(job, media, tmp_p
     row, problems = job.rows(records, together=True, skip=True).build(0)
     assert [problem.where for problem in problems] == ["bad"]
     assert all(torch.equal(row[key], whole[key]) for key in ("input_ids", "position_ids", "image_grid_thw", "video_grid_thw"))
-    assert row["pixel_values_videos"].shape == whole["pixel_values_videos"].shape and not row["pixel_values_videos"][-4:].any()
+    assert row["pixel_values_videos"].shape == whole["pixel_values_videos"].shape and row["pixel_values_videos"][-4:].eq(128).all()
     assert (row["labels"] != IGNORE).sum() * 2 == (whole["labels"] != IGNORE).sum()
     with pytest.raises(PictureChanged):
         job.rows([record_of([("bad",)], {"bad": replace(bad, num_bytes=1)})], skip=True)[0]
@@ -221,3 +226,35 @@ def test_bounds_of_its_own_hold_for_each_frame(job, media):
     for own in (replace(media["film"], max_pixels=3_000), replace(media["picture"], max_pixels=3_000)):
         with pytest.raises(UserError, match="below the least that it may have"):
             job.chat.grid_of(own)
+
+
+def test_700_random_sizes_are_resized_as_the_processor_does(job, monkeypatch):
+    from transformers.image_utils import SizeDict
+    from transformers.video_processing_utils import BaseVideoProcessor
+
+    monkeypatch.setattr(BaseVideoProcessor, "resize", lambda self, image, size, resample: (size.height, size.width))
+    rng, processor, limits = random.Random(0), job.processor.video_processor, job.chat.video_limits
+    stock = {"factor": limits.unit_px, "temporal_factor": limits.step_frames, "cap_pixels_per_frame": True}
+    for _ in range(700):
+        height, number = int(10 ** rng.uniform(0.5, 3.7)), rng.choice([2, 3, 4, 5, 7, 40, 301, 768])
+        width = min(max(int(height * 10 ** rng.uniform(-2, 2)), -(-height // 190)), 190 * height)
+        video = Video((), height, width, 1.0, tuple(range(number)), number)
+        frames_of = torch.empty(1, number, 3, height, width, device="meta")
+        wanted = processor.resize(frames_of, SizeDict(**processor.size), None, **stock)
+        assert limits.size_of(video) == wanted, video
+        assert limits.grid_of(video) == (-(-number // 2), wanted[0] // limits.patch_size, wanted[1] // limits.patch_size)
+
+
+def test_a_frame_is_bounded_alike_in_every_family(job, tmp_path):
+    """video_max_pixels: Qwen2-VL's processor bounds a frame, Qwen3-VL's all frames together."""
+    film = Video((), 720, 1280, 30.0, tuple(range(20)), 20)
+    for most in (160_000, 300_000):
+        chat = open_chat(job.model_dir, video_max_pixels=most)
+        height, width = chat.video_limits.size_of(film)
+        assert 0.8 * most < height * width <= most
+        limited(processor := AutoProcessor.from_pretrained(job.model_dir), chat, Reading(video_fps=1.5, video_max_frames=9))
+        processor.save_pretrained(tmp_path)
+        assert read_video_limits(tmp_path, chat.video_limits.whole) == chat.video_limits
+        assert reading_of(tmp_path) == Reading(video_fps=1.5, video_max_frames=9)
+    with pytest.raises(UserError, match="video_max_pixels: is 3000, less than the model's own least"):
+        open_chat(job.model_dir, video_max_pixels=3000)

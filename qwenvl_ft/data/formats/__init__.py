@@ -9,7 +9,7 @@
     prompt_completion  TRL's, texts or messages, of which the completion is taught
     query_response     ms-swift's `query`, `response`, `history`
     alpaca             `instruction`, `input`, `output`, `history`
-    texts              the Cauldron's `texts` of user and assistant, with `images`
+    pairs              the Cauldron's `texts` of user and assistant, ms-swift's `conversation` of human and assistant
     columns            the row of a table: a picture, a question, an answer, under the names that these have in the field
 
 A form is a small reader that makes a Talk of an entry; `assemble` makes the record of it and says everything that is wrong.
@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from qwenvl_ft.data.formats.assemble import assemble
 from qwenvl_ft.data.formats.json_entries import EXAMPLE, kind_of
 from qwenvl_ft.data.formats.keys import FIXES, Complaints, is_empty
-from qwenvl_ft.data.formats.lists import read_list
-from qwenvl_ft.data.formats.rows import ANSWER, QUESTION, read_row, read_texts
+from qwenvl_ft.data.formats.lists import are_in_parts, read_list
+from qwenvl_ft.data.formats.rows import ANSWER, QUESTION, is_pairs, read_pairs, read_row
 from qwenvl_ft.data.formats.talk import Finder, Talk
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Record
@@ -44,9 +44,10 @@ FORMS: Mapping[str, Form] = {
     "prompt_completion": Form(read_row, ("prompt", "completion")),
     "query_response": Form(read_row, ("query", "response")),
     "alpaca": Form(read_row, ("instruction", "output")),
-    "texts": Form(read_texts, ("texts",)),
+    "pairs": Form(read_pairs, ()),
     "columns": Form(read_row, ()),
 }
+FORCED_FIX = "delete the setting format, which names that form, or name the right one"
 
 
 def form_of(entry: Any, reading: Reading = AS_FOUND) -> str:
@@ -63,14 +64,12 @@ def form_of(entry: Any, reading: Reading = AS_FOUND) -> str:
             return "sharegpt"
         return "v1" if _is_v1(entry["conversations"]) else "documented"
     if "messages" in entry:
-        turns = entry["messages"] if isinstance(entry["messages"], list) else []
-        in_parts = any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns)
-        return "openai" if in_parts else "messages"
+        return "openai" if are_in_parts(entry["messages"]) else "messages"
     for name in ("prompt_completion", "query_response", "alpaca"):
         if all(key in entry for key in FORMS[name].needs):
             return name
-    if isinstance(entry.get("texts"), list):
-        return "texts"
+    if is_pairs(entry.get("texts")) or is_pairs(entry.get("conversation")):
+        return "pairs"
     return "columns" if any(key in entry for key in (*QUESTION, *ANSWER)) else ""
 
 
@@ -93,13 +92,16 @@ def read_entry(entry: Any, where: str, media: Finder, problems: list[Problem], r
         _say_no_form(entry, where, complaints)
         return None
     form = FORMS[name]
+    if name == "pairs" and not (is_pairs(entry.get("texts")) or is_pairs(entry.get("conversation"))):
+        complaints.say(where, "is not of the form pairs", FORCED_FIX)
+        return None
     if missing := [key for key in form.needs if key not in entry]:
         what = f'is not of the form {name}: it has no key "{missing[0]}"'
-        complaints.say(where, what, "delete the setting format, which names that form, or name the right one")
+        complaints.say(where, what, FORCED_FIX)
         return None
     before = len(problems)
     talk = form.read(entry, where, complaints)
-    record = assemble(talk, where, media, complaints)
+    record = assemble(talk, where, media, complaints, reading.boxes)
     return record if len(problems) == before else None
 
 

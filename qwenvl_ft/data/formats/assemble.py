@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from qwenvl_ft.data.boxes import placed
 from qwenvl_ft.data.formats.documented import check_text, check_untagged, read_parts
 from qwenvl_ft.data.formats.keys import Complaints
 from qwenvl_ft.data.formats.objects import Objects
 from qwenvl_ft.data.formats.talk import Finder, Listed, Said, Shown, Talk
+from qwenvl_ft.data.reading import Numbers
 from qwenvl_ft.data.records import InTable, InTar, Medium, Part, Picture, Record, Turn
 from qwenvl_ft.errors import UserError
 
@@ -20,10 +22,11 @@ EMPTY_FIX = "write its text or delete the turn and its partner"
 TURNS_FIX = "let user and assistant take turns, user first"
 
 
-def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints) -> Record | None:
-    """The record, or None where anything was complained about."""
+def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints, boxes: Numbers | None = None) -> Record | None:
+    """The record, or None where anything was complained about. `boxes` says what the numbers of those in its texts are."""
     before = len(complaints.problems)
     media = _Media(talk, finder, complaints)
+    places: list[str] = []
     objects = Objects(talk.objects, where, complaints) if talk.objects is not None else None
     turns: list[Turn] = []
     place, last, expected = where, "", "user"
@@ -44,6 +47,7 @@ def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints) -> 
             continue
         goes_on = said.role == "call" and last == "assistant"  # an answer that ends in a call, or several calls
         follows = role == "tool" and (last == "tool" or (last == "assistant" and bool(turns) and bool(turns[-1].calls)))
+        follows |= talk.in_parts and role == last == "user"
         if role not in ("system", None, expected) and not goes_on and not follows:
             complaints.say(place, f"is from the {role} where the {expected}'s turn was due", TURNS_FIX)
         if role != "system":
@@ -65,6 +69,7 @@ def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints) -> 
             turns[-1] = replace(turns[-1], calls=turns[-1].calls + said.calls)
         else:
             turns.append(Turn(role or "user", parts, taught=teaches or not answers, calls=said.calls))
+            places.append(place)
     if place == where and not turns and len(complaints.problems) > before:
         return None  # there are no turns to speak of
     if not answered:
@@ -73,38 +78,37 @@ def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints) -> 
         complaints.say(place, f"the last turn is the {last}'s and nobody answers it", "add the answer or delete it")
     elif not taught:
         complaints.say(where, 'has "loss": false on every answer, so it teaches nothing', "let one be taught, or delete the record")
-    front = media.settle(where, talk.front)
+    front = media.settle(where, talk.front) if media.used else []
     if hollow and not front:
         complaints.say(hollow, "the user's turn is empty", EMPTY_FIX)
     if objects:
         objects.settle()
-    if len(complaints.problems) > before:
-        return None
-    if front:
-        first = next(number for number, turn in enumerate(turns) if turn.role == "user")
+    if front and turns:
+        first = next((number for number, turn in enumerate(turns) if turn.role == "user"), 0)
         turns[first] = replace(turns[first], parts=(*front, *turns[first].parts))
-    return Record(where, tuple(turns), talk.tools)
+    if all(media.pictures):  # else boxes might be looked for in the wrong one
+        turns = placed(turns, places, boxes, complaints.problems)
+    return Record(where, tuple(turns), talk.tools) if len(complaints.problems) == before else None
 
 
 def _parts(said: Said, role: str, media: "_Media", objects: Objects | None, complaints: Complaints) -> Sequence[Part]:
     """The texts, boxes and media of a turn."""
-    if isinstance(said.content, str):  # the common case, and the quick one
-        content: list[str | Shown] = [said.content]
-    else:
-        content = said.content or []
     found: list[Part] = []
-    for text in (*(part for part in content if isinstance(part, str)), *said.calls):
-        check_text(text, said.place, complaints)
-    for part in content:
+    for part in [said.content] if isinstance(said.content, str) else said.content or ():
         if isinstance(part, Shown):
             medium = media.next(part.kind) if part.listed is None else media.found(part.kind, part.listed)
             found += [medium] if medium else []
-        elif role == "user":
+            continue
+        check_text(part, said.place, complaints)
+        if role in ("user", "tool"):  # a tool may bring a picture
             found += read_parts(part, said.place, media, complaints)
         else:
-            check_untagged(part, role, said.place, media, complaints)
+            if "<" in part:
+                check_untagged(part, role, said.place, media, complaints)
             if part.strip():
                 found.append(part)
+    for text in said.calls:
+        check_text(text, said.place, complaints)
     return found if objects is None else objects.put_into(found, said.place, media.pictures)
 
 
@@ -126,6 +130,10 @@ class _Media:
     @property
     def any_listed(self) -> bool:
         return any(self.listed.values())
+
+    @property
+    def used(self) -> bool:
+        return self.any_listed or any(self.asked.values())
 
     def lists(self, kind: str) -> bool:
         return bool(self.listed[kind])

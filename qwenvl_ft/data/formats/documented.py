@@ -7,11 +7,11 @@ The newline after a tag or a placeholder belongs to it.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
 from qwenvl_ft.data.formats.keys import Complaints
-from qwenvl_ft.data.records import CONTROL_TOKEN, Part, Record
+from qwenvl_ft.data.records import CONTROL_TOKEN, Part
 
 OPEN, CLOSE = "<img>", "</img>"
 OPEN_VIDEO, CLOSE_VIDEO = "<video>", "</video>"
@@ -23,7 +23,6 @@ TAG_FIXES = {
     "<video>": "write <video>clip.mp4</video>",
     "<audio>": "sound is not trained on: leave the record out, or take the tag out if the talk needs none",
 }
-BOX_TAG = re.compile(r"</?(?:ref|box|quad)>")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -109,21 +108,3 @@ def _video_end(text: str, at: int) -> int:
     """Where the tag that was opened before `at` is closed; -1 for a placeholder, after which another one may come."""
     following = text.find(OPEN_VIDEO, at)
     return text.find(CLOSE_VIDEO, at, len(text) if following < 0 else following)
-
-
-def record_notes(records: Sequence[Record]) -> list[str]:
-    """What is allowed and probably not meant, a line each: the tags that the first Qwen-VL's data has, which are no tokens of later
-    families; answers that begin with white space, which is learnt, too."""
-    tagged = [record.where for record in records if any(BOX_TAG.search(turn.text) for turn in record.turns)]
-    answers = [(record.where, turn) for record in records for turn in record.turns if turn.role == "assistant" and turn.taught]
-    spaced = [where for where, turn in answers if turn.text[:1].isspace()]
-    found = []
-    if tagged:
-        some = f"{len(tagged):,} records hold" if len(tagged) > 1 else "1 record holds"
-        what = "<ref> or <box>, which is taught as letters: Qwen2-VL and later have no such tokens"
-        found.append(f"{some} {what} ({tagged[0]} for one)")
-    if spaced:
-        some = f"{len(spaced):,} answers begin" if len(spaced) > 1 else "1 answer begins"
-        what = "with white space, which is taught as it stands: take it out if it is not meant"
-        found.append(f"{some} {what} ({spaced[0]} for one)")
-    return found

@@ -22,7 +22,7 @@ NO_WEIGHTS = (
 )
 ANSWER = "only the assistant's turns are taught: write what is to be learnt as their text, and delete the key"
 MASK = 'write "loss": false on an answer that is not to be taught, and delete the key'
-TURNS = 'write its turns as "conversations", each with from and value'
+TURNS = 'write its turns as "conversations", each with from and value, or say what has them: columns: {conversations: KEY}'
 SHARED = {
     **dict.fromkeys(("image_path", "image_file", "image_url", "image_name", "image_paths", "image_urls", "img", "img_path", "imgs",
                      "picture", "pictures"), AS_IMAGES),
@@ -55,7 +55,7 @@ MESSAGE_FIXES = TURN_FIXES | {
     **dict.fromkeys(("from", "speaker"), 'write it as "role"'),
 }  # fmt: skip
 PART_FIXES = SHARED | {
-    "detail": "delete it: max_pixels says how large pictures are",
+    "detail": 'delete it: a "max_pixels" beside the picture says how large it is shown, else the setting of that name',
     **dict.fromkeys(("resized_height", "resized_width"), "delete it: pictures keep their shape, and max_pixels bounds their area"),
 }  # fmt: skip
 

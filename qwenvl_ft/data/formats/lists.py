@@ -22,8 +22,9 @@ def read_list(entry: dict[str, Any], where: str, complaints: Complaints) -> Talk
     key, way = ("conversations", OLD) if "conversations" in entry else ("messages", NEW)
     complaints.unknown_keys(entry, where, KNOWN[key], FIXES)
     said: Iterator[Said] = read_turns(entry[key], f"{where}.{key}", complaints, way)
+    in_parts = key == "messages" and are_in_parts(entry[key])
     if not entry.keys() & READ:  # the talk alone
-        return Talk(said)
+        return Talk(said, in_parts=in_parts)
     system = entry.get("system")
     if isinstance(system, str) and system:
         said = chain((Said(f"{where}.system", "system", system),), said)
@@ -35,7 +36,13 @@ def read_list(entry: dict[str, Any], where: str, complaints: Complaints) -> Talk
         _beside(entry, VIDEOS, where, complaints),
         tools_of(entry.get("tools"), f"{where}.tools", complaints),
         entry.get("objects"),
+        in_parts=in_parts,
     )
+
+
+def are_in_parts(messages: Any) -> bool:
+    """Whether the content of a message is a list of parts."""
+    return isinstance(messages, list) and any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in messages)
 
 
 def _beside(entry: dict[str, Any], keys: tuple[str, ...], where: str, complaints: Complaints) -> list[Listed]:

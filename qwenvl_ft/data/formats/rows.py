@@ -42,25 +42,30 @@ def read_row(entry: dict[str, Any], where: str, complaints: Complaints) -> Talk:
     )
 
 
-def read_texts(entry: dict[str, Any], where: str, complaints: Complaints) -> Talk:
-    """The Cauldron's rows: `texts` is a list of a user's and an assistant's texts, `images` come first."""
-    complaints.unknown_keys(entry, where, {*IDS, "texts", *PICTURES}, FIXES)
+def read_pairs(entry: dict[str, Any], where: str, complaints: Complaints) -> Talk:
+    """A list of a user's and an assistant's texts: the Cauldron's `texts`, ms-swift's `conversation`."""
+    key = "texts" if "texts" in entry else "conversation"
+    complaints.unknown_keys(entry, where, {*IDS, *PICTURES, "system", key}, FIXES)
+    return Talk(_pairs(entry, key, where, complaints), listed(entry, _first(entry, PICTURES), where, complaints), front=True)
 
-    def said() -> Iterator[Said]:
-        texts = entry["texts"]
-        if not isinstance(texts, list):
-            complaints.not_a("a list", texts, f"{where}.texts", 'write [{"user": "...", "assistant": "..."}]')
-            return
-        for number, pair in enumerate(texts):
-            place = f"{where}.texts[{number}]"
-            if not isinstance(pair, dict):
-                complaints.not_a("an object", pair, place, 'write {"user": "...", "assistant": "..."}')
-                continue
-            complaints.unknown_keys(pair, place, {"user", "assistant"}, {})
-            yield _text(pair, "user", "user", place, complaints)
-            yield _text(pair, "assistant", "assistant", place, complaints)
 
-    return Talk(said(), listed(entry, _first(entry, PICTURES), where, complaints), front=True)
+def _pairs(entry: dict[str, Any], key: str, where: str, complaints: Complaints) -> Iterator[Said]:
+    if not is_empty(entry.get("system")):
+        yield _text(entry, "system", "system", where, complaints)
+    for number, pair in enumerate(entry[key]):
+        place = f"{where}.{key}[{number}]"
+        if not isinstance(pair, dict):
+            complaints.not_a("an object", pair, place, 'write {"user": "...", "assistant": "..."}')
+            continue
+        user = "human" if "human" in pair else "user"
+        complaints.unknown_keys(pair, place, {user, "assistant"}, {})
+        yield _text(pair, user, "user", place, complaints)
+        yield _text(pair, "assistant", "assistant", place, complaints)
+
+
+def is_pairs(value: Any) -> bool:
+    """Whether this is what `read_pairs` reads."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and bool({"user", "human"} & value[0].keys())
 
 
 def _first(entry: dict[str, Any], names: tuple[str, ...]) -> str:

@@ -51,7 +51,10 @@ class Said(NamedTuple):
 
 
 class Talk(NamedTuple):
-    """One entry. Where `front` is true and no text holds a placeholder, the media come before the first user's text."""
+    """One entry. Where `front` is true and no text holds a placeholder, the media come before the first user's text.
+
+    OpenAI's own examples have a user's text and pictures in several turns: where turns are `in_parts`, a user may go on.
+    """
 
     said: Iterator[Said]
     pictures: Sequence[Listed] = ()
@@ -59,3 +62,4 @@ class Talk(NamedTuple):
     tools: tuple[str, ...] = ()
     objects: Any = None
     front: bool = False
+    in_parts: bool = False

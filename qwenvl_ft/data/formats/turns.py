@@ -42,12 +42,19 @@ def read_turns(talk: Any, where: str, complaints: Complaints, way: tuple[str, st
             here = OLD
         elif "role" in turn or "content" in turn:
             here = NEW
-        yield _read_turn(turn, here, place, due, complaints)
+        by, what = here
+        role = ROLES.get(turn[by]) if isinstance(turn.get(by), str) else None
+        if role in ("user", "assistant") and len(turn) == 2 and isinstance(turn.get(what), str):  # nearly all, and so the quick way
+            due.clear()
+            yield Said(place, role, turn[what])
+        else:
+            yield _read_turn(turn, role, here, place, due, complaints)
 
 
-def _read_turn(turn: dict[str, Any], way: tuple[str, str], place: str, due: list[tuple[Any, str]], complaints: Complaints) -> Said:
+def _read_turn(
+    turn: dict[str, Any], role: str | None, way: tuple[str, str], place: str, due: list[tuple[Any, str]], complaints: Complaints
+) -> Said:
     by, what = way
-    role = ROLES.get(turn[by]) if isinstance(turn.get(by), str) else None
     known = KNOWN[way] | {"name"} if role == "tool" else KNOWN[way]
     complaints.unknown_keys(turn, place, known, FIXES[way])
     content = turn.get(what)
@@ -67,7 +74,7 @@ def _read_turn(turn: dict[str, Any], way: tuple[str, str], place: str, due: list
         complaints.say(place, f'is from "{turn[by][:60]}"', ROLE_FIX, kind=ROLE_FIX)
     if isinstance(content, list):
         content = _read_parts(content, role or "user", place, complaints)
-        if role not in ("user", None):
+        if role not in ("user", "tool", None):
             content = "".join(part for part in content if isinstance(part, str))
     calls: tuple[str, ...] = ()
     if role not in ("tool", "call"):  # what was not answered by now never is
@@ -114,7 +121,8 @@ def _read_parts(parts: list[Any], role: str, place: str, complaints: Complaints)
         complaints.unknown_keys(part, at, known, PART_FIXES)
         value = part.get(key)
         if isinstance(value, dict):  # OpenAI's {"image_url": {"url": ...}}
-            complaints.unknown_keys(value, f"{at}.{key}", {"url"}, PART_FIXES)
+            known = {"url", "detail"} if value.get("detail") in ("auto", "high") else {"url"}  # which is how pictures are shown
+            complaints.unknown_keys(value, f"{at}.{key}", known, PART_FIXES)
             value = value.get("url", value)
         if kind == "text":
             if isinstance(value, str):
@@ -122,7 +130,7 @@ def _read_parts(parts: list[Any], role: str, place: str, complaints: Complaints)
             else:
                 complaints.not_a("a text", value, at, PART, key)
             continue
-        if role != "user":
+        if role not in ("user", "tool"):
             complaints.say(at, f"a part of the {role}'s turn is no text", "show pictures and videos in the user's turns only")
             continue
         options = {name: part[name] for name in OPTIONS[kind] if part.get(name) is not None}

@@ -1,0 +1,138 @@
+"""Scripts and media as arrays and texts: how they go from process to process, and into a table."""
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from qwenvl_ft.data.chat import IGNORE, Chat, Script
+from qwenvl_ft.data.geometry import resized, shrunk
+from qwenvl_ft.data.records import InTable, InTar, Medium, Picture, Video
+from qwenvl_ft.data.sources import holder
+
+Ints = NDArray[np.int32]
+LISTS = ("ids", "taught", "counts", "grids", "media")  # the columns of numbers; `taught` are starts and ends of spans
+NUMBERS = ("length", "taught", "media_tokens", "record")  # of each script one
+GONE = -1  # the size of a file that is not there
+
+
+@dataclass
+class Packed:
+    """Scripts as arrays: of each column the numbers of all, and how many are whose. `numbers` is (scripts, NUMBERS)."""
+
+    where: list[str] = field(default_factory=list)
+    columns: dict[str, tuple[Ints, Ints]] = field(default_factory=dict)
+    numbers: Ints = field(default_factory=lambda: np.zeros((0, len(NUMBERS)), np.int32))
+
+
+def pack_scripts(scripts: Sequence[tuple[int, Script]], media: Mapping[Medium, int]) -> Packed:
+    """Scripts, each with the number of its record, whose media have these numbers."""
+    columns = {name: (array("i"), array("i")) for name in LISTS}
+    numbers = array("i")
+    for number, script in scripts:
+        spans = spans_of(script)
+        held: dict[str, Sequence[int]] = {
+            "ids": script.ids, "taught": spans, "counts": script.counts,
+            "grids": [side for grid in script.grids for side in grid], "media": [media[medium] for medium in script.media],
+        }  # fmt: skip
+        for name, values in held.items():
+            columns[name][0].extend(values)
+            columns[name][1].append(len(values))
+        numbers.extend((script.length, sum(spans[1::2]) - sum(spans[::2]), sum(script.counts), number))
+    arrays = {name: (np.array(values, np.int32), np.array(counts, np.int32)) for name, (values, counts) in columns.items()}
+    return Packed([script.where for _, script in scripts], arrays, np.array(numbers, np.int32).reshape(-1, len(NUMBERS)))
+
+
+def spans_of(script: Script) -> list[int]:
+    """Starts and ends of what is taught, one after another."""
+    taught = np.array([IGNORE, *script.labels, IGNORE]) != IGNORE
+    spans: list[int] = np.flatnonzero(taught[1:] != taught[:-1]).tolist()
+    assert all(script.ids[start:end] == script.labels[start:end] for start, end in zip(spans[::2], spans[1::2], strict=True))
+    return spans
+
+
+class FileState(NamedTuple):
+    """A file with what changes when it does; GONE where it is not there."""
+
+    path: str
+    num_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, path: str) -> "FileState":
+        """As it is now."""
+        try:
+            state = os.stat(path)
+        except (OSError, ValueError):
+            return cls(path, GONE, 0, 0)
+        return cls(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@dataclass
+class PackedMedium:
+    """A medium as JSON, the digest the same for equal ones, with the files that hold it.
+
+    `area` is a picture's, in px as the model sees it, and `is_shrunk` whether it is made smaller for that; without a chat, and of
+    a video, 0 and false.
+    """
+
+    text: str
+    digest: bytes
+    files: list[FileState]
+    is_picture: bool
+    is_shrunk: bool = False
+    area: int = 0
+
+
+def pack_medium(medium: Medium, chat: Chat | None) -> PackedMedium:
+    """With a chat, as its model would see it."""
+    values = {part.name: getattr(medium, part.name) for part in fields(medium)} | {"source": _written(medium.source)}
+    compared = [values[part.name] for part in fields(medium) if part.compare]
+    digest = hashlib.blake2b(json.dumps([medium.kind, compared]).encode(), digest_size=16).digest()
+    held = medium.source if isinstance(medium.source, tuple) else (medium.source,)
+    paths = dict.fromkeys(str(holder(source)) for source in held if not isinstance(source, Image.Image))
+    if isinstance(medium.source, tuple):  # frames: one more in their folder changes what the folder means
+        paths |= dict.fromkeys(str(Path(path).parent) for path in paths)
+    packed = PackedMedium(json.dumps([medium.kind, *values.values()]), digest, list(map(FileState.of, paths)), False)
+    if isinstance(medium, Picture):
+        packed.is_picture = True
+        if chat:
+            limits = chat.limits.of(medium)
+            height, width = resized(medium.height, medium.width, limits)
+            packed.is_shrunk, packed.area = shrunk(medium.height, medium.width, limits), height * width
+    return packed
+
+
+def read_medium(text: str) -> Medium:
+    """What `pack_medium` wrote."""
+    kind, source, *rest = json.loads(text)
+    values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in rest]
+    medium: Medium = {of.kind: of for of in (Picture, Video)}[kind](_read(source), *values)
+    return medium
+
+
+def _written(source: Any) -> Any:
+    if isinstance(source, tuple):
+        return [_written(one) for one in source]
+    if isinstance(source, Path):
+        return str(source)
+    values = {part.name: getattr(source, part.name) for part in fields(source)}
+    return values | {"path": str(source.path), "of": type(source).__name__}
+
+
+def _read(found: Any) -> Any:
+    if isinstance(found, list):
+        return tuple(map(_read, found))
+    if isinstance(found, str):
+        return Path(found)
+    kind = {of.__name__: of for of in (InTar, InTable)}[found.pop("of")]
+    return kind(**(found | {"path": Path(found["path"])}))
