@@ -257,10 +257,15 @@ NOT_NEEDED = {key: why for why, keys in {
     "a run is never overwritten: name a new output_dir, or delete the old one":
         "overwrite_output_dir",
     "every record is used; for a try write a smaller meta-file, or set max_steps":
-        "max_samples max_train_samples max_eval_samples streaming buffer_size interleave_probs mix_strategy",
-    "the meta-file is read as it stands, and nothing of it is cached":
-        "overwrite_cache tokenized_path dataset_prepared_path cache_dir dataset_text_field dataset_kwargs "
-        "dataset_config dataset_name dataset_train_split dataset_test_split lazy_preprocess "
+        "max_samples max_train_samples max_eval_samples",
+    "meta-files are always read in little memory":
+        "streaming buffer_size",
+    "train_meta_file takes a list of {file, data_dir, weight}":
+        "interleave_probs mix_strategy",
+    "write train_meta_file: hf:ORG/NAME#train, or another split behind the #":
+        "dataset_config dataset_name dataset_train_split dataset_test_split",
+    "the meta-file is read as it stands":
+        "overwrite_cache tokenized_path dataset_prepared_path cache_dir dataset_text_field dataset_kwargs lazy_preprocess "
         "lazy_tokenize skip_prepare_dataset load_from_cache_file",
     "a checkpoint holds the adapter and all that resume needs; save_total_limit says how many are kept":
         "save_only_model save_safetensors save_on_each_node save_first_step create_checkpoint_symlink",

@@ -65,7 +65,8 @@ def read_settings(config: Path, overrides: list[str] | None, say: Callable[[str]
                 problems.append(Problem(f"{key}: {path}", "is not there", f"put your {of} there, or set {key} to where it is"))
     try:
         if not problems or read_source(str(settings.model)) is None:  # nothing is downloaded for a run that could not begin
-            settings = with_local_data(with_local_model(settings, say), say)
+            settings = with_local_model(settings, say)
+            settings = settings if problems else with_local_data(settings, say)
     except UserError as error:
         problems = [*error.problems, *problems]
     if problems:

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qwenvl_ft.data import sources
+from qwenvl_ft.data.files.snappy import Blocks, find_blocks
 from qwenvl_ft.data.records import InTable
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -81,3 +82,36 @@ def test_what_is_not_there_is_an_os_error(table, tmp_path):
     null = table.column("raw").to_pylist().index(None)
     with pytest.raises(OSError, match="holds no bytes"):
         sources.read(InTable(file, "x", "raw", null))
+
+
+@pytest.mark.parametrize(
+    "written", [{}, {"use_dictionary": False}, {"data_page_version": "2.0", "use_dictionary": False}, {"row_group_size": 100}]
+)
+def test_a_large_page_is_read_by_its_blocks(written, tmp_path, monkeypatch):
+    """Of pictures, which do not compress, of drawings, which do, and of what lies across several blocks of 64 KiB."""
+    random = np.random.default_rng(0)
+    wanted = [
+        None
+        if at % 7 == 3
+        else random.bytes(int(random.integers(0, 200_000)))
+        if at % 2
+        else b"abc%d" % at * int(random.integers(0, 50_000))
+        for at in range(200)
+    ]
+    pq.write_table(pa.table({"raw": wanted}), tmp_path / "a.parquet", **written)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", None)
+    cut = []
+    real = Blocks.cut
+    monkeypatch.setattr(Blocks, "cut", lambda self, start, end: (cut.append(end - start), real(self, start, end))[1])
+    for at in random.permutation(200):
+        if wanted[at] is not None:
+            assert sources.read(InTable(tmp_path / "a.parquet", "x", "raw", int(at))) == wanted[at]
+    assert len(cut) > 150 and max(cut) > 100_000
+
+
+def test_what_is_not_made_of_blocks_is_not_taken_for_it(tmp_path):
+    whole = pa.Codec("snappy").compress(np.random.default_rng(0).bytes(200_000)).to_pybytes()
+    assert find_blocks(tmp_path, 0, whole).num_bytes == 200_000
+    letters = bytes(70_000)
+    of_one = b"\xf0\xa2\x04" + bytes([62 << 2]) + (len(letters) - 1).to_bytes(3, "little") + letters
+    assert pa.Codec("snappy").decompress(of_one, 70_000).to_pybytes() == letters and find_blocks(tmp_path, 0, of_one) is None

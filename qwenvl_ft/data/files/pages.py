@@ -16,7 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from qwenvl_ft.data.files.snappy import Blocks, find_blocks
+
 KEPT_BYTES = 128 << 20  # of decompressed pages
+LARGE_BYTES = 1 << 18  # of a page: of one that Snappy compressed no more than its index is kept
 HEAD_BYTES = 256  # of a page, in which its header is if it has no statistics
 DATA, DICTIONARY, DATA_V2 = 0, 2, 3  # kinds of pages
 PLAIN, PLAIN_DICTIONARY, RLE_DICTIONARY = 0, 2, 8
@@ -39,14 +42,20 @@ class Page(NamedTuple):
 class Values(NamedTuple):
     """The values of a page, which lie in `body` from each start to 4 bytes before the next; `which` they are of a dictionary's."""
 
-    body: memoryview
+    body: memoryview | Blocks
     starts: NDArray[np.int64]
     which: NDArray[np.uint32] | None
+
+    @property
+    def num_bytes(self) -> int:
+        """What it costs in memory."""
+        return self.starts.nbytes + (len(self.body) if isinstance(self.body, memoryview) else self.body.starts.nbytes)
 
     def take(self, number: int) -> bytes:
         """One of them."""
         at = number if self.which is None else int(self.which[number])
-        return bytes(self.body[self.starts[at] : self.starts[at + 1] - 4])
+        start, end = int(self.starts[at]), int(self.starts[at + 1]) - 4
+        return bytes(self.body[start:end]) if isinstance(self.body, memoryview) else self.body.cut(start, end)
 
 
 class Chunk:
@@ -62,9 +71,11 @@ class Chunk:
         self.most_defined, self.most_repeated = leaf.max_definition_level, leaf.max_repetition_level
         if self.most_repeated > 1 or (of.compression != "UNCOMPRESSED" and of.compression not in CODECS):
             raise Unread
+        self.compression = of.compression
         self.codec = pa.Codec(CODECS[of.compression]) if of.compression in CODECS else None
         self.pages: list[Page] = []
         self.dictionary: Page | None = None
+        self.words: Values | None = None
         start = of.data_page_offset if of.dictionary_page_offset is None else min(of.dictionary_page_offset, of.data_page_offset)
         self._find_pages(start, start + of.total_compressed_size)
         self.firsts = [page.first for page in self.pages]
@@ -135,14 +146,33 @@ class Chunk:
         count = int(defined.sum())
         encoding = page.header[5][2] if page.header[1] == DATA else page.header[8][4]
         if encoding == PLAIN:
-            return defined, plain_values(rest, count)
+            return defined, self._lighter(page, plain_values(rest, count), page.header[2] - len(rest))
         if encoding not in (PLAIN_DICTIONARY, RLE_DICTIONARY) or self.dictionary is None:
             raise Unread
-        words = plain_values(self.body(self.dictionary), self.dictionary.header[7][1])
+        words = self._words()
         which = hybrid(rest[1:], rest[0], count) if count else np.zeros(0, np.uint32)
         if count and which.max() >= len(words.starts) - 1:
             raise ValueError("a value that is not in the dictionary")
         return defined, words._replace(which=which)
+
+    def _words(self) -> Values:
+        """The values of the dictionary."""
+        if self.words is None and self.dictionary is not None:
+            words = plain_values(self.body(self.dictionary), self.dictionary.header[7][1])
+            self.words = self._lighter(self.dictionary, words, 0)
+        assert self.words is not None
+        return self.words
+
+    def _lighter(self, page: Page, values: Values, before: int) -> Values:
+        """The values, if they can be read by blocks, without their body. `before` them in the page stand so many bytes."""
+        second = page.header[1] == DATA_V2
+        if self.compression != "SNAPPY" or (second and not page.header[8].get(7, True)) or values.num_bytes < LARGE_BYTES:
+            return values
+        levels = page.header[8][5] + page.header[8][6] if second else 0
+        with self.path.open("rb") as file:
+            file.seek(page.offset + levels)
+            blocks = find_blocks(self.path, page.offset + levels, file.read(page.header[3] - levels))
+        return values if blocks is None else values._replace(body=blocks, starts=values.starts + (before - levels))
 
 
 class Kept:
@@ -150,14 +180,17 @@ class Kept:
 
     def __init__(self) -> None:
         self.pages: OrderedDict[tuple[int, int], tuple[Chunk, NDArray[np.bool_], Values]] = OrderedDict()
+        self.num_bytes = 0
         self.lock = Lock()
 
     def get(self, chunk: Chunk, number: int) -> tuple[NDArray[np.bool_], Values]:
         with self.lock:
             if (id(chunk), number) not in self.pages:
                 self.pages[id(chunk), number] = chunk, *chunk.decoded(number)  # the chunk itself, so that no other has its id
-                while len(self.pages) > 1 and sum(len(values.body) for _, _, values in self.pages.values()) > KEPT_BYTES:
-                    self.pages.popitem(last=False)
+                self.num_bytes += self.pages[id(chunk), number][2].num_bytes
+                while len(self.pages) > 1 and self.num_bytes > KEPT_BYTES:
+                    _, (_, _, gone) = self.pages.popitem(last=False)
+                    self.num_bytes -= gone.num_bytes
             self.pages.move_to_end((id(chunk), number))
             return self.pages[id(chunk), number][1:]
 

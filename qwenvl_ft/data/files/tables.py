@@ -62,9 +62,10 @@ def split_files(folder: Path) -> list[Path]:
 def _parquet(file: Path) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(file) as opened:
         rows = 0
-        for batch in opened.iter_batches(BATCH_ROWS, use_threads=False):
-            rows += batch.num_rows
-            yield batch
+        for group in range(opened.num_row_groups):  # each by itself: over several, pyarrow keeps what it has read of all
+            for batch in opened.iter_batches(BATCH_ROWS, row_groups=[group], use_threads=False):
+                rows += batch.num_rows
+                yield batch
         if rows != opened.metadata.num_rows:
             raise ValueError(f"it holds {rows} rows and says {opened.metadata.num_rows}")
 
