@@ -11,6 +11,7 @@ the growth. The peak of a process is what the kernel says of it: VmHWM, asked fo
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -206,6 +207,12 @@ def markdown(costs: list[Cost]) -> str:
     return "\n".join(lines)
 
 
+def rounded_up(value: float) -> float:
+    """The next number of one digit that four parts of an axis share well."""
+    digit = 10 ** math.floor(math.log10(value))
+    return next(of * digit for of in (1, 2, 4, 6, 8, 10) if of * digit >= value)
+
+
 def draw(costs: list[Cost]) -> str:
     """Two charts as SVG: CPU seconds and the highest peak of a process, by records."""
     counts = sorted({cost.num_records for cost in costs})
@@ -219,7 +226,7 @@ def draw(costs: list[Cost]) -> str:
            '<rect width="100%" height="100%" fill="white"/>']  # fmt: skip
     for number, (title, value, form) in enumerate(charts):
         x0, y0 = left + number * (width + gap), 40
-        most = max(map(value, costs)) * 1.3
+        most = rounded_up(max(map(value, costs)))
         out.append(f'<text x="{x0}" y="24" font-weight="bold">{title}</text>')
         for tick in range(5):
             y = y0 + height - tick * height / 4
@@ -238,7 +245,7 @@ def draw(costs: list[Cost]) -> str:
     for number, (what, color) in enumerate(colors.items()):
         x, y = left + number * 180, height + 90
         out.append(f'<rect x="{x}" y="{y - 10}" width="12" height="12" fill="{color}"/><text x="{x + 18}" y="{y}">{what}</text>')
-    out.append(f'<text x="{left}" y="{height + 76 - 10}" fill="#555">records (each step is ten times the last)</text></svg>')
+    out.append(f'<text x="{left + width / 2}" y="{height + 74}" fill="#555" text-anchor="middle">records</text></svg>')
     return "\n".join(out) + "\n"
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+from qwenvl_ft.data.chat import Chat
 from qwenvl_ft.errors import NonFiniteLoss, UserError
 from qwenvl_ft.folders.whole import seal
 from qwenvl_ft.model.load import limited
@@ -304,15 +305,17 @@ def test_resume_sees_pictures_that_have_swapped_their_names(tmp_path):
 def test_resume_sees_that_another_answer_is_taught_in_the_same_words(tmp_path, monkeypatch):
     """The records' ids alone were compared, not which of them are taught."""
     run(tmp_path, max_steps=1)
-    stock = loop.make_ready
+    write = Chat.write_scripts
 
-    def untaught(settings):
-        prepared, held_out = stock(settings)
-        script = prepared.scripts[0]
-        script.labels[script.labels.index(next(label for label in script.labels if label != -100))] = -100
-        return prepared, held_out
+    def untaught(chat, record):
+        scripts = write(chat, record)
+        if record.where == "few.json[0]":
+            labels = scripts[0].labels
+            labels[labels.index(next(label for label in labels if label != -100))] = -100
+        return scripts
 
-    monkeypatch.setattr(loop, "make_ready", untaught)
+    monkeypatch.setattr(Chat, "write_scripts", untaught)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where no table is yet
     with pytest.raises(UserError, match="the training records changed"):
         run(tmp_path, max_steps=1, resume=True)
 
