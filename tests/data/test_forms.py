@@ -84,6 +84,16 @@ def test_a_form_gives_the_ids_labels_and_grids_of_the_documented_one(name, read,
     assert form_of(SAME[name]) == FORM_OF[name]
 
 
+def test_an_index_counts_the_pictures_of_the_whole_record(read):
+    """HuggingFaceH4/llava-instruct-mix-vsft counts the pictures of all messages."""
+    parts = [[{"index": number, "text": None, "type": "image"}, {"index": None, "text": "q", "type": "text"}] for number in (0, 1)]
+    entry = {"images": ["a.png", "b.png"], "messages": messages(parts[0], "a", parts[1], "a")}
+    record, problems = read(entry)
+    assert not problems and [picture.name for picture in record.pictures] == ["a.png", "b.png"]
+    _, (problem, *_) = read({"images": ["a.png", "b.png"], "messages": messages(parts[1], "a", parts[0], "a")})
+    assert problem.what == 'its "index" is 1, and it is the next picture'
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_of_a_table_is_a_picture_a_question_and_an_answer(name, read, chat):
     (record, problems), (wanted, _) = read(ROWS[name]), read(ONE)
