@@ -145,7 +145,7 @@ def _lines(file: BinaryIO, name: str) -> Iterator[Entry]:
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            yield from [one] if one else []
+            yield from [one] if one and one.where else []
             yield Entry("", Problem(f"{where}:{error.start + 1}", *NOT_UTF8))
             return
         if not line.strip():
