@@ -276,8 +276,9 @@ def test_a_key_is_left_out_at_every_level_where_columns_says_so(read):
 
 def test_a_form_that_is_forced_and_wrong_is_a_problem_that_names_the_key(read):
     assert not read(ROWS["VQA"], format="columns")[1]
-    _, (problem,) = read(WANTED, format="alpaca")
-    assert problem.what == 'is not of the form alpaca: it has no key "instruction"' and "format" in problem.fix
+    for form in FORMS.keys() - {"documented", "v1", "llava", "sharegpt"}:
+        _, (problem,) = read(WANTED, format=form)
+        assert problem.what.startswith(f"is not of the form {form}: it has no ") and "format" in problem.fix
 
 
 def test_every_form_can_be_forced_in_a_config(tmp_path):
