@@ -84,6 +84,16 @@ def test_a_form_gives_the_ids_labels_and_grids_of_the_documented_one(name, read,
     assert form_of(SAME[name]) == FORM_OF[name]
 
 
+def test_an_index_counts_the_pictures_of_the_whole_record(read):
+    """HuggingFaceH4/llava-instruct-mix-vsft counts the pictures of all messages."""
+    parts = [[{"index": number, "text": None, "type": "image"}, {"index": None, "text": "q", "type": "text"}] for number in (0, 1)]
+    entry = {"images": ["a.png", "b.png"], "messages": messages(parts[0], "a", parts[1], "a")}
+    record, problems = read(entry)
+    assert not problems and [picture.name for picture in record.pictures] == ["a.png", "b.png"]
+    _, (problem, *_) = read({"images": ["a.png", "b.png"], "messages": messages(parts[1], "a", parts[0], "a")})
+    assert problem.what == 'its "index" is 1, and it is the next picture'
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_of_a_table_is_a_picture_a_question_and_an_answer(name, read, chat):
     (record, problems), (wanted, _) = read(ROWS[name]), read(ONE)
@@ -266,8 +276,9 @@ def test_a_key_is_left_out_at_every_level_where_columns_says_so(read):
 
 def test_a_form_that_is_forced_and_wrong_is_a_problem_that_names_the_key(read):
     assert not read(ROWS["VQA"], format="columns")[1]
-    _, (problem,) = read(WANTED, format="alpaca")
-    assert problem.what == 'is not of the form alpaca: it has no key "instruction"' and "format" in problem.fix
+    for form in FORMS.keys() - {"documented", "v1", "llava", "sharegpt"}:
+        _, (problem,) = read(WANTED, format=form)
+        assert problem.what.startswith(f"is not of the form {form}: it has no ") and "format" in problem.fix
 
 
 def test_every_form_can_be_forced_in_a_config(tmp_path):

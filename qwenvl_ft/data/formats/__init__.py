@@ -91,16 +91,11 @@ def read_entry(entry: Any, where: str, media: Finder, problems: list[Problem], r
     if not name:
         _say_no_form(entry, where, complaints)
         return None
-    form = FORMS[name]
-    if name == "pairs" and not (is_pairs(entry.get("texts")) or is_pairs(entry.get("conversation"))):
-        complaints.say(where, "is not of the form pairs", FORCED_FIX)
-        return None
-    if missing := [key for key in form.needs if key not in entry]:
-        what = f'is not of the form {name}: it has no key "{missing[0]}"'
-        complaints.say(where, what, FORCED_FIX)
+    if lacking := _lacks(name, entry):
+        complaints.say(where, f"is not of the form {name}: it has no {lacking}", FORCED_FIX)
         return None
     before = len(problems)
-    talk = form.read(entry, where, complaints)
+    talk = FORMS[name].read(entry, where, complaints)
     record = assemble(talk, where, media, complaints, reading.boxes)
     return record if len(problems) == before else None
 
@@ -125,6 +120,15 @@ def _is_v1(talk: Any) -> bool:
     first = talk[0] if isinstance(talk, list) and talk else None
     text = first.get("value") if isinstance(first, dict) else None
     return isinstance(text, str) and ("Picture 1: <img>" in text or "<ref>" in text or "<box>" in text)
+
+
+def _lacks(name: str, entry: dict[str, Any]) -> str:
+    """What an entry would need to be of this form, if it is not there."""
+    if name == "pairs":
+        return "" if is_pairs(entry.get("texts")) or is_pairs(entry.get("conversation")) else "list of pairs"
+    if name == "columns":
+        return "" if any(key in entry for key in (*QUESTION, *ANSWER)) else "question and no answer"
+    return next((f'key "{key}"' for key in FORMS[name].needs if key not in entry), "")
 
 
 def _say_no_form(entry: dict[str, Any], where: str, complaints: Complaints) -> None:

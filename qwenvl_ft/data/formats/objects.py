@@ -46,7 +46,7 @@ class Objects:
         for ref in self.refs:
             if isinstance(ref, str):
                 check_text(ref, self.where, complaints)
-        kind = objects.get("bbox_type") or "real"
+        kind = "real" if objects.get("bbox_type") is None else objects["bbox_type"]
         if kind not in ("real", "norm1"):
             complaints.say(self.where, f'its "bbox_type" is {str(kind)[:40]}', "write real or norm1")
         if self.images and len(self.images) != len(self.boxes):

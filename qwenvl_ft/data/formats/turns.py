@@ -1,6 +1,7 @@
 """Reads a list of turns as every form writes them: {"from", "value"} or {"role", "content"}, the content a text or parts."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ def read_turns(talk: Any, where: str, complaints: Complaints, way: tuple[str, st
         complaints.say(where, what, fix) if what else complaints.not_a("a list", talk, where, fix)
         return
     due: list[tuple[Any, str]] = []  # (id, name) of the calls that no tool has answered yet
+    unnamed = Counter[str]()  # parts that are the next picture or video beside the turns
     for number, turn in enumerate(talk):
         place = f"{where}[{number}]"
         if not isinstance(turn, dict):
@@ -48,12 +50,13 @@ def read_turns(talk: Any, where: str, complaints: Complaints, way: tuple[str, st
             due.clear()
             yield Said(place, role, turn[what])
         else:
-            yield _read_turn(turn, role, here, place, due, complaints)
+            yield _read_turn(turn, role, here, place, due, unnamed, complaints)
 
 
 def _read_turn(
-    turn: dict[str, Any], role: str | None, way: tuple[str, str], place: str, due: list[tuple[Any, str]], complaints: Complaints
-) -> Said:
+    turn: dict[str, Any], role: str | None, way: tuple[str, str], place: str, due: list[tuple[Any, str]], unnamed: Counter[str],
+    complaints: Complaints,
+) -> Said:  # fmt: skip
     by, what = way
     known = KNOWN[way] | {"name"} if role == "tool" else KNOWN[way]
     complaints.unknown_keys(turn, place, known, FIXES[way])
@@ -73,7 +76,7 @@ def _read_turn(
     if role is None:
         complaints.say(place, f'is from "{turn[by][:60]}"', ROLE_FIX, kind=ROLE_FIX)
     if isinstance(content, list):
-        content = _read_parts(content, role or "user", place, complaints)
+        content = _read_parts(content, role or "user", place, unnamed, complaints)
         if role not in ("user", "tool", None):
             content = "".join(part for part in content if isinstance(part, str))
     calls: tuple[str, ...] = ()
@@ -93,7 +96,7 @@ def _read_turn(
     return Said(place, role, content, _taught(turn, role, place, complaints), calls)
 
 
-def _read_parts(parts: list[Any], role: str, place: str, complaints: Complaints) -> list[str | Shown]:
+def _read_parts(parts: list[Any], role: str, place: str, unnamed: Counter[str], complaints: Complaints) -> list[str | Shown]:
     """Texts and media of a content that is a list: OpenAI's, TRL's and Qwen's ways of writing it."""
     found: list[str | Shown] = []
     for number, part in enumerate(parts):
@@ -135,8 +138,8 @@ def _read_parts(parts: list[Any], role: str, place: str, complaints: Complaints)
             continue
         options = {name: part[name] for name in OPTIONS[kind] if part.get(name) is not None}
         if value is None:
-            seen = sum(isinstance(one, Shown) and one.listed is None and one.kind == kind for one in found)
-            _check_index(part.get("index"), options, seen, at, complaints)
+            _check_index(part.get("index"), options, unnamed[kind], at, complaints)
+            unnamed[kind] += 1
         found.append(Shown(kind, None if value is None else Listed(value, at, options)))
     return found
 
