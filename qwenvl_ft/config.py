@@ -112,6 +112,7 @@ class Config(BaseModel):
     video_max_pixels: Area = 768 * 28 * 28
     row_tokens: Positive = 4096
     thinking: Literal["off", "on", "template"] = "off"
+    boxes: Literal["pixels", "unit", "thousand"] | None = None
     fetch_media: StrictBool = False
     format: Form | None = None
     columns: dict[str, str | None] = {}
@@ -328,12 +329,12 @@ NOT_NEEDED = {key: why for why, keys in {
         "activation_offloading auto_find_batch_size",
     "a short video is drawn whole, 4 frames at least; one of its own size says so in its record":
         "video_min_frames video_min_pixels video_resized_width video_resized_height nframes",
+    "boxes are written as the model's family writes them; the key boxes says what the numbers of the meta-file are":
+        "norm_bbox",
     "sound is not trained on":
         "audio_sampling_rate",
     "pictures keep their shape; min_pixels and max_pixels bound their area":
         "image_resized_width image_resized_height",
-    "boxes are taught as the meta-file writes them":
-        "norm_bbox",
     "no code of a model is ever run":
         "trust_remote_code plugins",
 }.items() for key in keys.split()}  # fmt: skip

@@ -7,6 +7,7 @@ import typer
 
 from qwenvl_ft.cli.options import (
     LORA_YAML,
+    BoxesOption,
     ConfigFile,
     DataDir,
     FetchMedia,
@@ -52,6 +53,7 @@ def validate_meta(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
+    boxes: BoxesOption = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode every picture, too: finds what breaks behind a good header.")
     ] = False,
@@ -74,7 +76,7 @@ def validate_meta(
 
     meta = local_meta(meta, print_note)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking)) if model else None
-    reading, tally, noted = read_reading(config, fetch_media, format), Tally(), Noted()
+    reading, tally, noted = read_reading(config, fetch_media, format, boxes=boxes), Tally(), Noted()
     problems, records, lengths = list[Problem](), list["Record"](), [np.zeros(0, np.int32)]
     pictures: set[bytes] = set()
     used = shown = 0
@@ -143,6 +145,7 @@ def show(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
+    boxes: BoxesOption = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write the drawing to this picture file, too.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write many records to this page for a browser.")] = None,
     start: Annotated[int | None, typer.Option(min=0, help="With --html: the first record of the page, 0 if not given.")] = None,
@@ -166,7 +169,7 @@ def show(
         check_page(html)
     meta = local_meta(meta, print_note)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
-    reading = read_reading(config, fetch_media, format)
+    reading = read_reading(config, fetch_media, format, boxes=boxes)
     if html:
         return _show_page(html, meta, data_dir, chat, reading, *((start or 0, limit or 200) if number is None else (number, 1)))
     assert number is not None
@@ -222,6 +225,7 @@ def convert(
     data_dir: DataDir = None,
     fetch_media: FetchMedia = False,
     format: FormatOption = None,
+    boxes: BoxesOption = None,
     config: SettingsOf = None,
 ) -> None:
     """Write a meta-file of any kind and form anew in the documented form, or say what that cannot carry.
@@ -233,7 +237,7 @@ def convert(
     from qwenvl_ft.data import convert as converting
 
     with counting("writing records") as on_record:
-        tally = converting.convert(meta, out, data_dir, read_reading(config, fetch_media, format), on_record)
+        tally = converting.convert(meta, out, data_dir, read_reading(config, fetch_media, format, boxes=boxes), on_record)
     count = f"{tally.num_records:,} record{'s' * (tally.num_records != 1)}"
     print_line(f"{out}: {count}, read as {draw_files(tally.facts)[-1][1]}")
 

@@ -12,6 +12,7 @@ import typer
 from qwenvl_ft.cli.options import (
     LORA_YAML,
     Adapter,
+    BoxesOption,
     ConfigFile,
     DataDir,
     FetchMedia,
@@ -63,6 +64,7 @@ def evaluate(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
+    boxes: BoxesOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer is cut here.")] = 128,
     blank: Annotated[
@@ -71,7 +73,8 @@ def evaluate(
     fetch_media: FetchMedia = False,
     as_json: Json = False,
 ) -> None:
-    """Ask every question of a meta-file; exact and relaxed accuracy, every prediction in a file, where a second run goes on.
+    """Ask every question of a meta-file; exact and relaxed accuracy, every prediction in a file, where a second run goes on. Where
+    the wanted answers have boxes: the mean IoU, and the share of boxes with 0.5 or more.
 
     Relaxed is ChartQA's rule: numbers within 5 %. Each assistant turn is a question, the turns before it as they stand in
     the record. An empty answer is wrong. To compare a base with an adapter at equal pixels: --config ADAPTER/config.yaml.
@@ -80,6 +83,7 @@ def evaluate(
     """
     from qwenvl_ft.data.geometry import reading_of
     from qwenvl_ft.data.meta_file import Tally, read_records
+    from qwenvl_ft.data.notes import Noted
     from qwenvl_ft.evaluate.scoring import evaluate as run
     from qwenvl_ft.folders.runs import processor_folder
     from qwenvl_ft.infer.batch_file import read_answers, who_answers
@@ -89,10 +93,12 @@ def evaluate(
     meta = local_meta(meta, print_note)
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
     tally = Tally()
-    reading = read_reading(config, fetch_media, own=reading_of(processor_folder(model, adapter)))
+    reading = read_reading(config, fetch_media, own=reading_of(processor_folder(model, adapter)), boxes=boxes)
     records, problems, _ = read_records(meta, data_dir, reading=reading, tally=tally)
     if problems:
         raise UserError(*problems)
+    for note in Noted(records).lines:
+        print_note(note)
     of = f"{re.sub('[^-.0-9A-Za-z_]+', '_', meta.stem)}{'' if adapter else f'-{model.resolve().name}'}{'-blank' if blank else ''}"
     target = out or (adapter or Path()) / f"predictions-{of}.jsonl"
     read_answers(target)  # what is wrong with it is said before the model is loaded
@@ -173,6 +179,9 @@ def ask(
     out: Annotated[Path | None, typer.Option("--out", help="Where the answers to --jsonl go; a second run goes on there.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Lines of --jsonl answered at a time.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The answer is cut here.")] = 512,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the answer as one JSON document, its boxes and points in px of the last picture.")
+    ] = False,
 ) -> None:
     """Ask a model about pictures or videos, or about none; the answer comes as it is generated.
 
@@ -180,6 +189,8 @@ def ask(
     """
     if bool(questions) != bool(out) or (questions and (question or image or video)):
         raise typer.BadParameter("they go together, without a question, --image or --video", param_hint="--jsonl and --out")
+    if as_json and not question:
+        raise typer.BadParameter("prints the answer to one question: give it", param_hint="--json")
     from qwenvl_ft.infer.engine import check_folders
 
     check_folders(model, [adapter] if adapter else [])
@@ -215,6 +226,12 @@ def ask(
     shown = read_messages([{"role": "user", "content": media}], reading=reading)[0].parts if media else ()
     engine = Engine.open(model, adapter, False, *chat_settings)
     talk: list[Turn] = []
+    if question and as_json:
+        from qwenvl_ft.data.boxes import facts_of
+
+        (said,) = engine.answer_many([[Turn("user", (*shown, question))]], max_new_tokens)
+        print_json({"answer": said.text, "cut": said.cut, "boxes": [facts_of(box) for box in said.boxes]})
+        return
     for asked in [question] if question else chat_lines():
         talk.append(Turn("user", (*shown, asked)))
         shown, answer = (), ""

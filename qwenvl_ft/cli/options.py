@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qwenvl_ft.config import FOUR_TOKENS, Config, Form, Part, load_config
-from qwenvl_ft.data.reading import AS_FOUND, Reading
+from qwenvl_ft.data.reading import AS_FOUND, Numbers, Reading
 from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.errors import Problem, UserError
 
@@ -37,6 +37,10 @@ SettingsOf = Annotated[
 ]
 MinPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Enlarge smaller pictures to this area, in px.")]
 MaxPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Shrink larger pictures to this area, in px.")]
+BoxesOption = Annotated[
+    Numbers | None,
+    typer.Option("--boxes", help="What the numbers of the file's boxes are, else as --config says."),
+]
 ThinkingOption = Annotated[
     Thinking | None,
     typer.Option("--thinking", help="A thought before the answer: as training had it, or off, where this is not given."),
@@ -113,7 +117,11 @@ def training_chat_settings(
     return least, most or defaults["max_pixels"], thinks or defaults["thinking"], of_video or defaults["video_max_pixels"]
 
 
-def read_reading(config: Path | None, fetch_media: bool, format: Form | None = None, own: Reading = AS_FOUND) -> Reading:
+def read_reading(
+    config: Path | None, fetch_media: bool, format: Form | None = None, own: Reading = AS_FOUND, boxes: Numbers | None = None
+) -> Reading:
     """How records are read: as the settings that --config names have it, and as the command's own options do."""
     reading = Reading.of(load_config(config)) if config else own
-    return replace(reading, fetch_media=fetch_media or reading.fetch_media, format=format or reading.format)
+    return replace(
+        reading, fetch_media=fetch_media or reading.fetch_media, format=format or reading.format, boxes=boxes or reading.boxes
+    )

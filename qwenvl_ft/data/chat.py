@@ -20,9 +20,10 @@ from typing import Any
 from jinja2 import Template
 from tokenizers import Tokenizer
 
+from qwenvl_ft.data.boxes import Seen, written
 from qwenvl_ft.data.families import Family, family_of
 from qwenvl_ft.data.geometry import Limits, VideoLimits, grid_of, read_limits, read_video_limits, tokens_of
-from qwenvl_ft.data.records import Medium, Picture, Record, Turn, Video
+from qwenvl_ft.data.records import Box, Medium, Picture, Record, Turn, Video
 from qwenvl_ft.data.template import (
     CLOSE_THOUGHT,
     OPEN_THOUGHT,
@@ -119,7 +120,7 @@ class Chat:
         Raises UserError for a conversation that the template refuses, and for tools where it knows none.
         """
         self._check_tools(turns, tools)
-        return self._prompt(turns, thinking, tools)[0]
+        return self._prompt(self.written(turns), thinking, tools)[0]
 
     def answer_of(self, turn: Turn) -> str:
         """What an assistant's turn says: its text and, as the template writes them, its calls. Raises UserError for calls where
@@ -127,6 +128,20 @@ class Chat:
         self._check_tools([turn], ())
         mark = _mark([turn], ())
         return turn.text + self._calls(turn, mark).replace(mark, "<")
+
+    def written(self, turns: Sequence[Turn]) -> list[Turn]:
+        """The turns of a conversation from its beginning, their boxes as the texts that the family reads and says."""
+        boxes = any(isinstance(part, Box) for turn in turns for part in turn.parts)
+        return written(turns, self.family.boxes, self.seen(turns)) if boxes else list(turns)
+
+    def seen(self, turns: Sequence[Turn]) -> list[Seen]:
+        """The size of each picture of the turns, and the size that the processor gives it."""
+        pictures = [medium for turn in turns for medium in turn.media if isinstance(medium, Picture)]
+        grids = [self.grid_of(picture) for picture in pictures]
+        patch = self.limits.patch_size
+        return [
+            Seen(of.height, of.width, rows * patch, columns * patch) for of, (_, rows, columns) in zip(pictures, grids, strict=True)
+        ]
 
     def opens_thought(self, prompt: Sequence[int]) -> bool:
         """Whether the prompt ends within a thought, whose opening tag the answer then lacks."""
@@ -144,12 +159,13 @@ class Chat:
         labels: list[int] = []
         last = 0
         cache: dict[str, list[int]] = {}
-        for number, turn in enumerate(record.turns):
+        turns = self.written(record.turns)
+        for number, turn in enumerate(turns):
             if turn.role != "assistant" or not turn.taught:
                 continue
-            prompt, text = self._prompt(record.turns[:number], None, record.tools, cache)
+            prompt, text = self._prompt(turns[:number], None, record.tools, cache)
             if prompt[: len(ids)] != ids:
-                scripts.append(self._script(record.where, ids, labels, record.turns[:last]))
+                scripts.append(self._script(record.where, ids, labels, turns[:last]))
                 ids, labels = [], []
             answer = [*self._answer(turn, text, number, cache), self._special[END]]
             labels = labels + [IGNORE] * (len(prompt) - len(ids)) + answer
@@ -157,7 +173,7 @@ class Chat:
         if not ids or not self._closing.startswith(END):
             what, fix = "the chat template leaves nothing to teach", "use the chat template of an instruct model"
             raise UserError(Problem(record.where, what, fix))
-        return [*scripts, self._script(record.where, ids, labels, record.turns[:last])]
+        return [*scripts, self._script(record.where, ids, labels, turns[:last])]
 
     def _script(self, where: str, ids: list[int], labels: list[int], turns: Sequence[Turn]) -> Script:
         closing = self._encode(self._closing.removeprefix(END), {})  # not taught: a model never has to say it

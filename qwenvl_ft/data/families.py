@@ -11,12 +11,15 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.model import read_config
 
 ATTENTION = r"self_attn\.(?:q_proj|k_proj|v_proj|o_proj)"
+# How boxes are written: Qwen2-VL's tokens with thousandths of the picture's sides, or JSON with these, or with px of the picture as
+# it was resized.
+BoxForm = Literal["tokens", "thousand", "pixels"]
 GATED_MLP = r"mlp\.(?:gate_proj|up_proj|down_proj)"
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table. The LoRA targets are regular expressions over whole module names.
+    """One row of the table. The LoRA targets are regular expressions over whole module names; `boxes` is how it writes boxes.
 
     `linear_attention`: some layers keep a state in place of keys and values. It leaks from record to record of a row without a
     word unless flash-linear-attention is installed, so a row gets one record, and it cannot be padded.
@@ -27,6 +30,7 @@ class Family:
     language: str
     vision: str
     merger: str
+    boxes: BoxForm
     linear_attention: bool = False
     clock: Literal["steps", "seconds", "written"] = "steps"
 
@@ -36,17 +40,18 @@ QWEN3_VISION = r"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.linear_f
 QWEN2_MERGER = r"model\.visual\.merger\.mlp\.[02]"
 
 FAMILIES = {
-    "qwen2_vl": Family(LANGUAGE, r"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])", QWEN2_MERGER),
+    "qwen2_vl": Family(LANGUAGE, r"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])", QWEN2_MERGER, "tokens"),
     "qwen2_5_vl": Family(
-        LANGUAGE, rf"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|{GATED_MLP})", QWEN2_MERGER, clock="seconds"
+        LANGUAGE, rf"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|{GATED_MLP})", QWEN2_MERGER, "pixels", clock="seconds"
     ),
     "qwen3_vl": Family(
-        LANGUAGE, QWEN3_VISION, r"model\.visual\.(?:merger|deepstack_merger_list\.\d+)\.linear_fc[12]", clock="written"
+        LANGUAGE, QWEN3_VISION, r"model\.visual\.(?:merger|deepstack_merger_list\.\d+)\.linear_fc[12]", "thousand", clock="written"
     ),
     "qwen3_5": Family(
         rf"model\.language_model\.layers\.\d+\.(?:{ATTENTION}|{GATED_MLP}|linear_attn\.(?:in_proj_qkv|in_proj_z|out_proj))",
         QWEN3_VISION,
         r"model\.visual\.merger\.linear_fc[12]",
+        "thousand",
         linear_attention=True,
         clock="written",
     ),

@@ -1,53 +1,70 @@
 """What is allowed in records and probably not meant, counted while they go by: none of them is kept.
 
-The tags that the first Qwen-VL's data has are no tokens of later families; white space before an answer is learnt, too.
+What looks like a box and is none is taught as it stands; white space before an answer is learnt, too.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from qwenvl_ft.data.records import Record
+from qwenvl_ft.data.box_marks import JSON_HINT
+from qwenvl_ft.data.records import Record, Turn
 
-BOX_TAG = re.compile(r"</?(?:ref|box|quad)>")
-NOTES = {
-    ("record holds", "records hold"): "<ref> or <box>, which is taught as letters: Qwen2-VL and later have no such tokens",
-    ("answer begins", "answers begin"): "with white space, which is taught as it stands: take it out if it is not meant",
-}
-Kind = tuple[str, str]  # one, several
-TAGGED, SPACED = NOTES
+TAG = re.compile(r"<(?:ref|box)>")
+
+
+class Note(NamedTuple):
+    """What is said of one, of several."""
+
+    one: str
+    several: str
+    what: str
+
+
+JSON_BOX = Note("record holds", "records hold",
+                "boxes in JSON, which are taught as they stand: set `boxes` to what the numbers are, pixels, unit or thousand")  # fmt: skip
+TAGGED = Note("record holds", "records hold", "<ref> or <box> without the numbers of a box, which is taught as letters")
+SPACED = Note("answer begins", "answers begin", "with white space, which is taught as it stands: take it out if it is not meant")
+NOTES = (JSON_BOX, TAGGED, SPACED)
 
 
 class Noted:
     """How often each was met, and where first."""
 
     def __init__(self, records: Iterable[Record] = ()):
-        self.counts: Counter[Kind] = Counter()
-        self.first: dict[Kind, str] = {}
+        self.counts: Counter[Note] = Counter()
+        self.first: dict[Note, str] = {}
         for record in records:
             self.add(record)
 
     def add(self, record: Record) -> None:
         """One more record."""
-        self._count(TAGGED, any(BOX_TAG.search(turn.text) for turn in record.turns), record.where)
+        self._count(JSON_BOX, any(JSON_HINT.search(turn.text) for turn in record.turns), record.where)
+        self._count(TAGGED, any(TAG.search(turn.text) for turn in record.turns), record.where)
         answers = [turn for turn in record.turns if turn.role == "assistant" and turn.taught]
-        self._count(SPACED, sum(turn.text[:1].isspace() for turn in answers), record.where)
+        self._count(SPACED, sum(map(_begins_with_space, answers)), record.where)
 
     def join(self, other: "Noted") -> None:
         """What was met behind it."""
-        for kind, count in other.counts.items():
-            self._count(kind, count, other.first[kind])
+        for note, count in other.counts.items():
+            self._count(note, count, other.first[note])
 
-    def _count(self, kind: Kind, count: int, where: str) -> None:
+    def _count(self, note: Note, count: int, where: str) -> None:
         if count:
-            self.counts[kind] += count
-            self.first.setdefault(kind, where)
+            self.counts[note] += count
+            self.first.setdefault(note, where)
 
     @property
     def lines(self) -> list[str]:
         """A line of each kind."""
         return [
-            f"{self.counts[kind]:,} {kind[self.counts[kind] > 1]} {what} ({self.first[kind]} for one)"
-            for kind, what in NOTES.items()
-            if kind in self.counts
+            f"{(count := self.counts[note]):,} {note.several if count > 1 else note.one} {note.what} ({self.first[note]} for one)"
+            for note in NOTES
+            if note in self.counts
         ]
+
+
+def _begins_with_space(turn: Turn) -> bool:
+    first = turn.parts[0] if turn.parts else ""
+    return isinstance(first, str) and first[:1].isspace()

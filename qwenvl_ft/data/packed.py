@@ -106,8 +106,9 @@ def pack_medium(medium: Medium, chat: Chat | None) -> PackedMedium:
     if isinstance(medium, Picture):
         packed.is_picture = True
         if chat:
-            height, width = resized(medium.height, medium.width, chat.limits)
-            packed.is_shrunk, packed.area = shrunk(medium.height, medium.width, chat.limits), height * width
+            limits = chat.limits.of(medium)
+            height, width = resized(medium.height, medium.width, limits)
+            packed.is_shrunk, packed.area = shrunk(medium.height, medium.width, limits), height * width
     return packed
 
 

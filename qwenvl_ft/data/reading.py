@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from qwenvl_ft.config import Config
+
+Numbers = Literal["pixels", "unit", "thousand"]  # what the numbers of boxes are; pixels: of the picture as it is seen
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Reading:
     # Qwen's own: what the bases were trained with, and what others draw who serve the merged model. Source: qwen_vl_utils.
     video_fps: float = 2.0
     video_max_frames: int = 768
+
+    boxes: Numbers | None = None
 
     @classmethod
     def of(cls, config: "Config") -> "Reading":

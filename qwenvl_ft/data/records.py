@@ -105,14 +105,17 @@ class Video:
 
 @dataclass(frozen=True)
 class Box:
-    """A place in a picture, in px of the picture as it is seen and before it is resized: x1, y1, x2, y2, or a point x, y.
+    """A place in a picture, in px of the picture as it is seen and before it is resized: x1, y1, x2, y2, or a point x, y. Without
+    corners it names what is somewhere and does not say where.
 
-    `label` is what is there. `picture` counts the record's pictures from 0.
+    `label` is what is there. `picture` counts the record's pictures from 0. Of a `bare` one only the numbers are written: the JSON
+    around them, which says more than a box and a label, is text of the record.
     """
 
     corners: tuple[float, ...]
     label: str = ""
     picture: int = 0
+    bare: bool = False
 
 
 Medium = Picture | Video
@@ -148,7 +151,7 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """Its texts, joined."""
+        """Its texts, joined, without its boxes: those are text once `Chat.written` has written them for a model."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
 

@@ -145,7 +145,8 @@ def _shown(found: Found, chat: Chat) -> Shown:
         scripts = chat.write_scripts(record)
     except UserError as error:
         return Shown(found.where, [], problems=error.problems)
-    return Shown(found.where, scripts, [part for turn in record.turns for part in turn.parts if isinstance(part, Box)])
+    boxes = [part for turn in record.turns for part in turn.parts if isinstance(part, Box) and part.corners]
+    return Shown(found.where, scripts, boxes)
 
 
 def see(scripts: Sequence[Script], chat: Chat, num_records: int, on_medium: OnRecord) -> dict[int, Look]:

@@ -1,6 +1,7 @@
 """Asks a model every question of a meta-file and counts what is right: exactly, or by ChartQA's relaxed rule.
 
-Each assistant turn is one question, the turns before it as they stand in the record. Every prediction is kept.
+Each assistant turn is one question, the turns before it as they stand in the record. Every prediction is kept. Where boxes are
+wanted, how well those of the answer lie on them is counted, too (overlap.py); both are read out of the texts in the same way.
 
 >>> relaxed("16.5", "16"), relaxed("17", "16"), relaxed("ferrari", "Ferrari"), relaxed("16%", "0.16"), relaxed("16%", "16")
 (True, False, True, True, False)
@@ -9,13 +10,17 @@ Each assistant turn is one question, the turns before it as they stand in the re
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data import sources
+from qwenvl_ft.data.box_marks import HINT, JSON_HINT
+from qwenvl_ft.data.boxes import facts_of
 from qwenvl_ft.data.chat import Chat
-from qwenvl_ft.data.records import Record, Source
+from qwenvl_ft.data.records import Box, Record, Source
 from qwenvl_ft.data.template import split_thought
+from qwenvl_ft.evaluate.overlap import HIT, areas, pair
 from qwenvl_ft.folders.whole import short_hash
 from qwenvl_ft.infer.batch_file import append_answers, other_answers, read_answers
 from qwenvl_ft.infer.engine import Engine
@@ -39,13 +44,15 @@ def evaluate(
     engine: Engine, records: Sequence[Record], batch_size: int, max_new_tokens: int, on_answer: Callable[[int, int], None],
     out: Path | None = None, who: str = "",
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
-    """(scores, predictions). Scores: questions, exact and relaxed accuracy (0 to 1), empty answers, answers that were cut.
+    """(scores, predictions). Scores: questions, exact and relaxed accuracy (0 to 1), empty answers, answers that were cut; where
+    boxes are wanted, how many, how many were answered, the mean overlap of the wanted ones and the share of at least HIT.
 
-    A prediction: where, pictures, question, wanted, answer, cut, exact, relaxed, asked. Order is the meta-file's. Each goes to
+    A prediction: where, pictures, question, wanted, answer, cut, exact, relaxed, asked; with boxes on either side, those of the
+    answer and the wanted ones in px, and the overlap of each wanted one. Order is the meta-file's. Each goes to
     `out`, a JSON line, as it comes; what is there already, of `who` and the same questions (`asked` is their hash), is not asked
     again. Raises UserError where `out` holds the answers of others.
     """
-    asked = list(questions(records, engine.chat))
+    asked = list(questions([_written(record, engine) for record in records], engine.chat))
     hashes = [short_hash([who, max_new_tokens, record.where, _shown(record), wanted]) for record, wanted in asked]
     said = {line["asked"]: line for line in read_answers(out)} if out else {}
     if said.keys() - set(hashes):
@@ -56,7 +63,9 @@ def evaluate(
         batch = left[start : start + batch_size]
         answers = engine.answer_many([asked[index][0] for index in batch], max_new_tokens)
         new = {
-            hashes[index]: prediction(asked[index], answer.text, answer.cut) | {"asked": hashes[index]}
+            hashes[index]: prediction(asked[index], answer.text, answer.cut)
+            | box_facts(wanted_boxes(asked[index], engine), answer.boxes)
+            | {"asked": hashes[index]}
             for index, answer in zip(batch, answers, strict=True)
         }
         if out:
@@ -83,15 +92,42 @@ def prediction(question: Question, answer: str, cut: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _written(record: Record, engine: Engine) -> Record:
+    """The record with its boxes as the texts that the model reads and says."""
+    boxes = any(isinstance(part, Box) for turn in record.turns for part in turn.parts)
+    return replace(record, turns=tuple(engine.chat.written(record.turns))) if boxes else record
+
+
+def wanted_boxes(question: Question, engine: Engine) -> list[Box]:
+    """The boxes of the wanted answer, read as those of the answer are."""
+    record, wanted = question
+    return engine.boxes(record.turns, wanted) if HINT.search(wanted) or JSON_HINT.search(wanted) else []
+
+
+def box_facts(wanted: Sequence[Box], said: Sequence[Box]) -> dict[str, Any]:
+    """What a prediction keeps of boxes; nothing where there are none."""
+    if not wanted and not said:
+        return {}
+    overlaps = [round(overlap, 4) for overlap in pair(areas(wanted), areas(said))]
+    return {"boxes": [*map(facts_of, said)], "wanted_boxes": [*map(facts_of, wanted)], "iou": overlaps}
+
+
 def score(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The scores of `evaluate`."""
     number = len(predictions) or 1
+    overlaps = [overlap for of in predictions for overlap in of.get("iou", [])]
+    said = sum("bbox_2d" in box for of in predictions for box in of.get("boxes", []))
+    boxes = {
+        "wanted_boxes": len(overlaps), "answered_boxes": said, "mean_iou": round(sum(overlaps) / len(overlaps), 4),
+        "iou_at_50": round(sum(overlap >= HIT for overlap in overlaps) / len(overlaps), 4),
+    } if overlaps else {}  # fmt: skip
     return {
         "questions": len(predictions),
         "exact_accuracy": round(sum(of["exact"] for of in predictions) / number, 4),
         "relaxed_accuracy": round(sum(of["relaxed"] for of in predictions) / number, 4),
         "empty_answers": sum(not of["answer"].strip() for of in predictions),
         "cut_answers": sum(of["cut"] for of in predictions),
+        **boxes,
     }
 
 

@@ -2,8 +2,8 @@
 
 In:  {"messages": [{"role": "user", "content": [{"image": "chart.png"}, {"text": "read"}]}], "id": "anything"}
 Out: {"line": 1, "id": "anything", "asked": "...", "answer": "..."}, or "error" in place of the answer; "cut": true is added to one
-that max_new_tokens cut. The order is that of the questions. `asked` is a hash of the question and of who was asked how: a second
-run goes on only where they are the same.
+that max_new_tokens cut, "boxes" to one that gives boxes or points, px of the last picture. The order is that of the questions.
+`asked` is a hash of the question and of who was asked how: a second run goes on only where they are the same.
 """
 
 import json
@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qwenvl_ft.data.boxes import facts_of
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_template, weight_files
 from qwenvl_ft.folders.whole import short_hash
@@ -64,6 +65,7 @@ def answer_file(engine: Engine, lines: Sequence[Line], out: Path, batch_size: in
             said: dict[str, Any] = {"line": number} | ({"id": line["id"]} if "id" in line else {}) | {"asked": asked}
             if isinstance(answer, Answer):
                 said |= {"answer": answer.text} | ({"cut": True} if answer.cut else {})
+                said |= {"boxes": [facts_of(box) for box in answer.boxes]} if answer.boxes else {}
             else:
                 problems += [replace(problem, where=f"line {number}, {problem.where}") for problem in answer.problems]
                 said["error"] = str(answer)

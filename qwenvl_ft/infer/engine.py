@@ -16,11 +16,12 @@ from typing import Any
 
 from PIL import Image
 
+from qwenvl_ft.data.boxes import read_answer
 from qwenvl_ft.data.chat import Chat, open_chat
 from qwenvl_ft.data.geometry import Limits, reading_of
 from qwenvl_ft.data.reading import AS_FOUND, Reading
-from qwenvl_ft.data.records import Medium, Picture, Record, Turn, Video
-from qwenvl_ft.data.template import Thinking
+from qwenvl_ft.data.records import Box, Medium, Picture, Record, Turn, Video
+from qwenvl_ft.data.template import Thinking, split_thought
 from qwenvl_ft.folders.adapter import check_base
 from qwenvl_ft.folders.problems import check_adapter, check_model
 from qwenvl_ft.folders.runs import processor_folder
@@ -34,10 +35,11 @@ Conversation = str | Record | Sequence[Turn | dict[str, Any]]
 
 @dataclass(frozen=True)
 class Answer:
-    """What was answered; `cut`: by max_new_tokens, before the model ended it."""
+    """What was answered; `cut`: by max_new_tokens, before the model ended it; the boxes in it as `read_answer` reads them."""
 
     text: str
     cut: bool
+    boxes: tuple[Box, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,19 @@ class Engine:
         """`ask_many`, with whether each answer was cut."""
         import torch
 
-        inputs = self.inputs(conversations, thinking)
+        talks = [of if isinstance(of, Record) else turns_of(of, self.reading) for of in conversations]
+        inputs = self.inputs(talks, thinking)
         with torch.inference_mode():
             out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         asked = inputs["input_ids"].tolist()
         said = out[:, len(asked[0]) :].tolist()
         texts = [Detokenizer(self.chat, prompt).add(ids, whole=True) for prompt, ids in zip(asked, said, strict=True)]
-        return [Answer(text, self._cut(ids)) for text, ids in zip(texts, said, strict=True)]
+        answered = zip(talks, texts, said, strict=True)
+        return [Answer(text, self._cut(ids), tuple(self.boxes(turns_of(talk), text))) for talk, text, ids in answered]
+
+    def boxes(self, turns: Sequence[Turn], answer: str) -> list[Box]:
+        """The boxes and points that an answer to these turns gives, in px of their last picture."""
+        return read_answer(split_thought(answer)[1], self.chat.family.boxes, self.chat.seen(turns))
 
     def _cut(self, ids: Sequence[int]) -> bool:
         """Whether an answer's ids have no end."""

@@ -273,12 +273,14 @@ def test_a_model_with_a_pointer_in_place_of_its_weights_is_named_before_anything
     assert code == 1 and "without git-lfs" in err and "Traceback" not in err
 
 
-def test_boxes_that_are_taught_as_letters_are_noted_and_are_no_problem(run, talk, pictures):
-    meta = talk(["where?", "<ref>the bar</ref><box>(100,200),(300,400)</box>"])
-    code, out, err = run("validate-meta", str(meta), "--data-dir", str(pictures))
-    assert (code, err) == (0, "") and "note: 1 record holds <ref> or <box>, which is taught as letters" in out
-    code, out, _ = run("validate-meta", str(meta), "--data-dir", str(pictures), "--json")
-    assert code == 0 and len(json.loads(out)["notes"]) == 1
+def test_boxes_of_no_said_unit_are_noted_and_are_problems_where_the_said_unit_is_not_theirs(run, talk, pictures):
+    command = ["validate-meta", str(talk(["<img>a.png</img>", '{"bbox_2d": [1, 2, 100, 90]}'])), "--data-dir", str(pictures)]
+    code, out, err = run(*command)
+    assert (code, err) == (0, "") and "note: 1 record holds boxes in JSON, which are taught as they stand" in out
+    code, out, _ = run(*command, "--json", "--boxes", "pixels")
+    assert code == 0 and json.loads(out)["notes"] == []
+    code, out, _ = run(*command, "--json", "--boxes", "unit")
+    assert code == 1 and "lies outside its picture a.png, 168 x 112 px, as unit" in json.loads(out)["problems"][0]["what"]
 
 
 def test_problems_of_one_kind_are_a_line_with_their_count_for_people_and_programs(run, tmp_path):

@@ -139,18 +139,6 @@ def test_a_known_key_has_no_fix():
     assert FIXES.keys() & KNOWN["conversations"] == {"conversations"} and not TURN_FIXES.keys() & KNOWN_OF_A_TURN[OLD]
 
 
-def test_boxes_written_as_letters_are_noted_and_those_written_as_tokens_are_not(read):
-    """The first Qwen-VL's <ref> and <box> were taught as plain letters, without a word."""
-    boxes = ["<ref>the bar</ref><box>(100,200),(300,400)</box>",
-             "<|object_ref_start|>the bar<|object_ref_end|><|box_start|>(100,200),(300,400)<|box_end|>"]  # fmt: skip
-    records, problems = read(*({"conversations": [QUESTION, ANSWER | {"value": box}]} for box in [*boxes, boxes[0]]))
-    assert not problems and Noted(records).lines == [
-        "2 records hold <ref> or <box>, which is taught as letters: "
-        "Qwen2-VL and later have no such tokens (train.json[0] for one)"
-    ]  # fmt: skip
-    assert Noted(records[1:2]).lines == []
-
-
 def test_answers_that_begin_with_white_space_are_noted(talk, tmp_path):
     records, problems, _ = read_records(talk(["List.", "\n1. red"], ["Say.", "It is."], ["Again", " so"]), tmp_path)
     assert not problems and Noted(records).lines == [

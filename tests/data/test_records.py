@@ -228,7 +228,7 @@ def test_json_lines_and_a_byte_order_mark_are_read(folder):
     (" p <img>a.png</img>\n q\t<img>a.png</img>r ", [" p ", "a.png", " q\t", "a.png", "r "]),
     ("a\u2028b  \n<IMAGES>", ["a\u2028b  \n<IMAGES>"]),
     ('<img src="a.png"><IMG SRC="a.png"/><video controls>', ['<img src="a.png"><IMG SRC="a.png"/><video controls>']),
-    ("<|object_ref_start|>the cat<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>",) * 2,
+    ("<|quad_start|>(1,2),(3,2),(3,4),(1,4)<|quad_end|><ref>a note</ref>",) * 2,
 ])  # fmt: skip
 def test_a_tag_takes_one_newline_and_everything_else_stays(value, parts, folder):
     assert parts_of(folder, value) == ([parts] if isinstance(parts, str) else parts)

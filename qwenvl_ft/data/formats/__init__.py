@@ -96,7 +96,7 @@ def read_entry(entry: Any, where: str, media: Finder, problems: list[Problem], r
         return None
     before = len(problems)
     talk = FORMS[name].read(entry, where, complaints)
-    record = assemble(talk, where, media, complaints)
+    record = assemble(talk, where, media, complaints, reading.boxes)
     return record if len(problems) == before else None
 
 

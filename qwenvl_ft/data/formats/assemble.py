@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from qwenvl_ft.data.boxes import placed
 from qwenvl_ft.data.formats.documented import check_text, check_untagged, read_parts
 from qwenvl_ft.data.formats.keys import Complaints
 from qwenvl_ft.data.formats.objects import Objects
 from qwenvl_ft.data.formats.talk import Finder, Listed, Said, Shown, Talk
+from qwenvl_ft.data.reading import Numbers
 from qwenvl_ft.data.records import InTable, InTar, Medium, Part, Picture, Record, Turn
 from qwenvl_ft.errors import UserError
 
@@ -20,10 +22,11 @@ EMPTY_FIX = "write its text or delete the turn and its partner"
 TURNS_FIX = "let user and assistant take turns, user first"
 
 
-def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints) -> Record | None:
-    """The record, or None where anything was complained about."""
+def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints, boxes: Numbers | None = None) -> Record | None:
+    """The record, or None where anything was complained about. `boxes` says what the numbers of those in its texts are."""
     before = len(complaints.problems)
     media = _Media(talk, finder, complaints)
+    places: list[str] = []
     objects = Objects(talk.objects, where, complaints) if talk.objects is not None else None
     turns: list[Turn] = []
     place, last, expected = where, "", "user"
@@ -66,6 +69,7 @@ def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints) -> 
             turns[-1] = replace(turns[-1], calls=turns[-1].calls + said.calls)
         else:
             turns.append(Turn(role or "user", parts, taught=teaches or not answers, calls=said.calls))
+            places.append(place)
     if place == where and not turns and len(complaints.problems) > before:
         return None  # there are no turns to speak of
     if not answered:
@@ -79,12 +83,12 @@ def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints) -> 
         complaints.say(hollow, "the user's turn is empty", EMPTY_FIX)
     if objects:
         objects.settle()
-    if len(complaints.problems) > before:
-        return None
-    if front:
-        first = next(number for number, turn in enumerate(turns) if turn.role == "user")
+    if front and turns:
+        first = next((number for number, turn in enumerate(turns) if turn.role == "user"), 0)
         turns[first] = replace(turns[first], parts=(*front, *turns[first].parts))
-    return Record(where, tuple(turns), talk.tools)
+    if all(media.pictures):  # else boxes might be looked for in the wrong one
+        turns = placed(turns, places, boxes, complaints.problems)
+    return Record(where, tuple(turns), talk.tools) if len(complaints.problems) == before else None
 
 
 def _parts(said: Said, role: str, media: "_Media", objects: Objects | None, complaints: Complaints) -> Sequence[Part]:

@@ -2,6 +2,8 @@
 
     "objects": {"ref": ["cat"], "bbox": [[10, 20, 60, 80]], "bbox_type": "real", "image_id": [0]}
 
+A box that is the value of a key of the text's own JSON, as ms-swift's newer data have it, is written as its numbers alone.
+
 `real`, the default, is pixels of the picture, `norm1` shares of its sides; two numbers are a point. `image_id` counts the record's
 pictures from 0 and is 0 where it is not given. What stands directly before a box is its label.
 """
@@ -15,6 +17,7 @@ from qwenvl_ft.data.formats.keys import Complaints
 from qwenvl_ft.data.records import Box, Part, Picture
 
 TAG = re.compile(r"(<ref-object>|<bbox>)")
+OF_KEY = re.compile(r"""["']\s*:\s*\[?\s*$""")
 MOST = 10**9  # px
 KEYS = ("ref", "bbox", "bbox_type", "image_id")
 FIX = 'write "objects": {"ref": ["cat"], "bbox": [[x1, y1, x2, y2]]}'
@@ -66,7 +69,8 @@ class Objects:
                         found.append(label)
                         label = ""
                 elif piece == "<bbox>":
-                    found += self._box(label, place, pictures)
+                    bare = bool(OF_KEY.search(pieces[number - 1]))
+                    found += self._box(label, place, pictures, bare)
                 elif piece:
                     found.append(piece)
                     label = ""
@@ -89,7 +93,7 @@ class Objects:
             return ""
         return ref
 
-    def _box(self, label: str, place: str, pictures: Sequence[Picture | None]) -> list[Part]:
+    def _box(self, label: str, place: str, pictures: Sequence[Picture | None], bare: bool) -> list[Part]:
         self.num_boxes += 1
         number = self.num_boxes - 1
         if number >= len(self.boxes):
@@ -114,7 +118,7 @@ class Objects:
             fix = "write x1 <= x2 and y1 <= y2, in px of the picture, or bbox_type: norm1 for shares of its sides"
             self.complaints.say(at, f"is not inside its picture of {width} x {height} px", fix)
             return []
-        return [Box(tuple(map(float, corners)), label, image)]
+        return [Box(tuple(map(float, corners)), label, image, bare)]
 
 
 def _is_number(value: Any) -> bool:
