@@ -24,6 +24,7 @@ from qwenvl_ft.cli.options import (
 )  # fmt: skip
 from qwenvl_ft.console import (
     counting,
+    draw_checks,
     draw_counts,
     draw_files,
     draw_plan,
@@ -53,6 +54,10 @@ def validate_meta(
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode every picture, too: finds what breaks behind a good header.")
     ] = False,
+    against: Annotated[Path | None, typer.Option("--against", help="Evaluation's meta-file: is anything of it in here?")] = None,
+    against_data_dir: Annotated[
+        Path | None, typer.Option("--against-data-dir", help="Its pictures, if they lie elsewhere.")
+    ] = None,
     fetch_media: FetchMedia = False,
     format: FormatOption = None,
     as_json: Json = False,
@@ -63,7 +68,8 @@ def validate_meta(
 
     Example: validate-meta data/sample/train.json --data-dir data/sample/images --model data/tiny
     """
-    from qwenvl_ft.data.chat import open_chat
+    from qwenvl_ft.data.chat import Script, open_chat
+    from qwenvl_ft.data.checks import Against, checked, notes_of
     from qwenvl_ft.data.formats.documented import record_notes
     from qwenvl_ft.data.meta_file import Tally, read_records
 
@@ -76,11 +82,14 @@ def validate_meta(
 
         with counting("decoding pictures") as on_picture:
             problems.extend(decode_all(records, on_picture))
-    tokens = None
+    tokens, scripts = None, list[Script]()
     if chat:  # imported here, since it brings the whole config with it: a third of the time of a run without a model
         from qwenvl_ft.data.prepare import token_counts, write_scripts
 
-        tokens = token_counts([script.length for script in write_scripts(chat, records, problems)])
+        scripts = write_scripts(chat, records, problems)
+        tokens = token_counts([script.length for script in scripts])
+    theirs = Against.read(against, against_data_dir or data_dir, reading) if against else None
+    checks = checked(records, scripts, chat, theirs).facts()
     refused = {problem.where for problem in problems}
     report: dict[str, Any] = {
         **tally.facts,
@@ -89,7 +98,8 @@ def validate_meta(
         "pictures": len({picture.source for record in records for picture in record.pictures}),
         "shown": sum(len(record.pictures) for record in records),
         "tokens": tokens,
-        "notes": record_notes(records),
+        "notes": record_notes(records) + notes_of(checks),
+        "checks": checks,
         "problems": [found.facts for found in alike(problems, len(problems) if list_all else MOST_ALONE)],
     }
     if as_json:
@@ -104,6 +114,7 @@ def validate_meta(
             facts.append(
                 ("tokens", f"{tokens['total']:,} ({tokens['min']:,} to {tokens['max']:,} a record, median {tokens['median']:,})")
             )
+        facts += draw_checks(checks)
         print_drawing(draw_counts(str(meta), facts))
         for note in report["notes"]:
             print_line(f"note: {note}")

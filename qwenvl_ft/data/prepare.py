@@ -10,6 +10,7 @@ from typing import Any
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.data.chat import IGNORE, Chat, Script, open_chat
+from qwenvl_ft.data.checks import Against, Checks, checked, notes_of
 from qwenvl_ft.data.formats.documented import record_notes
 from qwenvl_ft.data.geometry import resized
 from qwenvl_ft.data.meta_file import OnRecord, Tally, called, read_records
@@ -64,10 +65,19 @@ class Prepared:
             "fill": round(self.plan.fill, 4),
             "steps_per_epoch": len(steps(len(self.plan.rows), config.rows_per_step, config.seed, 0)),
             "steps": num_steps,
+            "checks": (checks := self.checks(config).facts()),
             "notes": notes(len(self.plan.rows), num_steps, config)
             + record_notes(self.records)
-            + picture_notes(pictures, self.chat),
+            + picture_notes(pictures, self.chat)
+            + notes_of(checks),
         }
+
+    def checks(self, config: Config) -> Checks:
+        """What only a tool can find in the records, compared with those of evaluation."""
+        against = None
+        if config.eval_meta_file:
+            against = Against.read(config.eval_meta_file, config.eval_data_dir or config.train_data_dir, Reading.of(config))
+        return checked(self.records, self.scripts, self.chat, against)
 
 
 Ready = tuple[Prepared, Prepared | None]
