@@ -55,9 +55,11 @@ class Against:
 
     @classmethod
     def read(cls, meta: Meta, data_dir: Path | None, reading: Reading = AS_FOUND) -> "Against":
-        """Those of a meta-file."""
+        """Those of a meta-file. Raises UserError for a file that is not there or breaks."""
         against = cls()
         for found in stream_records(meta, data_dir, reading):
+            if not found.where:
+                raise UserError(*found.problems)
             if found.record:
                 against.add(found.record)
             against.num_missed += bool(found.problems)

@@ -14,6 +14,7 @@ from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.checks import Against, Checks, checked
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.records import Box, Picture, Record, Turn, Video
+from qwenvl_ft.errors import UserError
 from tests.conftest import TINY
 
 CHAT = open_chat(TINY)
@@ -188,3 +189,11 @@ def test_commands_show_what_was_found(tmp_path, capsys, monkeypatch):
     plan = json.loads(capsys.readouterr().out)
     assert plan["checks"].keys() == names | {"taught_tokens", "tokens"}
     assert {fact["note"] for name, fact in plan["checks"].items() if name in names} <= set(plan["notes"])
+
+
+def test_a_file_of_evaluation_that_is_not_there_is_an_error(tmp_path, talk):
+    with pytest.raises(UserError, match=r"none\.json"):
+        Against.read(tmp_path / "none.json", None)
+    (tmp_path / "cut.json").write_text(talk(["q", "a"]).read_text()[:-3])
+    with pytest.raises(UserError, match="is not JSON"):
+        Against.read(tmp_path / "cut.json", None)
