@@ -114,6 +114,12 @@ def draw_files(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [*facts, ("forms", ", ".join(f"{form} {number:,}" for form, number in summary["forms"].items()))]
 
 
+def draw_checks(checks: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows for `draw_counts`: how much records teach and how long they are, where a model has counted that."""
+    names = {"taught_tokens": "taught", "tokens": "lengths"}
+    return [(name, checks[key]["shown"]) for key, name in names.items() if key in checks]
+
+
 def draw_plan(summary: dict[str, Any]) -> Table:
     """What `qwenvl-ft plan` shows."""
     tokens = summary["tokens"]
@@ -129,6 +135,7 @@ def draw_plan(summary: dict[str, Any]) -> Table:
         ("rows", f"{summary['rows']:,} of {summary['row_tokens']:,} tokens, {summary['fill']:.1%} full"),
         ("steps", f"{summary['steps']:,} ({summary['steps_per_epoch']:,} an epoch)"),
     ]
+    facts += draw_checks(summary["checks"])
     return draw_counts("Plan", facts + [("note", note) for note in summary["notes"]])
 
 

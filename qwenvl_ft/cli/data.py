@@ -26,6 +26,7 @@ from qwenvl_ft.cli.options import (
 )  # fmt: skip
 from qwenvl_ft.console import (
     counting,
+    draw_checks,
     draw_counts,
     draw_files,
     draw_plan,
@@ -57,6 +58,10 @@ def validate_meta(
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode every picture, too: finds what breaks behind a good header.")
     ] = False,
+    against: Annotated[Path | None, typer.Option("--against", help="Evaluation's meta-file: is anything of it in here?")] = None,
+    against_data_dir: Annotated[
+        Path | None, typer.Option("--against-data-dir", help="Its pictures, if they lie elsewhere.")
+    ] = None,
     fetch_media: FetchMedia = False,
     format: FormatOption = None,
     as_json: Json = False,
@@ -70,6 +75,7 @@ def validate_meta(
     import numpy as np
 
     from qwenvl_ft.data.chat import open_chat
+    from qwenvl_ft.data.checks import Against, Checks, notes_of
     from qwenvl_ft.data.meta_file import Tally
     from qwenvl_ft.data.notes import Noted
     from qwenvl_ft.data.parts import parts_of
@@ -81,13 +87,16 @@ def validate_meta(
     pictures: set[bytes] = set()
     used = shown = 0
     whole = True  # of a file that breaks nothing is trusted
+    theirs = Against.read(against, against_data_dir or data_dir, reading) if against else None
+    checks = Checks(chat.limits if chat else None, theirs)
     with counting("reading records") as on_record:
-        for part in parts_of(meta, data_dir, tally, chat, reading, on_record=on_record, keep_records=deep):
+        for part in parts_of(meta, data_dir, tally, chat, reading, 0, on_record, keep_records=deep, against=theirs):
             problems += part.problems
             records += part.records
             pictures.update(medium.digest for medium in part.media if medium.is_picture)
             lengths.append(part.scripts.numbers[:, 0])
             noted.join(part.noted)
+            checks.join(part.checks)
             used, shown, whole = used + part.num_used, shown + part.num_shown, whole and part.whole
     problems = tally.said_once(problems)
     if deep:
@@ -103,6 +112,7 @@ def validate_meta(
         from qwenvl_ft.data.prepare import token_counts
 
         tokens = token_counts(np.concatenate(lengths if whole else lengths[:1]))
+    looked = checks.facts() if whole else {}
     report: dict[str, Any] = {
         **tally.facts,
         "records": tally.num_records,
@@ -110,7 +120,8 @@ def validate_meta(
         "pictures": len(pictures) if whole else 0,
         "shown": shown if whole else 0,
         "tokens": tokens,
-        "notes": noted.lines if whole else [],
+        "notes": noted.lines + notes_of(looked) if whole else [],
+        "checks": looked,
         "problems": [found.facts for found in alike(problems, len(problems) if list_all else MOST_ALONE)],
     }
     if as_json:
@@ -125,6 +136,7 @@ def validate_meta(
             facts.append(
                 ("tokens", f"{tokens['total']:,} ({tokens['min']:,} to {tokens['max']:,} a record, median {tokens['median']:,})")
             )
+        facts += draw_checks(looked)
         print_drawing(draw_counts(str(meta), facts))
         for note in report["notes"]:
             print_line(f"note: {note}")

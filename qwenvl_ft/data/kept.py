@@ -33,19 +33,30 @@ TABLES = 8  # that are kept: the ones opened last
 HASHED_BYTES = 64 * 2**20  # of a meta-file that is known by its content: a larger one cannot be written twice within a tick
 
 
-def table_name(meta: Meta, data_dir: Path | None, model: Path, chat: Chat, reading: Reading, seed: int) -> str:
-    """Differs where anything does that a table is made from, but for the media themselves: files, settings, tokenizer, code."""
-    parts = [(Path(meta), None, 1.0)] if isinstance(meta, Path | str) else [(of.file, of.data_dir, of.weight) for of in meta]
+def table_name(
+    meta: Meta, data_dir: Path | None, model: Path, chat: Chat, reading: Reading, seed: int, held_out: Meta | None = None
+) -> str:
+    """Differs where anything does that a table is made from, but for the media themselves: files, those of evaluation that its
+    records are compared with, settings, tokenizer, code."""
+    weights = [1.0] if isinstance(meta, Path | str) else [of.weight for of in meta]
     made_from = {
-        "parts": [(_states(file), str(folder and folder.resolve()), weight) for file, folder, weight in parts],
+        "parts": _parts(meta),
+        "held out": _parts(held_out) if held_out else [],
         "data_dir": str(data_dir and data_dir.resolve()),
         "tokenizer": sha256(model / "tokenizer.json"),
         "chat": [repr(getattr(chat, part.name)) for part in fields(chat) if part.name != "tokenizer"],
         "reading": repr(reading),
-        "seed": seed if any(weight % 1 for *_, weight in parts) else 0,
+        "seed": seed if any(weight % 1 for weight in weights) else 0,
         "code": [_code(), tokenizers.__version__],
     }
     return short_hash(made_from)
+
+
+def _parts(meta: Meta) -> list[Any]:
+    """Each file of a meta-file, where its media lie, how often it counts."""
+    if isinstance(meta, Path | str):
+        return [_states(Path(meta))]
+    return [(_states(of.file), str(of.data_dir and of.data_dir.resolve()), of.weight) for of in meta]
 
 
 def _states(file: Path) -> list[Any]:

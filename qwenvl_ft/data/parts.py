@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data.chat import Chat, Script
+from qwenvl_ft.data.checks import Against, Checks
 from qwenvl_ft.data.media import Media
 from qwenvl_ft.data.meta_file import Job, Meta, OnRecord, Tally, read_job, stream_entries
 from qwenvl_ft.data.notes import Noted
@@ -81,6 +82,7 @@ class Part:
     media: list[PackedMedium] = field(default_factory=list)
     num_shown: int = 0  # pictures, each as often as it is shown
     noted: Noted = field(default_factory=Noted)
+    checks: Checks = field(default_factory=Checks)
     tally: Tally = field(default_factory=Tally)
     missed: dict[Path, Missed] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
@@ -89,13 +91,13 @@ class Part:
 class Reader:
     """Reads entries, in this process or another: the files that it has seen it knows again."""
 
-    def __init__(self, reading: Reading, chat: Chat | None, keep_records: bool):
-        self.reading, self.chat, self.keep_records = reading, chat, keep_records
+    def __init__(self, reading: Reading, chat: Chat | None, against: Against | None, keep_records: bool):
+        self.reading, self.chat, self.against, self.keep_records = reading, chat, against, keep_records
         self.media: dict[Path, Watched] = {}
 
     def read(self, jobs: Sequence[Job]) -> Part:
         """The part that these entries come to."""
-        part, media = Part(), dict[Medium, int]()
+        part, media = Part(checks=Checks(self.chat.limits if self.chat else None, self.against)), dict[Medium, int]()
         scripts: list[tuple[int, Script]] = []
         for job in jobs:
             if job.folder and job.folder not in self.media:
@@ -112,6 +114,7 @@ class Reader:
         part.scripts = pack_scripts(scripts, media)
         part.media = [pack_medium(medium, self.chat) for medium in media]
         part.missed = {folder: _missed(of) for folder, of in self.media.items()}
+        part.checks.against = None  # which whoever asked has himself
         return part
 
     def _written(self, record: Record, part: Part) -> list[Script]:
@@ -124,6 +127,7 @@ class Reader:
         except UserError as error:
             part.problems += [replace(problem, where=record.where) for problem in error.problems]
             return []
+        part.checks.add(record, scripts)
         part.num_used += 1
         return scripts
 
@@ -141,14 +145,14 @@ def _missed(media: Watched) -> Missed:
 
 def parts_of(
     meta: Meta, data_dir: Path | str | None, tally: Tally, chat: Chat | None = None, reading: Reading = AS_FOUND, seed: int = 0,
-    on_record: OnRecord = lambda done, total: None, keep_records: bool = False,
+    on_record: OnRecord = lambda done, total: None, keep_records: bool = False, against: Against | None = None,
 ) -> Iterator[Part]:  # fmt: skip
     """Reads all entries, and with a chat writes their scripts, `on_record` told after each part. `tally` counts them, and knows
-    afterwards what `said_once` asks for."""
+    afterwards what `said_once` asks for. `against` are the records of evaluation, which the checks compare with."""
     entries = stream_entries(meta, data_dir, reading, tally, seed)
     first, cores = list(islice(entries, FEW_RECORDS)), num_cores()
     jobs = _some(chain(first, entries))
-    reader = Reader(reading, chat, keep_records)
+    reader = Reader(reading, chat, against, keep_records)
     done = 0
     try:
         for part in map(reader.read, jobs) if len(first) < FEW_RECORDS or cores < 2 else _in_parallel(reader, jobs, cores):

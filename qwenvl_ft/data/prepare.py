@@ -11,6 +11,7 @@ import numpy as np
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.data.chat import Chat, open_chat
+from qwenvl_ft.data.checks import Against, Checks, notes_of
 from qwenvl_ft.data.geometry import resized
 from qwenvl_ft.data.kept import kept_table, table_name
 from qwenvl_ft.data.meta_file import Meta, OnRecord, Tally, called
@@ -89,6 +90,7 @@ class Prepared:
             "steps_per_epoch": steps.steps_per_epoch,
             "steps": len(steps),
             "notes": notes(len(self.plan.rows), len(steps), config) + facts["notes"],
+            "checks": facts["checks"],
         }
 
 
@@ -105,9 +107,12 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking, config.video_max_pixels)
     reading, linear = Reading.of(config), chat.family.linear_attention
 
+    held_out = None if evaluation else config.eval_meta_file
+
     def make(folder: Path) -> None:
         """Raises UserError for records that the config has no use for: whoever mends them is to be believed the next time."""
-        scripts, found, whole = write_table(folder, meta, data_dir, chat, reading, config.seed, on_record)
+        against = Against.read(held_out, config.eval_data_dir or config.train_data_dir, reading) if held_out else None
+        scripts, found, whole = write_table(folder, meta, data_dir, chat, reading, config.seed, on_record, against)
         if not whole or not len(scripts) or (found and config.on_bad_record == "error"):
             planned(scripts if whole else None, found)
 
@@ -125,29 +130,34 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
             raise UserError(*problems)
         return Prepared(scripts, plan, problems, chat)
 
-    scripts = kept_table(table_name(meta, data_dir, config.model, chat, reading, config.seed), make)
+    scripts = kept_table(table_name(meta, data_dir, config.model, chat, reading, config.seed, held_out), make)
     return planned(scripts, [Problem(*problem) for problem in scripts.facts["problems"]])
 
 
 def write_table(
-    folder: Path, meta: Meta, data_dir: Path | None, chat: Chat, reading: Reading, seed: int, on_record: OnRecord
-) -> tuple[Scripts, list[Problem], bool]:
+    folder: Path, meta: Meta, data_dir: Path | None, chat: Chat, reading: Reading, seed: int, on_record: OnRecord,
+    against: Against | None = None,
+) -> tuple[Scripts, list[Problem], bool]:  # fmt: skip
     """Reads all records and writes their scripts into a table; with it their problems, and whether no file broke."""
     tally, writer, noted, few = Tally(), TableWriter(folder), Noted(), Few(chat)
+    checks = Checks(chat.limits, against)
     problems: list[Problem] = []
     whole = True
-    for part in parts_of(meta, data_dir, tally, chat, reading, seed, on_record):
+    for part in parts_of(meta, data_dir, tally, chat, reading, seed, on_record, against=against):
         few.add(writer.add(part.scripts, part.media, part.num_records))
         for missed in part.missed.values():
             writer.add_files(missed.failed)
         noted.join(part.noted)
+        checks.join(part.checks)
         problems += part.problems
         whole &= part.whole
     problems = tally.said_once(problems)
+    looked = checks.facts()
     facts = tally.facts | {
         "placeholders": [chat.picture_id, chat.video_id],
         "problems": [[problem.where, problem.what, problem.fix, problem.kind] for problem in problems],
-        "notes": noted.lines + few.lines,
+        "notes": noted.lines + few.lines + notes_of(looked),
+        "checks": looked,
     }
     writer.close(facts)
     return Scripts(folder), problems, whole

@@ -150,7 +150,7 @@ def test_plan_as_json_adds_up(run):
     assert (code, err) == (0, "")
     assert list(facts) == [
         "files", "forms", "records", "used", "skipped", "pictures", "pictures_shrunk", "tokens", "taught_tokens", "rows",
-        "row_tokens", "fill", "steps_per_epoch", "steps", "notes",
+        "row_tokens", "fill", "steps_per_epoch", "steps", "checks", "notes",
     ]  # fmt: skip
     assert facts["notes"] == []
     assert facts["records"] == facts["used"] and facts["skipped"] == []

@@ -136,7 +136,7 @@ def test_pictures_that_rounding_makes_smaller_are_counted_and_tiny_ones_noted(ru
     lost = {side: 1 - (grid_of(side, side, limits)[1] * 14) ** 2 / side**2 for side in (64, 150, 290, 280)}
     assert [side for side, share in lost.items() if share > 0.1] == [64, 150] and lost[290] > 0
     assert json.loads(facts)["pictures_shrunk"] == 2
-    (note,) = [note for note in json.loads(facts)["notes"] if "picture" in note]
+    (note,) = [note for note in json.loads(facts)["notes"] if "little can be seen" in note]
     assert note == ("1 picture of at most 16 tokens, in which little can be seen: icon.png, 64 x 64 px, becomes 56 x 56, 4 tokens; "
                     "min_pixels enlarges them")  # fmt: skip
     enlarged = run("plan", "--config", "configs/demo.yaml", f"train_meta_file={meta}", f"train_data_dir={tmp_path}", "min_pixels=50176",

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qwenvl_ft.data.chat import open_chat
+from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.records import Record, Turn
 from qwenvl_ft.data.template import settle
 from qwenvl_ft.data.tools import call_of, function_of
@@ -271,3 +272,31 @@ def test_calls_in_messages_are_refused_and_not_dropped():
     ]
     with pytest.raises(UserError, match="are not read"):
         read_messages(messages)
+
+
+def test_files_of_peers_become_what_transformers_writes(tmp_path, chat_of, tokenizer):
+    """LLaMA-Factory's turns of function_call and observation, and OpenAI's messages."""
+    function = {"name": "weather", "description": "Says it.", "parameters": {}}
+    turns = [("human", "In Rome?"), ("function_call", json.dumps(ROME)), ("observation", "31"), ("gpt", "31 degrees.")]
+    sharegpt = {"conversations": [{"from": role, "value": text} for role, text in turns], "system": "Be brief.",
+                "tools": json.dumps([function])}  # fmt: skip
+    called = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": json.dumps(ROME["arguments"])}}
+    messages = [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "In Rome?"},
+        {"role": "assistant", "content": None, "tool_calls": [called]}, {"role": "tool", "content": "31", "tool_call_id": "1"},
+        {"role": "assistant", "content": "31 degrees."},
+    ]  # fmt: skip
+    (tmp_path / "sharegpt.json").write_text(json.dumps([sharegpt]))
+    (tmp_path / "openai.jsonl").write_text(
+        json.dumps({"messages": messages, "tools": [{"type": "function", "function": function}]})
+    )
+    chat = chat_of("qwen3_vl")
+    for name in ("sharegpt.json", "openai.jsonl"):
+        (record,), problems, _ = read_records(tmp_path / name)
+        (script,) = chat.write_scripts(record)
+        meant = [*messages[:2], messages[2] | {"content": "", "tool_calls": [{"function": ROME}]}, *messages[3:]]
+        stock = tokenizer.apply_chat_template(
+            meant, tools=[{"type": "function", "function": function}], chat_template=chat.source, tokenize=False
+        )
+        assert not problems and chat.said(script.ids) == stock
+        assert len(chat.taught_texts(script)) == 2
