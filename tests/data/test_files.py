@@ -387,7 +387,7 @@ def test_mixed_files_count_by_their_weights_and_alike_for_one_seed(loose, tmp_pa
     def drawn(seed: int) -> list[tuple[str, int]]:
         tally = Tally()
         times = [(found.where, found.times) for found in stream_records(mixed, None, AS_FOUND, tally, seed)]
-        assert (tally.num_records, [part.used for part in tally.parts]) == (
+        assert (tally.num_records, [part["used"] for part in tally.facts["files"]]) == (
             NUMBER + 400,
             [2 * NUMBER, sum(times for _, times in times[NUMBER:])],
         )
