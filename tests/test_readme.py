@@ -26,7 +26,7 @@ from tests.conftest import ROOT, SAMPLE, TINY
 from tests.runs import write_film
 from tests.serving import data_url
 
-TOPICS = ["training", "ask", "serve", "download"]  # in the order in which their commands run, after those of README
+TOPICS = ["data", "training", "ask", "serve", "download"]  # in the order in which their commands run, after those of README
 PAGES = {  # of each language
     "en": {"README": "README.md", **{topic: f"docs/{topic}.md" for topic in TOPICS}},
     "zh": {"README": "README_zh.md", **{topic: f"docs/zh/{topic}.md" for topic in TOPICS}},
@@ -82,6 +82,7 @@ def checkout(tmp_path_factory):
         ran = {topic: [name for name in map(run, commands(page)) if name] for topic, page in PAGES["en"].items()}
     assert ran == {
         "README": ["download", "cp", "validate-meta", "show", "plan", "train", "eval", "export", "ask"],
+        "data": ["convert", "validate-meta", "show"],
         "training": ["plan"],
         "ask": ["ask"],
         "serve": ["serve", "serve", "serve"],
