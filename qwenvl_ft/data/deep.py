@@ -12,6 +12,7 @@ from typing import Any
 
 from qwenvl_ft.data.pictures import opened
 from qwenvl_ft.data.records import Medium, Picture, Record
+from qwenvl_ft.data.spawned import end_with_parent
 from qwenvl_ft.errors import Problem, UserError
 
 CHUNK = 16  # pictures that a process takes at once
@@ -26,7 +27,7 @@ def decode_all(records: Sequence[Record], on_picture: OnPicture = lambda done, t
     pictures = list({medium.source: medium for record in records for medium in record.media}.values())
     broken: dict[Any, Problem] = {}
     # Pillow holds the lock of Python's threads while it decodes, so processes; new ones, since a fork copies what threads hold.
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         try:
             for done, (picture, problem) in enumerate(
                 zip(pictures, pool.map(problem_of, pictures, chunksize=CHUNK), strict=True), 1

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -26,7 +27,7 @@ from qwenvl_ft.data.meta_file import Meta
 from qwenvl_ft.data.packed import GONE
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.table import Scripts
-from qwenvl_ft.errors import UserError
+from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import MANIFEST, sha256, short_hash, write_whole
 
 TABLES = 8  # that are kept: the ones opened last
@@ -83,8 +84,12 @@ def _code() -> str:
 def kept_table(name: str, make: Callable[[Path], None]) -> Scripts:
     """The table of this name, made by `make` in a folder that it is given, unless it is there and its media are as they were.
 
-    Where the cache cannot be written it is made in a temporary folder. Raises what `make` does; UserError for a full disk.
+    Where the cache cannot be written it is made in a temporary folder. Raises what `make` does; UserError for a full disk, and
+    where a script that prepares as it is imported is imported by the processes that it started for that.
     """
+    if sys.modules.get("__mp_main__", sys.modules["__main__"]) is not sys.modules["__main__"]:  # whoever started it has the lock
+        fix = 'put what it does under `if __name__ == "__main__":`'
+        raise UserError(Problem("the script", "is run again by each process that it starts to read records", fix))
     folder = cache_folder() / "prepared"
     try:
         folder.mkdir(parents=True, exist_ok=True)

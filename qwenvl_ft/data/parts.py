@@ -23,6 +23,7 @@ from qwenvl_ft.data.packed import FileState, Packed, PackedMedium, pack_medium, 
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Medium, Picture, Record, Source, Video
 from qwenvl_ft.data.sources import holder
+from qwenvl_ft.data.spawned import end_with_parent
 from qwenvl_ft.errors import Problem, UserError
 
 RECORDS = 1000  # of a part
@@ -187,6 +188,7 @@ READERS: list[Reader] = []  # of a process of the pool: its own
 
 
 def _start(reader: Reader) -> None:
+    end_with_parent()
     READERS.append(reader)
 
 
@@ -206,7 +208,8 @@ def _in_parallel(reader: Reader, jobs: Iterator[list[Job]], cores: int) -> Itera
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        what, fix = "one of the processes that read them was killed, perhaps for its memory", "run it again with more memory"
+        what = "one of the processes that read them was killed, perhaps for its memory"
+        fix = 'run it again with more memory; in a script, under `if __name__ == "__main__":`'
         raise UserError(Problem("the records", what, fix)) from error
     finally:
         pool.shutdown(cancel_futures=True)

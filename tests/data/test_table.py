@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import subprocess
+import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +24,7 @@ from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.prepare import prepare
 from qwenvl_ft.data.records import InTable, InTar, Picture, Video
 from qwenvl_ft.data.table import Scripts, TableWriter
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.runs import config
 
 SIZES = st.integers(1, 2**31 - 1)
@@ -217,3 +220,44 @@ def test_weighed_records_are_used_as_often_as_they_weigh(tmp_path, meta):
     counts = np.bincount(prepared.scripts.records, minlength=40)
     assert set(counts) == {2, 3} and prepared.num_records == 40
     assert prepared.summary(known(tmp_path, meta))["files"][0]["used"] == counts.sum()
+
+
+SCRIPT = """
+from pathlib import Path
+from qwenvl_ft.config import load_config
+from qwenvl_ft.data import kept, parts
+from qwenvl_ft.data.prepare import prepare
+parts.FEW_RECORDS = 1
+parts.num_cores = lambda: 2
+{guard}
+"""
+CALL = "prepare(load_config({config!r}, ['train_meta_file={meta}', 'output_dir={out}']), on_record=lambda *_: print('reads', flush=True))"
+
+
+def script_of(tmp_path, talk, guard, number=2000):
+    """A user's script that prepares, and its environment."""
+    meta = talk(*(["Which?", f"{number}"] for number in range(number)))
+    call = CALL.format(config=str(ROOT / "configs" / "demo.yaml"), meta=meta, out=tmp_path / "run")
+    (script := tmp_path / "script.py").write_text(SCRIPT.format(guard=guard + call))
+    return [sys.executable, str(script)], os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+
+
+def test_a_script_without_a_guard_is_told_so_and_does_not_wait_for_itself(tmp_path, talk):
+    """The processes that read records import the script; there they waited for the lock of whoever waited for them."""
+    command, environment = script_of(tmp_path, talk, "")
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode and "put what it does under `if __name__" in run.stderr
+
+
+def test_no_process_that_reads_outlives_whoever_started_it(tmp_path, talk):
+    """Killed in the middle, as by torch's launcher, it left one process a core behind, each waiting for its next job."""
+    command, environment = script_of(tmp_path, talk, "if __name__ == '__main__': ", number=12_000)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as run:
+        assert run.stdout.readline()
+        children = [int(line) for line in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        run.kill()
+    assert len(children) >= 2
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes() for child in children):
+        assert time.monotonic() < until
+        time.sleep(0.1)
