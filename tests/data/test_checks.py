@@ -175,6 +175,14 @@ def test_frames_in_memory_and_odd_places_are_no_matter():
     assert not found([]) and "duplicate_records" not in checks.facts()
 
 
+@pytest.mark.parametrize("place", ["a.tar:000012", "a.tar:9" + 30 * "0", "a.tar:x", "a.tar:007.b", "a.tar:0", "a.tar:\u0663", "7"])
+def test_a_place_is_named_as_it_was_whatever_its_number(place):
+    """Keys of tars begin with zeros, which were lost; one of twenty digits ended the command with a traceback."""
+    first = record(0, "Is it red or green?", "green")
+    checks = checked([first, replace(first, where=place)])
+    assert checks.facts()["duplicate_records"]["first"] == place
+
+
 def test_commands_show_what_was_found(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
