@@ -412,10 +412,11 @@ def open_chat(
         tokenizer = _reads_no_special(Tokenizer.from_file(str(path)))
     except Exception as error:  # the library has no error of its own
         raise UserError(Problem(str(path), "is not a tokenizer", "download it again")) from error
+    limits = read_limits(folder, min_pixels, max_pixels)
     videos = read_video_limits(folder, family.clock == "written", video_max_pixels)
     ticks = read_config(model_dir).get("vision_config", {}).get("tokens_per_second", TOKENS_PER_SECOND)
     ticks = ticks if family.clock == "seconds" else 0
-    chat = Chat(tokenizer, source, read_limits(folder, min_pixels, max_pixels), family, thinking, videos, ticks)
+    chat = Chat(tokenizer, source, limits, family, thinking, videos, ticks)
     if missing := [token for token in (PICTURE, END) if token not in chat._special]:
         raise UserError(Problem(str(path), f"has no token {missing[0]}", "bring the tokenizer.json of the model itself"))
     return chat

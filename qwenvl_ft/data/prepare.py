@@ -89,8 +89,8 @@ class Prepared:
             "fill": round(self.plan.fill, 4),
             "steps_per_epoch": steps.steps_per_epoch,
             "steps": len(steps),
-            "notes": notes(len(self.plan.rows), len(steps), config) + facts["notes"],
             "checks": facts["checks"],
+            "notes": notes(len(self.plan.rows), len(steps), config) + facts["notes"],
         }
 
 

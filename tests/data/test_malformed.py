@@ -88,7 +88,7 @@ def test_a_malformed_file_ends_in_problems_and_never_in_a_traceback(name, tmp_pa
         main([*arguments, "--json"])
     report = json.loads(capsys.readouterr().out)
     assert exit.value.code == 1
-    assert list(report) == ["files", "forms", "records", "used", "pictures", "shown", "tokens", "notes", "problems"]
+    assert list(report) == ["files", "forms", "records", "used", "pictures", "shown", "tokens", "notes", "checks", "problems"]
     assert report["used"] <= report["records"]
     assert report["problems"] and all(problem[key] for problem in report["problems"] for key in ("where", "what", "fix"))
 
@@ -107,4 +107,4 @@ def test_a_good_file_beside_them_passes(tmp_path, capsys):
         main(["validate-meta", str(tmp_path / "train.json"), "--data-dir", str(tmp_path), "--json"])
     file = {"meta": str(tmp_path / "train.json"), "weight": 1, "containers": {"JSON": 1}, "records": 1, "used": 1}
     wanted = {"files": [file], "forms": {"documented": 1}, "records": 1, "used": 1, "pictures": 1, "shown": 1, "tokens": None}
-    assert (exit.value.code, json.loads(capsys.readouterr().out)) == (0, wanted | {"notes": [], "problems": []})
+    assert (exit.value.code, json.loads(capsys.readouterr().out)) == (0, wanted | {"notes": [], "checks": {}, "problems": []})
