@@ -44,6 +44,7 @@ def killed_at_any_time(point: Point) -> str:
 def killed_in(point: Point, *stages: str) -> str:
     """Before an operation on files; before every one of them with as many consecutive seeds."""
     who = point.random.randrange(2) if point.way.startswith("ZeRO") else 0
+    who = who if point.reference["operations"][who] else 0  # the second process may have nothing to do with the run's files
     operations = [line.split("\t") for line in point.reference["operations"][who]]
     numbers = [number for number, (stage, *_) in enumerate(operations) if stage in stages]
     if not numbers and who == 0:
