@@ -42,7 +42,7 @@ class TableWriter:
         self.numbers = (folder / "numbers.i32").open("wb")
         self.index: dict[bytes, int] = {}  # of each medium, by its digest
         self.seen: set[str] = set()  # of the files: a tar comes again with each part, and twice does no harm
-        self.hashes = {name: hashlib.sha256() for name in ("ids", "taught", "media", "digests")}
+        self.hashes = {name: hashlib.sha256() for name in ("ids", "taught", "grids", "media", "digests")}
         self.num_records = self.num_pictures = self.num_shrunk = 0
 
     def add(self, scripts: Packed, media: Sequence[PackedMedium], num_records: int) -> list[PackedMedium]:
@@ -53,7 +53,7 @@ class TableWriter:
         numbers = np.array([self.index[medium.digest] for medium in media], np.int32)
         if scripts.where:
             columns = scripts.columns | {"media": (numbers[scripts.columns["media"][0]], scripts.columns["media"][1])}
-            for name in ("ids", "taught", "media"):
+            for name in ("ids", "taught", "grids", "media"):
                 for values in columns[name]:
                     self.hashes[name].update(values.tobytes())
             lists = [
