@@ -263,6 +263,17 @@ def test_other_processes_read_a_table_s_pictures(loose, tmp_path):
         assert list(pool.map(sources.read, found)) == [path.read_bytes() for path in pictures_of(loose)]
 
 
+def test_of_a_compressed_arrow_file_one_batch_is_in_memory(tmp_path):
+    """Feather compresses by itself; all of it was unpacked and kept once one picture was read."""
+    rows = [bytes([number]) * 1_000_000 for number in range(30)]
+    pa.feather.write_feather(pa.table({"image": rows}), tmp_path / "a.feather", chunksize=1)
+    del rows
+    before = pa.total_allocated_bytes()
+    for row in (5, 29, 0):
+        assert sources.read(InTable(tmp_path / "a.feather", "x", "image", row)) == bytes([row]) * 1_000_000
+    assert pa.total_allocated_bytes() - before < 4_000_000
+
+
 def test_a_parquet_that_names_its_pictures_and_one_of_plain_bytes(loose, tmp_path):
     paths = [path.name for path in pictures_of(loose)]
     named = pa.array([{"bytes": None, "path": name} for name in paths], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
