@@ -145,6 +145,22 @@ def test_a_sample_whose_json_names_no_picture_is_given_its_own(loose, tmp_path):
     assert c.value == {"q": ["<img>x.png</img>"]}
 
 
+def test_a_picture_of_a_sample_that_its_json_does_not_show_is_named(loose, tmp_path):
+    """It was left out without a word."""
+    file = tmp_path / "a.tar"
+    with tarfile.open(file, "w") as tar:
+        add(tar, "0.png", (loose / "0.png").read_bytes())
+        add(tar, "0.depth.png", (loose / "2.png").read_bytes())
+        add(tar, "0.json", json.dumps(talk("0.png", "zero")).encode())
+    records, (problem,), _ = read_records(file)
+    assert not records and problem.where == "a.tar:0" and problem.what == "holds 0.depth.png, which its json does not show"
+    with tarfile.open(file, "w") as tar:  # several records of one sample show them together
+        add(tar, "0.png", (loose / "0.png").read_bytes())
+        add(tar, "0.depth.png", (loose / "2.png").read_bytes())
+        add(tar, "0.json", json.dumps([talk("0.png", "zero"), talk("0.depth.png", "far")]).encode())
+    assert len(read_records(file).records) == 2
+
+
 def test_what_a_tar_holds_besides_is_named(loose, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "a.jpg", b"")
