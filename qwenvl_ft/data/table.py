@@ -13,7 +13,6 @@ are streams, as `datasets` writes them: `datasets.Dataset.from_file` opens them,
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -129,6 +128,8 @@ class Scripts(Sequence[Script]):
         numbers = folder / "numbers.i32"
         found = np.memmap(numbers, np.int32, "r") if numbers.stat().st_size else np.zeros(0, np.int32)
         self.lengths, self.taught, self.media_tokens, self.records = found.reshape(-1, len(NUMBERS)).T
+        # Now, not when they are asked for: the folder may be taken away while a run goes on.
+        self._table, self._media = _mapped(folder / "scripts.arrow"), _mapped(folder / "media.arrow").column("medium")
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return type(self), (self.folder,)
@@ -168,14 +169,6 @@ class Scripts(Sequence[Script]):
         for batch in _mapped(self.folder / "files.arrow").to_batches():
             names, *numbers = (column.to_pylist() for column in batch.columns)
             yield from map(FileState._make, zip(map(json.loads, names), *numbers, strict=True))
-
-    @cached_property
-    def _table(self) -> "pyarrow.Table":
-        return _mapped(self.folder / "scripts.arrow")
-
-    @cached_property
-    def _media(self) -> "pyarrow.ChunkedArray":
-        return _mapped(self.folder / "media.arrow").column("medium")
 
 
 def _mapped(path: Path) -> "pyarrow.Table":

@@ -214,6 +214,15 @@ def test_the_tables_that_were_opened_last_are_kept(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "qwenvl_ft" / "prepared").iterdir() if path.is_dir()) == ["b-1", "c-1"]
 
 
+def test_a_table_that_is_open_stays_readable_when_newer_ones_take_its_place(tmp_path, meta, monkeypatch):
+    """The held-out records of a run are read at its first evaluation, hours after eight other runs may have begun."""
+    monkeypatch.setattr(kept, "TABLES", 1)
+    settings = config(tmp_path, train_meta_file=meta, train_data_dir=None)
+    scripts = prepare(settings).scripts
+    prepare(settings.model_copy(update={"max_pixels": 4096}))
+    assert not scripts.folder.exists() and len(list(scripts)) == 40 and list(scripts.media)
+
+
 def test_weighed_records_are_used_as_often_as_they_weigh(tmp_path, meta):
     both = [{"file": str(meta), "data_dir": str(tmp_path), "weight": 2.5}]
     prepared = prepare(config(tmp_path, train_meta_file=both))
