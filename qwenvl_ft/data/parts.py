@@ -164,7 +164,7 @@ def parts_of(
                 media.one_is_there |= missed.one_is_there
                 media.missing |= missed.missing
                 media.misspelt |= missed.misspelt
-                media.sizes.new |= missed.sizes
+                media.sizes.join(missed.sizes)
             done += part.num_records
             on_record(done, None)
             yield part
