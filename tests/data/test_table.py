@@ -1,5 +1,6 @@
 """The prepared table gives back what was written, in every process, and is made anew when anything that it is made from changes."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -140,6 +141,23 @@ def test_what_says_nothing_of_a_script_makes_no_other_table(tmp_path, meta, writ
     for of in ({}, {"row_tokens": 600}, {"seed": 3}, {"rows_per_step": 1}):
         prepare(known(tmp_path, meta, **of))
     assert len(written) == 40
+
+
+def test_another_folder_behind_a_link_makes_another_table(tmp_path):
+    """Where data/current is another version now and its meta-file the same, the pictures of the old one were trained on."""
+    for number, version in enumerate("ab"):
+        (folder := tmp_path / version).mkdir()
+        Image.new("RGB", (40 + 40 * number, 40)).save(folder / "a.png")
+        talk = [{"from": "user", "value": "<img>a.png</img>?"}, {"from": "assistant", "value": "yes"}]
+        (folder / "train.json").write_text(json.dumps([{"conversations": talk}]))
+        os.utime(folder / "train.json", (1, 1))
+    widths = []
+    for version in "ab":
+        (tmp_path / "current").unlink(missing_ok=True)
+        (tmp_path / "current").symlink_to(tmp_path / version)
+        settings = config(tmp_path, train_meta_file=tmp_path / "current" / "train.json", train_data_dir=None)
+        widths.append(prepare(settings).scripts[0].media[0].width)
+    assert widths == [40, 80]
 
 
 def test_a_missing_picture_that_comes_makes_another_table(tmp_path, talk, pictures):
