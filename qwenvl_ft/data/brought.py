@@ -73,8 +73,9 @@ def _write(path: Path, content: bytes) -> None:
     """In one move, so that other processes see all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        file.write(content)
+        pass
     try:
+        Path(file.name).write_bytes(content)
         os.replace(file.name, path)
     except OSError:
         os.unlink(file.name)

@@ -35,14 +35,21 @@ HASHED_BYTES = 64 * 2**20  # of a meta-file that is known by its content: a larg
 
 
 def table_name(
-    meta: Meta, data_dir: Path | None, model: Path, chat: Chat, reading: Reading, seed: int, held_out: Meta | None = None
+    meta: Meta,
+    data_dir: Path | None,
+    model: Path,
+    chat: Chat,
+    reading: Reading,
+    seed: int,
+    held_out: Meta | None = None,
+    held_out_dir: Path | None = None,
 ) -> str:
     """Differs where anything does that a table is made from, but for the media themselves: files, those of evaluation that its
     records are compared with, settings, tokenizer, code."""
     weights = [1.0] if isinstance(meta, Path | str) else [of.weight for of in meta]
     made_from = {
         "parts": _parts(meta),
-        "held out": _parts(held_out) if held_out else [],
+        "held out": [_parts(held_out), str(held_out_dir and held_out_dir.resolve())] if held_out else [],
         "data_dir": str(data_dir and data_dir.resolve()),
         "tokenizer": sha256(model / "tokenizer.json"),
         "chat": [repr(getattr(chat, part.name)) for part in fields(chat) if part.name != "tokenizer"],
@@ -63,7 +70,7 @@ def _parts(meta: Meta) -> list[Any]:
 def _states(file: Path) -> list[Any]:
     try:
         files = files_of(file)
-        return [(str(path.absolute()), *_state(path)) for path in files]
+        return [(str(path.absolute()), str(path.resolve()), *_state(path)) for path in files]  # whose folder may be a link
     except (UserError, OSError):  # whoever reads it will say so
         return [str(file)]
 

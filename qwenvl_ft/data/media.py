@@ -28,6 +28,7 @@ NUMBER, ZEROS = re.compile(r"\d+"), re.compile(r"(?<!\d)0+(?=\d)")
 MOST_FOLDERS = 8  # of a name, the last of which may be what is meant
 MAX_COMPARED = 200_000  # file names that missing ones are compared with, 50 µs each: a folder of them must not take hours
 MOST_SEEN = 50_000  # names that are remembered: a million of them would be half a gigabyte, and to look again takes 15 µs
+MOST_LETTERS = 4096  # of a name that is remembered
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif")  # of frames in a folder
 FOLDER_KEYS = "(train_data_dir, --data-dir)"  # what a config calls it, and the commands without one
 
@@ -106,6 +107,8 @@ class Media:
         if len(self.seen) >= MOST_SEEN:
             self.seen.clear()
         try:
+            if len(name) > MOST_LETTERS:  # it holds the file itself
+                return self._measured(self._file(name, where), where)
             return self.seen.setdefault(name, self._known(name) or self._measured(self._file(name, where), where))
         except UserError as error:  # alike but for the name
             raise _alike(error, name) from None
@@ -121,10 +124,16 @@ class Media:
             found: Source | list[Source] = [self._source(frame, where) for frame in name]
         else:
             source = self._source(name, where, or_folder=True)
-            found = _frames(source) if isinstance(source, Path) and source.is_dir() else source
+            found = self._frames(source, where) if isinstance(source, Path) and source.is_dir() else source
         if found == []:
             raise UserError(Problem(where, f"{name} is a folder without pictures", "name a film, or a folder of its frames"))
         return measured(found, where, options, self.reading)
+
+    def _frames(self, folder: Path, where: str) -> list[Source]:
+        """The pictures of a folder, a2 before a10, none of which may be a link out of ours."""
+        found = [path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in ENDINGS and path.is_file()]
+        found.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
+        return [self._file(str(path.relative_to(self.root)), where) if path.is_symlink() else path for path in found]
 
     def _source(self, name: Named, where: str, or_folder: bool = False) -> Source:
         if not isinstance(name, str):
@@ -216,12 +225,6 @@ class Media:
         if not path.is_file() and not (or_folder and path.is_dir()):
             raise UserError(Problem(where, f"{name} is not a regular file", "name a picture file"))
         return path
-
-
-def _frames(folder: Path) -> list[Source]:
-    """The pictures of a folder, a2 before a10."""
-    found = [path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in ENDINGS and path.is_file()]
-    return [*sorted(found, key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])]
 
 
 def _alike(error: UserError, name: str) -> UserError:

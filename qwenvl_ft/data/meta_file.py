@@ -153,9 +153,20 @@ def read_job(job: Job, media: Mapping[Path, Media], tally: Tally) -> Found:
     problems: list[Problem] = []
     tally.forms[form_of(entry.value, own.reading) or "none that is known"] += 1
     record = read_entry(entry.value, entry.where, own, problems, own.reading)
+    if record and entry.beside and not entry.shared and (lost := _not_shown(record, entry)):
+        fix = "show it in the talk, or pack the sample without it"
+        what = "which its json does not show"
+        problems.append(Problem(entry.where, f"holds {lost}, {what}", fix, kind=f"a medium {what}"))
+        record = None
     times = job.times if record else 0
     tally.used[job.part] += times
     return Found(entry.where, record, problems, times)
+
+
+def _not_shown(record: Record, entry: Entry) -> str:
+    """The name of a medium that lies with an entry and is not in its record; nothing where all are."""
+    shown = {of for medium in record.media for of in (medium.source if isinstance(medium.source, tuple) else [medium.source])}
+    return next((of.name for of in entry.beside.values() if of not in shown), "")
 
 
 def stream_records(
@@ -175,7 +186,7 @@ def _each(entries: Iterator[Entry]) -> Iterator[Entry]:
     """The entries, with those of a list of records as entries of their own."""
     for entry in entries:
         for where, value in unpacked(entry.where, entry.value):
-            yield entry._replace(where=where, value=value)
+            yield entry._replace(where=where, value=value, shared=where != entry.where)
 
 
 def read_records(

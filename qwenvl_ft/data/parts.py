@@ -16,7 +16,7 @@ from typing import Any
 
 from qwenvl_ft.data.chat import Chat, Script
 from qwenvl_ft.data.checks import Against, Checks
-from qwenvl_ft.data.media import Media
+from qwenvl_ft.data.media import MOST_LETTERS, Media
 from qwenvl_ft.data.meta_file import Job, Meta, OnRecord, Tally, read_job, stream_entries
 from qwenvl_ft.data.notes import Noted
 from qwenvl_ft.data.packed import FileState, Packed, PackedMedium, pack_medium, pack_scripts
@@ -56,7 +56,8 @@ class Watched(Media):
             raise
 
     def _note(self, name: str | Source) -> None:
-        self.failed.append(os.path.join(self.root, name) if isinstance(name, str) else str(holder(name)))
+        if not (isinstance(name, str) and len(name) > MOST_LETTERS):  # which holds the file itself
+            self.failed.append(os.path.join(self.root, name) if isinstance(name, str) else str(holder(name)))
 
 
 @dataclass
@@ -164,7 +165,7 @@ def parts_of(
                 media.one_is_there |= missed.one_is_there
                 media.missing |= missed.missing
                 media.misspelt |= missed.misspelt
-                media.sizes.new |= missed.sizes
+                media.sizes.join(missed.sizes)
             done += part.num_records
             on_record(done, None)
             yield part

@@ -107,11 +107,11 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking, config.video_max_pixels)
     reading, linear = Reading.of(config), chat.family.linear_attention
 
-    held_out = None if evaluation else config.eval_meta_file
+    held_out, held_out_dir = None if evaluation else config.eval_meta_file, config.eval_data_dir or config.train_data_dir
 
     def make(folder: Path) -> None:
         """Raises UserError for records that the config has no use for: whoever mends them is to be believed the next time."""
-        against = Against.read(held_out, config.eval_data_dir or config.train_data_dir, reading) if held_out else None
+        against = Against.read(held_out, held_out_dir, reading) if held_out else None
         scripts, found, whole = write_table(folder, meta, data_dir, chat, reading, config.seed, on_record, against)
         if not whole or not len(scripts) or (found and config.on_bad_record == "error"):
             planned(scripts if whole else None, found)
@@ -130,7 +130,8 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
             raise UserError(*problems)
         return Prepared(scripts, plan, problems, chat)
 
-    scripts = kept_table(table_name(meta, data_dir, config.model, chat, reading, config.seed, held_out), make)
+    name = table_name(meta, data_dir, config.model, chat, reading, config.seed, held_out, held_out_dir)
+    scripts = kept_table(name, make)
     return planned(scripts, [Problem(*problem) for problem in scripts.facts["problems"]])
 
 

@@ -7,6 +7,7 @@ are kept apart and merged into a new table, which takes the old one's place at o
 import hashlib
 import os
 from bisect import bisect_left
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -55,6 +56,12 @@ class Sizes:
             return
         key, check = _digest(text)
         self.new[key] = (height << SIDE_BITS | width) << CHECK_BITS | check
+        if len(self.new) >= max(KEPT_APART, len(self.keys) // 8):
+            self.save()
+
+    def join(self, new: Mapping[int, int]) -> None:
+        """Keeps those that another process found."""
+        self.new.update(new)
         if len(self.new) >= max(KEPT_APART, len(self.keys) // 8):
             self.save()
 

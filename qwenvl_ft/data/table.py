@@ -13,7 +13,6 @@ are streams, as `datasets` writes them: `datasets.Dataset.from_file` opens them,
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -42,7 +41,7 @@ class TableWriter:
         self.numbers = (folder / "numbers.i32").open("wb")
         self.index: dict[bytes, int] = {}  # of each medium, by its digest
         self.seen: set[str] = set()  # of the files: a tar comes again with each part, and twice does no harm
-        self.hashes = {name: hashlib.sha256() for name in ("ids", "taught", "media", "digests")}
+        self.hashes = {name: hashlib.sha256() for name in ("ids", "taught", "grids", "media", "digests")}
         self.num_records = self.num_pictures = self.num_shrunk = 0
 
     def add(self, scripts: Packed, media: Sequence[PackedMedium], num_records: int) -> list[PackedMedium]:
@@ -53,7 +52,7 @@ class TableWriter:
         numbers = np.array([self.index[medium.digest] for medium in media], np.int32)
         if scripts.where:
             columns = scripts.columns | {"media": (numbers[scripts.columns["media"][0]], scripts.columns["media"][1])}
-            for name in ("ids", "taught", "media"):
+            for name in ("ids", "taught", "grids", "media"):
                 for values in columns[name]:
                     self.hashes[name].update(values.tobytes())
             lists = [
@@ -129,6 +128,8 @@ class Scripts(Sequence[Script]):
         numbers = folder / "numbers.i32"
         found = np.memmap(numbers, np.int32, "r") if numbers.stat().st_size else np.zeros(0, np.int32)
         self.lengths, self.taught, self.media_tokens, self.records = found.reshape(-1, len(NUMBERS)).T
+        # Now, not when they are asked for: the folder may be taken away while a run goes on.
+        self._table, self._media = _mapped(folder / "scripts.arrow"), _mapped(folder / "media.arrow").column("medium")
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return type(self), (self.folder,)
@@ -168,14 +169,6 @@ class Scripts(Sequence[Script]):
         for batch in _mapped(self.folder / "files.arrow").to_batches():
             names, *numbers = (column.to_pylist() for column in batch.columns)
             yield from map(FileState._make, zip(map(json.loads, names), *numbers, strict=True))
-
-    @cached_property
-    def _table(self) -> "pyarrow.Table":
-        return _mapped(self.folder / "scripts.arrow")
-
-    @cached_property
-    def _media(self) -> "pyarrow.ChunkedArray":
-        return _mapped(self.folder / "media.arrow").column("medium")
 
 
 def _mapped(path: Path) -> "pyarrow.Table":

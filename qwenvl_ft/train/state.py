@@ -36,6 +36,7 @@ from qwenvl_ft.train.output_dir import Metrics
 
 PARTS = ".parts"  # in a run's folder, while it saves: what each process adds to the checkpoint
 CONTENTS = "contents.json"  # beside a table
+SIZING = ("video_fps", "video_max_frames", "video_max_pixels")  # settings that say for themselves that grids change
 STATE = "state.json"  # in a checkpoint: its step, how it was launched, and the fingerprint of its run
 FORM = 3  # of a checkpoint: raised with every change to what is in it, or to which rows a step takes
 
@@ -228,6 +229,9 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
     def names(part: Prepared) -> list[str]:
         return [part.scripts.facts["hashes"][name] for name in ("media", "digests")]
 
+    def grids(part: Prepared) -> str:
+        return str(part.scripts.facts["hashes"]["grids"])
+
     def content(part: Prepared) -> str:
         return contents(part.scripts, config.output_dir / PICTURE_HASHES)
 
@@ -239,7 +243,8 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
         "pictures": short_hash(names(prepared)),
         "contents": short_hash(content(prepared)),
         "packed rows": rows_hash(prepared.plan.rows),
-        **({"held out": short_hash([records(held_out), names(held_out), content(held_out)])} if held_out else {}),
+        "grids": grids(prepared),
+        **({"held out": short_hash([records(held_out), names(held_out), grids(held_out), content(held_out)])} if held_out else {}),
     }
 
 
@@ -287,9 +292,9 @@ def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared)
         said.append("the training records changed" + (f": {count:,} before, {records:,} now" if count != records else ""))
     elif "pictures" in changed:
         said.append("the pictures changed: their folder, names or sizes")
-    elif "packed rows" in changed:
+    elif "packed rows" in changed or ("grids" in changed and not {"processor", *SIZING} & set(changed)):
         tokens, room = before["row_tokens"], prepared.plan.row_tokens
-        repacked = "the rows are packed in another way: min_pixels or max_pixels changed"
+        repacked = "pictures are seen in other sizes: min_pixels or max_pixels changed"
         said.append(f"row_tokens was {tokens} and is now {room}" if tokens != room else repacked)
     elif "contents" in changed:
         said.append("the pictures changed: what is in them, under the same names and in the same sizes")

@@ -145,6 +145,22 @@ def test_a_sample_whose_json_names_no_picture_is_given_its_own(loose, tmp_path):
     assert c.value == {"q": ["<img>x.png</img>"]}
 
 
+def test_a_picture_of_a_sample_that_its_json_does_not_show_is_named(loose, tmp_path):
+    """It was left out without a word."""
+    file = tmp_path / "a.tar"
+    with tarfile.open(file, "w") as tar:
+        add(tar, "0.png", (loose / "0.png").read_bytes())
+        add(tar, "0.depth.png", (loose / "2.png").read_bytes())
+        add(tar, "0.json", json.dumps(talk("0.png", "zero")).encode())
+    records, (problem,), _ = read_records(file)
+    assert not records and problem.where == "a.tar:0" and problem.what == "holds 0.depth.png, which its json does not show"
+    with tarfile.open(file, "w") as tar:  # several records of one sample show them together
+        add(tar, "0.png", (loose / "0.png").read_bytes())
+        add(tar, "0.depth.png", (loose / "2.png").read_bytes())
+        add(tar, "0.json", json.dumps([talk("0.png", "zero"), talk("0.depth.png", "far")]).encode())
+    assert len(read_records(file).records) == 2
+
+
 def test_what_a_tar_holds_besides_is_named(loose, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "a.jpg", b"")
@@ -261,6 +277,17 @@ def test_other_processes_read_a_table_s_pictures(loose, tmp_path):
     found = [value["image"] for value in values(tmp_path / "a.parquet")]
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         assert list(pool.map(sources.read, found)) == [path.read_bytes() for path in pictures_of(loose)]
+
+
+def test_of_a_compressed_arrow_file_one_batch_is_in_memory(tmp_path):
+    """Feather compresses by itself; all of it was unpacked and kept once one picture was read."""
+    rows = [bytes([number]) * 1_000_000 for number in range(30)]
+    pa.feather.write_feather(pa.table({"image": rows}), tmp_path / "a.feather", chunksize=1)
+    del rows
+    before = pa.total_allocated_bytes()
+    for row in (5, 29, 0):
+        assert sources.read(InTable(tmp_path / "a.feather", "x", "image", row)) == bytes([row]) * 1_000_000
+    assert pa.total_allocated_bytes() - before < 4_000_000
 
 
 def test_a_parquet_that_names_its_pictures_and_one_of_plain_bytes(loose, tmp_path):

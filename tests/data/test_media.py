@@ -134,3 +134,26 @@ def test_a_film_by_name_by_its_frames_and_by_their_folder(tmp_path):
     for name in ("no.mp4", "../a.mp4", ["frames/0.png", "no.png"]):
         with pytest.raises(UserError):
             media.video(name, "here", {})
+
+
+def test_a_picture_that_a_name_holds_is_not_remembered_by_it(site, tmp_path):
+    """Fifty thousand such names were kept in each process, the files in base64 with them: gigabytes."""
+    media = Media(tmp_path, FETCH)
+    noise = BytesIO()
+    Image.effect_noise((80, 80), 90).save(noise, "PNG")
+    assert media.picture("data:image/png;base64," + base64.b64encode(noise.getvalue()).decode(), "here").width == 80
+    assert not media.seen
+
+
+def test_frames_of_a_folder_may_not_be_links_out_of_it(tmp_path):
+    """A picture that is one was refused by name, and shown as a frame."""
+    (tmp_path / "data" / "film").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(tmp_path / "secret.png")
+    Image.new("RGB", (40, 40)).save(tmp_path / "data" / "own.png")
+    (tmp_path / "data" / "film" / "1.png").symlink_to(tmp_path / "data" / "own.png")
+    (tmp_path / "data" / "film" / "2.png").symlink_to(tmp_path / "data" / "own.png")
+    media = Media(tmp_path / "data", AS_FOUND)
+    assert len(media.video("film", "here", {}).source) == 2
+    (tmp_path / "data" / "film" / "3.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(UserError, match=r"film/3\.png lies outside"):
+        media.video("film", "here", {})

@@ -1,5 +1,6 @@
 """The prepared table gives back what was written, in every process, and is made anew when anything that it is made from changes."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -142,6 +143,23 @@ def test_what_says_nothing_of_a_script_makes_no_other_table(tmp_path, meta, writ
     assert len(written) == 40
 
 
+def test_another_folder_behind_a_link_makes_another_table(tmp_path):
+    """Where data/current is another version now and its meta-file the same, the pictures of the old one were trained on."""
+    for number, version in enumerate("ab"):
+        (folder := tmp_path / version).mkdir()
+        Image.new("RGB", (40 + 40 * number, 40)).save(folder / "a.png")
+        talk = [{"from": "user", "value": "<img>a.png</img>?"}, {"from": "assistant", "value": "yes"}]
+        (folder / "train.json").write_text(json.dumps([{"conversations": talk}]))
+        os.utime(folder / "train.json", (1, 1))
+    widths = []
+    for version in "ab":
+        (tmp_path / "current").unlink(missing_ok=True)
+        (tmp_path / "current").symlink_to(tmp_path / version)
+        settings = config(tmp_path, train_meta_file=tmp_path / "current" / "train.json", train_data_dir=None)
+        widths.append(prepare(settings).scripts[0].media[0].width)
+    assert widths == [40, 80]
+
+
 def test_a_missing_picture_that_comes_makes_another_table(tmp_path, talk, pictures):
     """The problem was read from the table, and said of a picture that was there by then."""
     meta = talk(["<img>a.png</img>?", "yes"], ["<img>late.png</img>?", "yes"])
@@ -212,6 +230,15 @@ def test_the_tables_that_were_opened_last_are_kept(tmp_path, monkeypatch):
         table = kept.kept_table(name, lambda folder: TableWriter(folder).close({"placeholders": [5, None]}))
         os.utime(table.folder, (number, number))
     assert sorted(path.name for path in (tmp_path / "qwenvl_ft" / "prepared").iterdir() if path.is_dir()) == ["b-1", "c-1"]
+
+
+def test_a_table_that_is_open_stays_readable_when_newer_ones_take_its_place(tmp_path, meta, monkeypatch):
+    """The held-out records of a run are read at its first evaluation, hours after eight other runs may have begun."""
+    monkeypatch.setattr(kept, "TABLES", 1)
+    settings = config(tmp_path, train_meta_file=meta, train_data_dir=None)
+    scripts = prepare(settings).scripts
+    prepare(settings.model_copy(update={"max_pixels": 4096}))
+    assert not scripts.folder.exists() and len(list(scripts)) == 40 and list(scripts.media)
 
 
 def test_weighed_records_are_used_as_often_as_they_weigh(tmp_path, meta):

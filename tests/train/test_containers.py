@@ -50,6 +50,6 @@ def test_a_run_does_not_go_on_with_another_file_under_their_name(tmp_path):
         first = next(member for member in tar if not member.name.endswith("json"))
     content[first.offset_data + first.size // 2] ^= 1
     file.write_bytes(content)
-    assert len(prepare(config(tmp_path, **settings)).scripts)
+    assert prepare(config(tmp_path, **settings)).num_records
     with pytest.raises(UserError, match="the pictures changed: what is in them"):
         run(tmp_path, resume=True, **settings)

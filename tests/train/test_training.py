@@ -229,13 +229,22 @@ def test_resume_says_in_words_what_else_changed_and_each_cause_once(tmp_path):
     assert said(train_meta_file=fewer) == ["the training records changed: 8 before, 6 now"]
     assert said(train_meta_file=fewer, seed=7) == ["seed was 42 and is now 7", "the training records changed: 8 before, 6 now"]
     assert said(row_tokens=1400) == ["row_tokens was 700 and is now 1400"]
-    assert said(max_pixels=8 * 28 * 28) == ["the rows are packed in another way: min_pixels or max_pixels changed"]
+    assert said(max_pixels=8 * 28 * 28) == ["pictures are seen in other sizes: min_pixels or max_pixels changed"]
     shutil.copytree(ROOT / "data/sample/images", tmp_path / "images")
     assert said(train_data_dir=tmp_path / "images") == ["the pictures changed: their folder, names or sizes"]
     shutil.copytree(ROOT / "data/tiny", tmp_path / "model")
     facts = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(facts | {"note": "another"}))
     assert said(model=tmp_path / "model") == ["the base model changed: its config.json or its weights"]
+
+
+def test_resume_sees_other_sizes_of_pictures_where_the_same_records_share_rows(tmp_path):
+    """It compared which records share a row: with a record a row, as Qwen3.5 has it, any max_pixels would do. And it went on."""
+    (one := tmp_path / "one.json").write_text(json.dumps(json.loads((ROOT / "data/sample/train.json").read_text())[:1]))
+    settings = {"train_meta_file": one, "max_steps": 2, "save_steps": 1}
+    run(tmp_path, **settings)
+    with pytest.raises(UserError, match="seen in other sizes: min_pixels or max_pixels changed"):
+        run(tmp_path, resume=True, max_pixels=8 * 28 * 28, **settings)
 
 
 def test_resume_sees_what_changed_under_the_same_names_and_sizes(tmp_path):

@@ -84,18 +84,21 @@ class _Parquet:
 
 
 class _Arrow:
-    """Mapped into memory, so that nothing is read but what is asked for; a compressed batch is unpacked each time."""
+    """Mapped into memory, so that nothing is read but what is asked for. Of a file whose batches are compressed (Feather) the last
+    batch is kept; a compressed stream, whose batches can only be read in a row, is unpacked whole."""
 
     def __init__(self, path: Path):
         mapped = pa.memory_map(str(path))
         try:
             file = pa.ipc.open_file(mapped)
-            self.batches = [file.get_batch(at) for at in range(file.num_record_batches)]
+            self.batch = lru_cache(1)(file.get_batch)
+            number = file.num_record_batches
         except pa.ArrowInvalid:
             mapped.seek(0)
-            self.batches = list(pa.ipc.open_stream(mapped))
-        self.starts = list(accumulate((batch.num_rows for batch in self.batches), initial=0))
+            batches = list(pa.ipc.open_stream(mapped))
+            self.batch, number = lru_cache(1)(batches.__getitem__), len(batches)
+        self.starts = list(accumulate((self.batch(at).num_rows for at in range(number)), initial=0))
 
     def bytes_of(self, source: InTable) -> Any:
         at = bisect_right(self.starts, source.row) - 1
-        return _bytes_in(self.batches[at].column(source.column)[source.row - self.starts[at]], source.item)
+        return _bytes_in(self.batch(at).column(source.column)[source.row - self.starts[at]], source.item)

@@ -10,9 +10,11 @@ class Entry(NamedTuple):
     """A record as it was found: `value` is what JSON can hold, with a Source in place of a name where a medium lies within the
     container; or a Problem.
 
-    `where` is "" of a Problem of the whole file. `beside` are the media that lie with it, by name.
+    `where` is "" of a Problem of the whole file. `beside` are the media that lie with it, by name; where it is `shared`, other
+    records have them, too.
     """
 
     where: str
     value: Any
     beside: Mapping[str, Source] = {}
+    shared: bool = False

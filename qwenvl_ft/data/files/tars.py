@@ -72,9 +72,10 @@ def _check_end(file: Path, end: int) -> None:
 
 
 def _sample(where: str, members: dict[str, InTar]) -> Entry:
-    beside = {of.name: of for of in members.values()} | {of.name.rpartition("/")[2]: of for of in members.values()}
     of_kind = {kind: [of for ending, of in members.items() if ending.rpartition(".")[2] in endings]
                for kind, endings in (("image", PICTURES), ("video", VIDEOS), ("text", TEXTS), ("json", ("json",)))}  # fmt: skip
+    media = [*of_kind["image"], *of_kind["video"]]
+    beside = {of.name: of for of in media} | {of.name.rpartition("/")[2]: of for of in media}
     known = {of.name for found in of_kind.values() for of in found}
     if unknown := [of.name for of in members.values() if of.name not in known]:
         ending = unknown[0].rpartition(".")[2]
