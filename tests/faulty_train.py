@@ -23,7 +23,15 @@ def faulty(run, row):
     return loss
 
 
+def other_records(prepared, held_out, config):
+    same = stock_fingerprint(prepared, held_out, config)
+    return same | ({"training records": "others"} if os.environ["RANK"] == "1" else {})
+
+
 loop.row_loss = faulty
+stock_fingerprint = loop.fingerprint
+if os.environ["FAULT"] == "other records":
+    loop.fingerprint = other_records
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

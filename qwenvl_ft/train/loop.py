@@ -27,7 +27,7 @@ from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.rows import Built, Row
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
-from qwenvl_ft.folders.whole import writing
+from qwenvl_ft.folders.whole import short_hash, writing
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss
 from qwenvl_ft.train.launch import Signals, alone, lost, open_trackers, start
@@ -198,6 +198,9 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
     main = accelerator.is_main_process
     steps = schedule(prepared, config)
     same = fingerprint(prepared, held_out, config)
+    if len(set(gather_object([short_hash(same)]))) > 1:  # each node may have its own cache, and its own copy of the files
+        what, fix = "its processes read different records, pictures or settings", "give all machines the same files"
+        raise UserError(Problem("launch", what, fix))
     resume = find_resume(config, same, prepared)
     if main:
         print_drawing(draw_plan(prepared.summary(config)))

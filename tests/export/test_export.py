@@ -143,7 +143,11 @@ def test_a_base_in_transformers_4s_files_stays_in_them_with_trainings_resolution
     (base / "processor_config.json").unlink()
     export(trained, tmp_path / "out", base, 1, lambda done, total: None)
     names = {path.name for path in base.iterdir()} - {"training.json"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"README.md", "MANIFEST.json", "video_preprocessor_config.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {
+        "README.md",
+        "MANIFEST.json",
+        "video_preprocessor_config.json",
+    }
     assert read_limits(tmp_path / "out") == read_limits(trained)
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == (base / "tokenizer_config.json").read_text()
 

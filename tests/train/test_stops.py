@@ -330,6 +330,15 @@ def test_a_gradient_that_is_not_finite_stops_a_run_under_deepspeed_too(stage, tm
     assert not list((tmp_path / "run").glob("**/adapter_model.safetensors"))
 
 
+def test_processes_that_read_different_records_do_not_begin(tmp_path):
+    """Each machine may have its own copy of the files: rows of the one were trained with those of the other, or they waited for ever."""
+    process = launch(tmp_path, "run", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29657", wait=False,
+                     script="tests/faulty_train.py", env={"FAULT": "other records", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1 and "its processes read different records" in output, output[-3000:]
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
 def test_the_names_of_json_are_all_that_a_metrics_line_holds(tmp_path):
     run(tmp_path)
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
