@@ -17,6 +17,7 @@ class Kind(NamedTuple):
     as_meta: str | None
 
 
+PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "jp2")  # of the files that are opened
 HEAD_BYTES = 4096  # of a file, that are looked at
 PICTURE, CONVERSATIONS = "name a picture file", "give the JSON file of conversations"
 UNPACK, UNPACK_META = "unpack it, and name the pictures in it", f"unpack it, and {CONVERSATIONS}"

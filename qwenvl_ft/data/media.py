@@ -18,6 +18,7 @@ from qwenvl_ft.data.brought import bring, is_elsewhere
 from qwenvl_ft.data.cache import cache_folder
 from qwenvl_ft.data.formats.documented import OPEN
 from qwenvl_ft.data.formats.talk import Named, Options
+from qwenvl_ft.data.magic import PICTURE_ENDINGS
 from qwenvl_ft.data.pictures import size_of
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Source, Video
@@ -29,7 +30,6 @@ MOST_FOLDERS = 8  # of a name, the last of which may be what is meant
 MAX_COMPARED = 200_000  # file names that missing ones are compared with, 50 µs each: a folder of them must not take hours
 MOST_SEEN = 50_000  # names that are remembered: a million of them would be half a gigabyte, and to look again takes 15 µs
 MOST_LETTERS = 4096  # of a name that is remembered
-ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif")  # of frames in a folder
 FOLDER_KEYS = "(train_data_dir, --data-dir)"  # what a config calls it, and the commands without one
 
 
@@ -131,7 +131,7 @@ class Media:
 
     def _frames(self, folder: Path, where: str) -> list[Source]:
         """The pictures of a folder, a2 before a10, none of which may be a link out of ours."""
-        found = [path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in ENDINGS and path.is_file()]
+        found = [path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in PICTURE_ENDINGS and path.is_file()]
         found.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
         return [self._file(str(path.relative_to(self.root)), where) if path.is_symlink() else path for path in found]
 

@@ -11,10 +11,10 @@ from typing import Any
 from qwenvl_ft.data import sources
 from qwenvl_ft.data.files.entry import Entry
 from qwenvl_ft.data.files.json_text import NOT_UTF8, line_problem, parse
+from qwenvl_ft.data.magic import PICTURE_ENDINGS
 from qwenvl_ft.data.records import InTar
 from qwenvl_ft.errors import Problem
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "jp2")
 VIDEOS = ("mp4", "mkv", "webm", "mov", "avi", "m4v", "mpeg", "mpg", "ts", "flv")
 TEXTS = ("txt", "text", "caption")
 NAMING = ("image", "images", "video", "videos", "image_url", "video_url")  # keys that name a medium
@@ -72,8 +72,8 @@ def _check_end(file: Path, end: int) -> None:
 
 
 def _sample(where: str, members: dict[str, InTar]) -> Entry:
-    of_kind = {kind: [of for ending, of in members.items() if ending.rpartition(".")[2] in endings]
-               for kind, endings in (("image", PICTURES), ("video", VIDEOS), ("text", TEXTS), ("json", ("json",)))}  # fmt: skip
+    kinds = (("image", PICTURE_ENDINGS), ("video", VIDEOS), ("text", TEXTS), ("json", ("json",)))
+    of_kind = {kind: [of for ending, of in members.items() if ending.rpartition(".")[2] in endings] for kind, endings in kinds}
     media = [*of_kind["image"], *of_kind["video"]]
     beside = {of.name: of for of in media} | {of.name.rpartition("/")[2]: of for of in media}
     known = {of.name for found in of_kind.values() for of in found}

@@ -11,6 +11,7 @@ from qwenvl_ft.data.formats.calls import tools_of
 from qwenvl_ft.data.formats.keys import FIXES, IDS, PICTURES, VIDEOS, Complaints, is_empty
 from qwenvl_ft.data.formats.talk import Listed, Said, Talk
 from qwenvl_ft.data.formats.turns import read_turns
+from qwenvl_ft.data.magic import PICTURE_ENDINGS
 
 # The names that a column has in the field, the first of them that is there is read and each other one is named.
 QUESTION = ("question", "query", "prompt", "problem", "instruction", "user")
@@ -20,7 +21,7 @@ PICTURE = (*PICTURES, "image_path", "image_paths", "image_file", "image_url", "i
 VIDEO = (*VIDEOS, "video_path", "video_url")
 BESIDE = ("system", "history", "tools", "objects")
 COLUMNS_FIX = "say which column has it: columns: {{{}: COLUMN}}"
-FRAMES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FRAMES = tuple(f".{ending}" for ending in PICTURE_ENDINGS)
 
 
 def read_row(entry: dict[str, Any], where: str, complaints: Complaints) -> Talk:
