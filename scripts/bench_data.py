@@ -71,7 +71,7 @@ def write_records(path: Path, num_records: int, pictures: list[str], short: bool
     with path.open("w", encoding="utf-8") as file:
         for number in range(num_records):
             question = " ".join(draw.choices(WORDS, k=1 if short else draw.randint(5, 20)))
-            answer = str(number % 100) if short else " ".join(draw.choices(WORDS, k=draw.randint(1, 30)))
+            answer = str(number) if short else " ".join(draw.choices(WORDS, k=draw.randint(1, 30)))
             turns = [
                 {"from": "user", "value": f"<img>{draw.choice(pictures)}</img>\n{question}?"},
                 {"from": "assistant", "value": answer},

@@ -1,6 +1,6 @@
 """What only a tool can find in records: looked for while they go by, none of them kept, a line of each kind at the end.
 
-A record leaves 32 bytes here and a picture that is shrunk 12; what evaluation shows is held whole. `Checks.join` adds what was seen
+A record leaves 8 bytes here and a picture that is shrunk 12; what evaluation shows is held whole. `Checks.join` adds what was seen
 of the records behind.
 """
 
@@ -8,6 +8,7 @@ import hashlib
 import math
 import re
 from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -79,14 +80,48 @@ class Against:
         return bool(theirs) and (medium.num_bytes is None or medium.num_bytes in theirs or None in theirs)
 
 
+class Places:
+    """The places of records in their order; those of one file, numbered one after another, are one entry."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[int, str, int, str]] = []  # the first record, what stands before its number, the number or -1, behind
+        self.count = 0
+
+    def add(self, where: str) -> None:
+        """One more."""
+        found = PLACE.fullmatch(where)
+        before, number, behind = (found[1], int(found[2]), found[3]) if found else (where, -1, "")
+        self._run(before, number, behind)
+        self.count += 1
+
+    def join(self, other: "Places") -> None:
+        """Those behind it."""
+        mine = self.count
+        for start, before, number, behind in other.runs:
+            self.count = mine + start
+            self._run(before, number, behind)
+        self.count = mine + other.count
+
+    def _run(self, before: str, number: int, behind: str) -> None:
+        if self.runs and number >= 0:
+            start, *last = self.runs[-1]
+            if last == [before, number - (self.count - start), behind]:  # the next one
+                return
+        self.runs.append((self.count, before, number, behind))
+
+    def __getitem__(self, at: int) -> str:
+        start, before, number, behind = self.runs[bisect_right(self.runs, at, key=lambda run: run[0]) - 1]
+        return before if number < 0 else f"{before}{number + at - start}{behind}"
+
+
 class Checks:
     """`limits` and scripts are those of a model, where there is one; `against` are the records of evaluation, if there are."""
 
     def __init__(self, limits: Limits | None = None, against: Against | None = None):
         self.limits, self.against = limits, against
-        self.hashes, self.numbers, self.forms = array("Q"), array("q"), array("l")  # of each record; `where` in numbers
-        self.form_numbers: dict[tuple[str, str], int] = {}
-        self.taught = array("l")  # tokens of each record
+        self.hashes = array("Q")  # of each record
+        self.places = Places()
+        self.taught: Counter[int] = Counter()  # records by the tokens that they teach
         self.bins: Counter[int] = Counter()  # scripts by the number of bits of their length
         self.shrunk, self.factors = array("Q"), array("f")  # the hash of each picture that is, and how often its side is longer
         self.worst: tuple[float, str, str] = (0, "", "")
@@ -101,11 +136,9 @@ class Checks:
             return
         self.last = record.where
         self.hashes.append(hash_of(record))
-        before, number, behind = found.groups() if (found := PLACE.fullmatch(record.where)) else (record.where, "-1", "")
-        self.numbers.append(int(number))
-        self.forms.append(self.form_numbers.setdefault((before, behind), len(self.form_numbers)))
+        self.places.add(record.where)
         if scripts:
-            self.taught.append(sum(len(script.labels) - script.labels.count(IGNORE) for script in scripts))
+            self.taught[sum(len(script.labels) - script.labels.count(IGNORE) for script in scripts)] += 1
         for script in scripts:
             self.bins[script.length.bit_length()] += 1
         pictures = record.pictures
@@ -126,10 +159,10 @@ class Checks:
 
     def join(self, other: "Checks") -> None:
         """What was seen of the records behind these."""
-        forms = [self.form_numbers.setdefault(form, len(self.form_numbers)) for form in other.form_numbers]
-        self.forms.extend(forms[number] for number in other.forms)
-        for name in ("hashes", "numbers", "taught", "shrunk", "factors"):
+        self.places.join(other.places)
+        for name in ("hashes", "shrunk", "factors"):
             getattr(self, name).extend(getattr(other, name))
+        self.taught.update(other.taught)
         self.bins.update(other.bins)
         self.worst = max(self.worst, other.worst)
         for kind, count in other.counts.items():
@@ -163,8 +196,7 @@ class Checks:
                 found[kind.replace(" ", "_")] = {"count": count, "first": self.first[kind], "note": note}
         found["pictures_shrunk"] = self._shrinking()
         if self.taught:
-            taught = np.array(self.taught)
-            least, middle, most = int(taught.min()), int(np.median(taught)), int(taught.max())
+            least, middle, most = min(self.taught), _median(self.taught), max(self.taught)
             shown = f"{least:,} to {most:,} a record, median {middle:,}"
             found["taught_tokens"] = {"min": least, "median": middle, "max": most, "shown": shown}
             found["tokens"] = self._histogram()
@@ -203,21 +235,24 @@ class Checks:
 
     def _duplicates(self) -> dict[str, Any] | None:
         hashes = np.frombuffer(self.hashes, np.uint64) if self.hashes else np.zeros(0, np.uint64)
-        _, firsts, which = np.unique(hashes, return_index=True, return_inverse=True)
-        again = np.flatnonzero(firsts[which] < np.arange(len(hashes)))
-        if not len(again):
+        ordered = np.sort(hashes)
+        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+        if not len(repeated):
             return None
-        first, where = self._where(int(firsts[which[again[0]]])), self._where(int(again[0]))
-        some = f"{len(again):,} records repeat earlier ones" if len(again) > 1 else "1 record repeats an earlier one"
+        at = np.flatnonzero(np.isin(hashes, repeated))
+        firsts = np.unique(hashes[at], return_index=True)[1]
+        again = int(np.delete(at, firsts)[0])
+        first, where = self.places[int(np.flatnonzero(hashes == hashes[again])[0])], self.places[again]
+        some = f"{len(repeated):,} records repeat earlier ones" if len(repeated) > 1 else "1 record repeats an earlier one"
         note = f"{some}, turns and pictures alike ({where} is {first} again)"
-        return {"count": len(again), "first": where, "note": note}
+        return {"count": len(repeated), "first": where, "note": note}
 
     def _same_records(self, against: Against) -> dict[str, Any] | None:
         mine = np.frombuffer(self.hashes, np.uint64) if self.hashes else np.zeros(0, np.uint64)
         at = np.flatnonzero(np.isin(mine, np.fromiter(against.hashes, np.uint64, len(against.hashes))))
         if not len(at):
             return None
-        where, other = self._where(int(at[0])), against.hashes[int(mine[at[0]])]
+        where, other = self.places[int(at[0])], against.hashes[int(mine[at[0]])]
         some = f"{len(at):,} records are" if len(at) > 1 else "1 record is"
         note = f"{some} in evaluation, too, turns and pictures alike ({where} is {other})"
         return {"count": len(at), "first": where, "note": note}
@@ -243,9 +278,14 @@ class Checks:
         shown = "  ".join(f"{2 ** (of - 1):,} {bar} {self.bins[of]:,}" for of, bar in zip(bits, bars, strict=True))
         return {"from": {str(2 ** (of - 1)): self.bins[of] for of in bits}, "shown": f"from tokens up, how many examples: {shown}"}
 
-    def _where(self, at: int) -> str:
-        before, behind = list(self.form_numbers)[self.forms[at]]
-        return before if self.numbers[at] < 0 else f"{before}{self.numbers[at]}{behind}"
+
+def _median(counts: Counter[int]) -> int:
+    """Of numbers that are counted; between two of them, rounded down."""
+    numbers = sorted(counts)
+    until = np.cumsum([counts[number] for number in numbers])
+    total = int(until[-1])
+    low, high = (numbers[int(np.searchsorted(until, at, side="right"))] for at in ((total - 1) // 2, total // 2))
+    return (low + high) // 2
 
 
 def notes_of(facts: dict[str, Any]) -> list[str]:
