@@ -14,12 +14,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Indices = NDArray[np.int64]
+Indices = NDArray[np.signedinteger[Any]]
 
 
 class PackedRows(Sequence[list[int]]):
@@ -52,8 +52,8 @@ class PackedRows(Sequence[list[int]]):
 
     def sums(self, of: ArrayLike) -> Indices:
         """For each row the sum of a number that every record has."""
-        until = np.concatenate([[0], np.cumsum(np.asarray(of, dtype=np.int64)[self.members])])
-        sums: Indices = until[self.starts[1:]] - until[self.starts[:-1]]
+        numbers = np.asarray(of)[self.members]
+        sums: Indices = np.add.reduceat(numbers, self.starts[:-1], dtype=np.int64) if len(self) else np.zeros(0, np.int64)
         return sums
 
 
@@ -74,10 +74,10 @@ def pack(lengths: ArrayLike, row_tokens: int, share: bool = True) -> Plan:
     Rows keep their records in file order and stand in the order of their first record, so equal input gives equal rows. Records
     of one length are placed together, so the time grows with the rows and the number of different lengths.
     """
-    sizes = np.asarray(lengths, dtype=np.int64)
-    fitting = np.flatnonzero(sizes <= row_tokens)
+    sizes = np.asarray(lengths, dtype=np.int32)  # 4 bytes a number: of ten million records there are several such arrays
+    fitting = np.flatnonzero(sizes <= row_tokens).astype(np.int32)
     order = fitting[np.argsort(-sizes[fitting], kind="stable")]
-    row_of = np.arange(len(order))
+    row_of = np.arange(len(order), dtype=np.int32)
     if share:
         ends = [*(np.flatnonzero(np.diff(sizes[order])) + 1).tolist(), len(order)] if len(order) else []
         room = Room(row_tokens)
@@ -85,13 +85,15 @@ def pack(lengths: ArrayLike, row_tokens: int, share: bool = True) -> Plan:
             for row, count in room.take(int(sizes[order[start]]), end - start):
                 row_of[start : start + count] = row
                 start += count
-    order, row_of = (part[np.argsort(order)] for part in (order, row_of))  # now in file order
-    first = np.full(len(order), len(order))
-    np.minimum.at(first, row_of, np.arange(len(order)))  # of each row its first record
+    back = np.argsort(order)
+    order, row_of = order[back], row_of[back]  # now in file order
+    del back
+    counts = np.bincount(row_of)
+    first = np.empty(len(counts), np.int32)  # of each row its first record
+    first[row_of[::-1]] = np.arange(len(order), dtype=np.int32)[::-1]
     members = order[np.argsort(first[row_of], kind="stable")]
-    counts = np.unique(first[row_of], return_counts=True)[1]
-    starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    fill = float(sizes[members].sum() / ((len(starts) - 1) * row_tokens)) if len(members) else 0.0
+    starts = np.concatenate([[0], np.cumsum(counts[np.argsort(first)], dtype=np.int64)])
+    fill = float(sizes[members].sum(dtype=np.int64) / ((len(starts) - 1) * row_tokens)) if len(members) else 0.0
     return Plan(PackedRows(starts, members), np.flatnonzero(sizes > row_tokens).tolist(), row_tokens, fill)
 
 
