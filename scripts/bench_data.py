@@ -154,7 +154,7 @@ def read_pictures(work: Path, names: list[str]) -> str:
     from qwenvl_ft.data.chat import open_chat
     from qwenvl_ft.data.pictures import load, size_of
     from qwenvl_ft.data.records import InTable, InTar, Picture
-    from qwenvl_ft.data.rows import pixels
+    from qwenvl_ft.data.rows import as_floats, pixels
     from qwenvl_ft.model.load import limited
 
     torch.set_num_threads(1)
@@ -172,7 +172,7 @@ def read_pictures(work: Path, names: list[str]) -> str:
     pictures = [Picture(path, *size_of(path, "")) for path in paths]
 
     def ours(picture: Picture) -> np.ndarray:
-        return pixels([picture], chat, processor)["pixel_values"].numpy()
+        return as_floats(pixels([picture], chat, processor))["pixel_values"].numpy()
 
     def theirs(picture: Picture) -> np.ndarray:
         with Image.open(picture.source) as image:
