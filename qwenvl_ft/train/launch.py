@@ -1,7 +1,9 @@
 """Before the first step and around it: what was launched, who else writes here, which signals came, whom the run reports to."""
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import held
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 STOPS = [signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else [])]
 GRACE_SECONDS = 5  # for the step that runs; torch's launcher kills 30 s after a signal, and there is a checkpoint to be written
 STUCK_SECONDS = 20  # after a signal without coming to the end of a row
@@ -80,10 +83,15 @@ class Signals:
             signal.signal(number, signal.SIG_IGN if ending else handler)
 
 
-def ignore_signals(worker: int) -> None:
-    """For the processes that decode pictures: a terminal sends Ctrl-C to them, too, and the run needs them until its step ends."""
+def begin_worker(worker: int) -> None:
+    """For the processes that decode pictures: a terminal sends Ctrl-C to them, too, and the run needs them until its step ends.
+
+    They end with the process that started them: one that was just handing over a row would print a traceback of Python's own.
+    """
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def launch_problem(accelerator: Accelerator, before: Mapping[str, str]) -> Problem | None:
