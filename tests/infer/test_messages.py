@@ -3,7 +3,6 @@
 import base64
 import struct
 import threading
-from fractions import Fraction
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from io import BytesIO
@@ -25,6 +24,7 @@ from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.infer.messages import read_messages
 from tests.conftest import SAMPLE, TINY
+from tests.films import of_sizes
 from tests.runs import write_film
 from tests.serving import data_url
 
@@ -241,31 +241,12 @@ def test_what_costs_more_to_read_than_to_send_is_refused():
         assert len(error.value.problems) == 1
 
 
-def written(path, codec, sizes):
-    """A film whose frames have these sizes."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10)
-        stream.width, stream.height, stream.pix_fmt = *sizes[0], "yuvj420p" if codec == "mjpeg" else "rgb24"
-        packets = []
-        for width, height in sizes:  # an encoder for each size: the container takes what it gets
-            encoder = av.CodecContext.create(codec, "w")
-            encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = width, height, stream.pix_fmt, Fraction(1, 10)
-            frame = av.VideoFrame.from_ndarray(np.zeros((height, width, 3), np.uint8), format="rgb24").reformat(
-                format=stream.pix_fmt
-            )
-            packets += [*encoder.encode(frame), *encoder.encode()]
-        for number, packet in enumerate(packets):
-            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 10)
-            container.mux(packet)
-    return path
-
-
 def test_a_film_whose_frames_change_their_size_is_refused(tmp_path):
     """The processor would fail on it, or squeeze some of them into the first one's shape."""
-    path = written(tmp_path / "film.avi", "mjpeg", [(64, 48)] * 4 + [(128, 96)] * 4)
+    path = of_sizes(tmp_path / "film.avi", [(64, 48)] * 4 + [(128, 96)] * 4, "mjpeg")
     with pytest.raises(UserError, match="several sizes"):
         read_messages(user({"video": str(path)}))
-    assert len(read_messages(user({"video": str(written(tmp_path / "one.avi", "mjpeg", [(64, 48)] * 8))}))[0].parts[0].images) >= 2
+    assert len(read_messages(user({"video": str(of_sizes(tmp_path / "one.avi", [(64, 48)] * 8, "mjpeg"))}))[0].parts[0].images) >= 2
 
 
 def peak_kib() -> int:
@@ -274,7 +255,7 @@ def peak_kib() -> int:
 
 
 def test_a_film_of_too_large_frames_is_not_decoded_to_find_out(tmp_path):
-    data = written(tmp_path / "film.avi", "png", [(4000, 4000)] * 2).read_bytes()
+    data = of_sizes(tmp_path / "film.avi", [(4000, 4000)] * 2, "png").read_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = peak_kib()
     with pytest.raises(UserError, match="frames of more than 1,000,000 px"):
@@ -283,7 +264,7 @@ def test_a_film_of_too_large_frames_is_not_decoded_to_find_out(tmp_path):
 
 
 def test_a_film_of_an_unknown_codec_is_refused(tmp_path):
-    data = bytearray(written(tmp_path / "film.avi", "mjpeg", [(64, 48)] * 4).read_bytes())
+    data = bytearray(of_sizes(tmp_path / "film.avi", [(64, 48)] * 4, "mjpeg").read_bytes())
     for at in range(len(data) - 4):
         if data[at : at + 4] == b"MJPG":
             data[at : at + 4] = b"XXXX"
