@@ -31,6 +31,8 @@ NEARLY_ALL = 0.95  # of a picture's area
 LONG_ANSWER = 20  # letters; shorter ones stand in many a question that offers a choice
 PICTURE_NUMBER = re.compile(r"(?:[Pp]icture|[Ii]mage) ([1-9][0-9]?)\b")  # more digits are a year, or a name
 PLACE = re.compile(r"(.*?)(0|[1-9][0-9]{0,17})([^0-9]*)", re.DOTALL)  # its last number, as far as 8 bytes and its zeros allow
+SORTED = 2**20  # hashes at a time, about
+MOST_SHRUNK = 100_000  # showings of pictures, before those of the same one are made one
 BARS = "▁▂▃▄▅▆▇█"
 PICTURES, BOXES, ANSWERS = "numbered pictures", "boxes", "answers"
 KINDS = {  # (one, several), what
@@ -124,6 +126,7 @@ class Checks:
         self.taught: Counter[int] = Counter()  # records by the tokens that they teach
         self.bins: Counter[int] = Counter()  # scripts by the number of bits of their length
         self.shrunk, self.factors = array("Q"), array("f")  # the hash of each picture that is, and how often its side is longer
+        self.most_shrunk = MOST_SHRUNK
         self.worst: tuple[float, str, str] = (0, "", "")
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
@@ -167,6 +170,9 @@ class Checks:
         self.worst = max(self.worst, other.worst)
         for kind, count in other.counts.items():
             self._count(kind, count, other.first[kind])
+        if len(self.shrunk) > self.most_shrunk:
+            self._once_each()
+            self.most_shrunk = max(MOST_SHRUNK, 2 * len(self.shrunk))
         self.media = other.media | self.media
         self.last = other.last
 
@@ -196,7 +202,7 @@ class Checks:
                 found[kind.replace(" ", "_")] = {"count": count, "first": self.first[kind], "note": note}
         found["pictures_shrunk"] = self._shrinking()
         if self.taught:
-            least, middle, most = min(self.taught), _median(self.taught), max(self.taught)
+            least, middle, most = min(self.taught), median(self.taught), max(self.taught)
             shown = f"{least:,} to {most:,} a record, median {middle:,}"
             found["taught_tokens"] = {"min": least, "median": middle, "max": most, "shown": shown}
             found["tokens"] = self._histogram()
@@ -221,41 +227,44 @@ class Checks:
     def _shrinking(self) -> dict[str, Any] | None:
         if not self.shrunk:
             return None
-        _, at = np.unique(np.frombuffer(self.shrunk, np.uint64), return_index=True)
-        middle = float(np.median(np.frombuffer(self.factors, np.float32)[at]))
-        some = f"{len(at):,} pictures are" if len(at) > 1 else "1 picture is"
+        self._once_each()
+        count, middle = len(self.shrunk), float(np.median(np.frombuffer(self.factors, np.float32)))
+        some = f"{count:,} pictures are" if count > 1 else "1 picture is"
         note = f"{some} shrunk, each side to 1/{middle:.1f} at the median, to 1/{self.worst[0]:.1f} at worst: {self.worst[1]}"
         return {
-            "count": len(at),
+            "count": count,
             "median": round(middle, 3),
             "worst": round(self.worst[0], 3),
             "first": self.worst[2],
             "note": note,
         }
 
+    def _once_each(self) -> None:
+        """Forgets of a picture that is shown again all but the first."""
+        hashes, at = np.unique(np.frombuffer(self.shrunk, np.uint64), return_index=True)
+        factors = np.frombuffer(self.factors, np.float32)[at]
+        self.shrunk, self.factors = array("Q", hashes.tobytes()), array("f", factors.tobytes())
+
     def _duplicates(self) -> dict[str, Any] | None:
-        hashes = np.frombuffer(self.hashes, np.uint64) if self.hashes else np.zeros(0, np.uint64)
-        ordered = np.sort(hashes)
-        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-        if not len(repeated):
+        count, again = _repeated(self.hashes)
+        if not count:
             return None
-        at = np.flatnonzero(np.isin(hashes, repeated))
-        firsts = np.unique(hashes[at], return_index=True)[1]
-        again = int(np.delete(at, firsts)[0])
-        first, where = self.places[int(np.flatnonzero(hashes == hashes[again])[0])], self.places[again]
-        some = f"{len(repeated):,} records repeat earlier ones" if len(repeated) > 1 else "1 record repeats an earlier one"
+        first, where = self.places[self.hashes.index(self.hashes[again])], self.places[again]
+        some = f"{count:,} records repeat earlier ones" if count > 1 else "1 record repeats an earlier one"
         note = f"{some}, turns and pictures alike ({where} is {first} again)"
-        return {"count": len(repeated), "first": where, "note": note}
+        return {"count": count, "first": where, "note": note}
 
     def _same_records(self, against: Against) -> dict[str, Any] | None:
-        mine = np.frombuffer(self.hashes, np.uint64) if self.hashes else np.zeros(0, np.uint64)
-        at = np.flatnonzero(np.isin(mine, np.fromiter(against.hashes, np.uint64, len(against.hashes))))
-        if not len(at):
+        count, first = 0, 0
+        for at, found in enumerate(self.hashes):
+            if found in against.hashes:
+                count, first = count + 1, first if count else at
+        if not count:
             return None
-        where, other = self.places[int(at[0])], against.hashes[int(mine[at[0]])]
-        some = f"{len(at):,} records are" if len(at) > 1 else "1 record is"
+        where, other = self.places[first], against.hashes[self.hashes[first]]
+        some = f"{count:,} records are" if count > 1 else "1 record is"
         note = f"{some} in evaluation, too, turns and pictures alike ({where} is {other})"
-        return {"count": len(at), "first": where, "note": note}
+        return {"count": count, "first": where, "note": note}
 
     def _same_media(self, against: Against) -> dict[str, Any] | None:
         """By content. A file that cannot be read is left to those who name such files."""
@@ -279,7 +288,22 @@ class Checks:
         return {"from": {str(2 ** (of - 1)): self.bins[of] for of in bits}, "shown": f"from tokens up, how many examples: {shown}"}
 
 
-def _median(counts: Counter[int]) -> int:
+def _repeated(hashes: "array[int]") -> tuple[int, int]:
+    """How many of the hashes stood there before, and the place of the first that did. A share of them is sorted at a time."""
+    found = np.frombuffer(hashes, np.uint64) if hashes else np.zeros(0, np.uint64)
+    shares = np.uint64(2 ** (len(found) // SORTED).bit_length())
+    count, first = 0, len(found)
+    for share in range(int(shares)):
+        starts = range(0, len(found), SORTED)
+        mine = [start + np.flatnonzero(found[start : start + SORTED] % shares == share) for start in starts]
+        at = np.concatenate([np.zeros(0, np.int64), *mine])
+        at = at[np.argsort(found[at], kind="stable")]
+        again = at[1:][found[at[1:]] == found[at[:-1]]]
+        count, first = count + len(again), int(again.min(initial=first))
+    return count, first
+
+
+def median(counts: Counter[int]) -> int:
     """Of numbers that are counted; between two of them, rounded down."""
     numbers = sorted(counts)
     until = np.cumsum([counts[number] for number in numbers])

@@ -10,16 +10,24 @@ few arrays here, and no object each.
 import heapq
 import random
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Indices = NDArray[np.signedinteger[Any]]
+Ints = NDArray[np.int32]
+BLOCK = 2**16  # records that are looked at together
+
+
+class Numbers(Protocol):
+    """One of every record, read by slices: all of them need not be in memory."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, at: slice, /) -> ArrayLike: ...
 
 
 class PackedRows(Sequence[list[int]]):
@@ -50,51 +58,94 @@ class PackedRows(Sequence[list[int]]):
     def __repr__(self) -> str:
         return repr(list(self))
 
-    def sums(self, of: ArrayLike) -> Indices:
+    def sums(self, of: Numbers) -> Indices:
         """For each row the sum of a number that every record has."""
-        numbers = np.asarray(of)[self.members]
-        sums: Indices = np.add.reduceat(numbers, self.starts[:-1], dtype=np.int64) if len(self) else np.zeros(0, np.int64)
+        numbers = np.concatenate([np.zeros(0, np.int32), *(block for _, block in blocks(of))])
+        sums = np.zeros(len(self), np.int64)
+        for start in range(0, len(self), BLOCK):
+            first, *starts, last = self.starts[start : start + BLOCK + 1].tolist()
+            inside = np.array([0, *starts]) - np.array([0] + [first] * len(starts))
+            sums[start : start + BLOCK] = np.add.reduceat(numbers[self.members[first:last]], inside, dtype=np.int64)
         return sums
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`rows` hold indices into the lengths that were packed, as `too_long` does; `row_tokens` is in tokens, `fill` the share of
-    the rows' room that records take, 0 to 1."""
+    """`rows` hold indices into the lengths that were packed, as `too_long` does; `lengths` are the records that are in rows,
+    counted by their tokens. `row_tokens` is in tokens, `fill` the share of the rows' room that records take, 0 to 1."""
 
     rows: PackedRows
+    lengths: Counter[int]
     too_long: list[int]
     row_tokens: int
     fill: float
 
 
-def pack(lengths: ArrayLike, row_tokens: int, share: bool = True) -> Plan:
+def pack(lengths: Numbers, row_tokens: int, share: bool = True) -> Plan:
     """Best fit, longest first: each record goes into the fullest row that still has room. `share=False`: one record a row.
 
     Rows keep their records in file order and stand in the order of their first record, so equal input gives equal rows. Records
-    of one length are placed together, so the time grows with the rows and the number of different lengths.
+    of one length are placed together, so the time grows with the rows and the number of different lengths; the memory with 8 bytes
+    a record, of which 4 stay: `lengths` are read in blocks, several times.
     """
-    sizes = np.asarray(lengths, dtype=np.int32)  # 4 bytes a number: of ten million records there are several such arrays
-    fitting = np.flatnonzero(sizes <= row_tokens).astype(np.int32)
-    order = fitting[np.argsort(-sizes[fitting], kind="stable")]
-    row_of = np.arange(len(order), dtype=np.int32)
-    if share:
-        ends = [*(np.flatnonzero(np.diff(sizes[order])) + 1).tolist(), len(order)] if len(order) else []
-        room = Room(row_tokens)
-        for start, end in pairwise([0, *ends]):
-            for row, count in room.take(int(sizes[order[start]]), end - start):
-                row_of[start : start + count] = row
-                start += count
-    back = np.argsort(order)
-    order, row_of = order[back], row_of[back]  # now in file order
-    del back
-    counts = np.bincount(row_of)
-    first = np.empty(len(counts), np.int32)  # of each row its first record
-    first[row_of[::-1]] = np.arange(len(order), dtype=np.int32)[::-1]
-    members = order[np.argsort(first[row_of], kind="stable")]
-    starts = np.concatenate([[0], np.cumsum(counts[np.argsort(first)], dtype=np.int64)])
-    fill = float(sizes[members].sum(dtype=np.int64) / ((len(starts) - 1) * row_tokens)) if len(members) else 0.0
-    return Plan(PackedRows(starts, members), np.flatnonzero(sizes > row_tokens).tolist(), row_tokens, fill)
+    counts, too_long = np.zeros(row_tokens + 1, np.int64), list[int]()
+    for start, sizes in blocks(lengths):
+        counts += np.bincount(sizes[sizes <= row_tokens], minlength=row_tokens + 1)
+        too_long += (start + np.flatnonzero(sizes > row_tokens)).tolist()
+    room = Room(row_tokens)
+    rows, takes = array("i"), array("i")
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        for row, count in room.take(length, int(counts[length])) if share else room.take_alone(int(counts[length])):
+            rows.append(row)
+            takes.append(count)
+    row_of = _in_file_order(lengths, row_tokens, counts, np.repeat(np.array(rows, np.int32), takes), room.num_rows)
+    starts = np.zeros(room.num_rows + 1, np.int64)
+    for _, of in blocks(row_of):
+        starts[1:] += np.bincount(of, minlength=room.num_rows)
+    np.cumsum(starts, out=starts)
+    members, place, done = np.empty(len(row_of), np.int32), starts[:-1].copy(), 0
+    for start, sizes in blocks(lengths):
+        inside = start + np.flatnonzero(sizes <= row_tokens)
+        members[_next(place, row_of[done : done + len(inside)])] = inside
+        done += len(inside)
+    tokens = int(counts @ np.arange(row_tokens + 1))
+    used = Counter({length: int(counts[length]) for length in np.flatnonzero(counts).tolist()})
+    fill = tokens / (room.num_rows * row_tokens) if room.num_rows else 0.0
+    return Plan(PackedRows(starts, members), used, too_long, row_tokens, fill)
+
+
+def blocks(of: Numbers) -> Iterator[tuple[int, Ints]]:
+    """The numbers in blocks, each with the place of its first."""
+    for start in range(0, len(of), BLOCK):
+        yield start, np.asarray(of[start : start + BLOCK], dtype=np.int32)
+
+
+def _in_file_order(lengths: Numbers, row_tokens: int, counts: Indices, row_of_place: Ints, num_rows: int) -> Ints:
+    """Of each record that fits its row, the rows numbered by their first record. `row_of_place` has them as the records were
+    placed: the longest first, those of one length in file order."""
+    place = counts.sum() - np.cumsum(counts)  # of each length, where its next record was placed
+    number, numbered = np.full(num_rows, -1, np.int32), 0
+    row_of, done = np.empty(len(row_of_place), np.int32), 0
+    for _, sizes in blocks(lengths):
+        found = row_of_place[_next(place, sizes[sizes <= row_tokens])]
+        of, first = np.unique(found, return_index=True)
+        new = of[np.argsort(first)]
+        new = new[number[new] < 0]
+        number[new] = np.arange(numbered, numbered + len(new))
+        numbered += len(new)
+        row_of[done : done + len(found)] = number[found]
+        done += len(found)
+    return row_of
+
+
+def _next(place: Indices, kinds: Ints) -> Indices:
+    """The next place of each one's kind, which moves it on: equal ones get places one after another."""
+    order = np.argsort(kinds, kind="stable")
+    of, first, count = np.unique(kinds[order], return_index=True, return_counts=True)
+    found = np.empty(len(kinds), np.int64)
+    found[order] = np.arange(len(kinds)) - np.repeat(first, count) + np.repeat(place[of], count)
+    place[of] += count
+    return found
 
 
 class Room:
@@ -105,6 +156,12 @@ class Room:
         self.row_tokens, self.num_rows = row_tokens, 0
         self.rows: defaultdict[int, list[int]] = defaultdict(list)
         self.bits = 0
+
+    def take_alone(self, count: int) -> Iterator[tuple[int, int]]:
+        """Places `count` records in a row each."""
+        for _ in range(count):
+            yield self.num_rows, 1
+            self.num_rows += 1
 
     def take(self, length: int, count: int) -> Iterator[tuple[int, int]]:
         """Places `count` records of `length` tokens, not longer than any before: (row, how many of them it takes) of each row.

@@ -229,6 +229,8 @@ def _opened(file: Path | BytesIO, where: str, name: str) -> Iterator[Image.Image
     except Image.DecompressionBombError as error:
         raise UserError(Problem(where, f"{name}has more than 100 megapixels", "make it smaller")) from error
     except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # RuntimeError: a damaged AVIF
+        if "DataLoader worker" in str(error):  # torch raises it in whatever the main process does when another was killed
+            raise
         what, fix = f"{name}is not a picture that can be read", "save it again as PNG or JPEG; " + OPENED
         if begun:
             what, fix = f"{what}: it breaks while it is decoded", again

@@ -1,6 +1,7 @@
 """From a config to everything that is known before a GPU is touched: records, scripts, rows, and what was left out and why."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -11,13 +12,13 @@ import numpy as np
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.data.chat import Chat, open_chat
-from qwenvl_ft.data.checks import Against, Checks, notes_of
+from qwenvl_ft.data.checks import Against, Checks, median, notes_of
 from qwenvl_ft.data.geometry import resized
 from qwenvl_ft.data.kept import kept_table, table_name
 from qwenvl_ft.data.meta_file import Meta, OnRecord, Tally, called
 from qwenvl_ft.data.notes import Noted
-from qwenvl_ft.data.packed import Ints, PackedMedium, read_medium
-from qwenvl_ft.data.packing import Indices, Plan, Schedule, pack
+from qwenvl_ft.data.packed import PackedMedium, read_medium
+from qwenvl_ft.data.packing import Indices, Plan, Schedule, blocks, pack
 from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Video
@@ -50,15 +51,23 @@ class Prepared:
 
     def taught_tokens(self, row: int) -> int:
         """How many tokens a row teaches: what the loss divides by, summed over a step's rows."""
-        return int(self.scripts.taught[self.plan.rows[row]].sum())
+        return int(self._taught[row])
 
     def tokens(self, row: int) -> int:
         """How many tokens a row has."""
-        return int(self.scripts.lengths[self.plan.rows[row]].sum())
+        return int(self._tokens[row])
 
     def cost(self, row: int) -> int:
         """What a row takes of time, about: a token of a picture or video is one to read, and one to see."""
-        return self.tokens(row) + int(self.media_tokens[row])
+        return int(self._tokens[row] + self.media_tokens[row])
+
+    @cached_property
+    def _taught(self) -> Indices:
+        return self.plan.rows.sums(self.scripts.taught)
+
+    @cached_property
+    def _tokens(self) -> Indices:
+        return self.plan.rows.sums(self.scripts.lengths)
 
     @cached_property
     def media_tokens(self) -> Indices:
@@ -72,18 +81,18 @@ class Prepared:
     def summary(self, config: Config) -> dict[str, Any]:
         """What `qwenvl-ft plan --json` prints and `plan.json` keeps; tokens are those of the packed records."""
         steps = schedule(self, config)
-        used = self.plan.rows.members
         facts = self.scripts.facts
+        used, taught = self._used()
         return {
             "files": facts["files"],
             "forms": facts["forms"],
             "records": self.num_records,
-            "used": len(np.unique(self.scripts.records[used])),
+            "used": used,
             "skipped": [problem.facts for problem in self.problems],
             "pictures": facts["pictures"],
             "pictures_shrunk": facts["pictures_shrunk"],
-            "tokens": token_counts(self.scripts.lengths[used]),
-            "taught_tokens": int(self.scripts.taught[used].sum(dtype=np.int64)),
+            "tokens": token_counts(self.plan.lengths),
+            "taught_tokens": taught,
             "rows": len(self.plan.rows),
             "row_tokens": self.plan.row_tokens,
             "fill": round(self.plan.fill, 4),
@@ -92,6 +101,17 @@ class Prepared:
             "checks": facts["checks"],
             "notes": notes(len(self.plan.rows), len(steps), config) + facts["notes"],
         }
+
+    def _used(self) -> tuple[int, int]:
+        """How many records have a script in a row, and how many tokens those teach. Scripts of one record stand together."""
+        used, taught, last = 0, 0, -1
+        for start, lengths in blocks(self.scripts.lengths):
+            inside, here = lengths <= self.plan.row_tokens, slice(start, start + len(lengths))
+            records = self.scripts.records[here][inside]
+            used += int((np.diff(records, prepend=last) != 0).sum())
+            taught += int(self.scripts.taught[here][inside].sum(dtype=np.int64))
+            last = int(records[-1]) if len(records) else last
+        return used, taught
 
 
 Ready = tuple[Prepared, Prepared | None]
@@ -117,8 +137,7 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
             planned(scripts if whole else None, found)
 
     def planned(scripts: Scripts | None, problems: list[Problem]) -> Prepared:
-        lengths = scripts.lengths if scripts else np.zeros(0, np.int32)
-        plan = pack(lengths, config.row_tokens, share=not linear)
+        plan = pack(scripts.lengths if scripts else [], config.row_tokens, share=not linear)
         stops = config.on_bad_record == "error" or not len(plan.rows)
         if scripts:  # a run that skips them keeps the list of them
             problems = problems + too_long(scripts, plan, called(meta), as_one=stops)
@@ -245,7 +264,8 @@ def schedule(prepared: Prepared, config: Config) -> Schedule:
     return Schedule(len(prepared.plan.rows), config.rows_per_step, config.seed, config.num_train_epochs, config.max_steps)
 
 
-def token_counts(lengths: Ints | Sequence[int]) -> dict[str, int]:
-    """min, median, max and total, as the commands print them."""
-    sizes = np.asarray(lengths if len(lengths) else [0], np.int64)
-    return {"min": int(sizes.min()), "median": int(np.median(sizes)), "max": int(sizes.max()), "total": int(sizes.sum())}
+def token_counts(lengths: Counter[int]) -> dict[str, int]:
+    """min, median, max and total of lengths that are counted, as the commands print them."""
+    lengths = lengths or Counter([0])
+    total = sum(length * count for length, count in lengths.items())
+    return {"min": min(lengths), "median": median(lengths), "max": max(lengths), "total": total}

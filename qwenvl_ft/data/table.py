@@ -12,20 +12,23 @@ are streams, as `datasets` writes them: `datasets.Dataset.from_file` opens them,
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
+from mmap import ACCESS_READ, MADV_DONTNEED, PAGESIZE, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from qwenvl_ft.data.chat import IGNORE, Script
-from qwenvl_ft.data.packed import LISTS, NUMBERS, FileState, Packed, PackedMedium, read_medium
+from qwenvl_ft.data.packed import LISTS, NUMBERS, FileState, Ints, Packed, PackedMedium, read_medium
 from qwenvl_ft.data.records import Medium
 
 if TYPE_CHECKING:
     import pyarrow
 
 FACTS = "facts.json"
+ROW_BYTES = 4 * len(NUMBERS)
 MOST_SEEN = 50_000  # files that are remembered while a table is written
 
 
@@ -118,6 +121,32 @@ def _batch(columns: dict[str, Sequence[Any]]) -> "pyarrow.RecordBatch":
     return pa.record_batch(list(arrays.values()), list(arrays))
 
 
+class Column:
+    """One of the NUMBERS of every script. What was read is not kept in memory: of a table of millions of scripts that would be as
+    much again in each process."""
+
+    def __init__(self, numbers: mmap | bytes, at: int):
+        self.numbers, self.at = numbers, at
+
+    def __len__(self) -> int:
+        return len(self.numbers) // ROW_BYTES
+
+    @overload
+    def __getitem__(self, number: int) -> int: ...
+    @overload
+    def __getitem__(self, number: slice) -> Ints: ...
+    def __getitem__(self, number: int | slice) -> int | Ints:
+        if not isinstance(number, slice):
+            return int(self[number : number + 1][0])
+        start, stop, step = number.indices(len(self))
+        held = self.numbers[start * ROW_BYTES : stop * ROW_BYTES]  # a copy
+        if isinstance(self.numbers, mmap) and hasattr(self.numbers, "madvise"):
+            page = start * ROW_BYTES // PAGESIZE * PAGESIZE
+            self.numbers.madvise(MADV_DONTNEED, page, stop * ROW_BYTES - page)
+        found: Ints = np.frombuffer(held, np.int32)[self.at :: len(NUMBERS)][::step]
+        return found
+
+
 class Scripts(Sequence[Script]):
     """The scripts of a table, in the order of their records. It goes to another process as the name of its folder."""
 
@@ -125,10 +154,10 @@ class Scripts(Sequence[Script]):
         self.folder = folder
         self.facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         self.placeholders = tuple(self.facts["placeholders"])
-        numbers = folder / "numbers.i32"
-        found = np.memmap(numbers, np.int32, "r") if numbers.stat().st_size else np.zeros(0, np.int32)
-        self.lengths, self.taught, self.media_tokens, self.records = found.reshape(-1, len(NUMBERS)).T
         # Now, not when they are asked for: the folder may be taken away while a run goes on.
+        with (folder / "numbers.i32").open("rb") as file:
+            numbers = mmap(file.fileno(), 0, access=ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+        self.lengths, self.taught, self.media_tokens, self.records = (Column(numbers, at) for at in range(len(NUMBERS)))
         self._table, self._media = _mapped(folder / "scripts.arrow"), _mapped(folder / "media.arrow").column("medium")
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:

@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,14 @@ def damage(folder: Path, but: re.Pattern[str] | None = None) -> str | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces the file in one move."""
+    write_lines(path, [json.dumps(value, indent=1, ensure_ascii=False)])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Replaces the file in one move; of the lines only one is held."""
     aside = path.with_name(path.name + ".incoming")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
     _flush(aside)
     os.replace(aside, path)
 

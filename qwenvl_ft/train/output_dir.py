@@ -17,7 +17,7 @@ from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.errors import Problem
 from qwenvl_ft.folders.adapter import BASE, base_fingerprint
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
-from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_whole
+from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_lines, write_whole
 from qwenvl_ft.train.curves import draw_losses, mean_loss
 
 METRICS, CURVES = "metrics.jsonl", "loss.svg"
@@ -32,7 +32,8 @@ def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
     with (out / ".config.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(settings, file)
     (out / ".config.yaml").replace(out / "config.yaml")
-    write_json(out / "plan.json", prepared.summary(config) | {"packed": list(prepared.plan.rows)})
+    write_json(out / "plan.json", prepared.summary(config))
+    write_lines(out / "packed.jsonl", map(json.dumps, prepared.plan.rows))
     write_json(out / BASE, base_fingerprint(config.model))
 
     def write(folder: Path) -> None:

@@ -250,7 +250,9 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
 
 def rows_hash(rows: PackedRows) -> str:
     """Names which records share which row."""
-    return hashlib.sha256(rows.starts.tobytes() + rows.members.tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(rows.starts.data)
+    digest.update(rows.members.data)
+    return digest.hexdigest()[:16]
 
 
 def contents(scripts: Scripts, cache: Path) -> str:

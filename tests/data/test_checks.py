@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import random
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 
 from qwenvl_ft.cli.main import main
+from qwenvl_ft.data import checks as checks_module
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.checks import Against, Checks, Places
 from qwenvl_ft.data.meta_file import read_records
@@ -236,3 +239,13 @@ def test_places_of_records_are_kept_as_runs_of_numbers_and_come_back_whole():
         joined.join(part)
     assert [whole[at] for at in range(len(said))] == [joined[at] for at in range(len(said))] == said
     assert len(whole.runs) == len(joined.runs) == 6
+
+
+@pytest.mark.parametrize("sorted_at_a_time", [1, 5, 64, 1000])
+def test_repeated_records_are_found_however_many_hashes_are_sorted_at_a_time(sorted_at_a_time, monkeypatch):
+    draw = random.Random(sorted_at_a_time)
+    for size, kinds in ((0, 1), (1, 1), (40, 1), (200, 300), (200, 10**9)):
+        hashes = array("Q", (draw.randrange(kinds) * 2**33 + draw.randrange(2) for _ in range(size)))
+        again = [at for at in range(size) if hashes[at] in hashes[:at]]
+        monkeypatch.setattr(checks_module, "SORTED", sorted_at_a_time)
+        assert checks_module._repeated(hashes) == (len(again), again[0] if again else size)

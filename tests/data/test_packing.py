@@ -2,6 +2,7 @@
 
 import doctest
 import random
+from collections import Counter
 
 import pytest
 
@@ -70,6 +71,18 @@ def test_records_of_one_length_placed_together_come_to_the_rows_of_one_at_a_time
     for seed in range(10):
         lengths = [random.Random(f"{seed} {number}").randint(1, most) for number in range(150)]
         assert pack(lengths, 1000).rows == best_fit(lengths, 1000)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_records_that_are_looked_at_in_blocks_come_to_the_same_rows(block, share, monkeypatch):
+    lengths, of = LENGTHS[12], random.Random(0).choices(range(9), k=len(LENGTHS[12]))
+    whole = pack(lengths, 1000, share)
+    monkeypatch.setattr(module, "BLOCK", block)
+    assert pack(lengths, 1000, share) == whole
+    assert whole.rows.sums(of).tolist() == [sum(of[index] for index in row) for row in whole.rows]
+    inside = [length for length in lengths if length <= 1000]
+    assert whole.lengths == Counter(inside) and whole.fill == sum(inside) / (len(whole.rows) * 1000)
 
 
 def test_rows_of_a_vqa_mix_are_at_least_99_percent_full():

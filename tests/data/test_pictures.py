@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import struct
 import tracemalloc
 import zlib
@@ -13,7 +14,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from qwenvl_ft.data.magic import what_it_is
 from qwenvl_ft.data.meta_file import read_records
-from qwenvl_ft.data.pictures import PictureChanged, as_seen, decode, load, opened, size_of
+from qwenvl_ft.data.pictures import PictureChanged, _opened, as_seen, decode, load, opened, size_of
 from qwenvl_ft.data.records import Picture
 from qwenvl_ft.errors import UserError
 
@@ -361,3 +362,23 @@ def test_a_damaged_png_is_refused_wherever_the_damage_is(size, tmp_path):
         for look in (lambda path=tmp_path / path.name: load(path, ""), lambda content=bytes(content): decode(content, "")):
             with pytest.raises(UserError, match="breaks while it is decoded"):
                 look()
+
+
+def test_a_killed_worker_is_not_taken_for_a_damaged_picture(tmp_path):
+    """torch says of one in a handler of SIGCHLD, which may come while the main process decodes a picture."""
+    noise().save(tmp_path / "a.png")
+    before = signal.getsignal(signal.SIGCHLD)
+
+    def say(number, frame):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    def killed(picture):
+        os.kill(os.getpid(), signal.SIGCHLD)
+        return picture.convert("RGB")
+
+    signal.signal(signal.SIGCHLD, say)
+    try:
+        with pytest.raises(RuntimeError, match="pid 7"), _opened(tmp_path / "a.png", "here", "a.png") as picture:
+            killed(picture)
+    finally:
+        signal.signal(signal.SIGCHLD, before)

@@ -68,9 +68,9 @@ def test_every_script_comes_back_whatever_its_media(tmp_path_factory, of_parts):
     written = [script for of_part in of_parts for script in of_part]
     for found in (Scripts(folder), pickle.loads(pickle.dumps(Scripts(folder)))):
         assert list(found) == written
-        assert found.lengths.tolist() == [script.length for script in written]
-        assert found.taught.tolist() == [sum(label != IGNORE for label in script.labels) for script in written]
-        assert found.records.tolist() == list(range(len(written)))
+        assert found.lengths[:].tolist() == [script.length for script in written]
+        assert found.taught[:].tolist() == [sum(label != IGNORE for label in script.labels) for script in written]
+        assert found.records[:].tolist() == list(range(len(written)))
     distinct = dict.fromkeys(medium for script in written for medium in script.media)
     assert list(found.media) == list(distinct)
     first = next(iter(distinct), None)

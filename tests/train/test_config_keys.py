@@ -140,6 +140,6 @@ def test_every_key_has_a_test():
 def test_the_adapter_of_a_run_has_peft_s_own_files(tmp_path):
     run(tmp_path)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    wanted = "adapter_config.json adapter_model.safetensors processor_config.json chat_template.jinja config.yaml plan.json metrics.jsonl loss.svg"
+    wanted = "adapter_config.json adapter_model.safetensors processor_config.json chat_template.jinja config.yaml plan.json packed.jsonl metrics.jsonl loss.svg"
     assert {*wanted.split(), "all_results.json"} <= names and ".incoming" not in names
     assert adapter(tmp_path / "run")

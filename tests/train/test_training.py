@@ -403,7 +403,7 @@ def test_zero_3_does_not_wait_for_a_row_without_a_picture_and_ends_with_the_weig
     ddp = launch_two(tmp_path / "ddp", "29617", **settings)
     zero = launch_two(tmp_path / "zero", "29619", zero_stage=3, **settings)
     with_picture = next(number for number, record in enumerate([*plain, records[0]]) if record is records[0])
-    rows = json.loads((ddp / "plan.json").read_text())["packed"]
+    rows = [json.loads(line) for line in (ddp / "packed.jsonl").read_text().splitlines()]
     assert [with_picture in row for row in rows].count(True) == 1 < len(rows)
     assert difference(adapter(ddp), adapter(zero)) < 1e-4
 
