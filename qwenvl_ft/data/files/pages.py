@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from qwenvl_ft.data.files.snappy import Blocks, find_blocks
 
 KEPT_BYTES = 128 << 20  # of decompressed pages
-LARGE_BYTES = 1 << 18  # of a page: of one that Snappy compressed no more than its index is kept
+LARGE_BYTES = 1 << 18  # of a page: one that Snappy compressed is not decompressed whole
 HEAD_BYTES = 256  # of a page, in which its header is if it has no statistics
 DATA, DICTIONARY, DATA_V2 = 0, 2, 3  # kinds of pages
 PLAIN, PLAIN_DICTIONARY, RLE_DICTIONARY = 0, 2, 8
@@ -39,10 +39,13 @@ class Page(NamedTuple):
     first: int
 
 
+Body = memoryview | Blocks  # of a page; slices of either are bytes
+
+
 class Values(NamedTuple):
     """The values of a page, which lie in `body` from each start to 4 bytes before the next; `which` they are of a dictionary's."""
 
-    body: memoryview | Blocks
+    body: Body
     starts: NDArray[np.int64]
     which: NDArray[np.uint32] | None
 
@@ -54,8 +57,7 @@ class Values(NamedTuple):
     def take(self, number: int) -> bytes:
         """One of them."""
         at = number if self.which is None else int(self.which[number])
-        start, end = int(self.starts[at]), int(self.starts[at + 1]) - 4
-        return bytes(self.body[start:end]) if isinstance(self.body, memoryview) else self.body.cut(start, end)
+        return bytes(self.body[int(self.starts[at]) : int(self.starts[at + 1]) - 4])
 
 
 class Chunk:
@@ -110,47 +112,58 @@ class Chunk:
             return None
         return values.take(int(np.count_nonzero(defined[:place])))
 
-    def body(self, page: Page) -> memoryview:
-        """The page, decompressed but for the levels of the second version."""
-        with self.path.open("rb") as file:
-            file.seek(page.offset)
-            raw = file.read(page.header[3])
+    def body(self, page: Page) -> Body:
+        """The page, decompressed, without the levels that the second version has before it."""
+        before = page.header[8][5] + page.header[8][6] if page.header[1] == DATA_V2 else 0
+        offset, length, size = page.offset + before, page.header[3] - before, page.header[2] - before
         plain = page.header[1] == DATA_V2 and not page.header[8].get(7, True)
-        if self.codec is None or plain:
-            return memoryview(raw)
-        levels = page.header[8][5] + page.header[8][6] if page.header[1] == DATA_V2 else 0
-        if page.header[2] == levels:
-            return memoryview(raw)[:levels]
-        values = memoryview(self.codec.decompress(memoryview(raw)[levels:], page.header[2] - levels)).cast("B")
-        return memoryview(raw[:levels] + values.tobytes()) if levels else values
+        if self.compression == "SNAPPY" and not plain and size >= LARGE_BYTES:
+            blocks = find_blocks(self.path, offset, length)
+            if blocks is not None and len(blocks) == size:
+                return blocks
+        raw = self._read(offset, length)
+        return memoryview(raw if self.codec is None or plain or not size else self.codec.decompress(raw, size)).cast("B")
 
-    def _levels(self, number: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32], memoryview]:
-        """(repetition levels, definition levels, what follows them) of a page."""
-        page, found = self.pages[number], []
-        body, at = self.body(page), 0
-        second = page.header[1] == DATA_V2
-        head = page.header[8 if second else 5]
-        for most, length in ((self.most_repeated, head.get(6)), (self.most_defined, head.get(5))):
-            if not second and most:
-                length, at = struct.unpack_from("<I", body, at)[0], at + 4
-            length = length if second or most else 0
-            found.append(hybrid(body[at : at + length], most.bit_length(), head[1]))
+    def _read(self, offset: int, length: int) -> bytes:
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(length)
+
+    def _levels(self, number: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32], Body, int]:
+        """(repetition levels, definition levels, the body, where in it the values begin) of a page."""
+        page, found, at = self.pages[number], [], 0
+        body = self.body(page)
+        if page.header[1] == DATA_V2:
+            head = page.header[8]
+            levels = memoryview(self._read(page.offset, head[5] + head[6]))
+            repeated, defined = levels[: head[6]], levels[head[6] :]
+            return (
+                hybrid(repeated, self.most_repeated.bit_length(), head[1]),
+                hybrid(defined, self.most_defined.bit_length(), head[1]),
+                body,
+                0,
+            )
+        for most in (self.most_repeated, self.most_defined):
+            length = 0
+            if most:
+                length, at = _LENGTH.unpack(body[at : at + 4])[0], at + 4
+            found.append(hybrid(memoryview(body[at : at + length]), most.bit_length(), page.header[5][1]))
             at += length
-        return found[0], found[1], body[at:]
+        return found[0], found[1], body, at
 
     def decoded(self, number: int) -> tuple[NDArray[np.bool_], Values]:
         """Which slots of a page have a value, and the values."""
         page = self.pages[number]
-        _, levels, rest = self._levels(number)
+        _, levels, body, at = self._levels(number)
         defined = levels == self.most_defined
         count = int(defined.sum())
         encoding = page.header[5][2] if page.header[1] == DATA else page.header[8][4]
         if encoding == PLAIN:
-            return defined, self._lighter(page, plain_values(rest, count), page.header[2] - len(rest))
+            return defined, plain_values(body, at, count)
         if encoding not in (PLAIN_DICTIONARY, RLE_DICTIONARY) or self.dictionary is None:
             raise Unread
         words = self._words()
-        which = hybrid(rest[1:], rest[0], count) if count else np.zeros(0, np.uint32)
+        which = hybrid(memoryview(body[at + 1 :]), body[at : at + 1][0], count) if count else np.zeros(0, np.uint32)
         if count and which.max() >= len(words.starts) - 1:
             raise ValueError("a value that is not in the dictionary")
         return defined, words._replace(which=which)
@@ -158,21 +171,9 @@ class Chunk:
     def _words(self) -> Values:
         """The values of the dictionary."""
         if self.words is None and self.dictionary is not None:
-            words = plain_values(self.body(self.dictionary), self.dictionary.header[7][1])
-            self.words = self._lighter(self.dictionary, words, 0)
+            self.words = plain_values(self.body(self.dictionary), 0, self.dictionary.header[7][1])
         assert self.words is not None
         return self.words
-
-    def _lighter(self, page: Page, values: Values, before: int) -> Values:
-        """The values, if they can be read by blocks, without their body. `before` them in the page stand so many bytes."""
-        second = page.header[1] == DATA_V2
-        if self.compression != "SNAPPY" or (second and not page.header[8].get(7, True)) or values.num_bytes < LARGE_BYTES:
-            return values
-        levels = page.header[8][5] + page.header[8][6] if second else 0
-        with self.path.open("rb") as file:
-            file.seek(page.offset + levels)
-            blocks = find_blocks(self.path, page.offset + levels, file.read(page.header[3] - levels))
-        return values if blocks is None else values._replace(body=blocks, starts=values.starts + (before - levels))
 
 
 class Kept:
@@ -202,12 +203,12 @@ def _leads_to_bytes(path: str, column: str) -> bool:
     return path == column or (path.startswith(f"{column}.") and path.rpartition(".")[2] in ("bytes", "element", "item"))
 
 
-def plain_values(body: memoryview, count: int) -> Values:
-    """Values that each stand behind their length."""
-    starts, at = np.zeros(count + 1, np.int64), 0
+def plain_values(body: Body, at: int, count: int) -> Values:
+    """Values that each stand behind their length, the first one's at a place of the body."""
+    starts = np.zeros(count + 1, np.int64)
     for number in range(count):
         starts[number] = at = at + 4
-        at += _LENGTH.unpack_from(body, at - 4)[0]
+        at += _LENGTH.unpack(body[at - 4 : at])[0]
         if at > len(body):
             raise ValueError("a value ends behind its page")
     starts[count] = at + 4

@@ -12,58 +12,78 @@ from numpy.typing import NDArray
 
 BLOCK = 1 << 16
 CODEC = pa.Codec("snappy")
+WINDOW = 1 << 12  # bytes that are read where an element begins: most of what does not compress is passed over
 
 
 class Blocks:
-    """A compressed stream at `offset` of a file; `starts` are those of its blocks there, and its end."""
+    """A compressed stream at `offset` of a file; `starts` are those of its blocks there, and its end. Slices are bytes of what was
+    compressed."""
 
     def __init__(self, path: Path, offset: int, starts: NDArray[np.int64], num_bytes: int):
         self.path, self.offset, self.starts, self.num_bytes = path, offset, starts, num_bytes
+        self.last = (-1, b"")  # the block that a few bytes were cut from last, and what is in it
 
-    def cut(self, start: int, end: int) -> bytes:
-        """The bytes from `start` to `end` of what was compressed."""
-        if start == end:
+    def __len__(self) -> int:
+        return self.num_bytes
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, end, _ = part.indices(self.num_bytes)
+        if start >= end:
             return b""
         first, last = start // BLOCK, (end - 1) // BLOCK
-        with self.path.open("rb") as file:
+        if end - start < WINDOW and first == last:
+            if self.last[0] != first:
+                self.last = first, bytes(self._decompressed(first, first))
+            return self.last[1][start - first * BLOCK : end - first * BLOCK]
+        return bytes(self._decompressed(first, last)[start - first * BLOCK : end - first * BLOCK])
+
+    def _decompressed(self, first: int, last: int) -> memoryview:
+        """Blocks one after another are a stream of their own."""
+        size = min((last + 1) * BLOCK, self.num_bytes) - first * BLOCK
+        with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset + int(self.starts[first]))
             raw = file.read(int(self.starts[last + 1] - self.starts[first]))
-        found = []
-        for at in range(first, last + 1):
-            size = min(BLOCK, self.num_bytes - at * BLOCK)
-            block = raw[self.starts[at] - self.starts[first] : self.starts[at + 1] - self.starts[first]]
-            found.append(CODEC.decompress(_varint(size) + block, size).to_pybytes())
-        return b"".join(found)[start - first * BLOCK : end - first * BLOCK]
+        return memoryview(CODEC.decompress(_varint(size) + raw, size)).cast("B")
 
 
-def find_blocks(path: Path, offset: int, raw: bytes) -> Blocks | None:
-    """The blocks of a stream that lies at `offset` of a file; None where it is not made of blocks."""
-    size = at = shift = 0
-    while True:
-        byte = raw[at]
-        size, shift, at = size | (byte & 127) << shift, shift + 7, at + 1
-        if byte < 128:
-            break
-    starts, done, due, end = [at], 0, BLOCK, len(raw)
-    while at < end:
-        tag = raw[at]
-        kind, length = tag & 3, (tag >> 2) + 1
-        if kind == 0:  # letters
-            if length > 60:
-                extra = length - 60
-                length = int.from_bytes(raw[at + 1 : at + 1 + extra], "little") + 1
-                at += extra
-            at += 1 + length
-        elif kind == 1:  # what stood before, at a distance of 11 bits
-            length, at = (tag >> 2 & 7) + 4, at + 2
-        else:
-            at += 3 if kind == 2 else 5
-        done += length
-        if done >= due:
-            if done > due:
-                return None
-            starts.append(at)
-            due += BLOCK
+def find_blocks(path: Path, offset: int, end: int) -> Blocks | None:
+    """The blocks of a stream of `end` bytes that lies at `offset` of a file; None where it is not made of blocks.
+
+    Raises IndexError where it breaks off.
+    """
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        window, begins = file.read(min(WINDOW, end)), 0  # where in the stream the window does
+        size = at = shift = 0
+        while True:
+            byte = window[at]
+            size, shift, at = size | (byte & 127) << shift, shift + 7, at + 1
+            if byte < 128:
+                break
+        starts, done, due = [at], 0, BLOCK
+        while at < end:
+            here = at - begins
+            if here + 5 > len(window) and begins + len(window) < end:
+                file.seek(offset + at)
+                window, begins, here = file.read(min(WINDOW, end - at)), at, 0
+            tag = window[here]
+            kind, length = tag & 3, (tag >> 2) + 1
+            if kind == 0:  # letters
+                if length > 60:
+                    extra = length - 60
+                    length = int.from_bytes(window[here + 1 : here + 1 + extra], "little") + 1
+                    at += extra
+                at += 1 + length
+            elif kind == 1:  # what stood before, at a distance of 11 bits
+                length, at = (tag >> 2 & 7) + 4, at + 2
+            else:
+                at += 3 if kind == 2 else 5
+            done += length
+            if done >= due:
+                if done > due:
+                    return None
+                starts.append(at)
+                due += BLOCK
     if done != size:
         return None
     return Blocks(path, offset, np.array(starts if starts[-1] == end else [*starts, end], np.int64), size)
