@@ -135,7 +135,7 @@ class Config(BaseModel):
     seed: Number = 42
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attn_implementation: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: StrictBool = True
 
     logging_steps: Positive = 10

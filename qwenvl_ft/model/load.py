@@ -18,6 +18,7 @@ from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import OLD_KEYS
 from qwenvl_ft.folders.runs import processor_folder
+from qwenvl_ft.model.attention import use_varlen
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -39,28 +40,32 @@ class PatchEmbedding(nn.Conv3d):
         return cast(PatchEmbedding, same)
 
 
-def load_base(model_dir: Path, dtype: str, attention: str = "auto") -> Any:
+def load_base(model_dir: Path, dtype: str, attention: str = "auto", packed: bool = False) -> Any:
     """The model of any family, on the CPU, in `dtype` (auto, bfloat16, float32).
 
-    auto is bfloat16 where a GPU has it and float32 elsewhere; attention auto is flash_attention_2 where it is installed.
-    Raises UserError for an attention that is not installed.
+    auto is bfloat16 where a GPU has it and float32 elsewhere; attention auto is flash_attention_2 where it is installed, else
+    varlen for rows that are `packed`, else sdpa. Raises UserError for an attention that is not installed.
     """
     gpu = torch.cuda.is_available()
     if dtype == "auto":
-        dtype = "bfloat16" if gpu and torch.cuda.is_bf16_supported() else "float32"
+        dtype = "bfloat16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if attention == "auto":
-        attention = "flash_attention_2" if gpu and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
+        flash = gpu and dtype == "bfloat16" and is_flash_attn_2_available()
+        attention = "flash_attention_2" if flash else "varlen" if packed else "sdpa"
     try:
         # Of generation_config.json counts what infer/decoding.py reads; transformers warns of the temperature 0 that is vLLM's.
         model = AutoModelForImageTextToText.from_pretrained(
-            model_dir, dtype=getattr(torch, dtype), attn_implementation=attention, generation_config=GenerationConfig()
-        )
+            model_dir, dtype=getattr(torch, dtype), generation_config=GenerationConfig(),
+            attn_implementation="sdpa" if attention == "varlen" else attention,
+        )  # fmt: skip
     except ImportError as error:  # raised before the weights are read
         what = str(error).strip().splitlines()[0]
         fix = "set attn_implementation=auto, which takes what is installed"
         raise UserError(Problem(f"attn_implementation: {attention}", f"cannot run here: {what}", fix)) from error
     patch_embed = model.model.visual.patch_embed
     patch_embed.proj = PatchEmbedding.like(patch_embed.proj)
+    if attention == "varlen":
+        use_varlen(model)
     return model
 
 

@@ -28,6 +28,7 @@ from qwenvl_ft.data.rows import Built, Row
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import short_hash, writing
+from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss
 from qwenvl_ft.train.launch import Signals, alone, lost, open_trackers, start
@@ -211,7 +212,7 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
     processor = AutoProcessor.from_pretrained(config.model)
     processor.chat_template = prepared.chat.source  # which asks as was taught
     limited(processor, prepared.chat, Reading(video_fps=config.video_fps, video_max_frames=config.video_max_frames))
-    model = load_base(config.model, config.dtype, config.attn_implementation)
+    model = load_base(config.model, config.dtype, config.attn_implementation, packed=True)
     bf16 = model.dtype == torch.bfloat16
     model = add_lora(
         model, prepared.chat.family, config.lora_on, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed
@@ -328,6 +329,6 @@ def report_start(config: Config, run: Run, sizes: tuple[int, int], resume: Path 
     trains, total = sizes
     kind = "bfloat16" if run.bf16 else "float32"
     print_line(f"{run.accelerator.num_processes} x {run.accelerator.device.type}, {kind}; {trains:,} of {total:,} parameters train "
-                  f"({trains / total:.2%}; LoRA on {', '.join(config.lora_on)})")  # fmt: skip
+                  f"({trains / total:.2%}; LoRA on {', '.join(config.lora_on)}); attention: {attention_of(run.bare)}")  # fmt: skip
     if resume:
         print_line(f"going on from {resume}")

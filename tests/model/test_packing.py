@@ -9,6 +9,7 @@ from torch.nn import functional
 from qwenvl_ft.data.chat import IGNORE, open_chat
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.rows import Rows, as_floats, join
+from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import PatchEmbedding, add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss, taught, vision_features
 
@@ -25,7 +26,7 @@ def job(family_model, tmp_path_factory):
     return make_job(family_model, tmp_path_factory.mktemp("job"))
 
 
-def make_job(model_dir, folder, on=("language",)):
+def make_job(model_dir, folder, on=("language",), attention="auto"):
     import json
 
     import numpy as np
@@ -45,16 +46,16 @@ def make_job(model_dir, folder, on=("language",)):
     scripts = [chat.write_scripts(record)[-1] for record in records]
     processor = AutoProcessor.from_pretrained(model_dir)
     rows = Rows(scripts, [[0, 1, 2], [0], [1], [2]], chat, limited(processor, chat))
-    model = add_lora(load_base(model_dir, "float32"), chat.family, list(on), 4, 8, 0.0, 0)
+    model = add_lora(load_base(model_dir, "float32", attention), chat.family, list(on), 4, 8, 0.0, 0)
     for name, parameter in trainable(model).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return model.train(), rows
 
 
-def gradients(model, rows, which):
+def gradients(model, rows, which, tower_trains=False):
     model.zero_grad()
-    loss = sum(summed_loss(model, model, rows[index], tower_trains=False) for index in which)
+    loss = sum(summed_loss(model, model, rows[index], tower_trains) for index in which)
     loss.backward()
     return loss.item(), torch.cat([parameter.grad.flatten() for parameter in trainable(model).values()])
 
@@ -69,6 +70,18 @@ def packing_job(job, family_model):
 def test_a_joined_row_has_the_loss_and_the_gradients_of_its_records(packing_job):
     model, rows = packing_job
     (packed, packed_gradients), (single, single_gradients) = gradients(model, rows, [0]), gradients(model, rows, [1, 2, 3])
+    assert packed == pytest.approx(single, rel=1e-5)
+    assert (packed_gradients - single_gradients).abs().max() < 1e-4 * single_gradients.abs().max()
+
+
+@pytest.mark.parametrize("on", ["language", "vision"])
+def test_attention_by_segments_is_that_of_records_one_by_one(family_model, tmp_path, on):
+    """Against transformers' own, in the vision tower and its windows, too; and no token is let see another record's."""
+    (varlen, rows), (stock, _) = (make_job(family_model, tmp_path, [on], attention) for attention in ("varlen", "sdpa"))
+    which = [1, 2, 3] if rows.chat.family.linear_attention else [0]
+    results = [gradients(model, rows, of, on == "vision") for model, of in ((varlen, which), (stock, [1, 2, 3]))]
+    (packed, packed_gradients), (single, single_gradients) = results
+    assert attention_of(varlen) == "varlen" and attention_of(stock) == "sdpa"
     assert packed == pytest.approx(single, rel=1e-5)
     assert (packed_gradients - single_gradients).abs().max() < 1e-4 * single_gradients.abs().max()
 

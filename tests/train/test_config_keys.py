@@ -51,10 +51,12 @@ def test_gradient_checkpointing_is_switched_on_and_changes_no_result(plain, tmp_
 
 
 def test_attention_is_the_one_asked_for():
+    from qwenvl_ft.model.attention import attention_of
     from qwenvl_ft.model.load import load_base
 
-    for asked, got in {"eager": "eager", "sdpa": "sdpa", "auto": "sdpa"}.items():
-        assert load_base("data/tiny", "float32", asked).config._attn_implementation == got
+    for asked, got in {"eager": "eager", "sdpa": "sdpa", "auto": "varlen", "varlen": "varlen"}.items():
+        assert attention_of(load_base("data/tiny", "float32", asked, packed=True)) == got
+    assert attention_of(load_base("data/tiny", "float32")) == "sdpa"
 
 
 def test_workers_build_the_rows_and_change_no_result(plain, tmp_path, monkeypatch):
