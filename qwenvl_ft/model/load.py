@@ -19,6 +19,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import OLD_KEYS
 from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.model.attention import use_varlen
+from qwenvl_ft.model.head import LossHead
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -64,6 +65,7 @@ def load_base(model_dir: Path, dtype: str, attention: str = "auto", packed: bool
         raise UserError(Problem(f"attn_implementation: {attention}", f"cannot run here: {what}", fix)) from error
     patch_embed = model.model.visual.patch_embed
     patch_embed.proj = PatchEmbedding.like(patch_embed.proj)
+    model.lm_head = LossHead.like(model.lm_head)
     if attention == "varlen":
         use_varlen(model)
     return model

@@ -48,8 +48,13 @@ def summed_loss(model: Any, bare_model: Any, row: Row, tower_trains: bool) -> to
     keep = taught(row["labels"])
     not_taken = {"labels", SCALES, *(name for names in PIXELS.values() for name in names)}
     inputs = {key: value for key, value in row.items() if key not in not_taken}
-    # use_cache=False: with a cache transformers ignores where records begin, without a word (tests/test_packing.py shows it).
-    logits = model(
-        **inputs, mm_encoder_outputs=vision_features(bare_model, row, tower_trains), use_cache=False, logits_to_keep=keep
-    ).logits
-    return functional.cross_entropy(logits.float(), row["labels"][:, 1:][keep[:, :-1]], reduction="sum")
+    head = bare_model.get_output_embeddings()
+    head.labels = row["labels"][:, 1:][keep[:, :-1]]
+    try:
+        # use_cache=False: with a cache transformers ignores where records begin, without a word (tests/test_packing.py shows it).
+        loss: torch.Tensor = model(
+            **inputs, mm_encoder_outputs=vision_features(bare_model, row, tower_trains), use_cache=False, logits_to_keep=keep
+        ).logits
+    finally:
+        head.labels = None
+    return loss

@@ -68,12 +68,14 @@ def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Built | U
             run.optimizer.zero_grad()
             return None
         torch.manual_seed(draw_seed(run.config.seed, epoch, row))
-        loss = row_loss(run, tensors) * (row is not None)
-        check_finite(loss, "the loss", prepared, row)
-        if row is not None:
-            counted.add(loss, tensors, problems)
-        # Processes average their gradients, so times their number: what is left is one division by the global count.
-        run.backward(loss * (accelerator.num_processes / divisor), last=number == len(mine) - 1)
+        last = number == len(mine) - 1
+        with run.exchange(last):
+            loss = row_loss(run, tensors) * (row is not None)
+            check_finite(loss, "the loss", prepared, row)
+            if row is not None:
+                counted.add(loss, tensors, problems)
+            # Processes average their gradients, so times their number: what is left is one division by the global count.
+            run.backward(loss * (accelerator.num_processes / divisor), last)
     taught = counted.over_all_processes()
     if not run.deepspeed and taught.tokens < planned:  # some records broke
         for parameter in trainable(run.bare).values():

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,16 @@ class Run:
         return DataLoader(every, sampler=order, batch_size=None, num_workers=workers, collate_fn=build,  # type: ignore[arg-type]
                           worker_init_fn=begin_worker)  # fmt: skip
 
+    def exchange(self, last: bool) -> AbstractContextManager[None]:
+        """Forward and backward of one row; the processes exchange their gradients with the last row of a step, and only then."""
+        return nullcontext() if last or self.deepspeed else self.accelerator.no_sync(self.model)
+
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Adds the gradients of one row; the processes exchange theirs with the last row of a step."""
+        """Adds the gradients of one row, within `exchange`."""
         if self.deepspeed:
             self.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=last)
         else:
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                self.accelerator.backward(loss)
+            self.accelerator.backward(loss)
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors under PEFT's own names, on the CPU; under ZeRO-3 each process has a part of them.

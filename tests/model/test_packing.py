@@ -9,6 +9,7 @@ from torch.nn import functional
 from qwenvl_ft.data.chat import IGNORE, open_chat
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.rows import Rows, as_floats, join
+from qwenvl_ft.model import head
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import PatchEmbedding, add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss, taught, vision_features
@@ -169,6 +170,47 @@ def test_the_loss_is_that_of_the_models_own_forward(job):
         ).loss.item()  # fmt: skip
         ours = summed_loss(model, model, rows[2], False).item()
     assert ours / (example["labels"] != IGNORE).sum().item() == pytest.approx(stock, rel=1e-5)
+
+
+def test_the_loss_a_few_tokens_at_a_time_is_the_one_of_all_and_keeps_no_logits(job, monkeypatch):
+    model, rows = job
+    row = rows[1]
+    keep = taught(row["labels"])
+    inputs = {key: value for key, value in row.items() if key not in ("labels", "pixel_values", "image_grid_thw", "scales")}
+    features = vision_features(model, row, False)
+    model.zero_grad()
+    logits = model(**inputs, mm_encoder_outputs=features, use_cache=False, logits_to_keep=keep).logits
+    plain = functional.cross_entropy(logits, row["labels"][:, 1:][keep[:, :-1]], reduction="sum")
+    (plain * 0.5).backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
+    for chunk in (1, 3, int(keep.sum()), 1000):
+        monkeypatch.setattr(head, "CHUNK", chunk)
+        saved = []
+
+        def note(tensor, saved=saved):
+            saved.append(tensor.shape)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = summed_loss(model, model, row, False)
+        assert (tuple(logits.shape[-2:]) in [tuple(shape[-2:]) for shape in saved]) == (chunk >= logits.shape[-2])
+        model.zero_grad()
+        (loss * 0.5).backward()
+        assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+        for name, parameter in trainable(model).items():
+            assert (parameter.grad - wanted[name]).abs().max() <= 1e-4 * wanted[name].abs().max()
+
+
+def test_a_row_that_teaches_nothing_has_no_loss_and_a_gradient_of_zeros(job):
+    """Where processes exchange gradients, one without any would leave the others waiting."""
+    model, rows = job
+    row = dict(rows[1])
+    row["labels"] = torch.full_like(row["labels"], IGNORE)
+    model.zero_grad()
+    loss = summed_loss(model, model, row, False)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trainable(model).values())
 
 
 def test_a_frozen_tower_costs_no_backward_and_changes_no_gradient(job):
