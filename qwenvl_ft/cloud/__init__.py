@@ -1,0 +1,1 @@
+"""Alibaba's PAI: training jobs and services, by its own SDK."""
