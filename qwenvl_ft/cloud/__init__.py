@@ -1,0 +1,1 @@
+"""Alibaba Cloud's PAI: its training jobs, from the inside."""
