@@ -28,11 +28,6 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the JSON that wou
 ONE_A10 = "ecs.gn7i-c8g1.2xlarge"
 
 
-@app.callback()
-def _needs() -> None:
-    accounts.need_sdk()
-
-
 @app.command()
 def submit(
     overrides: Overrides = None,
@@ -90,10 +85,11 @@ def stop(job: JobId, dry_run: DryRun = False) -> None:
 
     Example: qwenvl-ft pai stop train1a2b3c
     """
+    account = accounts.read_account()
     if dry_run:
         _show({"StopTrainingJob": job})
         return
-    jobs.stop(_session(), job)
+    jobs.stop(accounts.open_session(account), job)
     print_line(f"job {job} is stopped")
 
 
@@ -161,11 +157,12 @@ def ask(
 
     Example: qwenvl-ft pai ask charts --image data/sample/images/two_col_103562.png "What is shown?"
     """
+    account = accounts.read_account()
     body = services.write_question(question, image or [], max_new_tokens)
     if dry_run:
         _show(body)
         return
-    print_line(services.ask(_session(), name, body))
+    print_line(services.ask(accounts.open_session(account), name, body))
 
 
 @app.command()
@@ -174,10 +171,11 @@ def delete(name: ServiceName, dry_run: DryRun = False) -> None:
 
     Example: qwenvl-ft pai delete charts
     """
+    account = accounts.read_account()
     if dry_run:
         _show({"DeleteService": name})
         return
-    services.delete(_session(), name)
+    services.delete(accounts.open_session(account), name)
     print_line(f"service {name} is deleted; its model stays in the bucket")
 
 

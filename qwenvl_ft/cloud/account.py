@@ -68,7 +68,7 @@ def read_account() -> Account:
 def need_sdk() -> None:
     """Raises UserError where the extra is not installed."""
     if importlib.util.find_spec("pai") is None or importlib.util.find_spec("pai.session") is None:
-        fix = "pip install 'qwenvl-ft[pai]', or in a checkout: pip install '.[pai]'"
+        fix = "in the checkout: pip install '.[pai]', or make .venv/ready"
         raise UserError(Problem("qwenvl-ft pai", "needs Alibaba's SDK, alipai, which is not installed", fix))
     # eas-prediction's generated code is refused by every protobuf since 4 but the one in Python. Until it is generated anew.
     os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
@@ -116,7 +116,7 @@ def in_words(where: str) -> Iterator[None]:
     try:
         yield
     except oss2.exceptions.OssError as error:
-        raise UserError(refusal(where, error.code or "", error.message or "", error.status)) from None
+        raise UserError(refusal(where, error.code or "", error.message or str(error.body or ""), error.status)) from None
     except PredictionException as error:
         said = error.message.decode("utf-8", "replace") if isinstance(error.message, bytes) else str(error.message)
         raise UserError(refusal(where, "", said, error.code)) from None
@@ -140,12 +140,12 @@ def refusal(where: str, code: str, message: str, status: int | None = None) -> P
     if REFUSED.search(code):
         fix = f"check {KEY_ID} and {KEY_SECRET}: both of one AccessKey, which is enabled and not expired"
         return Problem(where, f"the AccessKey is refused ({named})", fix)
-    if FORBIDDEN.search(code) or status in (401, 403):
-        fix = "ask the workspace's administrator for the role of a developer, and for the rights to read and write the bucket"
-        return Problem(where, f"this account may not do that ({named})", fix)
     if FULL.search(code) or (status is None and FULL.search(message)) or status == 429:
         fix = "take another --instance-type or a smaller --count, stop what is not needed, or ask Alibaba for a higher quota"
         return Problem(where, f"there is no room for it ({named})", fix)
+    if FORBIDDEN.search(code) or status in (401, 403):
+        fix = "ask the workspace's administrator for the role of a developer, and for the rights to read and write the bucket"
+        return Problem(where, f"this account may not do that ({named})", fix)
     if ABSENT.search(code) or status == 404:
         return Problem(where, f"is not there ({named})", "check the name, and the region and workspace that it belongs to")
     return Problem(where, f"PAI refuses it ({named})", "mend what it names; the console shows more")

@@ -1,11 +1,14 @@
 """An account of PAI on loopback, and keys whose every trace can be looked for."""
 
+import contextlib
+import io
 import json
 import socket
 import warnings
 
 import pytest
 
+from qwenvl_ft.cli.main import main
 from tests.cloud.plane import Plane
 
 
@@ -29,7 +32,8 @@ def plane(tmp_path_factory, patches):
     with Plane(folder) as plane:
         (folder / "config.json").write_text(json.dumps(plane.account))
         for name, value in {
-            "PAI_CONFIG_PATH": str(folder / "config.json"), "PAI_NETWORK_TYPE": "PUBLIC", "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python", "NO_PROXY": "127.0.0.1",
+            "PAI_CONFIG_PATH": str(folder / "config.json"), "PAI_NETWORK_TYPE": "PUBLIC", "NO_PROXY": "127.0.0.1",
+            "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python",
             "ALIBABA_CLOUD_ACCESS_KEY_ID": plane.key_id, "ALIBABA_CLOUD_ACCESS_KEY_SECRET": plane.key_secret,
             "ALIBABA_CLOUD_ECS_METADATA_DISABLED": "true", "HOME": str(folder), "QWENVL_IMAGE": "registry.example/qwenvl-ft:1",
         }.items():  # fmt: skip
@@ -40,3 +44,14 @@ def plane(tmp_path_factory, patches):
             import pai.model  # noqa: F401
         plane.attach(patches)
         yield plane
+
+
+def run(*words: str) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of a command line, run in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(list(words))
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+    return code, out.getvalue(), err.getvalue()

@@ -243,10 +243,9 @@ class Plane:
             (folder / str(number)).symlink_to(self.at(storage["oss"]["path"]))  # a container has it at the path that is named
             script = script.replace(storage["mount_path"].rstrip("/"), str(folder / str(number)))
         environment = {of["name"]: of["value"] for of in container_of.get("env") or []}
-        process = subprocess.Popen(
-            ["sh", "-c", script], cwd=folder, start_new_session=True, stdout=(folder / "log").open("w"), stderr=subprocess.STDOUT,
-            env=container({"LISTENING_PORT": str(port), "PYTHONPATH": str(ROOT), **environment}),
-        )  # fmt: skip
+        inside = container({"LISTENING_PORT": str(port), "PYTHONPATH": str(ROOT), **environment})
+        with (folder / "log").open("w") as log:
+            process = subprocess.Popen(["sh", "-c", script], cwd=folder, env=inside, start_new_session=True, stdout=log, stderr=log)
         token = body.get("token") or secrets.token_hex(20)
         self.services[name] = {"body": body, "process": process, "port": port, "token": token, "log": folder / "log",
                                "taken": body["metadata"]["instance"]}  # fmt: skip
