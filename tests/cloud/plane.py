@@ -307,7 +307,8 @@ class Answers(BaseHTTPRequestHandler):
     def answer(self) -> None:
         address = urlsplit(self.path)
         self.plain, self.query = unquote(address.path), dict(parse_qsl(address.query, keep_blank_values=True))
-        self.body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        self.body = self.read_chunks() if self.headers.get("transfer-encoding") == "chunked" else b""
+        self.body += self.rfile.read(int(self.headers.get("content-length") or 0))
         if self.plain.startswith("/api/predict/"):
             self.pass_on()
             return
@@ -328,6 +329,15 @@ class Answers(BaseHTTPRequestHandler):
                 self.say(no.status, facts)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = answer
+
+    def read_chunks(self) -> bytes:
+        """A body without a length, as the SDK sends an empty file."""
+        body = b""
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def say(self, status: int, body: Any = b"", kind: str = "application/json", **headers: str) -> None:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -148,7 +148,8 @@ def test_dry_run_prints_what_is_sent_then_and_no_price(trip, plane):
         "train_data_dir": len(list((SAMPLE / "images").iterdir())),
     }  # fmt: skip
     metric = {of["Name"]: of["Regex"] for of in sent["AlgorithmSpec"]["MetricDefinitions"]}["loss"]
-    assert sum(bool(re.match(metric, line)) for line in trip.said["pai logs"][1].splitlines()) >= 3
+    losses = [float(found[1]) for line in trip.said["pai logs"][1].splitlines() if (found := re.match(metric, line))]
+    assert len(losses) >= 2 and all(0 < loss < 10 for loss in losses)
 
 
 def test_nothing_is_asked_of_pai_by_a_dry_run(trip, plane, monkeypatch):

@@ -124,8 +124,8 @@ def test_a_machine_that_pai_does_not_have_is_refused_by_pai(here):
 def test_a_channel_that_leads_nowhere_fails_the_job_and_both_say_why(here):
     """The job reads `oss://` URLs of the config as channels; this one was mistyped."""
     write_config(train_data_dir="oss://charts/no/pictures")
-    code, job, _ = run("pai", "submit", "--config", "lora.yaml")
-    assert code == 0
+    code, job, said = run("pai", "submit", "--config", "lora.yaml")
+    assert code == 0, said
     code, out, err = run("pai", "logs", job.strip(), "--follow")
     assert code == 1 and "input channel train_data_dir" in out and "is not there" in out
     assert "has failed (Failed, WorkerFailed: The exit code of the worker is 1.)" in err and "pai logs" in err
