@@ -114,7 +114,7 @@ def launcher(environ: Mapping[str, str], arguments: Sequence[str]) -> list[str] 
 
     None where that was done, and where one process is all there is to be. DLC starts one process a node.
     """
-    nodes, each = environ.get("WORLD_SIZE", "1"), environ.get("NPROC_PER_NODE", "1")
+    nodes, each = (environ.get(name) or "1" for name in ("WORLD_SIZE", "NPROC_PER_NODE"))
     if "LOCAL_RANK" in environ or (nodes, each) == ("1", "1") or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
         return None
     return [
@@ -165,7 +165,7 @@ class Outputs:
         """Copies the adapter of a run that has ended."""
         if output_dir.resolve() != self.model.resolve():
             copy_whole(output_dir, self.model)
-        print_line(f"It lies whole in {self.model}, too, where PAI takes it from.")
+            print_line(f"It lies whole in {self.model}, too, where PAI takes it from.")
 
 
 def copy_whole(source: Path, target: Path) -> None:
