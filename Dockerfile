@@ -14,7 +14,7 @@ WORKDIR /opt/qwenvl_ft
 # First what is locked: gigabytes, which a change of the code leaves as they are.
 COPY pyproject.toml uv.lock ./
 RUN uv sync --frozen --no-dev --no-install-project
-COPY README.md LICENSE ./
+COPY README.md LICENSE train.py ./
 COPY configs ./configs
 COPY data ./data
 COPY qwenvl_ft ./qwenvl_ft

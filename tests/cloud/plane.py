@@ -138,7 +138,9 @@ class Plane:
     def take(self, number: int) -> None:
         taken = sum(of["taken"] for of in [*self.jobs.values(), *self.services.values()])
         if taken + number > self.quota:
-            what = f"The instance quota of the account is exceeded: {taken} of {self.quota} are in use, {number} more are asked for."
+            what = (
+                f"The instance quota of the account is exceeded: {taken} of {self.quota} are in use, {number} more are asked for."
+            )
             raise Refused(403, "QuotaExceeded.Instance", what)
 
     def run_job(self, name: str) -> None:
@@ -182,7 +184,9 @@ class Plane:
         for channel in body.get("InputChannels", []):
             at, mount = self.at(channel["InputUri"]), data / channel["Name"]
             mount.symlink_to(at if channel["InputUri"].endswith("/") else at.parent)
-            environment[f"PAI_INPUT_{upper(channel['Name'])}"] = str(mount if channel["InputUri"].endswith("/") else mount / at.name)
+            environment[f"PAI_INPUT_{upper(channel['Name'])}"] = str(
+                mount if channel["InputUri"].endswith("/") else mount / at.name
+            )
         for channel in body["OutputChannels"]:
             at = self.at(channel["OutputUri"])
             at.mkdir(parents=True, exist_ok=True)
@@ -194,7 +198,15 @@ class Plane:
         if name not in self.jobs:
             raise Refused(404, "TRAINING_JOB_NOT_FOUND", f"The training job {name} does not exist.")
         job = self.jobs[name]
-        kept = ("AlgorithmSpec", "ComputeResource", "InputChannels", "OutputChannels", "HyperParameters", "TrainingJobName", "Scheduler")
+        kept = (
+            "AlgorithmSpec",
+            "ComputeResource",
+            "InputChannels",
+            "OutputChannels",
+            "HyperParameters",
+            "TrainingJobName",
+            "Scheduler",
+        )
         return {key: job["body"][key] for key in kept if key in job["body"]} | {
             "TrainingJobId": name, "Status": job["Status"], "ReasonCode": job.get("ReasonCode", ""),
             "ReasonMessage": job.get("ReasonMessage", ""), "TrainingJobUrl": f"http://{self.address}/console/{name}", "WorkspaceId": WORKSPACE,
@@ -377,7 +389,10 @@ class Answers(BaseHTTPRequestHandler):
             case "GET", "v1", "models":
                 return {"TotalCount": 1, "Models": [plane.registered["model"]]}
             case "GET", "v1", "ecsspecs":
-                return {"TotalCount": len(MACHINES), "EcsSpecs": [{"InstanceType": of, "AcceleratorType": "GPU"} for of in MACHINES]}
+                return {
+                    "TotalCount": len(MACHINES),
+                    "EcsSpecs": [{"InstanceType": of, "AcceleratorType": "GPU"} for of in MACHINES],
+                }
             case "GET", "v1", "algorithms":
                 return {"TotalCount": 1, "Algorithms": [algorithm]}
             case "GET", "v1", "algorithms", "algo-1", "versions", "v1":

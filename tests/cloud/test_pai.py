@@ -22,7 +22,7 @@ PAGE = "docs/pai.md"
 SMALL = [f"{key}={json.dumps(value)}" for key, value in BASE.items() if key not in ("model", "train_data_dir", "max_steps")]
 CHART = SAMPLE / "images" / "two_col_103562.png"
 # As PAI documents them, unchanged.
-TUNE = '''
+TUNE = """
 import pprint
 from pai.model import RegisteredModel
 
@@ -52,8 +52,8 @@ pprint.pprint(est.model_data())
 
 # Check all output information (if there are multiple output channels)
 pprint.pprint(est.get_outputs_data())
-'''
-DEPLOY = '''
+"""
+DEPLOY = """
 import pprint
 from pai.model import RegisteredModel
 
@@ -71,7 +71,7 @@ p = m.deploy(
     # instance_type='xxx',
     # ... extra configurations
 )
-'''
+"""
 
 
 class Trip(SimpleNamespace):
