@@ -148,6 +148,8 @@ def refusal(where: str, code: str, message: str, status: int | None = None) -> P
         return Problem(where, f"this account may not do that ({named})", fix)
     if ABSENT.search(code) or status == 404:
         return Problem(where, f"is not there ({named})", "check the name, and the region and workspace that it belongs to")
+    if status is not None and status >= 500:
+        return Problem(where, f"does not answer now ({named})", "try again in a moment; what it says of itself is in the console")
     return Problem(where, f"PAI refuses it ({named})", "mend what it names; the console shows more")
 
 

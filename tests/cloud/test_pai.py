@@ -240,7 +240,7 @@ def test_the_documented_snippets_run_with_our_job_and_our_server(trip, plane, mo
     assert plane.services == {}
 
 
-def test_what_the_page_says_of_the_usual_snippets_is_so():
+def test_what_the_page_says_of_the_usual_snippets_is_so(plane):
     from pai.job._training_job import TrainingJobStatus
 
     assert "CreateFailed" not in TrainingJobStatus.completed_status()  # so that est.fit() waits for ever

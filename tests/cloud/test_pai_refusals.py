@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -212,6 +213,23 @@ def test_a_service_that_ends_says_its_last_words(here, plane, monkeypatch):
     assert "has ended (Failed: " in said and "qwenvl-ft pai delete charts" in said
     assert "InvalidService.AlreadyExists" in refused("deploy", str(TINY), "--name", "charts")
     assert run("pai", "delete", "charts")[0] == 0
+
+
+def test_what_the_gateway_answers_in_place_of_a_service_is_said(here, plane, monkeypatch):
+    service = {"process": SimpleNamespace(poll=lambda: None), "port": 9, "token": "t", "log": here / "log", "body": {}, "taken": 0}
+    monkeypatch.setitem(plane.services, "charts", service)
+    assert "does not answer now (no healthy upstream)" in refused("ask", "charts", "hi")
+    facts = type(plane).service_facts
+    monkeypatch.setattr(type(plane), "service_facts", lambda self, name: facts(self, name) | {"AccessToken": "another"})
+    said = refused("ask", "charts", "hi")
+    assert "this account may not do that (Unauthorized: token is invalid)" in said and "another" not in said
+
+
+def test_a_bucket_writes_nowhere_but_into_the_folder(here, plane, monkeypatch):
+    facts = {"Status": "Succeed", "taken": 0, "body": {"OutputChannels": [{"Name": "model", "OutputUri": "oss://charts/m/"}]}}
+    monkeypatch.setitem(plane.jobs, "train1", facts)
+    monkeypatch.setattr("oss2.ObjectIteratorV2", lambda bucket, prefix: [SimpleNamespace(key=f"{prefix}../../outside")])
+    assert "names a place outside" in refused("fetch", "train1", "--out", "got") and not Path("got").exists()
 
 
 def test_a_question_of_more_than_the_gateway_takes_is_refused_here(here):
