@@ -345,38 +345,42 @@ NOT_NEEDED = {key: why for why, keys in {
 }.items() for key in keys.split()}  # fmt: skip
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """The settings of a YAML file, `key=value` overrides on top. Raises UserError with every problem of both."""
-    path = Path(path)
-    values, lines = read_yaml(path)
+def load_config(path: Path | str | None, overrides: Sequence[str] = (), job: Sequence[str] = ()) -> Config:
+    """The settings of a YAML file, on top of them those of a `job`, and then `overrides`, both as key=value.
+
+    A job may have all of them, and no file. Raises UserError with every problem of all three.
+    """
+    place = Path(path or "PAI job")
+    values, lines = read_yaml(place) if path else ({}, {})
     problems = []
-    for whole, group in groupby(overrides, lambda word: "=" in word and word != "="):
-        words = list(group)
-        if not whole:  # learning_rate 1e-4 is one mistake, not two
-            pair = [word for word in words if word != "="]
-            fix = f"write {pair[0].lstrip('-').replace('-', '_')}={pair[1]}" if len(pair) == 2 else "write key=value"
-            if pair[0].endswith((".yaml", ".yml")):
-                fix = f"write --config {pair[0]}"
-            problems.append(Problem(" ".join(words), "is not an override", fix))
-            continue
-        for override in words:
-            key, _, text = override.removeprefix("--").partition("=")
-            if alias := _alias(text):
-                problems.append(Problem(override, alias[0], "write the value out"))
+    for by, given in (("PAI job", job), ("command line", overrides)):
+        for whole, group in groupby(given, lambda word: "=" in word and word != "="):
+            words = list(group)
+            if not whole:  # learning_rate 1e-4 is one mistake, not two
+                pair = [word for word in words if word != "="]
+                fix = f"write {pair[0].lstrip('-').replace('-', '_')}={pair[1]}" if len(pair) == 2 else "write key=value"
+                if pair[0].endswith((".yaml", ".yml")):
+                    fix = f"write --config {pair[0]}"
+                problems.append(Problem(" ".join(words), "is not an override", fix))
                 continue
-            try:
-                values[key] = YAML(typ="safe").load(text)
-            except NOT_YAML:
-                problems.append(Problem(override, "its value is not YAML", f"""quote it: '{key}="..."'"""))
-                continue
-            lines[key] = f"command line, {override}"
+            for override in words:
+                key, _, text = override.removeprefix("--").partition("=")
+                if alias := _alias(text):
+                    problems.append(Problem(override, alias[0], "write the value out"))
+                    continue
+                try:
+                    values[key] = YAML(typ="safe").load(text)
+                except NOT_YAML:
+                    problems.append(Problem(override, "its value is not YAML", f"""quote it: '{key}="..."'"""))
+                    continue
+                lines[key] = f"{by}, {override}"
     for key in [key for key in values if key not in Config.model_fields]:
         problems.append(Problem(lines[key], f"unknown key {key}", _right_key(key)))
         del values[key]
     try:
         config = Config(**values)
     except ValidationError as error:
-        problems += [_problem(detail, path, lines) for detail in error.errors()]
+        problems += [_problem(detail, place, lines) for detail in error.errors()]
     if problems:
         raise UserError(*problems)
     return config

@@ -46,6 +46,7 @@ def test_the_wheel_holds_every_room_the_configs_and_the_sample_and_nothing_else(
     expected = {f"qwenvl_ft/{name}": content for name, content in files_below(ROOT / "qwenvl_ft").items()}
     for folder in ("configs", "data/tiny", "data/sample"):
         expected |= {f"qwenvl_ft/shipped/{folder}/{name}": content for name, content in files_below(ROOT / folder).items()}
+    expected["qwenvl_ft/shipped/train.py"] = (ROOT / "train.py").read_bytes()
     found = files_below(installed)
     about = [name for name in found if name.split("/")[0].endswith(".dist-info")]
     assert {name: content for name, content in found.items() if name not in about} == expected

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import qwenvl_ft
-from qwenvl_ft.cli import data, hub, init, model, serve
+from qwenvl_ft.cli import data, hub, init, model, pai, serve
 from qwenvl_ft.console import print_line, print_problems
 from qwenvl_ft.errors import UserError
 
@@ -25,6 +25,7 @@ for command in (init.init, data.validate_meta, data.show, data.convert, data.pla
     # Of `--learning_rate 1e-4` the config says what to write; click would say "no such option".
     lenient = {"ignore_unknown_options": True} if command in (data.plan, model.train) else None
     app.command("eval" if command is model.evaluate else None, context_settings=lenient)(command)
+app.add_typer(pai.app)
 
 
 def _say_version(wanted: bool) -> None:

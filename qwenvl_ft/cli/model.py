@@ -1,5 +1,6 @@
 """Commands that run a model: train, eval, export, ask. torch is imported inside them."""
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+import qwenvl_ft
 from qwenvl_ft.cli.options import (
     LORA_YAML,
     Adapter,
@@ -38,14 +40,28 @@ def train(overrides: Overrides = None, config: ConfigFile = LORA_YAML) -> None:
 
     Example: qwenvl-ft train --config configs/demo.yaml output_dir=runs/first learning_rate=5e-5
     """
+    from qwenvl_ft.cloud.job import Outputs, job_settings, launcher, own_words
+
+    words = own_words(overrides or [], os.environ)
+    if arguments := launcher(os.environ, ["train", "--config", str(config), *words]):
+        places = os.pathsep.join([str(Path(qwenvl_ft.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.execve(sys.executable, [sys.executable, *arguments], os.environ | {"PYTHONPATH": places})
+    named, of_job = job_settings(os.environ)
+    of_job_alone = config == LORA_YAML and (named or (of_job and not config.exists()))
+    settings = read_settings(named if of_job_alone else config, words, print_line, of_job)
+    outputs = Outputs.of(os.environ)
+    is_scratch = bool(outputs and settings.output_dir == outputs.scratch)
+    if outputs and is_scratch and os.environ.get("LOCAL_RANK", "0") == "0":
+        outputs.bring_back()
     from qwenvl_ft.data.prepare import make_ready
 
-    settings = read_settings(config, overrides, print_line)
     with counting("reading records") as on_record:
         ready = make_ready(settings, on_record)
     from qwenvl_ft.train.loop import train as run
 
-    run(settings, ready)
+    run(settings, ready, outputs.keep if outputs and is_scratch else None)
+    if outputs and os.environ.get("RANK", "0") == "0":
+        outputs.deliver(settings.output_dir)
 
 
 def evaluate(

@@ -1,6 +1,6 @@
 """The arguments that several commands take, and the settings that plan and train read from theirs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
@@ -49,13 +49,13 @@ ThinkingOption = Annotated[
 LORA_YAML = Path("lora.yaml")  # what --config is where it is not given
 
 
-def read_settings(config: Path, overrides: list[str] | None, say: Callable[[str], None]) -> Config:
+def read_settings(config: Path | None, overrides: list[str] | None, say: Callable[[str], None], job: Sequence[str] = ()) -> Config:
     """The settings, with a folder for their model. Raises UserError with all that they name and that is not there."""
     from qwenvl_ft.hub.clients import read_source
     from qwenvl_ft.hub.data_sets import with_local_data
     from qwenvl_ft.hub.download import with_local_model
 
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, overrides or [], job)
     problems = []
     for key in ("train_meta_file", "train_data_dir", "eval_meta_file", "eval_data_dir"):
         value = getattr(settings, key)

@@ -165,7 +165,10 @@ def start(config: Config) -> Accelerator:
     before = dict(os.environ)
     check_gpus()
     find = bool({"vision", "merger"} & set(config.lora_on))  # a row without pictures leaves the tower unused
+    # accelerate's launcher tells its processes that there is no GPU, torch's leaves it to them.
+    by_torch = "TORCHELASTIC_RUN_ID" in before and "ACCELERATE_MIXED_PRECISION" not in before
     accelerator = Accelerator(
+        cpu=by_torch and not torch.accelerator.is_available(),
         log_with=list(config.report_to) or None,
         project_dir=config.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find)],

@@ -33,7 +33,7 @@ from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss
 from qwenvl_ft.train.launch import Signals, alone, lost, open_trackers, start
 from qwenvl_ft.train.output_dir import METRICS, Metrics, was_evaluated, write_results, write_settings
-from qwenvl_ft.train.state import Run, find_resume, fingerprint
+from qwenvl_ft.train.state import OnSaved, Run, find_resume, fingerprint
 
 
 class Taught(NamedTuple):
@@ -175,10 +175,11 @@ def learning_rate(step: int, total: int, config: Config) -> float:
     return config.learning_rate * shapes[config.lr_scheduler_type]
 
 
-def train(config: Config, ready: Ready | None = None) -> None:
+def train(config: Config, ready: Ready | None = None, on_saved: OnSaved | None = None) -> None:
     """Trains and leaves in `output_dir` a plain PEFT adapter, the processor, the settings, the plan and the results.
 
-    `ready` is what `make_ready` returned, where that was called before torch was imported.
+    `ready` is what `make_ready` returned, where that was called before torch was imported. `on_saved` is called with every
+    checkpoint once it is whole, by the main process, while the others wait.
 
     Raises UserError; exits with 128 + signal after SIGTERM or SIGINT, the work so far saved.
     """
@@ -186,7 +187,7 @@ def train(config: Config, ready: Ready | None = None) -> None:
     accelerator = start(config)
     try:
         with alone(accelerator, config):
-            run_steps(config, accelerator, prepared, held_out)
+            run_steps(config, accelerator, prepared, held_out, on_saved)
     except (RuntimeError, EOFError, ConnectionError) as error:
         if (problem := lost(error, accelerator)) is None:
             raise
@@ -196,7 +197,9 @@ def train(config: Config, ready: Ready | None = None) -> None:
         raise UserError(problem) from error
 
 
-def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held_out: Prepared | None) -> None:
+def run_steps(
+    config: Config, accelerator: Accelerator, prepared: Prepared, held_out: Prepared | None, on_saved: OnSaved | None
+) -> None:
     """The run from its rows to its results, `output_dir` being its own."""
     main = accelerator.is_main_process
     steps = schedule(prepared, config)
@@ -205,6 +208,9 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
         what, fix = "its processes read different records, pictures or settings", "give all machines the same files"
         raise UserError(Problem("launch", what, fix))
     resume = find_resume(config, same, prepared)
+    if len(found := set(gather_object([resume.name if resume else "the beginning"]))) > 1:
+        what, fix = f"its processes would go on from {' and '.join(sorted(found))}", "give all machines the same checkpoints"
+        raise UserError(Problem("launch", what, fix))
     if main:
         print_drawing(draw_plan(prepared.summary(config)))
         if prepared.problems:
@@ -226,7 +232,7 @@ def run_steps(config: Config, accelerator: Accelerator, prepared: Prepared, held
         set_peft_model_state_dict(model, load_file(resume / ADAPTER_WEIGHTS))
     sizes = model.get_nb_trainable_parameters()
     model, optimizer = accelerator.prepare(model, optimizer)
-    run = Run(config, accelerator, model, optimizer, prepared, processor, bf16)
+    run = Run(config, accelerator, model, optimizer, prepared, processor, bf16, on_saved)
     done = run.load(resume) if resume else 0
     with writing(config.output_dir):
         if main:

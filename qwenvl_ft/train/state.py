@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ PARTS = ".parts"  # in a run's folder, while it saves: what each process adds to
 CONTENTS = "contents.json"  # beside a table
 SIZING = ("video_fps", "video_max_frames", "video_max_pixels")  # settings that say for themselves that grids change
 STATE = "state.json"  # in a checkpoint: its step, how it was launched, and the fingerprint of its run
+OnSaved = Callable[[Path], None]
 FORM = 3  # of a checkpoint: raised with every change to what is in it, or to which rows a step takes
 
 
@@ -45,9 +46,9 @@ class Run:
     """What a step, an evaluation and a checkpoint need, together."""
 
     def __init__(self, config: Config, accelerator: Accelerator, model: Any, optimizer: Any, prepared: Prepared,
-                 processor: Any, bf16: bool):  # fmt: skip
+                 processor: Any, bf16: bool, on_saved: OnSaved | None = None):  # fmt: skip
         self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
-        self.prepared, self.processor, self.bf16 = prepared, processor, bf16
+        self.prepared, self.processor, self.bf16, self.on_saved = prepared, processor, bf16, on_saved
         self.bare = accelerator.unwrap_model(model)
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.metrics: Metrics | None = None  # the main process has them
@@ -139,6 +140,8 @@ class Run:
             write_whole(folder, write)
             parts.rmdir()
             rotate(self.config.output_dir, self.config.save_total_limit)
+            if self.on_saved:
+                self.on_saved(folder)
         self.accelerator.wait_for_everyone()
 
     def moments_name(self) -> str:
