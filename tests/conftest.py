@@ -39,7 +39,8 @@ def family_model(request, tmp_path_factory) -> Path:
     """The folder of a random model of one family, with the real Qwen tokenizer."""
     from tests.tiny import make_family
 
-    return make_family(request.param, tmp_path_factory.getbasetemp() / f"{request.param}")
+    folder = tmp_path_factory.getbasetemp() / request.param
+    return folder if folder.exists() else make_family(request.param, folder)  # pytest asks again in each file
 
 
 @pytest.fixture
