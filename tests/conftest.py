@@ -13,9 +13,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parent.parent
-# What DeepSpeed compiles. In the home folder, environments build over each other, and a build that was killed leaves a lock there
-# that every later one waits for, for ever.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
 TINY = ROOT / "data" / "tiny"
 SAMPLE = ROOT / "data" / "sample"
 
