@@ -17,6 +17,14 @@ TINY = ROOT / "data" / "tiny"
 SAMPLE = ROOT / "data" / "sample"
 
 
+# One of these files as the last would leave the other worker of `make test` with nothing to do.
+LONGEST = ["test_torture.py", "test_two_processes.py", "test_stops.py", "test_training.py", "test_hostile.py"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: [*LONGEST, item.path.name].index(item.path.name))
+
+
 @pytest.fixture(autouse=True)
 def in_the_project(monkeypatch):
     """Paths of the configs are relative to the project."""
