@@ -53,13 +53,17 @@ def import_everything() -> None:
     """Into this process, which must stay of one thread: forks of several hang."""
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE"), "1")
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "NO_COLOR": "1"}
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # which its engine imports, and with it torch's compiler
+    import pandas  # noqa: F401  # which pyarrow imports at a run's first table
     import torch
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.models.qwen2_vl import modeling_qwen2_vl, processing_qwen2_vl  # noqa: F401
 
     import qwenvl_ft.cli.main
     import qwenvl_ft.train.loop  # noqa: F401
 
+    get_checkpoint_conversion_mapping("qwen2_vl")  # a thousand patterns, compiled at the first call
     torch.set_num_threads(1)
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("importing started a thread, and forks of several threads hang")
