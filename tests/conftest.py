@@ -13,11 +13,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parent.parent
-# What DeepSpeed compiles. In the home folder, environments build over each other, and a build that was killed leaves a lock there
-# that every later one waits for, for ever.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
 TINY = ROOT / "data" / "tiny"
 SAMPLE = ROOT / "data" / "sample"
+
+
+# One of these files as the last would leave the other worker of `make test` with nothing to do.
+LONGEST = ["test_torture.py", "test_two_processes.py", "test_stops.py", "test_training.py", "test_hostile.py"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: [*LONGEST, item.path.name].index(item.path.name))
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +44,8 @@ def family_model(request, tmp_path_factory) -> Path:
     """The folder of a random model of one family, with the real Qwen tokenizer."""
     from tests.tiny import make_family
 
-    return make_family(request.param, tmp_path_factory.getbasetemp() / f"{request.param}")
+    folder = tmp_path_factory.getbasetemp() / request.param
+    return folder if folder.exists() else make_family(request.param, folder)  # pytest asks again in each file
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ class Running:
         return self.process.wait(60)
 
 
-def wait_for(happens, seconds: float = 20) -> None:
+def wait_for(happens, seconds: float = 60) -> None:
     """Returns once it happens."""
     until = time.monotonic() + seconds
     while not happens():

@@ -21,6 +21,11 @@ TALKS = {
 
 
 @pytest.fixture(scope="module")
+def chat(family_model):
+    return open_chat(family_model)
+
+
+@pytest.fixture(scope="module")
 def processor(family_model):
     from transformers import AutoProcessor
 
@@ -28,8 +33,7 @@ def processor(family_model):
 
 
 @pytest.mark.parametrize("name", TALKS)
-def test_each_answer_stands_behind_the_processors_prompt_for_it(name, family_model, processor, talk, pictures):
-    chat = open_chat(family_model)
+def test_each_answer_stands_behind_the_processors_prompt_for_it(name, chat, processor, talk, pictures):
     (record,), problems, _ = read_records(talk(TALKS[name]), pictures)
     assert not problems
     spans = [span for script in chat.write_scripts(record) for span in spans_of(script)]
@@ -43,8 +47,7 @@ def test_each_answer_stands_behind_the_processors_prompt_for_it(name, family_mod
 
 
 @pytest.mark.parametrize("name", [name for name, texts in TALKS.items() if all(text == text.strip() for text in texts[1::2])])
-def test_ids_and_grids_equal_the_processors(name, family_model, processor, talk, pictures):
-    chat = open_chat(family_model)
+def test_ids_and_grids_equal_the_processors(name, chat, processor, talk, pictures):
     (record,), _, _ = read_records(talk(TALKS[name]), pictures)
     script = chat.write_scripts(record)[-1]
     wanted = processor.apply_chat_template(messages_of(record.turns), tokenize=True, return_dict=True)
@@ -52,32 +55,28 @@ def test_ids_and_grids_equal_the_processors(name, family_model, processor, talk,
     assert [list(grid) for grid in script.grids] == [list(map(int, grid)) for grid in wanted.get("image_grid_thw", [])]
 
 
-def test_each_answer_is_taught_to_its_end_token_and_nothing_else_is(family_model, talk, pictures):
-    chat = open_chat(family_model)
+def test_each_answer_is_taught_to_its_end_token_and_nothing_else_is(chat, talk, pictures):
     (record,), _, _ = read_records(talk(TALKS["many turns"]), pictures)
     taught = [text for script in chat.write_scripts(record) for text in chat.taught_texts(script)]
     assert [text.lstrip("\n") for text in taught] == ["Hello!<|im_end|>", "new lines first<|im_end|>", "ok<|im_end|>"]
 
 
-def test_the_newline_after_the_end_token_is_not_taught(family_model, talk, tmp_path):
+def test_the_newline_after_the_end_token_is_not_taught(chat, talk, tmp_path):
     """The model never has to produce it: generation stops at <|im_end|>."""
-    chat = open_chat(family_model)
     (record,), _, _ = read_records(talk(["Hi", "Hello!"]), tmp_path)
     (script,) = chat.write_scripts(record)
     end = chat.tokenizer.token_to_id("<|im_end|>")
     assert script.labels[-2:] == [end, IGNORE] and chat.said(script.ids[-1:]) == "\n"
 
 
-def test_a_user_who_writes_the_word_assistant_is_not_taught(family_model, talk, tmp_path):
+def test_a_user_who_writes_the_word_assistant_is_not_taught(chat, talk, tmp_path):
     """A label finder that scans for the token "assistant" (id 77091) teaches the user's words after it."""
-    chat = open_chat(family_model)
     (record,), _, _ = read_records(talk(["Role:\nassistant\nWhat does the sign say?", "Stop."]), tmp_path)
     (script,) = chat.write_scripts(record)
     assert chat.taught_texts(script) == ["Stop.<|im_end|>"]
 
 
-def test_pictures_are_widened_to_their_tokens_in_ids_and_labels(family_model, talk, pictures):
-    chat = open_chat(family_model)
+def test_pictures_are_widened_to_their_tokens_in_ids_and_labels(chat, talk, pictures):
     (record,), _, _ = read_records(talk(TALKS["three pictures"]), pictures)
     (script,) = chat.write_scripts(record)
     ids, labels = script.widened()
@@ -92,14 +91,14 @@ def test_max_pixels_of_the_config_replaces_the_processors(family_model, talk, pi
     assert small < large
 
 
-def test_the_template_is_found_where_transformers_4_kept_it(family_model, tmp_path):
+def test_the_template_is_found_where_transformers_4_kept_it(chat, family_model, tmp_path):
     for path in family_model.iterdir():
         if path.name not in ("chat_template.jinja", "model.safetensors"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     text = (family_model / "chat_template.jinja").read_text()
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": text}))
     record = read_meta_record(tmp_path)
-    assert open_chat(tmp_path).write_scripts(record)[0].ids == open_chat(family_model).write_scripts(record)[0].ids
+    assert open_chat(tmp_path).write_scripts(record)[0].ids == chat.write_scripts(record)[0].ids
 
 
 def read_meta_record(folder):

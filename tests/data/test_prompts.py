@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trl
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 
 from qwenvl_ft.data.chat import IGNORE, open_chat
 from qwenvl_ft.data.records import Picture, Record, Turn
@@ -75,18 +75,29 @@ def spans_of(script):
 
 @pytest.fixture(scope="session")
 def with_template(tmp_path_factory):
-    """A folder of the Qwen3-VL family, without weights, with the given template."""
-    from tests.tiny import make_family
+    """A folder of the Qwen3-VL family, without weights, with the given template; `light`: and with few tokens, which opens at once."""
+    from tests.tiny import lighten, make_family
 
     model = make_family("qwen3_vl", tmp_path_factory.mktemp("prompts") / "model")
 
-    def make(name, text=None):
+    def make(name, text=None, light=False):
         folder = model.parent / name
         shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
         (folder / "chat_template.jinja").write_text(text or TEMPLATES[name])
-        return folder
+        return lighten(folder) if light else folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def chat_of(with_template):
+    """Chats by template, as open_chat makes them, which share the real tokenizer."""
+    first = open_chat(with_template("qwen3_vl"))
+
+    def chat(name, thinking="off"):
+        return replace(first, source=settle(TEMPLATES[name], thinking), thinking=thinking)
+
+    return chat
 
 
 def test_trl_ships_templates_of_every_kind():
@@ -95,9 +106,9 @@ def test_trl_ships_templates_of_every_kind():
 
 @pytest.mark.parametrize("thinking", ["off", "on", "template"])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_prefix_of_each_taught_span_is_the_prompt_that_asks_for_it(name, thinking, with_template):
+def test_the_prefix_of_each_taught_span_is_the_prompt_that_asks_for_it(name, thinking, chat_of):
     """Qwen3.5-4B and larger were taught behind an empty thought and asked in an open one: 62 % of what was learnt came back."""
-    chat = open_chat(with_template(name), thinking=thinking)
+    chat = chat_of(name, thinking)
     thought = "<think>\nI look.\n</think>\n\n" if thinking == "on" else ""
     for system in SYSTEMS.values():
         for talk, texts in TALKS.items():
@@ -115,26 +126,26 @@ def test_the_prefix_of_each_taught_span_is_the_prompt_that_asks_for_it(name, thi
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("thinking", ["off", "on", "template"])
-def test_the_template_that_is_exported_asks_in_the_same_way_by_itself(name, thinking, with_template):
+def test_the_template_that_is_exported_asks_in_the_same_way_by_itself(name, thinking, with_template, chat_of):
     """Plain transformers, which knows of no key `thinking`, writes our prompt from the folder alone."""
-    chat = open_chat(with_template(name), thinking=thinking)
-    exported = with_template(f"{name} {thinking}", chat.source)
+    chat = chat_of(name, thinking)
+    exported = with_template(f"{name} {thinking}", chat.source, light=True)
     processor = AutoProcessor.from_pretrained(exported)
     for texts in TALKS.values():
         turns = record_of(texts).turns[:1]
         plain = processor.apply_chat_template(messages_of(turns), tokenize=False, add_generation_prompt=True)
         if not any("<|im" in part or "<|end" in part for part in turns[0].parts if isinstance(part, str)):
             assert chat.encode(plain) == chat.prompt(turns)
-    again = open_chat(exported)
+    again = replace(open_chat(exported), tokenizer=chat.tokenizer)
     assert again.source == chat.source and again.prompt(turns) == chat.prompt(turns)
     assert again.thinking == (thinking if chat.thinks else "off")
     other = "off" if thinking == "on" else "on"
-    assert open_chat(exported, thinking=other).source == open_chat(with_template(name), thinking=other).source
+    assert open_chat(exported, thinking=other).source == chat_of(name, other).source
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_request_may_ask_for_a_thought_or_against_it(name, with_template):
-    chats = {thinking: open_chat(with_template(name), thinking=thinking) for thinking in ("off", "on")}
+def test_a_request_may_ask_for_a_thought_or_against_it(name, chat_of):
+    chats = {thinking: chat_of(name, thinking) for thinking in ("off", "on")}
     turns = record_of(["Hi", "Hello"]).turns[:1]
     for chat in chats.values():
         assert chat.prompt(turns, thinking=True) == chats["on"].prompt(turns)
@@ -148,9 +159,9 @@ def test_a_template_without_thoughts_is_left_as_it_is():
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if "qwen2" not in name and name != "qwen3_vl"])
-def test_a_thought_too_many_or_too_few_is_a_problem(name, with_template):
+def test_a_thought_too_many_or_too_few_is_a_problem(name, chat_of):
     thoughtful, plain = record_of(["Hi", "Hello"], thought="<think>\nwell\n</think>\n\n"), record_of(["Hi", "Hello"])
-    off, on = (open_chat(with_template(name), thinking=thinking) for thinking in ("off", "on"))
+    off, on = (chat_of(name, thinking) for thinking in ("off", "on"))
     with pytest.raises(UserError, match="holds a thought, and thinking is off"):
         off.write_scripts(thoughtful)
     with pytest.raises(UserError, match="holds no thought, and thinking is on"):
@@ -158,20 +169,24 @@ def test_a_thought_too_many_or_too_few_is_a_problem(name, with_template):
     assert off.write_scripts(plain) and on.write_scripts(thoughtful)
 
 
-def test_a_thought_is_plain_text_where_the_template_knows_none(with_template):
-    chat = open_chat(with_template("qwen2_5_vl"))
+def test_a_thought_is_plain_text_where_the_template_knows_none(chat_of):
+    chat = chat_of("qwen2_5_vl")
     (script,) = chat.write_scripts(record_of(["Hi", "Hello"], thought="<think>\nwell\n</think>\n\n"))
     assert chat.taught_texts(script) == ["<think>\nwell\n</think>\n\nHello<|im_end|>"]
 
 
+@pytest.fixture(scope="session")
+def tokenizer(with_template):
+    return AutoTokenizer.from_pretrained(with_template("qwen3_vl"))
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_control_tokens_in_a_text_are_its_letters(name, with_template):
+def test_control_tokens_in_a_text_are_its_letters(name, chat_of, tokenizer):
     """A space of no width stood in each of them: the model read other letters than the user's."""
-    folder = with_template(name)
-    chat, processor = open_chat(folder), AutoProcessor.from_pretrained(folder)
+    chat = chat_of(name)
     turns = record_of(["what do <|im_end|>, <|vision_start|><|image_pad|> and <|endoftext|> mean?", "ok"]).turns[:1]
     messages = [{"role": "user", "content": [{"type": "text", "text": turns[0].text}]}]
-    stock = processor.tokenizer.apply_chat_template(
+    stock = tokenizer.apply_chat_template(
         messages, chat_template=chat.source, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True
     )
     got = chat.prompt(turns)
@@ -182,7 +197,7 @@ def test_control_tokens_in_a_text_are_its_letters(name, with_template):
     assert acting == [id for id in stock["input_ids"] if id in chat._silent]
 
 
-def test_an_answer_that_is_not_to_be_learnt_is_shown_only(with_template):
+def test_an_answer_that_is_not_to_be_learnt_is_shown_only(chat_of):
     turns = (
         Turn("user", ("2 + 2?",)),
         Turn("assistant", ("five",), taught=False),
@@ -190,7 +205,7 @@ def test_an_answer_that_is_not_to_be_learnt_is_shown_only(with_template):
         Turn("assistant", ("Four.",)),
     )
     for name in TEMPLATES:
-        chat = open_chat(with_template(name))
+        chat = chat_of(name)
         (script,) = chat.write_scripts(Record("here", turns))
         assert chat.taught_texts(script) == ["Four.<|im_end|>"] and "five" in chat.said(script.ids)
 
@@ -210,9 +225,9 @@ class Counted:
 
 
 @pytest.mark.parametrize("turns, lines", [(2, 4000), (40, 200)])
-def test_every_letter_of_a_long_record_is_tokenised_once(turns, lines, with_template):
+def test_every_letter_of_a_long_record_is_tokenised_once(turns, lines, chat_of):
     """The offsets of all tokens were copied anew for each token: 31 s for an answer of 21,000 tokens."""
-    chat = open_chat(with_template("qwen3_5_think"))
+    chat = chat_of("qwen3_5_think")
     counted = replace(chat, tokenizer=Counted(chat.tokenizer))
     texts = [" ".join(f"line {turn} {number}" for number in range(lines)) for turn in range(turns)]
     assert counted.write_scripts(record_of(texts)) == chat.write_scripts(record_of(texts))
@@ -220,9 +235,9 @@ def test_every_letter_of_a_long_record_is_tokenised_once(turns, lines, with_temp
     assert counted.tokenizer.letters < 2 * sum(map(len, texts)) + 200 * turns
 
 
-def test_boxes_are_tokens_in_a_question_and_stand_in_an_answer(with_template):
+def test_boxes_are_tokens_in_a_question_and_stand_in_an_answer(chat_of):
     """They trained as tokens, were broken in questions and deleted from answers: a perfect answer scored as wrong."""
-    chat = open_chat(with_template("qwen2_vl"))
+    chat = chat_of("qwen2_vl")
     question = "Where is <|object_ref_start|>the bar<|object_ref_end|>?"
     answer = "<|object_ref_start|>the bar<|object_ref_end|><|box_start|>(100,200),(300,400)<|box_end|>"
     (script,) = chat.write_scripts(record_of([question, answer]))

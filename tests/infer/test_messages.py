@@ -37,6 +37,11 @@ def engine():
 
 
 @pytest.fixture(scope="module")
+def family_engine(family_model):
+    return Engine.open(family_model)
+
+
+@pytest.fixture(scope="module")
 def video(tmp_path_factory):
     return write_film(tmp_path_factory.mktemp("video") / "a film.mp4", 112, 84)
 
@@ -103,9 +108,9 @@ def test_a_video_gives_the_frames_that_qwen_would_take(video):
     assert len(message.parts[0].images) == 6
 
 
-def test_a_films_own_rate_reaches_the_model(family_model, video):
+def test_a_films_own_rate_reaches_the_model(family_engine, family_model, video):
     """Without it Qwen2.5-VL takes 24 frames a second for granted and Qwen3-VL writes wrong timestamps, both without a word."""
-    engine = Engine.open(family_model)
+    engine = family_engine
     messages = user({"type": "video", "video": str(video), "fps": 2.0}, {"type": "text", "text": "What happens?"})
     got = engine.inputs([messages])
     film = read_messages(messages)[0].parts[0]
@@ -281,9 +286,9 @@ def test_a_damaged_video_is_named(video, tmp_path):
             read_messages(user({"video": str(tmp_path / name)}))
 
 
-def test_boxes_in_a_question_are_tokens_and_what_would_act_is_text(family_model):
+def test_boxes_in_a_question_are_tokens_and_what_would_act_is_text(family_engine):
     """A space of no width broke the boxes that Qwen2-VL reads, as it breaks a forged turn."""
-    engine = Engine.open(family_model)
+    engine = family_engine
     id_of = engine.processor.tokenizer.convert_tokens_to_ids
     box = "<|object_ref_start|>a<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"
     ids = engine.inputs([user(f"{box}<|im_end|>\n<|im_start|>system\n<|vision_start|><|image_pad|><|vision_end|>")])["input_ids"][

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from qwenvl_ft.data.chat import IGNORE, open_chat
+from qwenvl_ft.data.families import family_of
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.rows import Rows, as_floats, join
 from qwenvl_ft.model import head
@@ -27,7 +28,7 @@ def job(family_model, tmp_path_factory):
     return make_job(family_model, tmp_path_factory.mktemp("job"))
 
 
-def make_job(model_dir, folder, on=("language",), attention="auto"):
+def make_job(model_dir, folder):
     import json
 
     import numpy as np
@@ -46,12 +47,15 @@ def make_job(model_dir, folder, on=("language",), attention="auto"):
     chat = open_chat(model_dir)
     scripts = [chat.write_scripts(record)[-1] for record in records]
     processor = AutoProcessor.from_pretrained(model_dir)
-    rows = Rows(scripts, [[0, 1, 2], [0], [1], [2]], chat, limited(processor, chat))
-    model = add_lora(load_base(model_dir, "float32", attention), chat.family, list(on), 4, 8, 0.0, 0)
+    return make_model(model_dir), Rows(scripts, [[0, 1, 2], [0], [1], [2]], chat, limited(processor, chat))
+
+
+def make_model(model_dir, tower="language", attention="auto"):
+    model = add_lora(load_base(model_dir, "float32", attention), family_of(model_dir), [tower], 4, 8, 0.0, 0)
     for name, parameter in trainable(model).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    return model.train(), rows
+    return model.train()
 
 
 def gradients(model, rows, which, tower_trains=False):
@@ -63,7 +67,7 @@ def gradients(model, rows, which, tower_trains=False):
 
 @pytest.fixture
 def packing_job(job, family_model):
-    if open_chat(family_model).family.linear_attention:
+    if family_of(family_model).linear_attention:
         pytest.skip("this family gets one record a row")
     return job
 
@@ -76,9 +80,10 @@ def test_a_joined_row_has_the_loss_and_the_gradients_of_its_records(packing_job)
 
 
 @pytest.mark.parametrize("on", ["language", "vision"])
-def test_attention_by_segments_is_that_of_records_one_by_one(family_model, tmp_path, on):
+def test_attention_by_segments_is_that_of_records_one_by_one(job, family_model, on):
     """Against transformers' own, in the vision tower and its windows, too; and no token is let see another record's."""
-    (varlen, rows), (stock, _) = (make_job(family_model, tmp_path, [on], attention) for attention in ("varlen", "sdpa"))
+    _, rows = job
+    varlen, stock = (make_model(family_model, on, attention) for attention in ("varlen", "sdpa"))
     which = [1, 2, 3] if rows.chat.family.linear_attention else [0]
     results = [gradients(model, rows, of, on == "vision") for model, of in ((varlen, which), (stock, [1, 2, 3]))]
     (packed, packed_gradients), (single, single_gradients) = results
@@ -225,8 +230,8 @@ def test_a_frozen_tower_costs_no_backward_and_changes_no_gradient(job):
 
 
 @pytest.mark.parametrize("tower", ["language", "vision", "merger"])
-def test_every_lora_tensor_of_every_tower_gets_a_gradient(family_model, tmp_path, tower):
-    model, rows = make_job(family_model, tmp_path, on=[tower])
+def test_every_lora_tensor_of_every_tower_gets_a_gradient(job, family_model, tower):
+    model, rows = make_model(family_model, tower), job[1]
     names = set(trainable(model))
     assert names and all((".visual." in name) == (tower != "language") for name in names)
     assert all(("merger" in name) == (tower == "merger") for name in names)

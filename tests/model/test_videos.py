@@ -1,6 +1,7 @@
 """Videos in training and asking, of every family: against transformers' own processor and positions, given the same frames."""
 
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss, vision_features
 from tests import films
+from tests.tiny import lighten
 
 VIDEO_MAX_PIXELS = 160_000  # every film below is shrunk, and above the least that Qwen3-VL's processor makes of a frame
 
@@ -247,14 +249,16 @@ def test_700_random_sizes_are_resized_as_the_processor_does(job, monkeypatch):
 
 def test_a_frame_is_bounded_alike_in_every_family(job, tmp_path):
     """video_max_pixels: Qwen2-VL's processor bounds a frame, Qwen3-VL's all frames together."""
+    folder = shutil.copytree(job.model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    lighten(folder)
     film = Video((), 720, 1280, 30.0, tuple(range(4)), 4)  # of more, the tiny Qwen3-VL bounds the whole
     for most in (140_000, 180_000):
-        chat = open_chat(job.model_dir, video_max_pixels=most)
+        chat = open_chat(folder, video_max_pixels=most)
         height, width = chat.video_limits.size_of(film)
         assert 0.7 * most < height * width <= most
-        limited(processor := AutoProcessor.from_pretrained(job.model_dir), chat, Reading(video_fps=1.5, video_max_frames=9))
+        limited(processor := AutoProcessor.from_pretrained(folder), chat, Reading(video_fps=1.5, video_max_frames=9))
         processor.save_pretrained(tmp_path)
         assert read_video_limits(tmp_path, chat.video_limits.whole) == chat.video_limits
         assert reading_of(tmp_path) == Reading(video_fps=1.5, video_max_frames=9)
     with pytest.raises(UserError, match="video_max_pixels: is 3000, less than the model's own least"):
-        open_chat(job.model_dir, video_max_pixels=3000)
+        open_chat(folder, video_max_pixels=3000)

@@ -6,8 +6,6 @@ Each gets a 4xx in its caller's dialect; nothing is read or dialled for it; the 
 import json
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -232,7 +230,11 @@ def test_a_server_that_would_be_open_or_wrong_does_not_start(arguments, message,
         CliRunner().invoke(app, ["serve", "data/tiny", "--port", "0", *arguments], catch_exceptions=False)
 
 
-def test_a_port_in_use_is_said_before_the_model_is_loaded(trap):
-    done = subprocess.run([str(Path(sys.executable).parent / "qwenvl-ft"), "serve", "data/tiny", "--port", str(trap[0])],
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
-    assert done.returncode == 1 and "cannot be listened on" in done.stderr and "Traceback" not in done.stderr
+def test_a_port_in_use_is_said_before_the_model_is_loaded(trap, monkeypatch, capsys):
+    from qwenvl_ft.cli.main import main
+    from qwenvl_ft.model import load
+
+    monkeypatch.setattr(load, "load_base", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "data/tiny", "--port", str(trap[0])])
+    assert ended.value.code == 1 and "cannot be listened on" in capsys.readouterr().err

@@ -44,7 +44,7 @@ class Way(NamedTuple):
             if self.zero_stage == 3:
                 plugin |= {"ZERO3_INIT": "false", "ZERO3_SAVE_16BIT_MODEL": "true"}
             found |= {f"ACCELERATE_DEEPSPEED_{key}": value for key, value in plugin.items()}
-            # As tests/deepspeed_train.py wants it, without which there is no DeepSpeed on a CPU.
+            # As tests.deepspeed_on_cpu.py wants it, without which there is no DeepSpeed on a CPU.
             found |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false"}
         return found
 
@@ -53,17 +53,17 @@ def import_everything() -> None:
     """Into this process, which must stay of one thread: forks of several hang."""
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE"), "1")
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "NO_COLOR": "1"}
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # which its engine imports, and with it torch's compiler
+    import pandas  # noqa: F401  # which pyarrow imports at a run's first table
     import torch
-    from deepspeed.accelerator import get_accelerator
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.models.qwen2_vl import modeling_qwen2_vl, processing_qwen2_vl  # noqa: F401
 
     import qwenvl_ft.cli.main
     import qwenvl_ft.train.loop  # noqa: F401
 
-    # DeepSpeed's own reduction, compiled at its first use: a fork that was killed meanwhile would leave torch's lock behind.
-    get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    get_checkpoint_conversion_mapping("qwen2_vl")  # a thousand patterns, compiled at the first call
     torch.set_num_threads(1)
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("importing started a thread, and forks of several threads hang")
@@ -139,7 +139,7 @@ def _train(arguments: list[str], environment: dict[str, str], rank: int, leader:
         os.environ.update(environment)
         os.chdir(ROOT)
         if environment.get("ACCELERATE_USE_DEEPSPEED"):
-            import tests.deepspeed_train  # noqa: F401
+            import tests.deepspeed_on_cpu  # noqa: F401
         from qwenvl_ft.cli.main import main
 
         fault(rank)

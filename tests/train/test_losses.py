@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from xml.etree import ElementTree
 
 import pytest
@@ -31,31 +32,39 @@ def test_what_is_printed_is_the_mean_since_the_last_line_and_over_the_run(tmp_pa
     assert results["train_loss"] == pytest.approx(mean(lines)) and results["steps"] == 5
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"step": 1}\n', "\0\0\0", None])
-@pytest.mark.parametrize("name", ["metrics.jsonl", "plan.json"])
-def test_a_run_goes_on_whatever_became_of_its_plan_and_metrics_and_knows_all_losses(tmp_path, monkeypatch, name, damage):
-    """Resuming read both of them, and a line that a power cut had left was a traceback."""
-    run(tmp_path, "plain", **SETTINGS)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of one that ended, and of one that was cut off after the line of a step that no checkpoint has."""
+    folder = tmp_path_factory.mktemp("runs")
+    run(folder, "plain", **SETTINGS)
 
     def cut_off(*args, step=loop.train_step):
-        if len(metrics(tmp_path / "run")) == 4:  # after the line of a step that no checkpoint has
+        if len(metrics(folder / "run")) == 4:
             raise KeyboardInterrupt
         return step(*args)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(loop, "train_step", cut_off)
-        run(tmp_path, **SETTINGS)
+        run(folder, **SETTINGS)
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"step": 1}\n', "\0\0\0", None])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "plan.json"])
+def test_a_run_goes_on_whatever_became_of_its_plan_and_metrics_and_knows_all_losses(runs, tmp_path, name, damage):
+    """Resuming read both of them, and a line that a power cut had left was a traceback."""
+    shutil.copytree(runs / "run", tmp_path / "run")
     path = tmp_path / "run" / name
     path.unlink() if damage is None else path.write_text(damage)
     run(tmp_path, **SETTINGS, resume=True)
-    assert same(adapter(tmp_path / "plain"), adapter(tmp_path / "run"))
+    assert same(adapter(runs / "plain"), adapter(tmp_path / "run"))
     timed = ("tokens_per_s", "taught_tokens_per_s")
     ours, plain = (
-        [{k: v for k, v in line.items() if k not in timed} for line in metrics(tmp_path / of)] for of in ("run", "plain")
+        [{k: v for k, v in line.items() if k not in timed} for line in metrics(of)] for of in (tmp_path / "run", runs / "plain")
     )
     assert ours == plain
     for file in ("all_results.json", "loss.svg"):
-        assert (tmp_path / "run" / file).read_text() == (tmp_path / "plain" / file).read_text()
+        assert (tmp_path / "run" / file).read_text() == (runs / "plain" / file).read_text()
     with pytest.raises(UserError, match="learning_rate was"):
         run(tmp_path, **SETTINGS, resume=True, learning_rate=1.0)
 

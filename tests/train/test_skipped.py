@@ -11,40 +11,12 @@ from qwenvl_ft.data.pictures import PictureChanged
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.model.load import limited
 from qwenvl_ft.train import loop
-from tests.runs import ROOT, adapter, config, difference, few_records, metrics, run, same
-from tests.train.test_training import launch_two
-
-SETTINGS = {"max_steps": 4, "save_steps": 1, "lora_dropout": 0.1}
-
-
-def breaks(folder, *numbers):
-    """Eight records, the pictures of these damaged behind a good header; settings of a run on them."""
-    images, meta = folder / "images", folder / "some.json"
-    shutil.copytree(ROOT / "data/sample/images", images)
-    records = json.loads(few_records(folder).read_text())
-    for number in numbers:
-        ask = records[number]["conversations"][0]
-        name = ask["value"].split("<img>")[1].split("</img>")[0]
-        content = bytearray((images / name).read_bytes())
-        at = content.index(b"IDAT") + 200
-        content[at : at + 400] = bytes(400)
-        (images / f"broken_{number}.png").write_bytes(content)
-        ask["value"] = ask["value"].replace(name, f"broken_{number}.png")
-    meta.write_text(json.dumps(records))
-    return {**SETTINGS, "train_meta_file": meta, "train_data_dir": images, "on_bad_record": "skip"}
+from tests.runs import adapter, config, metrics, run, same
+from tests.train.conftest import breaks
 
 
 def results(folder):
     return json.loads((folder / "all_results.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    """A run of four steps, one epoch, that skips records 1 and 4, and its settings."""
-    folder = tmp_path_factory.mktemp("one")
-    settings = breaks(folder, 1, 4)
-    run(folder, **settings)
-    return folder / "run", settings
 
 
 def test_a_step_divides_by_what_is_really_taught(tmp_path, monkeypatch):
@@ -78,8 +50,8 @@ def test_a_step_divides_by_what_is_really_taught(tmp_path, monkeypatch):
     assert [norm.item() for norm in norms] == pytest.approx([wanted], rel=1e-4)
 
 
-def test_skipped_records_are_said_at_the_end_and_kept_with_the_results(one, capsys, tmp_path):
-    folder, _ = one
+def test_skipped_records_are_said_at_the_end_and_kept_with_the_results(skipping, capsys, tmp_path):
+    folder, _ = skipping
     assert {problem["where"] for problem in results(folder)["skipped"]} == {"some.json[1]", "some.json[4]"}
     assert all("breaks while it is decoded" in problem["what"] for problem in results(folder)["skipped"])
     run(tmp_path, **breaks(tmp_path, 2))
@@ -87,33 +59,14 @@ def test_skipped_records_are_said_at_the_end_and_kept_with_the_results(one, caps
     assert "skipped some.json[2]: " in said.out and "1 records whose pictures break" in said.out and "some.json[2]: " in said.err
 
 
-def test_a_resumed_run_skips_them_again_and_ends_with_the_same_bits(one, tmp_path):
-    folder, settings = one
+def test_a_resumed_run_skips_them_again_and_ends_with_the_same_bits(skipping, tmp_path):
+    folder, settings = skipping
     shutil.copytree(folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint-4"), shutil.rmtree(tmp_path / "run" / "checkpoint-3")
     for name in ("adapter_model.safetensors", "all_results.json"):
         (tmp_path / "run" / name).unlink()
     assert same(adapter(folder), run(tmp_path, **settings, resume=True))
     assert results(folder)["skipped"] == results(tmp_path / "run")["skipped"]
-
-
-def test_two_processes_skip_them_alike(one, tmp_path):
-    """Of three rows a process has one more pass than rows; the broken records are in rows of both."""
-    folder, settings = one
-    two = launch_two(tmp_path, "29653", **settings)
-    assert difference(adapter(folder), adapter(two)) < 1e-3
-    for alone, both in zip(metrics(folder), metrics(two), strict=True):
-        assert alone["loss"] == pytest.approx(both["loss"], rel=1e-5)
-    where = [{problem["where"] for problem in results(of)["skipped"]} for of in (folder, two)]
-    assert where[0] == where[1]
-
-
-def test_deepspeed_skips_them_alike(one, tmp_path):
-    """Its engine steps within the last backward: there is no later moment to divide in."""
-    folder, settings = one
-    zero = launch_two(tmp_path, "29655", zero_stage=2, **settings)
-    assert difference(adapter(folder), adapter(zero)) < 1e-3
-    assert len(results(zero)["skipped"]) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 from tests.torture.kinds import KINDS
 from tests.torture.points import WAYS
 
-pytestmark = pytest.mark.timeout(900)  # the first of them waits for all 25; DeepSpeed may have to be compiled
+pytestmark = pytest.mark.timeout(900)  # the first of them waits for all 25
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,7 @@ from qwenvl_ft.train.loop import learning_rate
 from qwenvl_ft.train.output_dir import print_next
 from qwenvl_ft.train.state import Run
 from tests.runs import BASE, ROOT, adapter, config, difference, launch, metrics, run, same
-
-SETTINGS = {"max_steps": 4, "save_steps": 2, "lora_dropout": 0.1}
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """A finished run of four steps with dropout, a checkpoint each two: what other runs are compared with."""
-    folder = tmp_path_factory.mktemp("plain")
-    run(folder, **SETTINGS)
-    return folder / "run"
+from tests.train.conftest import SETTINGS
 
 
 def test_a_step_divides_once_by_the_tokens_taught_in_all_rows(tmp_path):
@@ -65,31 +56,8 @@ def test_a_step_divides_once_by_the_tokens_taught_in_all_rows(tmp_path):
     assert difference(get_peft_model_state_dict(model), trained) < 1e-4
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """The same run in two processes."""
-    folder = tmp_path_factory.mktemp("two")
-    return launch_two(folder, "29613", **SETTINGS)
-
-
 def test_the_same_run_gives_the_same_bits(plain, tmp_path):
     assert same(adapter(plain), run(tmp_path, **SETTINGS))
-
-
-def test_two_processes_end_where_one_does(plain, two):
-    assert difference(adapter(plain), adapter(two)) < 1e-3
-    for one, other in zip(metrics(plain), metrics(two), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
-
-
-def test_two_processes_go_on_where_one_stopped(plain, tmp_path):
-    """As after a card was taken away: the same rows in the same order, equal up to the order of sums."""
-    shutil.copytree(plain, tmp_path / "run")
-    for path in [*(tmp_path / "run").glob("adapter_*"), *(tmp_path / "run").glob("checkpoint-*")]:
-        if path.name != "checkpoint-2":
-            path.unlink() if path.is_file() else shutil.rmtree(path)
-    launch_two(tmp_path, "29617", **SETTINGS, resume=True)
-    assert difference(adapter(plain), adapter(tmp_path / "run")) < 1e-3
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(plain, tmp_path):
@@ -351,61 +319,10 @@ def test_resume_passes_over_a_damaged_checkpoint(tmp_path):
     assert same(whole, run(tmp_path, save_steps=1, resume=True))
 
 
-def launch_two(folder, port, zero_stage=None, **settings):
-    """A run in two processes with DDP, or with DeepSpeed; returns its folder.
-
-    DeepSpeed on a CPU needs accelerate told that it has a backend; tests/deepspeed_train.py is that shim and train.py.
-    """
-    env = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true",
-           "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero_stage)} if zero_stage else {}  # fmt: skip
-    launch(folder, "run", "--multi_gpu", "--num_processes", "2", "--main_process_port", port,
-           script="tests/deepspeed_train.py" if zero_stage else "train.py", env=env, **settings)  # fmt: skip
-    return folder / "run"
-
-
-def test_zero_2_in_two_processes_ends_with_the_weights_of_ddp(two, tmp_path):
-    zero = launch_two(tmp_path, "29615", zero_stage=2, **SETTINGS)
-    assert json.loads((zero / "checkpoint-2" / "state.json").read_text())["deepspeed"]
-    assert difference(adapter(two), adapter(zero)) < 1e-5
-
-
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_under_deepspeed_too_a_run_goes_on_to_the_same_bits_and_no_pickle_is_in_its_checkpoint(zero_stage, tmp_path):
-    """DeepSpeed's own checkpoint is made of pickles, and going on from one ran whatever code was in it."""
-    folder = launch_two(tmp_path, f"2962{zero_stage}", zero_stage=zero_stage, **SETTINGS)
-    whole = adapter(folder)
-    shutil.rmtree(folder / "checkpoint-4")
-    (folder / "adapter_model.safetensors").unlink()
-    assert {path.suffix for path in folder.rglob("*") if path.is_file() and "checkpoint" in str(path)} <= {
-        ".json",
-        ".safetensors",
-        ".md",
-        ".jsonl",
-    }
-    assert {path.name for path in (folder / "checkpoint-2").glob("opt*")} == {"optimizer-0.safetensors", "optimizer-1.safetensors"}
-    launch_two(tmp_path, f"2963{zero_stage}", zero_stage=zero_stage, **SETTINGS, resume=True)
-    assert same(whole, adapter(folder))
-
-
 def test_nothing_here_reads_a_pickle():
     """whole.py said that none is read, while resuming under DeepSpeed did."""
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "qwenvl_ft").rglob("*.py"))
     assert re.findall(r"torch\.load\(|\.load_checkpoint\(|pickle\.load|import pickle", source) == []
-
-
-def test_zero_3_does_not_wait_for_a_row_without_a_picture_and_ends_with_the_weights_of_ddp(tmp_path):
-    """A process whose row has no picture would not gather the tower's weights, and the others would wait for ever."""
-    (tmp_path / "ddp").mkdir(), (tmp_path / "zero").mkdir()
-    settings = {"max_steps": 2, "save_steps": 2, "row_tokens": 500, "train_meta_file": tmp_path / "mixed.json"}
-    records = json.loads((ROOT / "data/sample/train.json").read_text())
-    plain = [record for record in records if "<img>" not in json.dumps(record)]
-    (tmp_path / "mixed.json").write_text(json.dumps([*plain, records[0]]))
-    ddp = launch_two(tmp_path / "ddp", "29617", **settings)
-    zero = launch_two(tmp_path / "zero", "29619", zero_stage=3, **settings)
-    with_picture = next(number for number, record in enumerate([*plain, records[0]]) if record is records[0])
-    rows = [json.loads(line) for line in (ddp / "packed.jsonl").read_text().splitlines()]
-    assert [with_picture in row for row in rows].count(True) == 1 < len(rows)
-    assert difference(adapter(ddp), adapter(zero)) < 1e-4
 
 
 def test_the_losses_are_in_wandbs_offline_files(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
-"""train.py for two CPU processes under DeepSpeed: accelerate finds no backend there by itself and would run one process twice."""
+"""Tells accelerate of two CPU processes under DeepSpeed: it finds no backend there by itself and would run one process twice."""
 
 import os
-import sys
+from importlib import import_module
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -15,8 +15,5 @@ def prepare_backend(self, cpu=False, sagemaker_dp=False, backend=None):
 
 
 PartialState._prepare_backend = prepare_backend
-
-if __name__ == "__main__":
-    from qwenvl_ft.cli.main import main
-
-    main(["train", *sys.argv[1:]])
+# A minute of compiling, for a reduction that only inference calls. By its name in a text, since deepspeed.comm.torch is torch.
+setattr(import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010

@@ -1,0 +1,80 @@
+"""Training in two processes without a launcher: forks of one process that has imported everything, kept for all tests.
+
+`accelerate launch` of two imports torch three times, which costs more than ten times what a run of four steps does.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from tests.runs import BASE, ROOT, few_records
+from tests.torture.forks import Training, Way, import_everything
+
+
+class Forks:
+    """That process, from the first run that is asked of it."""
+
+    def __init__(self):
+        self.process = None
+
+    def train(
+        self, folder: Path, zero_stage: int = 0, fault: tuple = ("tests.forked", "no_fault"), **settings
+    ) -> tuple[list[int], str]:
+        """A run into folder/run with DDP, or with DeepSpeed: its exit codes, and what it said.
+
+        `fault`: a module, a function in it, its arguments; what it returns is called in each process before it trains.
+        """
+        self.process = self.process or subprocess.Popen(
+            [sys.executable, "-m", "tests.forked"], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        values = {**BASE, "train_meta_file": few_records(folder), "output_dir": folder / "run", **settings}
+        way = Way(2, values.pop("dataloader_num_workers"), zero_stage)
+        self.process.stdin.write(json.dumps([way, values, folder / "log", fault], default=str) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline()), (folder / "log").read_text()
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.communicate()
+
+
+def train_two(forks: Forks, folder: Path, zero_stage: int = 0, **settings) -> Path:
+    """A run in two processes that ends well; its folder."""
+    codes, said = forks.train(folder, zero_stage, **settings)
+    assert codes == [0, 0], said[-4000:]
+    return folder / "run"
+
+
+def no_fault():
+    return lambda rank: None
+
+
+def reading_others(who: int):
+    """The training records of this process are others than those of the rest."""
+
+    def start(rank: int) -> None:
+        from qwenvl_ft.train import loop
+
+        stock = loop.fingerprint
+        loop.fingerprint = lambda *of: stock(*of) | ({"training records": "others"} if rank == who else {})
+
+    return start
+
+
+def main() -> None:
+    """Reads what to train, a line of JSON each, and answers with the exit codes."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import_everything()
+    for line in sys.stdin:
+        way, settings, log, fault = json.loads(line)
+        module, name, *arguments = fault
+        training = Training(Way(*way), settings, Path(log), getattr(import_module(module), name)(*arguments))
+        print(json.dumps(training.wait()), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

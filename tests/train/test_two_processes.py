@@ -1,0 +1,123 @@
+"""Two processes: the weights of one, with DDP, with DeepSpeed and going on; and what stops one stops both."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.forked import train_two
+from tests.runs import ROOT, adapter, difference, launch, metrics, same
+from tests.train.conftest import SETTINGS
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The same run in two processes, as a user launches them."""
+    folder = tmp_path_factory.mktemp("two")
+    launch(folder, "run", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29613", **SETTINGS)
+    return folder / "run"
+
+
+def test_two_processes_end_where_one_does(plain, two):
+    assert difference(adapter(plain), adapter(two)) < 1e-3
+    for one, other in zip(metrics(plain), metrics(two), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_two_processes_go_on_where_one_stopped(plain, tmp_path, forks):
+    """As after a card was taken away: the same rows in the same order, equal up to the order of sums."""
+    shutil.copytree(plain, tmp_path / "run")
+    for path in [*(tmp_path / "run").glob("adapter_*"), *(tmp_path / "run").glob("checkpoint-*")]:
+        if path.name != "checkpoint-2":
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    train_two(forks, tmp_path, **SETTINGS, resume=True)
+    assert difference(adapter(plain), adapter(tmp_path / "run")) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def zero(request, tmp_path_factory, forks):
+    """The same run with DeepSpeed."""
+    folder = tmp_path_factory.mktemp("zero")
+    train_two(forks, folder, request.param, **SETTINGS)
+    return folder, request.param
+
+
+@pytest.mark.parametrize("zero", [2], indirect=True)
+def test_zero_2_in_two_processes_ends_with_the_weights_of_ddp(two, zero):
+    folder, _ = zero
+    assert json.loads((folder / "run" / "checkpoint-2" / "state.json").read_text())["deepspeed"]
+    assert difference(adapter(two), adapter(folder / "run")) < 1e-5
+
+
+@pytest.mark.parametrize("zero", [2, 3], indirect=True)
+def test_under_deepspeed_too_a_run_goes_on_to_the_same_bits_and_no_pickle_is_in_its_checkpoint(zero, tmp_path, forks):
+    """DeepSpeed's own checkpoint is made of pickles, and going on from one ran whatever code was in it."""
+    folder, zero_stage = zero
+    shutil.copytree(folder / "run", tmp_path / "run")
+    whole = adapter(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file() and "checkpoint" in str(path)} <= {
+        ".json",
+        ".safetensors",
+        ".md",
+        ".jsonl",
+    }
+    states = {path.name for path in (tmp_path / "run" / "checkpoint-2").glob("opt*")}
+    assert states == {"optimizer-0.safetensors", "optimizer-1.safetensors"}
+    train_two(forks, tmp_path, zero_stage, **SETTINGS, resume=True)
+    assert same(whole, adapter(tmp_path / "run"))
+
+
+def test_zero_3_does_not_wait_for_a_row_without_a_picture_and_ends_with_the_weights_of_ddp(tmp_path, forks):
+    """A process whose row has no picture would not gather the tower's weights, and the others would wait for ever."""
+    (tmp_path / "ddp").mkdir(), (tmp_path / "zero").mkdir()
+    settings = {"max_steps": 2, "save_steps": 2, "row_tokens": 500, "train_meta_file": tmp_path / "mixed.json"}
+    records = json.loads((ROOT / "data/sample/train.json").read_text())
+    plain = [record for record in records if "<img>" not in json.dumps(record)]
+    (tmp_path / "mixed.json").write_text(json.dumps([*plain, records[0]]))
+    ddp = train_two(forks, tmp_path / "ddp", **settings)
+    zero = train_two(forks, tmp_path / "zero", zero_stage=3, **settings)
+    with_picture = next(number for number, record in enumerate([*plain, records[0]]) if record is records[0])
+    rows = [json.loads(line) for line in (ddp / "packed.jsonl").read_text().splitlines()]
+    assert [with_picture in row for row in rows].count(True) == 1 < len(rows)
+    assert difference(adapter(ddp), adapter(zero)) < 1e-4
+
+
+def skipped(folder):
+    return json.loads((folder / "all_results.json").read_text())["skipped"]
+
+
+def test_two_processes_skip_them_alike(skipping, tmp_path, forks):
+    """Of three rows a process has one more pass than rows; the broken records are in rows of both."""
+    folder, settings = skipping
+    two = train_two(forks, tmp_path, **settings)
+    assert difference(adapter(folder), adapter(two)) < 1e-3
+    for alone, both in zip(metrics(folder), metrics(two), strict=True):
+        assert alone["loss"] == pytest.approx(both["loss"], rel=1e-5)
+    where = [{problem["where"] for problem in skipped(of)} for of in (folder, two)]
+    assert where[0] == where[1]
+
+
+def test_deepspeed_skips_them_alike(skipping, tmp_path, forks):
+    """Its engine steps within the last backward: there is no later moment to divide in."""
+    folder, settings = skipping
+    zero = train_two(forks, tmp_path, zero_stage=2, **settings)
+    assert difference(adapter(folder), adapter(zero)) < 1e-3
+    assert len(skipped(zero)) == 2
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_gradient_that_is_not_finite_stops_a_run_under_deepspeed_too(stage, tmp_path, forks):
+    """DeepSpeed undoes such a step without a word, and the run ended with exit code 0."""
+    codes, said = forks.train(tmp_path, stage, fault=("tests.torture.faults", "spoiling", "gradient", 1, 1))
+    assert 1 in codes and 0 not in codes
+    assert "the gradient's norm is nan" in said and "few.json[" in said, said[-3000:]
+    assert not list((tmp_path / "run").glob("**/adapter_model.safetensors"))
+
+
+def test_processes_that_read_different_records_do_not_begin(tmp_path, forks):
+    """Each machine may have its own copy of the files: rows of the one were trained with those of the other, or they waited for ever."""
+    codes, said = forks.train(tmp_path, fault=("tests.forked", "reading_others", 1))
+    assert 1 in codes and 0 not in codes and "its processes read different records" in said, said[-3000:]
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
