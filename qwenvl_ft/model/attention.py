@@ -12,6 +12,8 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from qwenvl_ft.errors import Problem, UserError
+
 VARLEN = "flash_varlen"  # for a name that holds "flash" transformers builds no mask and passes the segments' bounds
 HALF = (torch.float16, torch.bfloat16)
 
@@ -33,10 +35,19 @@ def attention_of(model: Any) -> str:
 def attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, dropout: float = 0.0,
     scaling: float | None = None, is_causal: bool | None = None, cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None, **kwargs: Any,
+    max_length_q: int | None = None, sliding_window: int | None = None, cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_k: int | None = None, position_ids: torch.Tensor | None = None, use_cache: bool = False,
+    output_attentions: bool | None = None, output_hidden_states: bool | None = None,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """(1, S, H, D) of queries (1, H, S, D) and of keys and values, which may have fewer heads. Without bounds all is one segment;
-    where it is causal no token sees a later one."""
+    where it is causal no token sees a later one.
+
+    Source: the arguments by which transformers 5.23 calls its interface for Qwen-VL. Raises UserError for a sliding window, which
+    no released model of the family has.
+    """
+    if sliding_window is not None:
+        fix = "set attn_implementation: sdpa"
+        raise UserError(Problem("attn_implementation: varlen", f"the model attends within {sliding_window} tokens only", fix))
     causal = bool(module.is_causal if is_causal is None else is_causal)
 
     def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,9 @@ from qwenvl_ft.data.chat import IGNORE, open_chat
 from qwenvl_ft.data.families import family_of
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.rows import Rows, as_floats, join
+from qwenvl_ft.errors import UserError
 from qwenvl_ft.model import head
-from qwenvl_ft.model.attention import attention_of
+from qwenvl_ft.model.attention import attention, attention_of
 from qwenvl_ft.model.load import PatchEmbedding, add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss, taught, vision_features
 
@@ -90,6 +91,12 @@ def test_attention_by_segments_is_that_of_records_one_by_one(job, family_model, 
     assert attention_of(varlen) == "varlen" and attention_of(stock) == "sdpa"
     assert packed == pytest.approx(single, rel=1e-5)
     assert (packed_gradients - single_gradients).abs().max() < 1e-4 * single_gradients.abs().max()
+
+
+def test_a_sliding_window_is_refused_rather_than_passed_over():
+    states = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(UserError, match="within 2 tokens only"):
+        attention(torch.nn.Identity(), states, states, states, None, is_causal=True, sliding_window=2)
 
 
 def test_a_blank_picture_for_a_row_without_one_changes_nothing(packing_job):
