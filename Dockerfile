@@ -4,11 +4,12 @@
 #   docker run --rm --gpus all -p 8000:8000 -e API_KEY -v "$PWD/runs/first-merged:/model" qwenvl-ft
 # The machine needs NVIDIA's driver and container toolkit. CUDA 13.2 is what the locked torch brings and was built for.
 FROM nvidia/cuda:13.2.1-base-ubuntu24.04
-COPY --from=ghcr.io/astral-sh/uv:0.13.9 /uv /usr/local/bin/
 # No version of python3: Ubuntu's archive keeps none but the newest.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends python3 && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-venv && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir uv==0.13.9
 
+ENV PATH=/opt/uv/bin:$PATH
 ENV UV_PYTHON_DOWNLOADS=never UV_NO_CACHE=1 UV_PROJECT_ENVIRONMENT=/opt/venv
 WORKDIR /opt/qwenvl_ft
 # First what is locked: gigabytes, which a change of the code leaves as they are.
