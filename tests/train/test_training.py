@@ -22,6 +22,7 @@ from qwenvl_ft.train.loop import learning_rate
 from qwenvl_ft.train.output_dir import print_next
 from qwenvl_ft.train.state import Run
 from tests.runs import BASE, ROOT, adapter, config, difference, launch, metrics, run, same
+from tests.serving import wait_for
 from tests.train.conftest import SETTINGS
 
 
@@ -331,8 +332,12 @@ def test_the_losses_are_in_wandbs_offline_files(tmp_path, monkeypatch):
     run(tmp_path, report_to=["wandb"], run_name="a name")
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    records = [Record.FromString(content) for content in logged(file.read_bytes())]
+    def held():
+        (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+        return [Record.FromString(content) for content in logged(file.read_bytes())]
+
+    wait_for(lambda: any(record.HasField("exit") for record in held()))  # wandb's own process writes it, the last of all
+    records = held()
     losses = [
         float(item.value_json) for record in records for item in record.history.item if "loss" in (item.key, *item.nested_key)
     ]
