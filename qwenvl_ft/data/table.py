@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 FACTS = "facts.json"
+BATCH_BYTES = 8 << 20  # of what is written at once
 ROW_BYTES = 4 * len(NUMBERS)
 MOST_SEEN = 50_000  # files that are remembered while a table is written
 
@@ -38,9 +39,9 @@ class TableWriter:
     def __init__(self, folder: Path):
         self.folder = folder
         whole = dict.fromkeys(("num_bytes", "mtime_ns", "ctime_ns"), "int64")
-        self.scripts = _stream(folder / "scripts.arrow", {"where": "string"} | dict.fromkeys(LISTS, "list"))
-        self.media = _stream(folder / "media.arrow", {"medium": "string"})
-        self.files = _stream(folder / "files.arrow", {"path": "string"} | whole)
+        self.scripts = _Stream(folder / "scripts.arrow", {"where": "string"} | dict.fromkeys(LISTS, "list"))
+        self.media = _Stream(folder / "media.arrow", {"medium": "string"})
+        self.files = _Stream(folder / "files.arrow", {"path": "string"} | whole)
         self.numbers = (folder / "numbers.i32").open("wb")
         self.index: dict[bytes, int] = {}  # of each medium, by its digest
         self.seen: set[str] = set()  # of the files: a tar comes again with each part, and twice does no harm
@@ -62,9 +63,7 @@ class TableWriter:
                 pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), values)
                 for values, counts in (columns[name] for name in LISTS)
             ]
-            self.scripts.write_batch(
-                pa.record_batch([pa.array(map(_writable, scripts.where), pa.string()), *lists], ["where", *LISTS])
-            )
+            self.scripts.add(pa.record_batch([pa.array(map(_writable, scripts.where), pa.string()), *lists], ["where", *LISTS]))
             self.numbers.write((scripts.numbers + np.array([0, 0, 0, self.num_records], np.int32)).tobytes())
         self.num_records += num_records
         return new
@@ -77,7 +76,7 @@ class TableWriter:
             self.num_pictures += medium.is_picture
             self.num_shrunk += medium.is_shrunk
         if new:
-            self.media.write_batch(_batch({"medium": [medium.text for medium in new]}))
+            self.media.add(_batch({"medium": [medium.text for medium in new]}))
             self.add_files([state for medium in new for state in medium.files])
         return new
 
@@ -89,7 +88,7 @@ class TableWriter:
         self.seen.update(state.path for state in new)
         if new:
             columns = dict(zip(FileState._fields, zip(*new, strict=True), strict=True))
-            self.files.write_batch(_batch(columns | {"path": [json.dumps(state.path) for state in new]}))
+            self.files.add(_batch(columns | {"path": [json.dumps(state.path) for state in new]}))
 
     def close(self, facts: dict[str, Any]) -> None:
         """Nothing comes any more; these are the facts, with what is counted here."""
@@ -101,11 +100,34 @@ class TableWriter:
         (self.folder / FACTS).write_text(text, encoding="utf-8")
 
 
-def _stream(path: Path, columns: dict[str, str]) -> "pyarrow.RecordBatchStreamWriter":
-    import pyarrow as pa
+class _Stream:
+    """An Arrow file in the making. Small batches are written as one: whoever opens the file touches each of them, and the system
+    brings 64 KiB around what is touched."""
 
-    types = {"string": pa.string(), "int64": pa.int64(), "list": pa.list_(pa.int32())}
-    return pa.ipc.new_stream(str(path), pa.schema([(name, types[kind]) for name, kind in columns.items()]))
+    def __init__(self, path: Path, columns: dict[str, str]):
+        import pyarrow as pa
+
+        types = {"string": pa.string(), "int64": pa.int64(), "list": pa.list_(pa.int32())}
+        self.stream = pa.ipc.new_stream(str(path), pa.schema([(name, types[kind]) for name, kind in columns.items()]))
+        self.waiting: list[pyarrow.RecordBatch] = []
+
+    def add(self, batch: "pyarrow.RecordBatch") -> None:
+        """One more."""
+        self.waiting.append(batch)
+        if sum(of.nbytes for of in self.waiting) >= BATCH_BYTES:
+            self._write()
+
+    def close(self) -> None:
+        """Nothing comes any more."""
+        self._write()
+        self.stream.close()
+
+    def _write(self) -> None:
+        import pyarrow as pa
+
+        if self.waiting:
+            self.stream.write_table(pa.Table.from_batches(self.waiting).combine_chunks())
+        self.waiting = []
 
 
 def _writable(text: str) -> str:

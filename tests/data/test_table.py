@@ -12,12 +12,13 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwenvl_ft.data import kept, parts
+from qwenvl_ft.data import kept, parts, table
 from qwenvl_ft.data.chat import IGNORE, Chat, Script, open_chat
 from qwenvl_ft.data.meta_file import Tally, read_records
 from qwenvl_ft.data.packed import pack_medium, pack_scripts
@@ -252,7 +253,7 @@ def test_weighed_records_are_used_as_often_as_they_weigh(tmp_path, meta):
 SCRIPT = """
 from pathlib import Path
 from qwenvl_ft.config import load_config
-from qwenvl_ft.data import kept, parts
+from qwenvl_ft.data import kept, parts, table
 from qwenvl_ft.data.prepare import prepare
 parts.FEW_RECORDS = 1
 parts.num_cores = lambda: 2
@@ -288,3 +289,18 @@ def test_no_process_that_reads_outlives_whoever_started_it(tmp_path, talk):
     while any(Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes() for child in children):
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def test_small_parts_are_written_as_few_batches(tmp_path, monkeypatch):
+    """Whoever opens a table touches each of its batches: ten thousand of them were 640 MiB of pages."""
+    script = Script("a.json[0]", [1, 2, 3], [IGNORE, 2, 3], [], [], [], (5, None))
+    for most, batches in ((1, 50), (table.BATCH_BYTES, 1)):
+        monkeypatch.setattr(table, "BATCH_BYTES", most)
+        (folder := tmp_path / str(most)).mkdir()
+        writer = TableWriter(folder)
+        for _ in range(50):
+            writer.add(pack_scripts([(0, script)], {}), [], 1)
+        writer.close({"placeholders": [5, None]})
+        with pa.ipc.open_stream(folder / "scripts.arrow") as stream:
+            assert len(list(stream)) == batches
+        assert list(Scripts(folder)) == [script] * 50
