@@ -43,10 +43,15 @@ def zero(request, tmp_path_factory, forks):
 
 
 @pytest.mark.parametrize("zero", [2], indirect=True)
-def test_zero_2_in_two_processes_ends_with_the_weights_of_ddp(two, zero):
+def test_zero_2_in_two_processes_ends_with_the_weights_of_ddp(two, zero, tmp_path, forks):
+    """To the bit where nothing is clipped: DeepSpeed sums the norm in another order, and Adam enlarges its last bit."""
     folder, _ = zero
     assert json.loads((folder / "run" / "checkpoint-2" / "state.json").read_text())["deepspeed"]
-    assert difference(adapter(two), adapter(folder / "run")) < 1e-5
+    assert difference(adapter(two), adapter(folder / "run")) < 1e-3
+    for stage in (0, 2):
+        (tmp_path / str(stage)).mkdir()
+        train_two(forks, tmp_path / str(stage), stage, **SETTINGS, max_grad_norm=1e9)
+    assert same(adapter(tmp_path / "0" / "run"), adapter(tmp_path / "2" / "run"))
 
 
 @pytest.mark.parametrize("zero", [2, 3], indirect=True)
@@ -72,7 +77,13 @@ def test_under_deepspeed_too_a_run_goes_on_to_the_same_bits_and_no_pickle_is_in_
 def test_zero_3_does_not_wait_for_a_row_without_a_picture_and_ends_with_the_weights_of_ddp(tmp_path, forks):
     """A process whose row has no picture would not gather the tower's weights, and the others would wait for ever."""
     (tmp_path / "ddp").mkdir(), (tmp_path / "zero").mkdir()
-    settings = {"max_steps": 2, "save_steps": 2, "row_tokens": 500, "train_meta_file": tmp_path / "mixed.json"}
+    settings = {
+        "max_steps": 2,
+        "save_steps": 2,
+        "row_tokens": 500,
+        "max_grad_norm": 1e9,
+        "train_meta_file": tmp_path / "mixed.json",
+    }
     records = json.loads((ROOT / "data/sample/train.json").read_text())
     plain = [record for record in records if "<img>" not in json.dumps(record)]
     (tmp_path / "mixed.json").write_text(json.dumps([*plain, records[0]]))
