@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"  # alipai's old generated code, wherever wandb comes first
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Under nohup, and behind a shell's &, the runs that the tests start would ignore these, as they should there.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -587,7 +587,9 @@ def test_plan_and_train_bring_the_model(hub, kind, tmp_path, monkeypatch, capsys
     main_ends_well("plan", "--config", str(ROOT / "configs/demo.yaml"), *overrides, "--json")
     assert json.loads(capsys.readouterr().out)["rows"] > 0 and equal(tmp_path / "models" / kind / "org" / "tiny", hub.files)
     trained: list[Config] = []
-    monkeypatch.setitem(sys.modules, "qwenvl_ft.train.loop", SimpleNamespace(train=lambda config, ready: trained.append(config)))
+    monkeypatch.setitem(
+        sys.modules, "qwenvl_ft.train.loop", SimpleNamespace(train=lambda config, ready, on_saved: trained.append(config))
+    )
     main_ends_well("train", "--config", str(ROOT / "configs/demo.yaml"), *overrides)
     assert [str(config.model) for config in trained] == [f"models/{kind}/org/tiny"]
 
