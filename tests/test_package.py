@@ -75,6 +75,9 @@ def test_what_needs_no_torch_imports_without_posix():
     """fcntl in folders/whole.py kept `plan` and `doctor` from starting on Windows."""
     code = """
 import importlib, json, pkgutil, sys
+import mmap
+for name in [name for name in vars(mmap) if name.startswith("MADV_")]:
+    delattr(mmap, name)
 sys.modules.update(dict.fromkeys([*json.loads(sys.argv[1]), "torch"]))
 import qwenvl_ft
 lacking = {}

@@ -1,5 +1,6 @@
 """Commands for before the GPU: what is in a meta-file, what the model sees of it, what a run would do. None imports torch."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,10 +73,8 @@ def validate_meta(
 
     Example: validate-meta data/sample/train.json --data-dir data/sample/images --model data/tiny
     """
-    from collections import Counter
-
     from qwenvl_ft.data.chat import open_chat
-    from qwenvl_ft.data.checks import Against, Checks, notes_of
+    from qwenvl_ft.data.checks import Against, Checks, notes_of, token_counts
     from qwenvl_ft.data.meta_file import Tally
     from qwenvl_ft.data.notes import Noted
     from qwenvl_ft.data.parts import parts_of
@@ -107,11 +106,7 @@ def validate_meta(
             broken = decode_all(records if whole else [], on_picture)
         used -= len({problem.where for problem in broken} - refused)
         problems += broken
-    tokens = None
-    if chat:  # imported here, since it brings the whole config with it: a third of the time of a run without a model
-        from qwenvl_ft.data.prepare import token_counts
-
-        tokens = token_counts(lengths if whole else Counter())
+    tokens = token_counts(lengths if whole else Counter()) if chat else None
     looked = checks.facts() if whole else {}
     report: dict[str, Any] = {
         **tally.facts,

@@ -1,6 +1,7 @@
 """The commands of `qwenvl-ft pai`: a training job of Alibaba's PAI, what it made, a service that answers with it."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,10 +45,7 @@ def submit(
     account = accounts.read_account()
     script = (SHIPPED if SHIPPED.is_dir() else PACKAGE.parent) / "train.py"
     job = jobs.plan_job(account, config, overrides or [], script, _image(image), instance_type, count)
-    if dry_run:
-        _show(job.body(account), job.uploads)
-        return
-    session = accounts.open_session(account)
+    session = _to_send(account, job.body(account), dry_run, job.uploads)
     with counting("sending files") as on_file:
         files.send(session, job.uploads, on_file)
     name = jobs.submit(session, job)
@@ -85,11 +83,7 @@ def stop(job: JobId, dry_run: DryRun = False) -> None:
 
     Example: qwenvl-ft pai stop train1a2b3c
     """
-    account = accounts.read_account()
-    if dry_run:
-        _show({"StopTrainingJob": job})
-        return
-    jobs.stop(accounts.open_session(account), job)
+    jobs.stop(_to_send(accounts.read_account(), {"StopTrainingJob": job}, dry_run), job)
     print_line(f"job {job} is stopped")
 
 
@@ -133,10 +127,7 @@ def deploy(
     account = accounts.read_account()
     token = f"${accounts.TOKEN}" if dry_run else _token()
     model, config = services.plan_service(account, folder, name, _image(image), instance_type, count, token)
-    if dry_run:
-        _show(config, [model])
-        return
-    session = accounts.open_session(account)
+    session = _to_send(account, config, dry_run, [model])
     with counting("sending files") as on_file:
         files.send(session, [model], on_file)
     services.create(session, config)
@@ -159,10 +150,7 @@ def ask(
     """
     account = accounts.read_account()
     body = services.write_question(question, image or [], max_new_tokens)
-    if dry_run:
-        _show(body)
-        return
-    print_line(services.ask(accounts.open_session(account), name, body))
+    print_line(services.ask(_to_send(account, body, dry_run), name, body))
 
 
 @app.command()
@@ -171,11 +159,7 @@ def delete(name: ServiceName, dry_run: DryRun = False) -> None:
 
     Example: qwenvl-ft pai delete charts
     """
-    account = accounts.read_account()
-    if dry_run:
-        _show({"DeleteService": name})
-        return
-    services.delete(accounts.open_session(account), name)
+    services.delete(_to_send(accounts.read_account(), {"DeleteService": name}, dry_run), name)
     print_line(f"service {name} is deleted; its model stays in the bucket")
 
 
@@ -183,9 +167,12 @@ def _session() -> Any:
     return accounts.open_session(accounts.read_account())
 
 
-def _show(body: dict[str, Any], uploads: Any = ()) -> None:
-    """What would be sent. Nobody here knows Alibaba's prices, so that there is none."""
-    print_json({"request": body, "uploads": [upload.facts for upload in uploads], "estimated_price": None})
+def _to_send(account: accounts.Account, body: dict[str, Any], dry_run: bool, uploads: Sequence[files.Upload] = ()) -> Any:
+    """A session to send it with. A dry run shows it and ends here; nobody here knows Alibaba's prices, so there is none."""
+    if dry_run:
+        print_json({"request": body, "uploads": [upload.facts for upload in uploads], "estimated_price": None})
+        raise typer.Exit
+    return accounts.open_session(account)
 
 
 def _image(image: str | None) -> str:

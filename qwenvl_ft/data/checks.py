@@ -312,6 +312,13 @@ def median(counts: Counter[int]) -> int:
     return (low + high) // 2
 
 
+def token_counts(lengths: Counter[int]) -> dict[str, int]:
+    """min, median, max and total of lengths that are counted, as the commands print them."""
+    lengths = lengths or Counter([0])
+    total = sum(length * count for length, count in lengths.items())
+    return {"min": min(lengths), "median": median(lengths), "max": max(lengths), "total": total}
+
+
 def notes_of(facts: dict[str, Any]) -> list[str]:
     """What was found, a line each."""
     return [fact["note"] for fact in facts.values() if "note" in fact]

@@ -63,9 +63,9 @@ class PackedRows(Sequence[list[int]]):
         numbers = np.concatenate([np.zeros(0, np.int32), *(block for _, block in blocks(of))])
         sums = np.zeros(len(self), np.int64)
         for start in range(0, len(self), BLOCK):
-            first, *starts, last = self.starts[start : start + BLOCK + 1].tolist()
-            inside = np.array([0, *starts]) - np.array([0] + [first] * len(starts))
-            sums[start : start + BLOCK] = np.add.reduceat(numbers[self.members[first:last]], inside, dtype=np.int64)
+            edges = self.starts[start : start + BLOCK + 1]
+            inside = numbers[self.members[edges[0] : edges[-1]]]
+            sums[start : start + BLOCK] = np.add.reduceat(inside, edges[:-1] - edges[0], dtype=np.int64)
         return sums
 
 
@@ -100,8 +100,9 @@ def pack(lengths: Numbers, row_tokens: int, share: bool = True) -> Plan:
             takes.append(count)
     row_of = _in_file_order(lengths, row_tokens, counts, np.repeat(np.array(rows, np.int32), takes), room.num_rows)
     starts = np.zeros(room.num_rows + 1, np.int64)
-    for _, of in blocks(row_of):
-        starts[1:] += np.bincount(of, minlength=room.num_rows)
+    for _, block in blocks(row_of):
+        of, number = np.unique(block, return_counts=True)
+        starts[of + 1] += number
     np.cumsum(starts, out=starts)
     members, place, done = np.empty(len(row_of), np.int32), starts[:-1].copy(), 0
     for start, sizes in blocks(lengths):

@@ -1,6 +1,5 @@
 """From a config to everything that is known before a GPU is touched: records, scripts, rows, and what was left out and why."""
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ import numpy as np
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.data.chat import Chat, open_chat
-from qwenvl_ft.data.checks import Against, Checks, median, notes_of
+from qwenvl_ft.data.checks import Against, Checks, notes_of, token_counts
 from qwenvl_ft.data.geometry import resized
 from qwenvl_ft.data.kept import kept_table, table_name
 from qwenvl_ft.data.meta_file import Meta, OnRecord, Tally, called
@@ -262,10 +261,3 @@ class Few:
 def schedule(prepared: Prepared, config: Config) -> Schedule:
     """(epoch, rows) of every optimizer step of the run, the same whatever the number of processes."""
     return Schedule(len(prepared.plan.rows), config.rows_per_step, config.seed, config.num_train_epochs, config.max_steps)
-
-
-def token_counts(lengths: Counter[int]) -> dict[str, int]:
-    """min, median, max and total of lengths that are counted, as the commands print them."""
-    lengths = lengths or Counter([0])
-    total = sum(length * count for length, count in lengths.items())
-    return {"min": min(lengths), "median": median(lengths), "max": max(lengths), "total": total}

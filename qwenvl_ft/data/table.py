@@ -12,9 +12,9 @@ are streams, as `datasets` writes them: `datasets.Dataset.from_file` opens them,
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterator, Sequence
-from mmap import ACCESS_READ, MADV_DONTNEED, PAGESIZE, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -147,7 +147,7 @@ class Column:
     """One of the NUMBERS of every script. What was read is not kept in memory: of a table of millions of scripts that would be as
     much again in each process."""
 
-    def __init__(self, numbers: mmap | bytes, at: int):
+    def __init__(self, numbers: mmap.mmap | bytes, at: int):
         self.numbers, self.at = numbers, at
 
     def __len__(self) -> int:
@@ -162,9 +162,9 @@ class Column:
             return int(self[number : number + 1][0])
         start, stop, step = number.indices(len(self))
         held = self.numbers[start * ROW_BYTES : stop * ROW_BYTES]  # a copy
-        if isinstance(self.numbers, mmap) and hasattr(self.numbers, "madvise"):
-            page = start * ROW_BYTES // PAGESIZE * PAGESIZE
-            self.numbers.madvise(MADV_DONTNEED, page, stop * ROW_BYTES - page)
+        if isinstance(self.numbers, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):  # Windows has none
+            page = start * ROW_BYTES // mmap.PAGESIZE * mmap.PAGESIZE
+            self.numbers.madvise(mmap.MADV_DONTNEED, page, stop * ROW_BYTES - page)
         found: Ints = np.frombuffer(held, np.int32)[self.at :: len(NUMBERS)][::step]
         return found
 
@@ -178,7 +178,7 @@ class Scripts(Sequence[Script]):
         self.placeholders = tuple(self.facts["placeholders"])
         # Now, not when they are asked for: the folder may be taken away while a run goes on.
         with (folder / "numbers.i32").open("rb") as file:
-            numbers = mmap(file.fileno(), 0, access=ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+            numbers = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
         self.lengths, self.taught, self.media_tokens, self.records = (Column(numbers, at) for at in range(len(NUMBERS)))
         self._table, self._media = _mapped(folder / "scripts.arrow"), _mapped(folder / "media.arrow").column("medium")
 
