@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from traceback import clear_frames
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -196,7 +197,11 @@ def train(config: Config, ready: Ready | None = None, on_saved: OnSaved | None =
     try:
         with alone(accelerator, config):
             run_steps(config, accelerator, prepared, held_out, on_saved)
-    except (RuntimeError, EOFError, ConnectionError) as error:
+    except BaseException as error:
+        # Its frames hold the loader, whose workers ignore signals: a process that ends with them waits for ever.
+        clear_frames(error.__traceback__)
+        if not isinstance(error, RuntimeError | EOFError | ConnectionError):
+            raise
         problem = lost(error, accelerator)
         if isinstance(error, torch.OutOfMemoryError):  # outside the work on a row
             problem = out_of_memory(error, config, f"model: {config.model}", "what every step needs, the model itself")

@@ -1,5 +1,6 @@
 """What training does where there is a GPU, as far as it shows without one."""
 
+import multiprocessing
 import os
 from types import SimpleNamespace
 
@@ -74,6 +75,18 @@ def test_cudnns_attention_is_off_once_a_model_is_loaded():
     torch.backends.cuda.enable_cudnn_sdp(True)
     load_base(TINY, "float32")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_an_error_that_nobody_foresaw_leaves_no_worker_that_the_exit_waits_for(tmp_path, monkeypatch):
+    """They ignore signals: a run that was over with its traceback on the screen never ended, and kept its GPU."""
+
+    def broken(*args):
+        raise KeyError("forced")
+
+    monkeypatch.setattr(loop, "train_step", broken)
+    with pytest.raises(KeyError) as held:  # as the interpreter does to its end
+        run(tmp_path, dataloader_num_workers=1)
+    assert held.tb and not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
