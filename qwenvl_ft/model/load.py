@@ -63,6 +63,14 @@ def load_base(model_dir: Path, dtype: str, attention: str = "auto", packed: bool
         what = str(error).strip().splitlines()[0]
         fix = "set attn_implementation=auto, which takes what is installed"
         raise UserError(Problem(f"attn_implementation: {attention}", f"cannot run here: {what}", fix)) from error
+    return refit(model, attention)
+
+
+def refit(model: Any, attention: str) -> Any:
+    """A loaded model with this project's own patch embedding, LM head and, where it is varlen, attention."""
+    # cuDNN makes a plan for every size that it has not met, about a second each forward and back, and torch 2.11 prefers it on
+    # Hopper; rows and pictures have hundreds of sizes. It gave NaN with some masks, too, before cuDNN 9.26.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     patch_embed = model.model.visual.patch_embed
     patch_embed.proj = PatchEmbedding.like(patch_embed.proj)
     model.lm_head = LossHead.like(model.lm_head)

@@ -8,13 +8,14 @@ from what ran before, so a run that goes on from a checkpoint ends where the uni
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from traceback import clear_frames
 from typing import NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoProcessor
@@ -32,6 +33,7 @@ from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss
 from qwenvl_ft.train.launch import Signals, alone, lost, open_trackers, start
+from qwenvl_ft.train.memory import memory_for, out_of_memory
 from qwenvl_ft.train.output_dir import METRICS, Metrics, was_evaluated, write_results, write_settings
 from qwenvl_ft.train.state import OnSaved, Run, find_resume, fingerprint
 
@@ -69,7 +71,7 @@ def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Built | U
             return None
         torch.manual_seed(draw_seed(run.config.seed, epoch, row))
         last = number == len(mine) - 1
-        with run.exchange(last):
+        with run.exchange(last), memory_for(run.config, prepared, row):
             loss = row_loss(run, tensors) * (row is not None)
             check_finite(loss, "the loss", prepared, row)
             if row is not None:
@@ -138,7 +140,7 @@ def check_finite(loss: torch.Tensor, what: str, prepared: Prepared, row: int | N
 def row_loss(run: Run, row: Row) -> torch.Tensor:
     """Summed loss of one row on this process's device."""
     device = run.accelerator.device
-    row = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in row.items()}
+    row = {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for key, value in row.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
         return summed_loss(run.model, run.bare, row, run.tower_trains)
 
@@ -147,13 +149,14 @@ def row_loss(run: Run, row: Row) -> torch.Tensor:
 def evaluate(run: Run, held_out: Prepared, signals: Signals) -> Taught | None:
     """What the held-out records come to; None where all processes gave up between two rows, for a signal."""
     run.model.eval()
-    data = run.rows_of(held_out)
     counted = Count(run)
-    for row in run.mine(range(len(data)), held_out):
+    mine = run.mine(range(len(held_out.plan.rows)), held_out)
+    for row, built in zip(mine, run.loader(mine, held_out), strict=True):
         if signals.stop(run.accelerator, midway=True):
             return None
-        tensors, problems = data.build(row or 0)
-        loss = row_loss(run, tensors) * (row is not None)
+        tensors, problems = raised_here(built)
+        with memory_for(run.config, held_out, row):
+            loss = row_loss(run, tensors) * (row is not None)
         check_finite(loss, "the loss of held-out records", held_out, row)
         if row is not None:
             counted.add(loss, tensors, problems)
@@ -163,6 +166,12 @@ def evaluate(run: Run, held_out: Prepared, signals: Signals) -> Taught | None:
 def draw_seed(seed: int, epoch: int, row: int | None) -> int:
     """The seed of a row's dropout, from (seed, epoch, row) alone."""
     return hash((seed, epoch, -1 if row is None else row)) % 2**63  # a tuple of integers hashes the same in every process
+
+
+def new_optimizer(parameters: Iterable[torch.nn.Parameter], config: Config, accelerator: Accelerator) -> torch.optim.AdamW:
+    """AdamW, in one kernel on a GPU; DeepSpeed keeps the state in another form, flat, where there is nothing to gain."""
+    fused = accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.DEEPSPEED
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None)
 
 
 def learning_rate(step: int, total: int, config: Config) -> float:
@@ -188,8 +197,15 @@ def train(config: Config, ready: Ready | None = None, on_saved: OnSaved | None =
     try:
         with alone(accelerator, config):
             run_steps(config, accelerator, prepared, held_out, on_saved)
-    except (RuntimeError, EOFError, ConnectionError) as error:
-        if (problem := lost(error, accelerator)) is None:
+    except BaseException as error:
+        # Its frames hold the loader, whose workers ignore signals: a process that ends with them waits for ever.
+        clear_frames(error.__traceback__)
+        if not isinstance(error, RuntimeError | EOFError | ConnectionError):
+            raise
+        problem = lost(error, accelerator)
+        if isinstance(error, torch.OutOfMemoryError):  # outside the work on a row
+            problem = out_of_memory(error, config, f"model: {config.model}", "what every step needs, the model itself")
+        if problem is None:
             raise
         # The command line prints the first process's; but that one may be gone, and of a lost worker only its own knows.
         if accelerator.local_process_index == 1 or (problem.where != "launch" and not accelerator.is_local_main_process):
@@ -227,7 +243,7 @@ def run_steps(
     )
     if config.gradient_checkpointing:  # after peft, whose hooks would run the frozen vision tower backward
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = new_optimizer(trainable(model).values(), config, accelerator)
     if resume:
         set_peft_model_state_dict(model, load_file(resume / ADAPTER_WEIGHTS))
     sizes = model.get_nb_trainable_parameters()
@@ -269,7 +285,7 @@ def run_steps(
                 tell(evaluated.skipped)
                 if metrics:
                     metrics.amend(evaluated.loss, evaluated.skipped)
-            loader = iter(run.loader(steps, done))
+            loader = iter(run.loader((row for _, rows in steps.since(done) for row in run.mine(rows, prepared)), prepared))
             for step, (epoch, rows) in enumerate(steps.since(done), start=done + 1):
                 began = time.monotonic()
                 rate = learning_rate(step, len(steps), config)

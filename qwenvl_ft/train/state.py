@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
 from qwenvl_ft.data.packed import GONE, FileState
-from qwenvl_ft.data.packing import PackedRows, Schedule, deal
+from qwenvl_ft.data.packing import PackedRows, deal
 from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.data.rows import Built, Rows
 from qwenvl_ft.data.table import Scripts
@@ -71,14 +71,14 @@ class Run:
         return Rows(prepared.scripts, prepared.plan.rows, prepared.chat, self.processor, self.always_look,
                     skip=self.config.on_bad_record == "skip")  # fmt: skip
 
-    def loader(self, steps: Schedule, done: int) -> DataLoader[Built | UserError]:
-        """This process's rows in the order of the steps that are not done, built ahead by the workers."""
-        order = (row or 0 for _, rows in steps.since(done) for row in self.mine(rows, self.prepared))
-        build, workers = self.rows_of(self.prepared).built_or_problems, self.config.dataloader_num_workers
-        every = range(len(self.prepared.plan.rows))
+    def loader(self, rows: Iterable[int | None], of: Prepared) -> DataLoader[Built | UserError]:
+        """These rows, built ahead by the workers; for a GPU in memory that it copies from while it works."""
+        order = (row or 0 for row in rows)
+        build, workers = self.rows_of(of).built_or_problems, self.config.dataloader_num_workers
+        every = range(len(of.plan.rows))
         # A range does for a Dataset and a generator for a Sampler, whatever their types say.
         return DataLoader(every, sampler=order, batch_size=None, num_workers=workers, collate_fn=build,  # type: ignore[arg-type]
-                          worker_init_fn=begin_worker)  # fmt: skip
+                          worker_init_fn=begin_worker, pin_memory=self.accelerator.device.type == "cuda")  # fmt: skip
 
     def exchange(self, last: bool) -> AbstractContextManager[None]:
         """Forward and backward of one row; the processes exchange their gradients with the last row of a step, and only then."""

@@ -1,0 +1,581 @@
+"""What a GPU makes of this project: is it right there, how fast, in how much memory. Random weights of the real shapes, no network.
+
+smoke      the kernels and rows that training takes, packed against one by one; the command line on data/tiny, out of memory too
+levers     Qwen2-VL-7B trained with one setting after another, 24 GiB emulated
+models     the other sizes trained
+generate   answers to a picture, in batches
+
+Each part runs in a process of its own: what fails in it is named, and the next one runs; the exit code is 1 then. Without a GPU
+all of it runs on the CPU in toy sizes, which shows that it works and nothing else. MFU: the FLOPs that a row cannot do without
+(recomputing and attention between records are not among them) a second, of those of a large matmul measured in the same process.
+
+    python scripts/bench_gpu.py --json smoke.json --stage smoke
+"""
+
+import argparse
+import gc
+import json
+import os
+import random
+import resource
+import signal
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from inspect import signature
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.nn.attention import varlen
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from qwenvl_ft.cli.main import main as command_line
+from qwenvl_ft.data.chat import IGNORE
+from qwenvl_ft.data.families import FAMILIES
+from qwenvl_ft.data.rows import SCALES, Row, as_floats, join, positions
+from qwenvl_ft.model import head
+from qwenvl_ft.model.attention import VARLEN, attention, attention_of
+from qwenvl_ft.model.load import add_lora, load_base, refit, trainable
+from qwenvl_ft.train import loop
+
+ROOT = Path(__file__).parent.parent
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+GIB = 2**30
+ASKED = (
+    "a card would be asked for: attention and rows packed against one by one in bfloat16 at head sizes 128, 80 and 72; train, an "
+    "out-of-memory error, resume, export and ask on data/tiny; Qwen2-VL-7B lever by lever at 4,096 and 8,192 tokens and in 24 GiB; "
+    "Qwen2-VL-2B, Qwen2.5-VL-7B and Qwen3-VL-8B; answers in batches of 1, 8 and 32"
+)
+
+# From the published config.json files; the ids of the placeholders are low ones, since nothing here was ever taught.
+START, END, PICTURE, FILM, FIRST_WORD, WORDS = 3, 4, 5, 6, 10, 1000
+IDS = {"image_token_id": PICTURE, "video_token_id": FILM, "vision_start_token_id": START, "vision_end_token_id": END}
+
+
+def text(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool = False, **more: Any) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    return {
+        "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "tie_word_embeddings": tied, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2, **more,
+    }  # fmt: skip
+
+
+def qwen2_tower(hidden: int) -> dict[str, Any]:
+    return {"depth": 32, "embed_dim": 1280, "hidden_size": hidden, "mlp_ratio": 4, "num_heads": 16, "patch_size": 14}
+
+
+SEVEN = text(3584, 18944, 28, 28, 4, 152064)
+INTERLEAVED = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+SHAPES = {
+    "Qwen2-VL-2B": ("qwen2_vl", text(1536, 8960, 28, 12, 2, 151936, tied=True), qwen2_tower(1536)),
+    "Qwen2-VL-7B": ("qwen2_vl", SEVEN, qwen2_tower(3584)),
+    "Qwen2.5-VL-7B": ("qwen2_5_vl", SEVEN, {
+        "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
+        "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "out_hidden_size": 3584,
+    }),
+    "Qwen3-VL-8B": ("qwen3_vl", text(4096, 12288, 36, 32, 8, 151936, head_dim=128, rope_parameters=INTERLEAVED), {
+        "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16, "out_hidden_size": 4096,
+        "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24],
+    }),
+}  # fmt: skip
+LEVERS = "Qwen2-VL-7B"
+
+
+def config_of(name: str, toy: bool = not CUDA) -> Any:
+    """The real shape; or a toy of two layers with the real sizes of a head, two of them."""
+    model_type, language, tower = SHAPES[name]
+    if toy:
+        language = {**language, "hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 2,
+                    "num_key_value_heads": 1, "vocab_size": 1024}  # fmt: skip
+        width = 2 * tower.get("embed_dim", tower["hidden_size"]) // tower["num_heads"]
+        sizes = {"depth": 2, "num_heads": 2, "fullatt_block_indexes": [1], "deepstack_visual_indexes": [0], "mlp_ratio": 2,
+                 "intermediate_size": 320, "out_hidden_size": 256, "embed_dim": width,
+                 "hidden_size": 256 if "embed_dim" in tower else width}  # fmt: skip
+        tower = {**tower, **{key: size for key, size in sizes.items() if key in tower}}
+    tied = language["tie_word_embeddings"]
+    return AutoConfig.for_model(model_type, text_config=language, vision_config=tower, tie_word_embeddings=tied, **IDS)
+
+
+def random_model(config: Any, attends: str = "varlen") -> Any:
+    """Made on the device, as `load_base` leaves one that was read from a folder."""
+    torch.manual_seed(0)
+    with DEVICE:
+        model = AutoModelForImageTextToText.from_config(config, dtype=DTYPE, attn_implementation="sdpa")
+    return refit(model, attends)
+
+
+def trained(config: Any) -> Any:
+    """What a training step needs of a `Run`: a random model with LoRA on its language model."""
+    model = add_lora(random_model(config), FAMILIES[config.model_type], ["language"], 16, 32, 0.0, 0)
+    for name, parameter in trainable(model).items():
+        if "lora_B" in name:  # 0 in a fresh one, which would leave half of the gradients at 0
+            torch.nn.init.normal_(parameter, std=0.01)
+    accelerator = SimpleNamespace(device=DEVICE)
+    return SimpleNamespace(accelerator=accelerator, model=model, bare=model, bf16=DTYPE is torch.bfloat16, tower_trains=False)
+
+
+def record(config: Any, tokens: int, height: int, width: int, taught: int, draw: random.Random) -> Row:
+    """The example of a record of `tokens`, the last of them taught, that shows a picture of height x width patches."""
+    seen, patch = height * width // 4, config.vision_config.patch_size
+    ids = [START, *[PICTURE] * seen, END]
+    ids += [draw.randrange(FIRST_WORD, WORDS) for _ in range(tokens - len(ids))]
+    generator = torch.Generator().manual_seed(draw.randrange(2**31))
+    return {
+        "input_ids": torch.tensor(ids),
+        "labels": torch.tensor([IGNORE] * (tokens - taught) + ids[tokens - taught :]),
+        "position_ids": positions(ids, [((1, height, width), None)], [PICTURE], 2),
+        "pixel_values": torch.randint(256, (4 * seen, 6 * patch**2), dtype=torch.uint8, generator=generator),
+        "image_grid_thw": torch.tensor([[1, height, width]]),
+        SCALES: torch.full((2, 2, 3), 127.5),
+    }
+
+
+def records(config: Any, tokens: int, count: int, taught: int, seed: int) -> list[Row]:
+    """`count` records that fill a row of about `tokens`, most of them pictures: no two rows and no two records have one size."""
+    draw, made = random.Random(seed), []
+    for _ in range(count):
+        length = tokens // count - draw.randrange(tokens // count // 16)
+        side = int((4 * (length - taught // count) * 0.95) ** 0.5) // 2 * 2  # patches, if it were a square
+        height = side - 2 * draw.randrange(1 + side // 8)
+        made.append(record(config, length, height, side, taught // count, draw))
+    return made
+
+
+def floor_flops(config: Any, model: Any, rows: Sequence[Row]) -> float:
+    """What the rows cannot do without, with a frozen base and tower: 2 FLOPs a weight and token forward, 2 back; taught tokens
+    for the LM head, their own record for attention, 6 for weights of LoRA."""
+    language, tower = config.text_config, config.vision_config
+    width = getattr(tower, "embed_dim", tower.hidden_size)
+    heads = language.num_attention_heads * (
+        getattr(language, "head_dim", None) or language.hidden_size // language.num_attention_heads
+    )
+    whole = set(getattr(tower, "fullatt_block_indexes", range(tower.depth)))
+    sizes = {"layers": 0, "lora_": 0, "merger": 0, "tower": 0}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "pos_embed" not in name and ("visual" in name or ".layers." in name):
+            part = (
+                next(part for part in ("lora_", "merger", "tower") if part in name or part == "tower") if "visual" in name else None
+            )
+            sizes[part or ("lora_" if "lora_" in name else "layers")] += parameter.numel()
+    total = 0.0
+    for row in rows:
+        tokens, patches = row["input_ids"].numel(), len(row["pixel_values"])
+        bounds = row["cu_seq_lens_q"].tolist() if "cu_seq_lens_q" in row else [0, tokens]
+        taught = int((row["labels"] != IGNORE).sum())
+        total += tokens * (4 * sizes["layers"] + 6 * sizes["lora_"]) + 4 * taught * language.vocab_size * language.hidden_size
+        total += 2 * patches * (sizes["tower"] + sizes["merger"] / 4)
+        total += sum(6 * (end - start) ** 2 * heads for start, end in pairwise(bounds)) * language.num_hidden_layers
+        for _, height, width_p in row["image_grid_thw"].tolist():
+            own = height * width_p
+            total += 4 * own * width * (own * len(whole) + 64 * (tower.depth - len(whole)))
+    return total
+
+
+def wait() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - began
+
+
+def clear() -> None:
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib() -> float:
+    """Of the allocator since `clear`; without a GPU, of the process."""
+    return torch.cuda.max_memory_reserved() / GIB if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def matmul_flops() -> float:
+    """FLOPs a second of a large matmul in the dtype of the model."""
+    size = 8192 if CUDA else 512
+    left, right = (torch.randn(size, size, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    return 2 * size**3 / statistics.median([seconds(lambda: left @ right) for _ in range(13)][3:])
+
+
+class Report:
+    """Writes a line as soon as it is measured, so that what a process had stays when it dies."""
+
+    def __init__(self, path: Path, part: str):
+        self.path, self.part = path, part
+
+    def add(self, name: str, problem: str = "", **values: Any) -> None:
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
+        print(f"{self.part}: {name}: {problem or shown}", file=sys.stderr, flush=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"part": self.part, "name": name, "problem": problem, **values}) + "\n")
+
+    def measure(self, name: str, work: Callable[[], dict[str, Any]], must_fit: bool = True) -> None:
+        """Adds what `work` finds, or its error. Where it need not fit, out of memory is a finding."""
+        clear()
+        try:
+            self.add(name, **work())
+        except torch.OutOfMemoryError:
+            self.add(name, "out of memory" if must_fit else "", result="out of memory")
+        except Exception as error:
+            traceback.print_exc()
+            self.add(name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+# The stages.
+
+
+def backends(report: Report, folder: Path) -> None:
+    """What is there, and what `auto` makes of it."""
+    card = torch.cuda.get_device_properties(0) if CUDA else None
+    report.add("device", result=f"{card.name}, {card.total_memory / GIB:.1f} GiB, sm_{card.major}{card.minor}" if card else "CPU")
+    report.add("torch", result=f"{torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
+    model = load_base(ROOT / "data/tiny", "auto", packed=True)
+    report.add("dtype: auto", result=str(model.dtype).removeprefix("torch."))
+    report.add("attn_implementation: auto", result=attention_of(model))
+    report.add("flash-attn", result="installed" if is_flash_attn_2_available() else "not installed")
+    report.add("varlen_attn takes", result=", ".join(list(signature(varlen.varlen_attn).parameters)[7:]))
+    on = [name for name in ("cudnn", "flash", "mem_efficient", "math") if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
+    report.add("kernels of sdpa that are on", "cudnn is on" if "cudnn" in on else "", result=", ".join(on))
+    report.measure("matmul", lambda: {"result": f"{matmul_flops() / 1e12:.4g} TFLOP/s in {DTYPE}".replace("torch.", "")})
+
+
+def kernels(report: Report, folder: Path) -> None:
+    """Attention by segments, as rows and towers call it, against sdpa for each segment, both compared with float64."""
+    lengths = [1, 17, 128, 300, 66, 5] if CUDA else [1, 17, 40, 5]
+    bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    for heads, kv_heads, size, causal in ((28, 4, 128, True), (32, 8, 128, True), (16, 16, 80, False), (16, 16, 72, False)):
+        module = torch.nn.Identity()
+        module.is_causal, module.num_key_value_groups = causal, heads // kv_heads
+        torch.manual_seed(0)
+        states = [torch.randn(1, of, sum(lengths), size, device=DEVICE) for of in (heads, kv_heads, kv_heads)]
+        upstream = torch.randn(1, sum(lengths), heads, size, device=DEVICE)
+
+        def run(dtype: torch.dtype, packed: bool, module: Any = module, states: Any = states, upstream: Any = upstream) -> Any:
+            leaves = [of.to(dtype, copy=True).requires_grad_() for of in states]
+            if packed:
+                out = attention(module, *leaves, None, cu_seq_lens_q=bounds, max_length_q=max(lengths))[0]
+            else:
+                parts = zip(*(of.split(lengths, 2) for of in leaves), strict=True)
+                out = torch.cat([attention(module, *part, None)[0] for part in parts], 1)
+            out.backward(upstream.to(dtype))
+            return [out.detach().double(), *(of.grad.double() for of in leaves)]
+
+        def compare(name: str, run: Callable[..., Any] = run) -> dict[str, Any]:
+            wanted = run(torch.float64, packed=False)
+            ours, plain = (
+                max(((one - of).abs().max() / of.abs().max()).item() for one, of in zip(found, wanted, strict=True))
+                for found in (run(DTYPE, packed=True), run(DTYPE, packed=False))
+            )
+            if not max(ours, plain) <= max(8 * torch.finfo(DTYPE).eps, 1e-5):
+                raise ArithmeticError(f"packed differs from float64 by {ours:.3g}, one by one by {plain:.3g}")
+            return {"packed": ours, "one by one": plain}
+
+        what = f"{heads} heads of {size}, {kv_heads} of keys{', causal' * causal}"
+        report.measure(f"attention forward and back, {what}", partial(compare, what))
+
+
+def rows(report: Report, folder: Path) -> None:
+    """A packed row of each family against its records in rows of their own: the loss and the gradients of LoRA."""
+    for name in ("Qwen2-VL-7B", "Qwen2.5-VL-7B", "Qwen3-VL-8B"):
+
+        def compare(name: str = name) -> dict[str, Any]:
+            config = config_of(name, toy=True)
+            run = trained(config)
+            examples = records(config, 400, 3, 60, seed=0)
+
+            def gradients(of: Sequence[Row]) -> tuple[float, torch.Tensor]:
+                run.model.zero_grad()
+                losses = [loop.row_loss(run, row) for row in of]
+                sum(losses).backward()  # type: ignore[union-attr]
+                return sum(loss.item() for loss in losses), torch.cat([p.grad.flatten() for p in trainable(run.model).values()])
+
+            (packed, ours), (single, wanted) = gradients([join(examples)]), gradients([join([one]) for one in examples])
+            loss, gradient = abs(packed / single - 1), ((ours - wanted).abs().max() / wanted.abs().max()).item()
+            rounding = torch.finfo(DTYPE).eps
+            if not (loss <= max(rounding, 1e-5) and gradient <= max(8 * rounding, 1e-4)):
+                raise ArithmeticError(f"the loss differs by {loss:.3g}, a gradient by {gradient:.3g}")
+            return {"loss differs by": loss, "gradients by": gradient}
+
+        report.measure(f"{name.rsplit('-', 1)[0]}, packed and one by one", compare)
+
+
+def command(arguments: Sequence[str], log: Path, fills: bool = False) -> None:
+    """`qwenvl-ft`, in this process, into a log. With `fills`, memory is out in the fourth step."""
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), number)
+    calls = iter(range(1, 99))
+
+    def filled(*given: Any, stock: Any = loop.train_step) -> Any:
+        if next(calls) == 4:
+            if not CUDA:
+                raise torch.OutOfMemoryError("forced, without a GPU")
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1e-6)
+        return stock(*given)
+
+    if fills:
+        loop.train_step = filled
+    command_line(list(arguments))
+
+
+def commands(report: Report, folder: Path) -> None:
+    """train, out of memory, resume, export and ask, each in a process of its own, on data/tiny."""
+    few, empty = folder / "few.json", folder / "empty.yaml"
+    few.write_text(json.dumps(json.loads((ROOT / "data/sample/train.json").read_text())[:12]))
+    empty.write_text("seed: 42\n")
+    tiny = str(ROOT / "data/tiny")
+    settings = [
+        "train", "--config", str(empty), f"model={tiny}", f"train_meta_file={few}", f"train_data_dir={ROOT / 'data/sample/images'}",
+        "max_pixels=50176", "row_tokens=1024", "rows_per_step=2", "max_steps=6", "save_steps=3", "learning_rate=1e-3",
+    ]  # fmt: skip
+
+    def run(name: str, *arguments: str, code: int = 0, says: str = "", fills: bool = False) -> str:
+        log = folder / f"{name}.log"
+        began = time.perf_counter()
+        process = CONTEXT.Process(target=command, args=(arguments, log, fills))
+        process.start()
+        process.join()
+        said = log.read_text(errors="replace")
+        wrong = process.exitcode != code or says not in said or "Traceback" in said
+        last = (said.strip().splitlines() or ["nothing"])[-1]
+        problem = f"exit code {process.exitcode}, {code} expected; it said: {last}" if wrong else ""
+        report.add(name, problem, result=f"{time.perf_counter() - began:.1f} s")
+        return said
+
+    whole, broken = folder / "whole", folder / "broken"
+    run("train, 6 steps", *settings, f"output_dir={whole}")
+    run("train, out of memory in step 4", *settings, f"output_dir={broken}", code=1, says="goes on from checkpoint-3", fills=True)
+    run("train, resumed", *settings, f"output_dir={broken}", "resume=true", says="going on from")
+
+    def apart() -> dict[str, float]:
+        losses = [[json.loads(line)["loss"] for line in (of / "metrics.jsonl").read_text().splitlines()] for of in (whole, broken)]
+        found = max(abs(one / other - 1) for one, other in zip(*losses, strict=True))
+        if not found <= (0.05 if CUDA else 0.0):  # kernels on a GPU add up in any order
+            raise ArithmeticError(f"they differ by {found:.3g}")
+        return {"loss differs by": found}
+
+    report.measure("losses, whole and resumed", apart)
+    run("export", "export", "--adapter", str(whole), "--out", str(folder / "merged"), says="merged into")
+    picture = str(next((ROOT / "data/sample/images").glob("*.png")))
+    run("ask", "ask", str(folder / "merged"), "--image", picture, "--max-new-tokens", "8", "What is it?")
+
+
+@contextmanager
+def allowed(gib: float | None) -> Iterator[None]:
+    """Within so much of the GPU's memory, the rest of its allocator's 1.3 GiB being CUDA's own."""
+    if not (CUDA and gib):
+        yield
+        return
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (gib - 1.3) * GIB / torch.cuda.get_device_properties(0).total_memory))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def training(
+    run: Any, config: Any, matmul: float, attends: str = "varlen", recompute: bool = True, tokens: int = 4096, taught: int = 410,
+    chunk: int = head.CHUNK, cudnn: bool = False, gib: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Steps of one row, no two of one size; the first two are not counted."""
+    if not CUDA:
+        tokens, taught = tokens // 16, taught // 16
+    made = [join(records(config, tokens, 3 * tokens // (4096 if CUDA else 256), taught, seed)) for seed in range(10 if CUDA else 4)]
+    if CUDA:
+        made = [
+            {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in row.items()} for row in made
+        ]
+    for module in run.model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = VARLEN if attends == "varlen" else attends
+    run.model.train()
+    if recompute:
+        run.model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        run.model.gradient_checkpointing_disable()
+    optimizer = torch.optim.AdamW(trainable(run.model).values(), lr=1e-5, fused=CUDA or None)
+
+    def step(row: Row) -> None:
+        loop.row_loss(run, row).div(taught).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    head.CHUNK = chunk
+    try:
+        with allowed(gib):
+            times = [seconds(partial(step, row)) for row in made][2:]
+    finally:
+        optimizer.zero_grad()
+        head.CHUNK = CHUNK
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    counted = made[2:]
+    done = sum(row["input_ids"].numel() for row in counted)
+    return {
+        "tokens/s": done / sum(times), "ms a row": 1000 * sum(times) / len(times), "slowest ms": 1000 * max(times),
+        "MFU %": 100 * floor_flops(config, run.model, counted) / sum(times) / matmul, "peak GiB": peak_gib(),
+    }  # fmt: skip
+
+
+CHUNK = head.CHUNK
+LINES: dict[str, dict[str, Any]] = {
+    "varlen, recomputing, head by chunks": {},
+    "sdpa with a mask": {"attends": "sdpa"},
+    "sdpa with a mask, cuDNN on": {"attends": "sdpa", "cudnn": True},
+    "varlen, cuDNN on": {"cudnn": True},
+    "nothing recomputed": {"recompute": False},
+    "2,048 tokens taught, head by chunks": {"taught": 2048},
+    "2,048 tokens taught, head at once": {"taught": 2048, "chunk": 2**30},
+    "rows of 8,192": {"tokens": 8192, "taught": 820},
+    "rows of 8,192, sdpa with a mask": {"tokens": 8192, "taught": 820, "attends": "sdpa"},
+    "in 24 GiB": {"gib": 24.0},
+}
+
+
+def levers(report: Report, folder: Path) -> None:
+    config, matmul = config_of(LEVERS), matmul_flops()
+    run = trained(config)
+    report.add(f"{LEVERS}, LoRA r16 on language", result=f"matmul {matmul / 1e12:.4g} TFLOP/s")
+    for name, settings in LINES.items():
+        report.measure(name, partial(training, run, config, matmul, **settings), must_fit="gib" in settings)
+
+
+def models(report: Report, folder: Path, name: str) -> None:
+    config, matmul = config_of(name), matmul_flops()
+    run = trained(config)
+    for title, recompute in (("recomputing", True), ("nothing recomputed", False)):
+        work = partial(training, run, config, matmul, recompute=recompute)
+        report.measure(f"{name}, {title}", work, must_fit=recompute)
+
+
+def generate(report: Report, folder: Path, name: str) -> None:
+    """Greedy answers of one length to a picture of 1,280 tokens and a question of 64."""
+    config = config_of(name)
+    model = random_model(config, "sdpa").eval()
+    height, width, asks, answer = (64, 80, 64, 64) if CUDA else (8, 8, 8, 8)
+    seen = height * width // 4
+
+    def answering(batch: int) -> dict[str, Any]:
+        row = join([record(config, seen + 2 + asks, height, width, 1, random.Random(seed)) for seed in range(batch)])
+        ids = row["input_ids"].view(batch, -1)
+        shown = as_floats({key: row[key] for key in ("pixel_values", "image_grid_thw", SCALES)})
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == PICTURE).int(), **shown}
+        inputs = {key: value.to(DEVICE) for key, value in inputs.items()}
+
+        def say(tokens: int) -> float:
+            model.generation_config = GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0)  # and no end
+            with torch.inference_mode():
+                return seconds(lambda: model.generate(**inputs))
+
+        say(2)
+        first, whole = say(1), say(1 + answer)
+        return {"read tokens/s": ids.numel() / first, "written tokens/s": batch * answer / max(whole - first, 1e-9),
+                "ms a token": 1000 * (whole - first) / answer, "peak GiB": peak_gib()}  # fmt: skip
+
+    for batch in (1, 8, 32) if CUDA else (1, 3):
+        report.measure(f"{name}, batch {batch}", partial(answering, batch), must_fit=batch == 1)
+
+
+STAGES: dict[str, dict[str, Callable[[Report, Path], None]]] = {
+    "smoke": {"backends": backends, "attention": kernels, "rows": rows, "commands": commands},
+    "levers": {"levers": levers},
+    "models": {name: partial(models, name=name) for name in SHAPES if name != LEVERS},
+    "generate": {name: partial(generate, name=name) for name in ("Qwen2-VL-2B", "Qwen2-VL-7B", "Qwen3-VL-8B")},
+}
+CONTEXT: Any = get_context("spawn" if CUDA else "fork")  # a fork cannot use CUDA once its parent has looked at it; it is quicker
+
+
+def work(stage: str, part: str, results: Path, folder: Path) -> None:
+    """One part, in a process and a process group of its own."""
+    os.setsid()
+    folder.mkdir()
+    os.environ |= {"XDG_CACHE_HOME": str(folder), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    STAGES[stage][part](Report(results, part), folder)
+
+
+def run_stage(stage: str, minutes: float, folder: Path) -> list[dict[str, Any]]:
+    """The lines of a stage; a part that dies, or that is not done when the stage's time is up, has one that says so."""
+    end, results = time.monotonic() + 60 * minutes, folder / f"{stage}.jsonl"
+    results.touch()
+    for part in STAGES[stage]:
+        process = CONTEXT.Process(target=work, args=(stage, part, results, folder / f"{stage} {part}"))
+        process.start()
+        try:
+            process.join(max(1.0, end - time.monotonic()))
+            late = process.is_alive()
+        finally:  # nothing is left on the device, whoever ended this
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+        process.join()
+        if late:
+            Report(results, part).add("not finished", f"the {minutes:g} minutes of the stage were over")
+        elif process.exitcode:
+            Report(results, part).add("not finished", f"the process ended with exit code {process.exitcode}; see above")
+    return [json.loads(line) for line in results.read_text().splitlines()]
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown; a column for each value that any line has."""
+    columns = list(dict.fromkeys(key for line in lines for key in line if key not in ("part", "name", "problem")))
+    shown = [
+        [
+            line["name"],
+            *(f"{value:,.4g}" if isinstance(value := line.get(key, ""), float) else str(value) for key in columns),
+            f"**{line['problem']}**" if line["problem"] else "",
+        ]
+        for line in lines
+    ]
+    heads = ["", *columns, "wrong"]
+    rows = [heads, ["---"] * len(heads), *shown]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=["all", *STAGES], default="all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go for a program, too")
+    parser.add_argument("--minutes", type=float, default=9, help="the limit of a stage (default %(default)s)")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if not CUDA:
+        print(f"CPU, toy sizes; {ASKED}.")
+    device = torch.cuda.get_device_name() if CUDA else "CPU, toy sizes: no figure means anything"
+    found = {"device": device, "torch": torch.__version__, "stages": {}}
+    with tempfile.TemporaryDirectory() as name:
+        for stage in STAGES if arguments.stage == "all" else [arguments.stage]:
+            lines = run_stage(stage, arguments.minutes, Path(name))
+            found["stages"][stage] = lines
+            print(f"\n### {stage}: {device}, torch {torch.__version__}\n\n{table(lines)}", flush=True)
+            if arguments.json:  # after each stage: the next one may be cut off from outside
+                arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    wrong = [line["name"] for lines in found["stages"].values() for line in lines if line["problem"]]
+    print(f"\n{len(wrong)} wrong: {'; '.join(wrong)}" if wrong else "\nnothing wrong")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

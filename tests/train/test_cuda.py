@@ -1,0 +1,128 @@
+"""What training does where there is a GPU, as far as it shows without one."""
+
+import multiprocessing
+import os
+from types import SimpleNamespace
+
+import accelerate
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from qwenvl_ft.data.rows import Rows
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.runs import checkpoints
+from qwenvl_ft.model.load import load_base
+from qwenvl_ft.train import loop
+from qwenvl_ft.train.state import Run
+from tests.conftest import TINY
+from tests.runs import adapter, config, few_records, run, same
+from tests.train.conftest import SETTINGS
+
+FULL = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 1.16 GiB. GPU 0 has a total capacity of 23.64 GiB of which 0.50 GiB is free. "
+    "Of the allocated memory 21.00 GiB is allocated by PyTorch, and 1.00 GiB is reserved by PyTorch but unallocated."
+)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_row_that_does_not_fit_is_named_and_what_is_saved_goes_on(checkpointing, plain, tmp_path, monkeypatch):
+    """It was a traceback of 55 lines."""
+    calls = iter(range(99))
+
+    def filled(*args, stock=loop.row_loss):
+        if next(calls) == 5:  # in the third step
+            raise FULL
+        return stock(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError) as stopped:
+        patched.setattr(loop, "row_loss", filled)
+        patched.setattr(torch.cuda, "max_memory_allocated", lambda: 21 * 2**30)
+        run(tmp_path, **SETTINGS, gradient_checkpointing=checkpointing)
+    (problem,) = stopped.value.problems
+    assert "few.json[" in problem.where and "with 21.0 GiB of tensors at the peak: CUDA out of memory." in problem.what
+    assert "0.50 GiB is free." in problem.what and "reserved by PyTorch" not in problem.what
+    assert "goes on from checkpoint-2" in problem.fix
+    key = "lower row_tokens (now 700) or max_pixels (now 1003520)" if checkpointing else "set gradient_checkpointing: true"
+    assert key in problem.fix
+    if not checkpointing:  # recomputing is another order of sums
+        assert same(run(tmp_path, **SETTINGS, resume=True), adapter(plain))
+
+
+def test_held_out_records_that_do_not_fit_are_named_too(tmp_path, monkeypatch):
+    def filled(of, row, stock=loop.row_loss):
+        if not of.model.training:
+            raise FULL
+        return stock(of, row)
+
+    monkeypatch.setattr(loop, "row_loss", filled)
+    with pytest.raises(UserError, match=r"few\.json\[0\].* does not fit"):
+        run(tmp_path, max_steps=1, eval_meta_file=few_records(tmp_path))
+
+
+def test_a_model_that_does_not_fit_is_said_in_words(tmp_path, monkeypatch):
+    def full(*args):
+        raise FULL
+
+    monkeypatch.setattr(accelerate.Accelerator, "prepare", full)
+    with pytest.raises(UserError, match=r"model: data/tiny: .* does not fit(?s:.*)nothing is saved yet"):
+        run(tmp_path)
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_cudnns_attention_is_off_once_a_model_is_loaded():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_base(TINY, "float32")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_an_error_that_nobody_foresaw_leaves_no_worker_that_the_exit_waits_for(tmp_path, monkeypatch):
+    """They ignore signals: a run that was over with its traceback on the screen never ended, and kept its GPU."""
+
+    def broken(*args):
+        raise KeyError("forced")
+
+    monkeypatch.setattr(loop, "train_step", broken)
+    with pytest.raises(KeyError) as held:  # as the interpreter does to its end
+        run(tmp_path, dataloader_num_workers=1)
+    assert held.tb and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "fused"),
+    [("cpu", DistributedType.NO, None), ("cuda", DistributedType.NO, True), ("cuda", DistributedType.DEEPSPEED, None)],
+)
+def test_the_optimizer_is_one_kernel_on_a_gpu(device, kind, fused, tmp_path):
+    accelerator = SimpleNamespace(device=torch.device(device), distributed_type=kind)
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    assert loop.new_optimizer(weights, config(tmp_path), accelerator).defaults["fused"] is fused
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_are_pinned_for_a_gpu_and_come_through_it_whole(device, monkeypatch):
+    holder = SimpleNamespace(
+        accelerator=SimpleNamespace(device=torch.device(device)),
+        config=SimpleNamespace(dataloader_num_workers=0),
+        rows_of=lambda of: SimpleNamespace(built_or_problems=None),
+    )
+    loader = Run.loader(holder, [0, None], SimpleNamespace(plan=SimpleNamespace(rows=[[0]])))
+    assert loader.pin_memory == (device == "cuda") and list(loader.sampler) == [0, 0]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    problem = Problem("here", "is broken", "mend it")
+    row, problems = pin_memory(({"labels": torch.ones(2), "max_length_q": 3}, [problem]))
+    assert row["labels"].sum() == 2 and row["max_length_q"] == 3 and problems == [problem]
+    error = UserError(problem)
+    assert pin_memory(error) is error
+
+
+def test_held_out_rows_are_built_by_the_workers(tmp_path, monkeypatch):
+    def noted(self, index, stock=Rows.build):
+        with (tmp_path / "built_by").open("a") as file:
+            file.write(f"{os.getpid()} {len(self)}\n")
+        return stock(self, index)
+
+    monkeypatch.setattr(Rows, "build", noted)
+    run(tmp_path, max_steps=1, rows_per_step=1, eval_meta_file=few_records(tmp_path), dataloader_num_workers=1)
+    by = [line.split()[0] for line in (tmp_path / "built_by").read_text().splitlines()]
+    assert len(set(by)) == 2 and str(os.getpid()) not in by  # one for training, one for evaluation
