@@ -5,10 +5,12 @@ The same numbers come out here, by a kernel for segments on a GPU, elsewhere by 
 """
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -57,15 +59,7 @@ def attention(
     if cu_seq_lens_q is None or len(cu_seq_lens_q) == 2:
         return dense(*states), None
     if query.is_cuda and query.dtype in HALF:
-        from torch.nn.attention.varlen import varlen_attn
-
-        bounds, longest = cu_seq_lens_q, int(max_length_q or cu_seq_lens_q.diff().max())
-        query, key, value = (of[0].transpose(0, 1) for of in states)
-        seen = (-1, 0 if causal else -1)
-        found = varlen_attn(
-            query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=seen, enable_gqa=True
-        )  # fmt: skip
-        return cast(torch.Tensor, found)[None], None
+        return by_kernel(*states, cu_seq_lens_q, int(max_length_q or cu_seq_lens_q.diff().max()), scaling, causal), None
     lengths: list[int] = cu_seq_lens_q.diff().tolist()
     segments = list(zip(*(of.split_with_sizes(lengths, dim=2) for of in states), strict=True))
     attended: list[torch.Tensor] = [query] * len(segments)
@@ -74,6 +68,25 @@ def attention(
         for place, one in zip(places, together.unbind(), strict=True):
             attended[place] = one
     return torch.cat(attended)[None], None
+
+
+def by_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    causal: bool,
+) -> torch.Tensor:
+    """`attention` by torch's kernel for segments, the longest of which has so many tokens. For CUDA and half precision."""
+    more: dict[str, Any] = (
+        {"enable_gqa": True} if "enable_gqa" in signature(varlen.varlen_attn).parameters else {}
+    )  # torch 2.11 does not ask
+    query, key, value = (of[0].transpose(0, 1) for of in (query, key, value))
+    seen = (-1, 0 if causal else -1)
+    found = varlen.varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=seen, **more)
+    return cast(torch.Tensor, found)[None]
 
 
 def _by_length(lengths: Sequence[int]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.rows import Rows, as_floats, join
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.model import head
-from qwenvl_ft.model.attention import attention, attention_of
+from qwenvl_ft.model.attention import attention, attention_of, by_kernel
 from qwenvl_ft.model.load import PatchEmbedding, add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss, taught, vision_features
 
@@ -91,6 +91,34 @@ def test_attention_by_segments_is_that_of_records_one_by_one(job, family_model, 
     assert attention_of(varlen) == "varlen" and attention_of(stock) == "sdpa"
     assert packed == pytest.approx(single, rel=1e-5)
     assert (packed_gradients - single_gradients).abs().max() < 1e-4 * single_gradients.abs().max()
+
+
+@pytest.mark.parametrize("torch_2_11", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_kernel_for_a_gpu_is_asked_for_what_is_computed_without_one(causal, torch_2_11, monkeypatch):
+    """Its stand-in has the arguments of torch 2.11, or of newer ones, and attends as their documentation says."""
+    torch.manual_seed(0)
+    module = torch.nn.Identity()
+    module.num_key_value_groups = 2
+    query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    bounds = torch.tensor([0, 4, 5, 9], dtype=torch.int32)
+
+    def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        assert query.shape == (9, 4, 8) and key.shape == value.shape == (9, 2, 8) and max_q == max_k == 4
+        parts = []
+        for start, end in zip(cu_seq_q.tolist(), cu_seq_k[1:].tolist(), strict=False):
+            own = [of[start:end].transpose(0, 1) for of in (query, key, value)]
+            right = window_size == (-1, 0)
+            parts.append(functional.scaled_dot_product_attention(*own, scale=scale, is_causal=right, enable_gqa=True))
+        return torch.cat([part.transpose(0, 1) for part in parts])
+
+    def new(*states, enable_gqa=False, **more):
+        assert enable_gqa
+        return old(*states, **more)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", old if torch_2_11 else new)
+    wanted, _ = attention(module, query, key, value, None, scaling=0.3, is_causal=causal, cu_seq_lens_q=bounds)
+    assert torch.allclose(by_kernel(query, key, value, bounds, 4, 0.3, causal), wanted, atol=1e-6)
 
 
 def test_a_sliding_window_is_refused_rather_than_passed_over():
