@@ -37,8 +37,9 @@ class Forks:
         return json.loads(self.process.stdout.readline()), (folder / "log").read_text()
 
     def stop(self) -> None:
+        """By an empty line: the end of the pipe comes only once every fork of this process, such as a loader's worker, has gone."""
         if self.process:
-            self.process.communicate()
+            self.process.communicate("\n")
 
 
 def train_two(forks: Forks, folder: Path, zero_stage: int = 0, **settings) -> Path:
@@ -69,7 +70,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import_everything()
-    for line in sys.stdin:
+    while line := sys.stdin.readline().strip():
         way, settings, log, fault = json.loads(line)
         module, name, *arguments = fault
         training = Training(Way(*way), settings, Path(log), getattr(import_module(module), name)(*arguments))
