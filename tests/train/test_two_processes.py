@@ -2,11 +2,17 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
 
+from qwenvl_ft.train import loop
+from qwenvl_ft.train.state import Run
 from tests.forked import train_two
-from tests.runs import ROOT, adapter, difference, launch, metrics, same
+from tests.runs import ROOT, adapter, config, difference, launch, metrics, same
 from tests.train.conftest import SETTINGS
 
 
@@ -22,6 +28,34 @@ def test_two_processes_end_where_one_does(plain, two):
     assert difference(adapter(plain), adapter(two)) < 1e-3
     for one, other in zip(metrics(plain), metrics(two), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_gradients_are_exchanged_once_a_step(monkeypatch, tmp_path):
+    """With every row they were, since its forward ran outside of no_sync."""
+    exchanged, rows = [], [0, 1, 2]
+
+    def exchange(state, bucket):
+        exchanged.append(bucket.buffer().clone())
+        (future := torch.futures.Future()).set_result(bucket.buffer())
+        return future
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(4, 1))
+        model.register_comm_hook(None, exchange)
+        bare, run = model.module, Run.__new__(Run)
+        run.config, run.model, run.bare, run.deepspeed = config(tmp_path), model, bare, False
+        run.optimizer = torch.optim.SGD(bare.parameters(), lr=0.0)
+        run.accelerator = Accelerator(cpu=True)
+        monkeypatch.setattr(run.accelerator, "no_sync", lambda of: of.no_sync())  # as it does where processes are several
+        run.prepared = SimpleNamespace(taught_tokens=lambda row: 1)
+        monkeypatch.setattr(loop, "row_loss", lambda run, row: run.model(row["x"]).sum())
+        built = [({"x": torch.full((1, 4), float(row)), "labels": torch.tensor([[1]])}, []) for row in rows]
+        loop.train_step(run, 0, rows, iter(built), SimpleNamespace(stop=lambda *of, **named: 0))
+    finally:
+        torch.distributed.destroy_process_group()
+    (sums,) = exchanged
+    assert sums.tolist() == pytest.approx([1.0] * 5)  # of rows of 0, 1 and 2, by 3 tokens
 
 
 def test_two_processes_go_on_where_one_stopped(plain, tmp_path, forks):
