@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import get_context
 from threading import Thread
 from typing import Any
 
@@ -81,6 +82,20 @@ class Signals:
         ending = self.launched and kind is SystemExit
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_IGN if ending else handler)
+
+
+class Worker(get_context().Process):  # type: ignore[misc]
+    """A process that decodes pictures. It ignores the signal by which torch ends one that hangs."""
+
+    def terminate(self) -> None:
+        """At once; torch has asked it to end before, and waited."""
+        self.kill()
+
+
+class Workers(type(get_context())):  # type: ignore[misc]
+    """What starts them, as Python does here."""
+
+    Process = Worker
 
 
 def begin_worker(worker: int) -> None:

@@ -31,7 +31,7 @@ from qwenvl_ft.folders.model import ADAPTER_WEIGHTS, read_model_json
 from qwenvl_ft.folders.runs import PICTURE_HASHES, PROCESSORS, checkpoints, newest, rotate
 from qwenvl_ft.folders.whole import short_hash, write_json, write_whole
 from qwenvl_ft.model.load import trainable
-from qwenvl_ft.train.launch import begin_worker
+from qwenvl_ft.train.launch import Workers, begin_worker
 from qwenvl_ft.train.output_dir import Metrics
 
 PARTS = ".parts"  # in a run's folder, while it saves: what each process adds to the checkpoint
@@ -78,7 +78,8 @@ class Run:
         every = range(len(of.plan.rows))
         # A range does for a Dataset and a generator for a Sampler, whatever their types say.
         return DataLoader(every, sampler=order, batch_size=None, num_workers=workers, collate_fn=build,  # type: ignore[arg-type]
-                          worker_init_fn=begin_worker, pin_memory=self.accelerator.device.type == "cuda")  # fmt: skip
+                          worker_init_fn=begin_worker, multiprocessing_context=Workers() if workers else None,
+                          pin_memory=self.accelerator.device.type == "cuda")  # fmt: skip
 
     def exchange(self, last: bool) -> AbstractContextManager[None]:
         """Forward and backward of one row; the processes exchange their gradients with the last row of a step, and only then."""

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 from types import SimpleNamespace
 
 import accelerate
@@ -87,6 +88,25 @@ def test_an_error_that_nobody_foresaw_leaves_no_worker_that_the_exit_waits_for(t
     with pytest.raises(KeyError) as held:  # as the interpreter does to its end
         run(tmp_path, dataloader_num_workers=1)
     assert held.tb and not multiprocessing.active_children()
+
+
+def test_a_worker_that_hangs_is_ended_with_the_run(tmp_path, monkeypatch):
+    """It ignores the signal by which torch would end it, and the run waited for it for ever."""
+
+    def hung(*args):
+        if multiprocessing.parent_process():
+            (tmp_path / "hangs").touch()
+            time.sleep(1000)
+        while not (tmp_path / "hangs").exists():
+            time.sleep(0.01)
+        raise KeyError("forced")
+
+    monkeypatch.setattr(Rows, "build", hung)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr(loop, "train_step", hung)
+    with pytest.raises(KeyError):
+        run(tmp_path, dataloader_num_workers=1)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
