@@ -9,6 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from traceback import clear_frames
 from typing import NamedTuple, NoReturn
@@ -57,11 +58,12 @@ def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Built | U
     run.model.train()
     mine = run.mine(rows, prepared)
     planned = divisor = sum(prepared.taught_tokens(row) for row in rows)
-    built = (raised_here(next(loader)) for _ in mine)
+    # Not a generator, whose closure would keep the loader alive after an error.
+    built: Iterator[Built] = map(raised_here, islice(loader, len(mine)))
     # DeepSpeed's engine clips and steps in the last backward: what is really taught has to be known before the first.
     if run.deepspeed and run.config.on_bad_record == "skip":
         held = list(built)
-        built = (one for one in held)
+        built = iter(held)
         here = sum(taught_tokens(tensors) for row, (tensors, _) in zip(mine, held, strict=True) if row is not None)
         divisor = max(1, int(accelerator.reduce(torch.tensor(here, device=accelerator.device)).item()))
     counted = Count(run)

@@ -1,6 +1,7 @@
 """The loop: one division, one result for one process and two, going on where a run was cut off, stopping rather than spoiling."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -401,3 +402,4 @@ def test_a_picture_that_changes_during_a_run_is_named(workers, tmp_path, monkeyp
         run(tmp_path, train_data_dir=tmp_path / "images", dataloader_num_workers=workers)
     (problem,) = error.value.problems
     assert problem.where.startswith("few.json[") and problem.what.endswith("is empty")
+    assert error.tb and not multiprocessing.active_children()
