@@ -120,6 +120,14 @@ def draw_checks(checks: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, checks[key]["shown"]) for key, name in names.items() if key in checks]
 
 
+def draw_paid(paid: dict[str, int], tokens: int) -> list[tuple[str, str]]:
+    """A row for `draw_counts`, where records share their beginning: what they show, and how much of it is run."""
+    if paid["tokens"] == tokens:
+        return []
+    shown = f"{paid['media_shown']:,} pictures and videos shown, {paid['media']:,} paid for; " * (paid["media_shown"] > 0)
+    return [("shared", f"{shown}{paid['tokens']:,} tokens run, {tokens / paid['tokens']:.1f} times fewer")]
+
+
 def draw_plan(summary: dict[str, Any]) -> Table:
     """What `qwenvl-ft plan` shows."""
     tokens = summary["tokens"]
@@ -131,6 +139,7 @@ def draw_plan(summary: dict[str, Any]) -> Table:
             f"{summary['pictures']:,}, {summary['pictures_shrunk']:,} of them made smaller, by max_pixels or rounding",
         ),
         ("tokens", f"{tokens['total']:,} ({tokens['min']:,} to {tokens['max']:,} a record, median {tokens['median']:,})"),
+        *draw_paid(summary["paid"], tokens["total"]),
         ("taught", f"{summary['taught_tokens']:,} tokens"),
         ("rows", f"{summary['rows']:,} of {summary['row_tokens']:,} tokens, {summary['fill']:.1%} full"),
         ("steps", f"{summary['steps']:,} ({summary['steps_per_epoch']:,} an epoch)"),

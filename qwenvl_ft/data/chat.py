@@ -83,6 +83,18 @@ class Script:
             labels += [label] * count
         return ids, labels
 
+    def shared_with(self, before: "Script") -> int:
+        """How many tokens, widened, both begin with: all media and nothing that is taught lie in them, and what follows them is not
+        taught either. 0 for a script of other media."""
+        if self.media != before.media:
+            return 0
+        untaught = [next((at for at, label in enumerate(of.labels) if label != IGNORE), len(of.ids)) for of in (self, before)]
+        most = max(0, min(untaught) - 1)
+        same = zip(self.ids[:most], before.ids, strict=False)
+        end = next((at for at, (own, other) in enumerate(same) if own != other), most)
+        whole = sum(id in self.placeholders for id in self.ids[:end]) == len(self.counts)
+        return end + sum(self.counts) - len(self.counts) if whole else 0
+
 
 def runs_of(medium: Medium, grid: tuple[int, int, int], family: Family) -> list[tuple[int, int, int]]:
     """The grid of each run of a medium's tokens: a video whose times are written has a run a step."""

@@ -20,7 +20,9 @@ from qwenvl_ft.data.sources import holder
 
 Ints = NDArray[np.int32]
 LISTS = ("ids", "taught", "counts", "grids", "media")  # the columns of numbers; `taught` are starts and ends of spans
-NUMBERS = ("length", "taught", "media_tokens", "record")  # of each script one
+# Of each script one. `back`: how many scripts ago stood the last one, of those that were read together, that shows the same media,
+# 0 for none; `shared`: the tokens that both begin with; `shown`: its media.
+NUMBERS = ("length", "taught", "media_tokens", "record", "back", "shared", "shown")
 GONE = -1  # the size of a file that is not there
 
 
@@ -37,16 +39,21 @@ def pack_scripts(scripts: Sequence[tuple[int, Script]], media: Mapping[Medium, i
     """Scripts, each with the number of its record, whose media have these numbers."""
     columns = {name: (array("i"), array("i")) for name in LISTS}
     numbers = array("i")
-    for number, script in scripts:
+    last = dict[tuple[int, ...], tuple[int, Script]]()  # by the media that it shows
+    for at, (number, script) in enumerate(scripts):
         spans = spans_of(script)
         held: dict[str, Sequence[int]] = {
             "ids": script.ids, "taught": spans, "counts": script.counts,
-            "grids": [side for grid in script.grids for side in grid], "media": [media[medium] for medium in script.media],
+            "grids": [side for grid in script.grids for side in grid], "media": (shown := [media[of] for of in script.media]),
         }  # fmt: skip
         for name, values in held.items():
             columns[name][0].extend(values)
             columns[name][1].append(len(values))
-        numbers.extend((script.length, sum(spans[1::2]) - sum(spans[::2]), sum(script.counts), number))
+        before, other = last.get(tuple(shown), (at, script))
+        last[tuple(shown)] = at, script
+        shared = script.shared_with(other) if at > before else 0
+        taught = sum(spans[1::2]) - sum(spans[::2])
+        numbers.extend((script.length, taught, sum(script.counts), number, at - before, shared, len(shown)))
     arrays = {name: (np.array(values, np.int32), np.array(counts, np.int32)) for name, (values, counts) in columns.items()}
     return Packed([script.where for _, script in scripts], arrays, np.array(numbers, np.int32).reshape(-1, len(NUMBERS)))
 

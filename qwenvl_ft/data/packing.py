@@ -12,8 +12,8 @@ import random
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 Indices = NDArray[np.signedinteger[Any]]
 Ints = NDArray[np.int32]
 BLOCK = 2**16  # records that are looked at together
+LEAST_SHARED = 64  # tokens: for fewer of them records are not kept together
 
 
 class Numbers(Protocol):
@@ -31,10 +32,13 @@ class Numbers(Protocol):
 
 
 class PackedRows(Sequence[list[int]]):
-    """The indices that each row holds; those of row i are `members[starts[i] : starts[i + 1]]`."""
+    """The indices that each row holds; those of row i are `members[starts[i] : starts[i + 1]]`.
 
-    def __init__(self, starts: Indices, members: Indices):
-        self.starts, self.members = starts, members
+    With `grouped` the members are the groups of that, of records that share their beginning.
+    """
+
+    def __init__(self, starts: Indices, members: Indices, grouped: "Grouped | None" = None):
+        self.starts, self.members, self.grouped = starts, members, grouped
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -46,9 +50,13 @@ class PackedRows(Sequence[list[int]]):
     def __getitem__(self, row: int | slice) -> list[int] | list[list[int]]:
         if isinstance(row, slice):
             return [self[at] for at in range(len(self))[row]]
+        return [index for group in self.groups(row) for index in group]
+
+    def groups(self, row: int) -> list[list[int]]:
+        """What a row holds, by what shares its beginning."""
         at = range(len(self))[row]
         held: list[int] = self.members[self.starts[at] : self.starts[at + 1]].tolist()
-        return held
+        return [[one] if self.grouped is None else self.grouped.of(one) for one in held]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(list.__eq__, self, other))
@@ -58,10 +66,17 @@ class PackedRows(Sequence[list[int]]):
     def __repr__(self) -> str:
         return repr(list(self))
 
-    def sums(self, of: Numbers) -> Indices:
-        """For each row the sum of a number that every record has."""
-        numbers = np.concatenate([np.zeros(0, np.int32), *(block for _, block in blocks(of))])
-        sums = np.zeros(len(self), np.int64)
+    def sums(self, of: Numbers, once: bool = False) -> Indices:
+        """For each row the sum of a number that every record has; `once` for what the records of a group have in common."""
+        numbers = _whole(of)
+        if self.grouped:
+            order, firsts = self.grouped.order, self.grouped.firsts[:-1]
+            numbers = numbers[order[firsts]] if once else np.add.reduceat(numbers[order], firsts)
+        return self.sums_of_members(numbers)
+
+    def sums_of_members(self, of: Numbers) -> Indices:
+        """For each row the sum of a number that every member has."""
+        numbers, sums = _whole(of), np.zeros(len(self), np.int64)
         for start in range(0, len(self), BLOCK):
             edges = self.starts[start : start + BLOCK + 1]
             inside = numbers[self.members[edges[0] : edges[-1]]]
@@ -72,26 +87,32 @@ class PackedRows(Sequence[list[int]]):
 @dataclass(frozen=True)
 class Plan:
     """`rows` hold indices into the lengths that were packed, as `too_long` does; `lengths` are the records that are in rows,
-    counted by their tokens. `row_tokens` is in tokens, `fill` the share of the rows' room that records take, 0 to 1."""
+    counted by their tokens. `row_tokens` is in tokens, `fill` the share of the rows' room that records take, 0 to 1; `members`
+    are the tokens that each member of the rows takes in them."""
 
     rows: PackedRows
     lengths: Counter[int]
     too_long: list[int]
     row_tokens: int
     fill: float
+    members: Numbers = field(compare=False)
 
 
-def pack(lengths: Numbers, row_tokens: int, share: bool = True) -> Plan:
+def pack(lengths: Numbers, row_tokens: int, share: bool = True, alike: "Alike | None" = None) -> Plan:
     """Best fit, longest first: each record goes into the fullest row that still has room. `share=False`: one record a row.
+    `alike` says what records share: see Groups.
 
     Rows keep their records in file order and stand in the order of their first record, so equal input gives equal rows. Records
     of one length are placed together, so the time grows with the rows and the number of different lengths; the memory with 8 bytes
-    a record, of which 4 stay: `lengths` are read in blocks, several times.
+    a record, of which 4 stay, and where records are grouped with 4 more, and 16 a group: `lengths` are read in blocks, several
+    times.
     """
-    counts, too_long = np.zeros(row_tokens + 1, np.int64), list[int]()
-    for start, sizes in blocks(lengths):
-        counts += np.bincount(sizes[sizes <= row_tokens], minlength=row_tokens + 1)
-        too_long += (start + np.flatnonzero(sizes > row_tokens)).tolist()
+    counts, too_long = _counted(lengths, row_tokens)
+    used = Counter({length: int(counts[length]) for length in np.flatnonzero(counts).tolist()})
+    if alike and len(groups := Groups(lengths, alike, row_tokens)) < len(lengths):
+        packed = pack(groups, row_tokens)
+        rows_of_groups = PackedRows(packed.rows.starts, packed.rows.members, groups.grouped)
+        return Plan(rows_of_groups, used, too_long, row_tokens, packed.fill, groups)
     room = Room(row_tokens)
     rows, takes = array("i"), array("i")
     for length in np.flatnonzero(counts)[::-1].tolist():
@@ -110,15 +131,126 @@ def pack(lengths: Numbers, row_tokens: int, share: bool = True) -> Plan:
         members[_next(place, row_of[done : done + len(inside)])] = inside
         done += len(inside)
     tokens = int(counts @ np.arange(row_tokens + 1))
-    used = Counter({length: int(counts[length]) for length in np.flatnonzero(counts).tolist()})
     fill = tokens / (room.num_rows * row_tokens) if room.num_rows else 0.0
-    return Plan(PackedRows(starts, members), used, too_long, row_tokens, fill)
+    return Plan(PackedRows(starts, members), used, too_long, row_tokens, fill, lengths)
+
+
+class Alike(NamedTuple):
+    """What each record shares, of all records: how many records ago stood the last one that it shares a beginning with, 0 for none,
+    and how many tokens both begin with."""
+
+    back: Numbers
+    shared: Numbers
+
+
+class Grouped(NamedTuple):
+    """Records in groups: those of group g are `order[firsts[g] : firsts[g + 1]]`, in file order, as groups are by their first."""
+
+    order: Ints
+    firsts: Ints
+
+    def of(self, group: int) -> list[int]:
+        """The records of a group."""
+        held: list[int] = self.order[self.firsts[group] : self.firsts[group + 1]].tolist()
+        return held
+
+
+class Groups:
+    """Records that share their beginning, packed as one: of each group its tokens in a row, the beginning once and the rest of each
+    record. Most groups hold one.
+
+    Two records are parted where they share little, or less than half of what either shares with its other neighbour, and where a
+    row would be too short.
+    """
+
+    def __init__(self, lengths: Numbers, alike: Alike, row_tokens: int):
+        order, firsts, self.tokens = np.empty(len(lengths), np.int32), array("i"), array("i")
+        for start, sizes in blocks(lengths):
+            together, begins = _together(_block(alike.back, start))
+            shared = np.where(begins, 0, _block(alike.shared, start)[together])
+            at = _firsts(sizes[together], shared, row_tokens)
+            tokens, counts = _tokens(sizes[together], shared, at), np.diff(np.append(at, len(sizes)))
+            by_first = np.argsort(together[at])
+            ranks = np.empty_like(by_first)
+            ranks[by_first] = np.arange(len(at))
+            order[start : start + len(sizes)] = start + together[np.argsort(np.repeat(ranks, counts), kind="stable")]
+            firsts.extend((start + np.cumsum(counts[by_first]) - counts[by_first]).tolist())
+            self.tokens.extend(tokens[by_first].tolist())
+        self.grouped = Grouped(order, np.array([*firsts, len(lengths)], np.int32))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, at: slice) -> ArrayLike:
+        return self.tokens[at]
+
+
+def _together(back: Ints) -> tuple[Indices, NDArray[np.bool_]]:
+    """These records in an order in which those stand together that are linked, and which of them begin a chain of links."""
+    places = np.arange(len(back))
+    linked = places - np.where(back <= places, back, 0)
+    roots, further = linked, linked[linked]
+    while (roots != further).any():
+        roots, further = further, further[further]
+    order = np.argsort(roots, kind="stable")
+    return order, linked[order] == order
+
+
+def _firsts(lengths: Ints, shared: Ints, row_tokens: int) -> Indices:
+    """Where groups begin among these records."""
+    too_long = lengths > row_tokens
+    shared = np.where(too_long | np.roll(too_long, 1), 0, shared)
+    shared[0] = 0
+    neighbours = np.maximum(np.append(shared[1:], 0), np.append(0, shared[:-1]))
+    firsts = np.flatnonzero((shared < LEAST_SHARED) | (2 * shared < neighbours))
+    whole, ends = _tokens(lengths, shared, firsts), np.append(firsts[1:], len(lengths))
+    cuts = [firsts]
+    for start, end in zip(firsts[whole > row_tokens].tolist(), ends[whole > row_tokens].tolist(), strict=True):
+        cuts.append(start + np.array([*_cuts(lengths[start:end].tolist(), shared[start:end].tolist(), row_tokens)], np.int64))
+    return np.sort(np.concatenate(cuts))
+
+
+def _cuts(lengths: Sequence[int], shared: Sequence[int], row_tokens: int) -> Iterator[int]:
+    """Where a group that is too long for a row is cut: each part takes as many records as a row holds."""
+    tokens, count, common = lengths[0], 1, row_tokens
+    for at in range(1, len(lengths)):
+        common = min(common, shared[at])
+        tokens, count = tokens + lengths[at], count + 1
+        if tokens - (count - 1) * common > row_tokens:
+            yield at
+            tokens, count, common = lengths[at], 1, row_tokens
+
+
+def _tokens(lengths: Ints, shared: Ints, firsts: Indices) -> Ints:
+    """Of each group that begins at one of `firsts`, its tokens in a row."""
+    within = shared.copy()
+    within[firsts] = np.iinfo(np.int32).max
+    more = np.diff(np.append(firsts, len(lengths))) - 1
+    found: Ints = (np.add.reduceat(lengths, firsts) - more * np.minimum.reduceat(within, firsts)).astype(np.int32)
+    return found
+
+
+def _counted(lengths: Numbers, row_tokens: int) -> tuple[Indices, list[int]]:
+    """How many records have each length up to `row_tokens`, and which are longer."""
+    counts, too_long = np.zeros(row_tokens + 1, np.int64), list[int]()
+    for start, sizes in blocks(lengths):
+        counts += np.bincount(sizes[sizes <= row_tokens], minlength=row_tokens + 1)
+        too_long += (start + np.flatnonzero(sizes > row_tokens)).tolist()
+    return counts, too_long
+
+
+def _whole(of: Numbers) -> Ints:
+    return np.concatenate([np.zeros(0, np.int32), *(block for _, block in blocks(of))])
+
+
+def _block(of: Numbers, start: int) -> Ints:
+    return np.asarray(of[start : start + BLOCK], dtype=np.int32)
 
 
 def blocks(of: Numbers) -> Iterator[tuple[int, Ints]]:
     """The numbers in blocks, each with the place of its first."""
     for start in range(0, len(of), BLOCK):
-        yield start, np.asarray(of[start : start + BLOCK], dtype=np.int32)
+        yield start, _block(of, start)
 
 
 def _in_file_order(lengths: Numbers, row_tokens: int, counts: Indices, row_of_place: Ints, num_rows: int) -> Ints:

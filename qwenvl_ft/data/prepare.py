@@ -12,12 +12,13 @@ import numpy as np
 from qwenvl_ft.config import Config
 from qwenvl_ft.data.chat import Chat, open_chat
 from qwenvl_ft.data.checks import Against, Checks, notes_of, token_counts
+from qwenvl_ft.data.families import Family
 from qwenvl_ft.data.geometry import resized
 from qwenvl_ft.data.kept import kept_table, table_name
 from qwenvl_ft.data.meta_file import Meta, OnRecord, Tally, called
 from qwenvl_ft.data.notes import Noted
 from qwenvl_ft.data.packed import PackedMedium, read_medium
-from qwenvl_ft.data.packing import Indices, Plan, Schedule, blocks, pack
+from qwenvl_ft.data.packing import LEAST_SHARED, Alike, Indices, Plan, Schedule, blocks, pack
 from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Video
@@ -53,7 +54,7 @@ class Prepared:
         return int(self._taught[row])
 
     def tokens(self, row: int) -> int:
-        """How many tokens a row has."""
+        """How many tokens a row has, a beginning that records share counted once."""
         return int(self._tokens[row])
 
     def cost(self, row: int) -> int:
@@ -66,12 +67,17 @@ class Prepared:
 
     @cached_property
     def _tokens(self) -> Indices:
-        return self.plan.rows.sums(self.scripts.lengths)
+        return self.plan.rows.sums_of_members(self.plan.members)
 
     @cached_property
     def media_tokens(self) -> Indices:
         """Of each row its tokens of pictures and videos."""
-        return self.plan.rows.sums(self.scripts.media_tokens)
+        return self.plan.rows.sums(self.scripts.media_tokens, once=True)
+
+    @property
+    def shares(self) -> bool:
+        """Whether a row holds a beginning once for several records."""
+        return self.plan.rows.grouped is not None
 
     def places(self, row: int) -> str:
         """The records of a row, for a message."""
@@ -91,6 +97,13 @@ class Prepared:
             "pictures": facts["pictures"],
             "pictures_shrunk": facts["pictures_shrunk"],
             "tokens": token_counts(self.plan.lengths),
+            "paid": {
+                "tokens": int(self._tokens.sum()),
+                **{
+                    name: int(self.plan.rows.sums(self.scripts.num_media, once).sum())
+                    for name, once in (("media_shown", False), ("media", True))
+                },
+            },
             "taught_tokens": taught,
             "rows": len(self.plan.rows),
             "row_tokens": self.plan.row_tokens,
@@ -98,8 +111,14 @@ class Prepared:
             "steps_per_epoch": steps.steps_per_epoch,
             "steps": len(steps),
             "checks": facts["checks"],
-            "notes": notes(len(self.plan.rows), len(steps), config) + facts["notes"],
+            "notes": notes(len(self.plan.rows), len(steps), config) + self._unshared(config) + facts["notes"],
         }
+
+    def _unshared(self, config: Config) -> list[str]:
+        """A note, where records share a beginning that rows do not."""
+        why = not_shared(config, self.chat.family)
+        shared = why and any((block >= LEAST_SHARED).any() for _, block in blocks(self.scripts.shared))
+        return [f"records that share their beginning pay for it each: {why}"] if shared else []
 
     def _used(self) -> tuple[int, int]:
         """How many records have a script in a row, and how many tokens those teach. Scripts of one record stand together."""
@@ -114,6 +133,19 @@ class Prepared:
 
 
 Ready = tuple[Prepared, Prepared | None]
+
+
+def not_shared(config: Config, family: Family) -> str | None:
+    """Why rows hold no beginning once for several records; None if they do."""
+    if config.share_prefix == "off":
+        return "share_prefix is off"
+    if family.linear_attention:
+        return "linear attention keeps a state that records cannot branch from"
+    if config.attn_implementation not in ("auto", "varlen"):
+        return f"attn_implementation is {config.attn_implementation}, and only varlen, which auto takes then, runs such rows"
+    if config.lora_dropout:
+        return f"lora_dropout is {config.lora_dropout}, and would drop the same of it for all of them"
+    return None
 
 
 def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lambda done, total: None) -> Prepared:
@@ -136,7 +168,8 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
             planned(scripts if whole else None, found)
 
     def planned(scripts: Scripts | None, problems: list[Problem]) -> Prepared:
-        plan = pack(scripts.lengths if scripts else [], config.row_tokens, share=not linear)
+        alike = Alike(scripts.back, scripts.shared) if scripts and not_shared(config, chat.family) is None else None
+        plan = pack(scripts.lengths if scripts else [], config.row_tokens, share=not linear, alike=alike)
         stops = config.on_bad_record == "error" or not len(plan.rows)
         if scripts:  # a run that skips them keeps the list of them
             problems = problems + too_long(scripts, plan, called(meta), as_one=stops)

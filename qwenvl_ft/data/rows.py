@@ -5,11 +5,17 @@ apart is the text row of `position_ids`, which starts again at 0 with each recor
 it only while there is no `attention_mask` and no cache (`loss` sees to the cache). Each of these fails without a word when it is
 missing, so this is the one place where a row is built.
 
-Axes: S = tokens in a row, P = patches, D = values of a patch, N = pictures, R = records in the row.
+Records that share their beginning stand in a row as a tree: that once, with its pictures, then the rest of each, whose positions go
+on from it and whose tokens see it and themselves. Then the bounds of keys differ from those of queries: see KEYS.
+
+Axes: S = tokens in a row, P = patches, D = values of a patch, N = pictures, R = pieces of the row, which are records, or beginnings
+and what follows them.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +25,7 @@ from transformers.image_utils import SizeDict
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from qwenvl_ft.data.chat import IGNORE, Chat, Script, runs_of
+from qwenvl_ft.data.packing import PackedRows
 from qwenvl_ft.data.pictures import PictureChanged, opened
 from qwenvl_ft.data.records import Medium, Picture, Video
 from qwenvl_ft.data.videos import frames
@@ -34,6 +41,8 @@ PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_v
 
 
 SCALES = "scales"  # in a row: what `scales_of` its processor
+KEYS = "key_places"  # in a row with trees: (K) the place of every key that a piece sees, piece after piece
+PIECES = "pieces"  # in an example that is a tree: the tokens of its beginning, then of each record's rest
 IN_8_BITS = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
 
 
@@ -130,26 +139,49 @@ def _video_pixels(video: Video, chat: Chat, processor: Any, where: str) -> Any:
     return processor(videos=[shown], do_resize=False, do_sample_frames=False, **IN_8_BITS)
 
 
+def branched(examples: Sequence[Row], shared: int) -> Row:
+    """One example of several that begin with the same `shared` tokens, which show all that they show: a tree, with its PIECES."""
+    if len(examples) == 1:
+        return examples[0]
+    pieces = [(examples[0], slice(shared)), *((example, slice(shared, None)) for example in examples)]
+    texts = {key: torch.cat([of[key][..., part] for of, part in pieces], -1) for key in ("input_ids", "labels", "position_ids")}
+    return examples[0] | texts | {PIECES: [shared, *(len(example["input_ids"]) - shared for example in examples)]}
+
+
 def join(examples: Sequence[Row]) -> Row:
     """One row of one or more examples: what the model's forward takes, `labels`, and SCALES if it shows something.
 
     (1, S) ids and labels, (4, 1, S) positions, (P, D) patches and (N, 3) grids if there are pictures, the same of videos,
-    (R + 1) bounds if R > 1.
+    (R + 1) bounds if R > 1, KEYS if there are trees.
     """
-    lengths = [example["input_ids"].shape[0] for example in examples]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    pieces = [example.get(PIECES, [len(example["input_ids"])]) for example in examples]
+    lengths = [length for of in pieces for length in of]
     row: Row = {
         "input_ids": torch.cat([example["input_ids"] for example in examples])[None],
         "labels": torch.cat([_first_ignored(example["labels"]) for example in examples])[None],
         "position_ids": torch.cat([example["position_ids"] for example in examples], dim=1)[:, None],
     }
-    if len(examples) > 1:  # Qwen3.5 without flash-linear-attention refuses bounds, and for one record there are none
-        longest = max(lengths)
-        row |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    if len(lengths) > 1:  # Qwen3.5 without flash-linear-attention refuses bounds, and for one record there are none
+        seen = [length + of[0] * (at > 0) for of in pieces for at, length in enumerate(of)]
+        bounds, of_keys = (torch.tensor([0, *of]).cumsum(0).int() for of in (lengths, seen))
+        row |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": of_keys, "max_length_q": max(lengths), "max_length_k": max(seen)}
+        if len(lengths) > len(examples):
+            row[KEYS] = torch.cat(_key_places(pieces))
     for name in (name for names in PIXELS.values() for name in names):
         if seen := [example[name] for example in examples if name in example]:
             row[name] = torch.cat(seen)
     return row | next(({SCALES: example[SCALES]} for example in examples if SCALES in example), {})
+
+
+def _key_places(pieces: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """For each piece of each example the places that it sees in the row: those of its beginning, and its own."""
+    found, at = list[torch.Tensor](), 0
+    for first, *rests in pieces:
+        beginning = torch.arange(at, at := at + first)
+        found.append(beginning)
+        for length in rests:
+            found += [beginning, torch.arange(at, at := at + length)]
+    return found
 
 
 def _first_ignored(labels: torch.Tensor) -> torch.Tensor:
@@ -181,18 +213,22 @@ class Rows:
         return row
 
     def build(self, index: int) -> Built:
-        """The row. With `skip` a record whose pictures break keeps its place in it, blank and untaught, so that the others are
+        """The row. With `skip` the records whose pictures break keep their place in it, blank and untaught, so that the others are
         what they would be; without, UserError is raised. So it is where a picture changed: that could not be done again."""
         examples: list[Row] = []
         problems: list[Problem] = []
-        for script in (self.scripts[number] for number in self.rows[index]):
+        packed = self.rows
+        for group in packed.groups(index) if isinstance(packed, PackedRows) else [[number] for number in packed[index]]:
+            scripts = [self.scripts[number] for number in group]
             try:
-                examples.append(self.example(script))
+                shown = [self.example(scripts[0]), *map(self.text, scripts[1:])]
             except UserError as error:
                 if not self.skip or isinstance(error, PictureChanged):
                     raise
-                problems += error.problems
-                examples.append(self.untaught(script))
+                problems += [replace(problem, where=script.where) for script in scripts for problem in error.problems]
+                shown = [*map(self.untaught, scripts)]
+            shared = [script.shared_with(before) for before, script in pairwise(scripts)]
+            examples.append(branched(shown, min(shared, default=0)))
         if self.always_look and not any(patches in example for example in examples for patches, _ in PIXELS.values()):
             examples.append(self.blank())
         return join(examples), problems

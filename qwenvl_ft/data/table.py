@@ -1,7 +1,7 @@
 """The prepared table: the scripts of all records in files that are mapped into memory, each made when it is asked for.
 
     scripts.arrow   a row a script: where, ids, what is taught, counts, grids, the numbers of its media
-    numbers.i32     of each script NUMBERS: its length, its taught tokens, its media's tokens, the number of its record
+    numbers.i32     of each script NUMBERS: its length, its taught tokens, its media's tokens, its record's number, what it shares
     media.arrow     a row a medium, each different one once: the picture or video as JSON
     files.arrow     the files that hold them, with size and both times, and names that were not there
     facts.json      counts, problems, notes, hashes
@@ -64,7 +64,8 @@ class TableWriter:
                 for values, counts in (columns[name] for name in LISTS)
             ]
             self.scripts.add(pa.record_batch([pa.array(map(_writable, scripts.where), pa.string()), *lists], ["where", *LISTS]))
-            self.numbers.write((scripts.numbers + np.array([0, 0, 0, self.num_records], np.int32)).tobytes())
+            before = [self.num_records if name == "record" else 0 for name in NUMBERS]
+            self.numbers.write((scripts.numbers + np.array(before, np.int32)).tobytes())
         self.num_records += num_records
         return new
 
@@ -179,7 +180,8 @@ class Scripts(Sequence[Script]):
         # Now, not when they are asked for: the folder may be taken away while a run goes on.
         with (folder / "numbers.i32").open("rb") as file:
             numbers = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
-        self.lengths, self.taught, self.media_tokens, self.records = (Column(numbers, at) for at in range(len(NUMBERS)))
+        columns = (Column(numbers, at) for at in range(len(NUMBERS)))
+        self.lengths, self.taught, self.media_tokens, self.records, self.back, self.shared, self.num_media = columns
         self._table, self._media = _mapped(folder / "scripts.arrow"), _mapped(folder / "media.arrow").column("medium")
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:

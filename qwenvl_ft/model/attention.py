@@ -2,6 +2,7 @@
 
 transformers' own takes a packed row with an S x S mask and pays for all of it; its vision towers call it once a picture or window.
 The same numbers come out here, by a kernel for segments on a GPU, elsewhere by one call for all segments of a length.
+What follows a beginning that records share has more keys than queries: the beginning's are gathered for each of them.
 """
 
 from collections.abc import Sequence
@@ -39,10 +40,11 @@ def attention(
     scaling: float | None = None, is_causal: bool | None = None, cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None, sliding_window: int | None = None, cu_seq_lens_k: torch.Tensor | None = None,
     max_length_k: int | None = None, position_ids: torch.Tensor | None = None, use_cache: bool = False,
-    output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+    output_attentions: bool | None = None, output_hidden_states: bool | None = None, key_places: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """(1, S, H, D) of queries (1, H, S, D) and of keys and values, which may have fewer heads. Without bounds all is one segment;
-    where it is causal no token sees a later one.
+    where it is causal no token sees a later one. With `key_places` (K), segments see the keys that lie there, cut by their
+    own bounds, the last of which are the segment's tokens.
 
     Source: the arguments by which transformers 5.23 calls its interface for Qwen-VL. Raises UserError for a sliding window, which
     no released model of the family has.
@@ -53,17 +55,26 @@ def attention(
     causal = bool(module.is_causal if is_causal is None else is_causal)
 
     def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, causal)[0]
+        before = key.shape[2] - query.shape[2]
+        mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(before) if causal and before else None
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, causal)[0]
 
     states = (query, key, value)
     if cu_seq_lens_q is None or len(cu_seq_lens_q) == 2:
         return dense(*states), None
+    if key_places is None or cu_seq_lens_k is None:
+        cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q  # the same tensor: torch looks at that for its choice of a kernel
+    else:
+        states = (query, key.index_select(2, key_places), value.index_select(2, key_places))
     if query.is_cuda and query.dtype in HALF:
-        return by_kernel(*states, cu_seq_lens_q, int(max_length_q or cu_seq_lens_q.diff().max()), scaling, causal), None
-    lengths: list[int] = cu_seq_lens_q.diff().tolist()
-    segments = list(zip(*(of.split_with_sizes(lengths, dim=2) for of in states), strict=True))
+        bounds = (cu_seq_lens_q, cu_seq_lens_k)
+        most = (int(max_length_q or cu_seq_lens_q.diff().max()), int(max_length_k or cu_seq_lens_k.diff().max()))
+        return by_kernel(*states, bounds, most, scaling, causal), None
+    queries, keys = cu_seq_lens_q.diff().tolist(), cu_seq_lens_k.diff().tolist()
+    parted = (of.split_with_sizes(sizes, dim=2) for of, sizes in zip(states, (queries, keys, keys), strict=True))
+    segments = list(zip(*parted, strict=True))
     attended: list[torch.Tensor] = [query] * len(segments)
-    for places in _by_length(lengths):
+    for places in _by_length(list(zip(queries, keys, strict=True))):
         together = dense(*map(torch.cat, zip(*(segments[place] for place in places), strict=True)))
         for place, one in zip(places, together.unbind(), strict=True):
             attended[place] = one
@@ -74,24 +85,24 @@ def by_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bounds: torch.Tensor,
-    longest: int,
+    bounds: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
     scaling: float | None,
     causal: bool,
 ) -> torch.Tensor:
-    """`attention` by torch's kernel for segments, the longest of which has so many tokens. For CUDA and half precision."""
-    more: dict[str, Any] = (
-        {"enable_gqa": True} if "enable_gqa" in signature(varlen.varlen_attn).parameters else {}
-    )  # torch 2.11 does not ask
+    """`attention` by torch's kernel for segments: their bounds among the queries and the keys, and how many of either the longest
+    has. For CUDA and half precision."""
+    # torch 2.11 does not ask
+    more: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen.varlen_attn).parameters else {}
     query, key, value = (of[0].transpose(0, 1) for of in (query, key, value))
-    seen = (-1, 0 if causal else -1)
-    found = varlen.varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=seen, **more)
+    seen = (-1, 0 if causal else -1)  # from the last key backwards, where there are more keys than queries
+    found = varlen.varlen_attn(query, key, value, *bounds, *longest, scale=scaling, window_size=seen, **more)
     return cast(torch.Tensor, found)[None]
 
 
-def _by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """The places of the segments, those of one length together."""
-    places: dict[int, list[int]] = {}
+def _by_length(lengths: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """The places of the segments, those of one number of queries and of keys together."""
+    places: dict[tuple[int, int], list[int]] = {}
     for place, length in enumerate(lengths):
         places.setdefault(length, []).append(place)
     return list(places.values())

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 from qwenvl_ft.data.chat import IGNORE
-from qwenvl_ft.data.rows import PIXELS, SCALES, Row, as_floats
+from qwenvl_ft.data.rows import KEYS, PIXELS, SCALES, Row, as_floats
+from qwenvl_ft.model.attention import attention_of
 
 
 def taught(labels: torch.Tensor) -> torch.Tensor:
@@ -45,6 +46,7 @@ def summed_loss(model: Any, bare_model: Any, row: Row, tower_trains: bool) -> to
 
     `model` may be wrapped for several processes; `bare_model` is the same without the wrapping, for the vision tower.
     """
+    assert KEYS not in row or attention_of(bare_model) == "varlen", "another attention would lose the trees without a word"
     keep = taught(row["labels"])
     not_taken = {"labels", SCALES, *(name for names in PIXELS.values() for name in names)}
     inputs = {key: value for key, value in row.items() if key not in not_taken}

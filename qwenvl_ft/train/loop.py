@@ -238,7 +238,8 @@ def run_steps(
     processor = AutoProcessor.from_pretrained(config.model)
     processor.chat_template = prepared.chat.source  # which asks as was taught
     limited(processor, prepared.chat, Reading(video_fps=config.video_fps, video_max_frames=config.video_max_frames))
-    model = load_base(config.model, config.dtype, config.attn_implementation, packed=True)
+    trees = prepared.shares or (held_out and held_out.shares)  # which flash_attention_2 does not run, and auto could take
+    model = load_base(config.model, config.dtype, "varlen" if trees else config.attn_implementation, packed=True)
     bf16 = model.dtype == torch.bfloat16
     model = add_lora(
         model, prepared.chat.family, config.lora_on, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed

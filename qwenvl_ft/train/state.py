@@ -39,7 +39,7 @@ CONTENTS = "contents.json"  # beside a table
 SIZING = ("video_fps", "video_max_frames", "video_max_pixels")  # settings that say for themselves that grids change
 STATE = "state.json"  # in a checkpoint: its step, how it was launched, and the fingerprint of its run
 OnSaved = Callable[[Path], None]
-FORM = 3  # of a checkpoint: raised with every change to what is in it, or to which rows a step takes
+FORM = 4  # of a checkpoint: raised with every change to what is in it, or to which rows a step takes
 
 
 class Run:
@@ -250,15 +250,18 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
         "pictures": short_hash(names(prepared)),
         "contents": short_hash(content(prepared)),
         "packed rows": rows_hash(prepared.plan.rows),
+        "shared beginnings": "auto" if prepared.shares else "off",
         "grids": grids(prepared),
         **({"held out": short_hash([records(held_out), names(held_out), grids(held_out), content(held_out)])} if held_out else {}),
     }
 
 
 def rows_hash(rows: PackedRows) -> str:
-    """Names which records share which row."""
+    """Names which records share which row, and which of them their beginning."""
     digest = hashlib.sha256(rows.starts.data)
     digest.update(rows.members.data)
+    for numbers in rows.grouped or ():
+        digest.update(numbers.data)
     return digest.hexdigest()[:16]
 
 
@@ -303,8 +306,13 @@ def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared)
         said.append("the pictures changed: their folder, names or sizes")
     elif "packed rows" in changed or ("grids" in changed and not {"processor", *SIZING} & set(changed)):
         tokens, room = before["row_tokens"], prepared.plan.row_tokens
-        repacked = "pictures are seen in other sizes: min_pixels or max_pixels changed"
-        said.append(f"row_tokens was {tokens} and is now {room}" if tokens != room else repacked)
+        if tokens != room:
+            said.append(f"row_tokens was {tokens} and is now {room}")
+        elif "shared beginnings" not in changed or "grids" in changed:
+            said.append("pictures are seen in other sizes: min_pixels or max_pixels changed")
+        elif "lora_dropout" not in changed:  # which is said, and is why
+            now_is = f"share_prefix was {was['shared beginnings']} and is now {now['shared beginnings']}"
+            said.append(f"{now_is}, by itself or by attn_implementation")
     elif "contents" in changed:
         said.append("the pictures changed: what is in them, under the same names and in the same sizes")
     if "held out" in changed:

@@ -149,12 +149,13 @@ def test_plan_as_json_adds_up(run):
     facts = json.loads(out)
     assert (code, err) == (0, "")
     assert list(facts) == [
-        "files", "forms", "records", "used", "skipped", "pictures", "pictures_shrunk", "tokens", "taught_tokens", "rows",
+        "files", "forms", "records", "used", "skipped", "pictures", "pictures_shrunk", "tokens", "paid", "taught_tokens", "rows",
         "row_tokens", "fill", "steps_per_epoch", "steps", "checks", "notes",
     ]  # fmt: skip
     assert facts["notes"] == []
     assert facts["records"] == facts["used"] and facts["skipped"] == []
-    assert facts["fill"] == round(facts["tokens"]["total"] / (facts["rows"] * facts["row_tokens"]), 4)
+    assert facts["fill"] == round(facts["paid"]["tokens"] / (facts["rows"] * facts["row_tokens"]), 4)
+    assert facts["paid"]["tokens"] < facts["tokens"]["total"] and facts["paid"]["media"] < facts["paid"]["media_shown"]
     assert facts["steps_per_epoch"] == -(-facts["rows"] // 4) and facts["steps"] == 8 * facts["steps_per_epoch"]
 
 
@@ -189,7 +190,7 @@ def test_a_run_of_a_few_steps_is_noted_in_the_plan(run):
     _, out, _ = run(*PLAN, "num_train_epochs=1", "rows_per_step=200")
     assert f"note 1 {few}" in " ".join(out.split())
     notes = json.loads(run(*PLAN, "num_train_epochs=1", "rows_per_step=200", "--json")[1])["notes"]
-    assert notes == ["105 rows are fewer than rows_per_step, 200: every step takes them all; lower it", f"1 {few}"]
+    assert notes == ["101 rows are fewer than rows_per_step, 200: every step takes them all; lower it", f"1 {few}"]
     assert json.loads(run(*PLAN, "max_steps=19", "--json")[1])["notes"] == ["19 optimizer steps teach little: raise max_steps"]
     assert json.loads(run(*PLAN, "max_steps=20", "--json")[1])["notes"] == []
 
@@ -197,8 +198,9 @@ def test_a_run_of_a_few_steps_is_noted_in_the_plan(run):
 def test_plan_notes_an_attention_that_is_not_installed_here(run):
     """Not a problem: a plan may be made on another machine than the training."""
     code, out, _ = run(*PLAN, "attn_implementation=flash_attention_2", "--json")
-    (note,) = json.loads(out)["notes"]
+    note, unshared = json.loads(out)["notes"]
     assert code == 0 and note.startswith("flash_attention_2 is not installed here, where train would stop")
+    assert "attn_implementation is flash_attention_2, and only varlen" in unshared
 
 
 def test_an_output_dir_that_holds_something_else_is_refused(run, tmp_path):
@@ -237,7 +239,7 @@ def test_max_pixels_below_the_models_own_min_pixels_is_refused(run, tmp_path):
 
 
 def test_options_in_place_of_overrides_are_understood_or_answered(run):
-    assert json.loads(run(*PLAN, "--num_train_epochs=2", "--json")[1])["steps"] == 54
+    assert json.loads(run(*PLAN, "--num_train_epochs=2", "--json")[1])["steps"] == 52
     code, _, err = run(*PLAN, "--learning_rate", "1e-4")
     assert (code, err) == (1, "--learning_rate 1e-4: is not an override\n  fix: write learning_rate=1e-4\n1 problem\n")
 

@@ -3,11 +3,12 @@
 import doctest
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
 from qwenvl_ft.data import packing as module
-from qwenvl_ft.data.packing import Schedule, deal, pack
+from qwenvl_ft.data.packing import LEAST_SHARED, Alike, Schedule, deal, pack
 
 
 def steps(num_rows, rows_per_step, seed, epoch):
@@ -83,6 +84,73 @@ def test_records_that_are_looked_at_in_blocks_come_to_the_same_rows(block, share
     assert whole.rows.sums(of).tolist() == [sum(of[index] for index in row) for row in whole.rows]
     inside = [length for length in lengths if length <= 1000]
     assert whole.lengths == Counter(inside) and whole.fill == sum(inside) / (len(whole.rows) * 1000)
+
+
+def alike(seed, count=300):
+    """(length, how long ago the last record of the same picture stood, what both begin with) of records: pictures come in turn, in
+    runs, and again; a record without one has nothing to share."""
+    draw, last, found = random.Random(seed), {}, []
+    for number in range(count):
+        picture = draw.choice([None, number // 7, draw.randrange(5)])
+        beginning = {None: 0, 2: 30}.get(picture, 100 + 10 * len(str(picture)))
+        back = number - last.get(picture, number) if picture is not None else 0
+        found.append((beginning + draw.choice([20, 50, 300, 1000]), back, beginning + draw.randrange(5) if back else 0))
+        last[picture] = number
+    lengths, back, shared = map(list, zip(*found, strict=True))
+    return lengths, Alike(back, shared)
+
+
+@pytest.mark.parametrize("block", [module.BLOCK, 64, 7])
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_are_of_linked_records_and_take_what_they_share_once(seed, block, monkeypatch):
+    """Counted here record by record, from the links."""
+    monkeypatch.setattr(module, "BLOCK", block)
+    lengths, (back, shared) = alike(seed)
+    plan = pack(lengths, 1000, alike=Alike(back, shared))
+    groups = [plan.rows.groups(row) for row in range(len(plan.rows))]
+    assert any(len(group) > 2 for row in groups for group in row)
+    paid = []
+    for row in groups:
+        for group in row:
+            assert all(number - back[number] == before for before, number in pairwise(group))
+            common = min((shared[number] for number in group[1:]), default=0)
+            assert len(group) == 1 or common >= LEAST_SHARED
+            paid.append(sum(lengths[number] for number in group) - common * (len(group) - 1))
+        assert sum(paid[-len(row) :]) <= 1000
+    assert sorted(number for row in groups for group in row for number in group) + plan.too_long == [
+        number for number in range(len(lengths)) if lengths[number] <= 1000
+    ] + [number for number in range(len(lengths)) if lengths[number] > 1000]
+    assert plan.rows == [[number for group in row for number in group] for row in groups]
+    assert (
+        plan.rows.sums_of_members(plan.members).sum() == sum(paid) < sum(map(int.__mul__, *zip(*plan.lengths.items(), strict=True)))
+    )
+    assert plan.fill == pytest.approx(sum(paid) / (1000 * len(groups)))
+    of = random.Random(0).choices(range(9), k=len(lengths))
+    assert plan.rows.sums(of).tolist() == [sum(of[number] for group in row for number in group) for row in groups]
+    assert plan.rows.sums(of, once=True).tolist() == [sum(of[group[0]] for group in row) for row in groups]
+    firsts = [row[0][0] for row in groups]
+    assert firsts == sorted(firsts) and pack(lengths, 1000, alike=Alike(back, shared)) == plan
+
+
+def grouped(lengths, shared, row_tokens=1000):
+    back = [0, *[1] * (len(lengths) - 1)]
+    plan = pack(lengths, row_tokens, alike=Alike(back, shared))
+    return sorted(group for row in range(len(plan.rows)) for group in plan.rows.groups(row))
+
+
+def test_a_group_is_cut_where_a_row_ends_and_where_little_is_shared():
+    assert grouped([300] * 5, [0, 200, 200, 200, 200]) == [[0, 1, 2, 3, 4]]
+    assert grouped([300] * 5, [0, 200, 200, 200, 200], row_tokens=500) == [[0, 1, 2], [3, 4]]
+    assert grouped([300] * 4, [0, 200, 63, 200]) == [[0, 1], [2, 3]], "63 tokens are few"
+    assert grouped([300] * 4, [0, 200, 99, 200]) == [[0, 1], [2, 3]], "together, they would share 99 of 200"
+    assert grouped([300] * 4, [0, 200, 100, 200]) == [[0, 1, 2, 3]]
+    assert grouped([300, 1200, 300], [0, 200, 200]) == [[0], [2]], "what no row holds is in no group"
+
+
+def test_what_shares_nothing_is_packed_as_ever():
+    lengths = LENGTHS[9]
+    assert pack(lengths, 1000, alike=Alike([0] * len(lengths), [0] * len(lengths))) == pack(lengths, 1000)
+    assert pack(lengths, 1000, alike=Alike([1] * len(lengths), [63] * len(lengths))).rows.grouped is None
 
 
 def test_rows_of_a_vqa_mix_are_at_least_99_percent_full():

@@ -118,7 +118,7 @@ def test_the_kernel_for_a_gpu_is_asked_for_what_is_computed_without_one(causal, 
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", old if torch_2_11 else new)
     wanted, _ = attention(module, query, key, value, None, scaling=0.3, is_causal=causal, cu_seq_lens_q=bounds)
-    assert torch.allclose(by_kernel(query, key, value, bounds, 4, 0.3, causal), wanted, atol=1e-6)
+    assert torch.allclose(by_kernel(query, key, value, (bounds, bounds), (4, 4), 0.3, causal), wanted, atol=1e-6)
 
 
 def test_a_sliding_window_is_refused_rather_than_passed_over():

@@ -13,6 +13,7 @@ CHANGES_THE_WEIGHTS = {
     "max_pixels": 16 * 28 * 28, "min_pixels": 110 * 28 * 28, "row_tokens": 1400, "lora_on": ["language", "merger"], "lora_rank": 2,
     "lora_alpha": 4, "lora_dropout": 0.3, "max_steps": 1, "rows_per_step": 1, "learning_rate": 1e-4, "lr_scheduler_type": "constant",
     "warmup_ratio": 0.6, "weight_decay": 20.0, "max_grad_norm": 1e-7, "seed": 7, "dtype": "bfloat16",
+    "share_prefix": "off",
 }  # fmt: skip
 # Keys that show elsewhere, each in a test below or in the named one.
 SHOWS_ELSEWHERE = {
@@ -57,6 +58,38 @@ def test_attention_is_the_one_asked_for():
     for asked, got in {"eager": "eager", "sdpa": "sdpa", "auto": "varlen", "varlen": "varlen"}.items():
         assert attention_of(load_base("data/tiny", "float32", asked, packed=True)) == got
     assert attention_of(load_base("data/tiny", "float32")) == "sdpa"
+
+
+def test_trees_are_run_by_varlen_and_what_keeps_records_from_them_is_said(tmp_path, monkeypatch):
+    from qwenvl_ft.data.families import FAMILIES
+    from qwenvl_ft.data.prepare import not_shared, prepare
+    from qwenvl_ft.train import loop
+
+    def planned(**settings):
+        """(whether rows hold trees, the note about them, what is said to be paid for)"""
+        known = config(tmp_path, **settings)
+        prepared = prepare(known)
+        summary = prepared.summary(known)
+        paid, total = summary["paid"], sum(prepared.tokens(row) for row in range(summary["rows"]))
+        assert paid["tokens"] == total and (total < summary["tokens"]["total"]) == (paid["media"] < paid["media_shown"])
+        return prepared.shares, " ".join(note for note in summary["notes"] if "share their beginning" in note)
+
+    assert planned() == (True, "") and planned(attn_implementation="varlen") == (True, "")
+    reasons = {"share_prefix": "off", "lora_dropout": 0.1, "attn_implementation": "sdpa"}
+    for key, value in reasons.items():
+        shares, note = planned(**{key: value})
+        assert not shares and f"{key} is {value}" in note
+    assert "linear attention" in not_shared(config(tmp_path), FAMILIES["qwen3_5"])
+    taken, load = [], loop.load_base
+
+    def note(model, dtype, attention, packed):
+        taken.append(attention)
+        return load(model, dtype, attention, packed)
+
+    monkeypatch.setattr(loop, "load_base", note)
+    run(tmp_path, max_steps=1)
+    run(tmp_path, "other", max_steps=1, share_prefix="off")
+    assert taken == ["varlen", "auto"], "auto may be flash_attention_2, which runs no trees"
 
 
 def test_workers_build_the_rows_and_change_no_result(plain, tmp_path, monkeypatch):

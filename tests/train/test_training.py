@@ -47,7 +47,7 @@ def test_a_step_divides_once_by_the_tokens_taught_in_all_rows(tmp_path):
     assert len(step) == 2 and counts[0] != counts[1]  # else a mean of means would be the same
     processor = AutoProcessor.from_pretrained(settings.model)
     rows = Rows(prepared.scripts, prepared.plan.rows, prepared.chat, limited(processor, prepared.chat))
-    model = add_lora(load_base(settings.model, "float32"), prepared.chat.family, ["language"], 4, 8, 0.0, settings.seed)
+    model = add_lora(load_base(settings.model, "float32", "varlen"), prepared.chat.family, ["language"], 4, 8, 0.0, settings.seed)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=settings.learning_rate, weight_decay=0.0)
     loss = sum(summed_loss(model, model, rows[row], False) for row in step) / sum(counts)
     loss.backward()
@@ -199,6 +199,9 @@ def test_resume_says_in_words_what_else_changed_and_each_cause_once(tmp_path):
     assert said(train_meta_file=fewer) == ["the training records changed: 8 before, 6 now"]
     assert said(train_meta_file=fewer, seed=7) == ["seed was 42 and is now 7", "the training records changed: 8 before, 6 now"]
     assert said(row_tokens=1400) == ["row_tokens was 700 and is now 1400"]
+    unshared = "share_prefix was auto and is now off, by itself or by attn_implementation"
+    assert said(share_prefix="off") == [unshared] == said(attn_implementation="sdpa")
+    assert said(lora_dropout=0.1) == ["lora_dropout was 0.0 and is now 0.1"]
     assert said(max_pixels=8 * 28 * 28) == ["pictures are seen in other sizes: min_pixels or max_pixels changed"]
     shutil.copytree(ROOT / "data/sample/images", tmp_path / "images")
     assert said(train_data_dir=tmp_path / "images") == ["the pictures changed: their folder, names or sizes"]
