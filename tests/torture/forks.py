@@ -73,7 +73,7 @@ class Training:
     """`train` with these settings, under way in forks of this process."""
 
     def __init__(self, way: Way, settings: dict[str, Any], log: Path, fault: Fault = lambda rank: None):
-        self.log, self.hung, self.codes = log, False, dict[int, int]()
+        self.log, self.hung, self.codes, self.told = log, False, dict[int, int](), False
         config = log.with_suffix(".yaml")
         config.write_text("seed: 42\n")
         arguments = ["train", "--config", str(config), *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
@@ -93,6 +93,7 @@ class Training:
         """Sends a signal to the whole group, or to one process."""
         try:
             if rank is None:
+                self.told = True
                 os.killpg(self.pids[0], number)
             elif self.pids[rank] not in self.codes:
                 os.kill(self.pids[rank], number)
@@ -112,7 +113,8 @@ class Training:
         while self.running():
             if any(self.codes.values()) and not failed:
                 failed = time.monotonic()
-                for rank in range(len(self.pids)):
+                # Of those that had theirs already a second one would end whoever is still saving.
+                for rank in range(len(self.pids) * (not self.told)):
                     self.kill(signal.SIGTERM, rank)
             if (hung := time.monotonic() > deadline) or (failed and time.monotonic() > failed + GRACE_S):
                 self.hung |= hung
