@@ -112,6 +112,7 @@ class Config(BaseModel):
     video_max_pixels: Area = 768 * 28 * 28
     row_tokens: Positive = 4096
     share_prefix: Literal["auto", "off"] = "auto"
+    cache_features: Literal["auto", "off"] = "auto"
     thinking: Literal["off", "on", "template"] = "off"
     boxes: Literal["pixels", "unit", "thousand"] | None = None
     fetch_media: StrictBool = False

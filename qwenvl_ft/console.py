@@ -128,6 +128,14 @@ def draw_paid(paid: dict[str, int], tokens: int) -> list[tuple[str, str]]:
     return [("shared", f"{shown}{paid['tokens']:,} tokens run, {tokens / paid['tokens']:.1f} times fewer")]
 
 
+def draw_features(bytes: int, not_kept: str | None) -> list[tuple[str, str]]:
+    """A row for `draw_counts`, where what the vision tower makes is kept."""
+    if not_kept or not bytes:
+        return []
+    size = f"{bytes / 2**30:,.1f} GiB" if bytes >= 2**29 else f"{bytes / 2**20:,.1f} MiB"
+    return [("features", f"of the frozen vision tower: made in the first epoch and kept, {size} in 16 bits")]
+
+
 def draw_plan(summary: dict[str, Any]) -> Table:
     """What `qwenvl-ft plan` shows."""
     tokens = summary["tokens"]
@@ -140,6 +148,7 @@ def draw_plan(summary: dict[str, Any]) -> Table:
         ),
         ("tokens", f"{tokens['total']:,} ({tokens['min']:,} to {tokens['max']:,} a record, median {tokens['median']:,})"),
         *draw_paid(summary["paid"], tokens["total"]),
+        *draw_features(**summary["features"]),
         ("taught", f"{summary['taught_tokens']:,} tokens"),
         ("rows", f"{summary['rows']:,} of {summary['row_tokens']:,} tokens, {summary['fill']:.1%} full"),
         ("steps", f"{summary['steps']:,} ({summary['steps_per_epoch']:,} an epoch)"),

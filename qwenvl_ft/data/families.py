@@ -69,3 +69,11 @@ def family_of(model_dir: Path) -> Family:
             fix = f"mixtures of experts are not trained here yet: {fix}, in a size without experts (without -A3B and the like)"
         raise UserError(Problem(str(model_dir / "config.json"), what, fix))
     return FAMILIES[model_type]
+
+
+def feature_width(model_dir: Path) -> int:
+    """How many numbers the vision tower hands over for a token: the language model's width, once more for each of the layers that
+    Qwen3-VL's deepstack feeds."""
+    config = read_config(model_dir)
+    width: int = config.get("text_config", config)["hidden_size"]
+    return width * (1 + len(config["vision_config"].get("deepstack_visual_indexes") or ()))

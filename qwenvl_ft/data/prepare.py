@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from qwenvl_ft.config import Config
+from qwenvl_ft.data.cache import features_folder, free_bytes
 from qwenvl_ft.data.chat import Chat, open_chat
 from qwenvl_ft.data.checks import Against, Checks, notes_of, token_counts
-from qwenvl_ft.data.families import Family
+from qwenvl_ft.data.families import Family, feature_width
 from qwenvl_ft.data.geometry import resized
 from qwenvl_ft.data.kept import kept_table, table_name
 from qwenvl_ft.data.meta_file import Meta, OnRecord, Tally, called
@@ -27,6 +28,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.problems import check_model
 from qwenvl_ft.folders.runs import check_output_dir
 
+MOST_OF_FREE = 0.25  # of the room on a disk that what is kept may take
 FEW_TOKENS = 16  # of a picture: 112 x 112 px where a token is 28 x 28
 FEW_STEPS = 20  # optimizer steps; LoRA has hardly left its zeros after fewer
 
@@ -104,6 +106,7 @@ class Prepared:
                     for name, once in (("media_shown", False), ("media", True))
                 },
             },
+            "features": self.features(config),
             "taught_tokens": taught,
             "rows": len(self.plan.rows),
             "row_tokens": self.plan.row_tokens,
@@ -113,6 +116,12 @@ class Prepared:
             "checks": facts["checks"],
             "notes": notes(len(self.plan.rows), len(steps), config) + self._unshared(config) + facts["notes"],
         }
+
+    def features(self, config: Config) -> dict[str, Any]:
+        """Whether what the vision tower makes of the rows is kept: why not, if it is not, and its bytes in 16 bits."""
+        num_bytes = 2 * int(self.media_tokens.sum()) * feature_width(config.model) if len(self.plan.rows) else 0
+        steps = schedule(self, config)
+        return {"bytes": num_bytes, "not_kept": not_kept(config, len(steps) > steps.steps_per_epoch, num_bytes)}
 
     def _unshared(self, config: Config) -> list[str]:
         """A note, where records share a beginning that rows do not."""
@@ -146,6 +155,18 @@ def not_shared(config: Config, family: Family) -> str | None:
     if config.lora_dropout:
         return f"lora_dropout is {config.lora_dropout}, and would drop the same of it for all of them"
     return None
+
+
+def not_kept(config: Config, again: bool, num_bytes: int) -> str | None:
+    """Why what the vision tower makes of rows is made each time; None if it is kept, so many bytes. `again`: rows are run again."""
+    if config.cache_features == "off":
+        return "cache_features is off"
+    if trains := {"vision", "merger"} & set(config.lora_on):
+        return f"LoRA on {' and '.join(sorted(trains))} changes it with every step"
+    if not again:
+        return "every row is run once"
+    free = free_bytes(features_folder())
+    return f"it takes {num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} are free" if num_bytes > MOST_OF_FREE * free else None
 
 
 def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lambda done, total: None) -> Prepared:

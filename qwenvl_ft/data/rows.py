@@ -25,6 +25,7 @@ from transformers.image_utils import SizeDict
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from qwenvl_ft.data.chat import IGNORE, Chat, Script, runs_of
+from qwenvl_ft.data.features import Features
 from qwenvl_ft.data.packing import PackedRows
 from qwenvl_ft.data.pictures import PictureChanged, opened
 from qwenvl_ft.data.records import Medium, Picture, Video
@@ -42,6 +43,8 @@ PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_v
 
 SCALES = "scales"  # in a row: what `scales_of` its processor
 KEYS = "key_places"  # in a row with trees: (K) the place of every key that a piece sees, piece after piece
+FEATURES = "features"  # in a row whose media need not be shown: (T, W) what the vision tower made of them, see Features
+SIZES = "feature_tokens"  # and how many of T are of pictures, and of videos, where there are any
 PIECES = "pieces"  # in an example that is a tree: the tokens of its beginning, then of each record's rest
 IN_8_BITS = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
 
@@ -193,15 +196,16 @@ class Rows:
     """The rows of a plan, each built when it is asked for. `processor` is the model's own.
 
     `always_look` gives a row without pictures and videos a blank one, in a record of its own that teaches nothing: where processes
-    share out the vision tower's weights or gradients, one that does not run it leaves the others waiting for ever.
+    share out the vision tower's weights or gradients, one that does not run it leaves the others waiting for ever. A row that
+    `features` has is built without its pictures.
     """
 
     def __init__(
         self, scripts: Sequence[Script], rows: Sequence[Sequence[int]], chat: Chat, processor: Any, always_look: bool = False,
-        skip: bool = False,
+        skip: bool = False, features: Features | None = None,
     ):  # fmt: skip
         self.scripts, self.rows, self.chat, self.processor = scripts, rows, chat, processor
-        self.always_look, self.skip = always_look, skip
+        self.always_look, self.skip, self.features = always_look, skip, features
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -218,10 +222,12 @@ class Rows:
         examples: list[Row] = []
         problems: list[Problem] = []
         packed = self.rows
+        held = self.features.read(index) if self.features else None
+        example = self.example if held is None else self.unseen
         for group in packed.groups(index) if isinstance(packed, PackedRows) else [[number] for number in packed[index]]:
             scripts = [self.scripts[number] for number in group]
             try:
-                shown = [self.example(scripts[0]), *map(self.text, scripts[1:])]
+                shown = [example(scripts[0]), *map(self.text, scripts[1:])]
             except UserError as error:
                 if not self.skip or isinstance(error, PictureChanged):
                     raise
@@ -231,7 +237,15 @@ class Rows:
             examples.append(branched(shown, min(shared, default=0)))
         if self.always_look and not any(patches in example for example in examples for patches, _ in PIXELS.values()):
             examples.append(self.blank())
-        return join(examples), problems
+        row = join(examples)
+        if held is not None:
+            row |= {
+                FEATURES: held,
+                SIZES: [
+                    int(row[name].prod(1).sum()) // self.chat.limits.merge_size**2 for _, name in PIXELS.values() if name in row
+                ],
+            }
+        return row, problems
 
     def built_or_problems(self, index: int) -> Built | UserError:
         """`build`, or what it raises: what a worker of a DataLoader raises loses its problems on the way."""
@@ -281,6 +295,14 @@ class Rows:
             "labels": torch.tensor(labels),
             "position_ids": positions(ids, runs, script.placeholders, chat.limits.merge_size),
         }
+
+    def unseen(self, script: Script) -> Row:
+        """The example of a record whose media the model has seen, with their grids."""
+        kinds = [medium.kind for medium in script.media]
+        grids = {
+            name: [grid for of, grid in zip(kinds, script.grids, strict=True) if of == kind] for kind, (_, name) in PIXELS.items()
+        }
+        return self.text(script) | {name: torch.tensor(own) for name, own in grids.items() if own}
 
     def example(self, script: Script) -> Row:
         """One record's tensors: (S) ids and labels, (4, S) positions, (P, D) patches and (N, 3) grids of pictures and of videos."""

@@ -32,7 +32,7 @@ from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import short_hash, writing
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
-from qwenvl_ft.model.loss import summed_loss
+from qwenvl_ft.model.loss import Keep, summed_loss
 from qwenvl_ft.train.launch import Signals, alone, lost, open_trackers, start
 from qwenvl_ft.train.memory import memory_for, out_of_memory
 from qwenvl_ft.train.output_dir import METRICS, Metrics, was_evaluated, write_results, write_settings
@@ -74,7 +74,7 @@ def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Built | U
         torch.manual_seed(draw_seed(run.config.seed, epoch, row))
         last = number == len(mine) - 1
         with run.exchange(last), memory_for(run.config, prepared, row):
-            loss = row_loss(run, tensors) * (row is not None)
+            loss = row_loss(run, tensors, run.keep(prepared, row, problems)) * (row is not None)
             check_finite(loss, "the loss", prepared, row)
             if row is not None:
                 counted.add(loss, tensors, problems)
@@ -139,12 +139,12 @@ def check_finite(loss: torch.Tensor, what: str, prepared: Prepared, row: int | N
         raise NonFiniteLoss(Problem(prepared.places(row or 0), f"{what} is {loss.item()}", fix))
 
 
-def row_loss(run: Run, row: Row) -> torch.Tensor:
-    """Summed loss of one row on this process's device."""
+def row_loss(run: Run, row: Row, keep: Keep | None = None) -> torch.Tensor:
+    """Summed loss of one row on this process's device. For `keep` see vision_features."""
     device = run.accelerator.device
     row = {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for key, value in row.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
-        return summed_loss(run.model, run.bare, row, run.tower_trains)
+        return summed_loss(run.model, run.bare, row, run.tower_trains, keep)
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def evaluate(run: Run, held_out: Prepared, signals: Signals) -> Taught | None:
             return None
         tensors, problems = raised_here(built)
         with memory_for(run.config, held_out, row):
-            loss = row_loss(run, tensors) * (row is not None)
+            loss = row_loss(run, tensors, run.keep(held_out, row, problems)) * (row is not None)
         check_finite(loss, "the loss of held-out records", held_out, row)
         if row is not None:
             counted.add(loss, tensors, problems)
@@ -257,8 +257,13 @@ def run_steps(
         if main:
             write_settings(config, prepared, processor)
         run.metrics = metrics = Metrics(config.output_dir, resume, config.logging_steps, len(steps)) if main else None
+    kept = run.keep_features(prepared, len(steps) > steps.steps_per_epoch)
+    if held_out:
+        run.keep_features(held_out, config.eval_steps is not None and config.eval_steps < len(steps))
     if main:
         report_start(config, run, sizes, resume)
+        if kept:
+            print_line(f"what the vision tower makes is kept: {kept}")
     display = Display(len(steps), done, quiet=not main)
 
     def is_saved(step: int) -> bool:

@@ -7,10 +7,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import get_peft_model_state_dict
@@ -19,9 +21,12 @@ from torch.utils.data import DataLoader
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
+from qwenvl_ft.data.cache import features_folder
+from qwenvl_ft.data.families import feature_width
+from qwenvl_ft.data.features import Features
 from qwenvl_ft.data.packed import GONE, FileState
 from qwenvl_ft.data.packing import PackedRows, deal
-from qwenvl_ft.data.prepare import Prepared
+from qwenvl_ft.data.prepare import Prepared, not_kept
 from qwenvl_ft.data.rows import Built, Rows
 from qwenvl_ft.data.table import Scripts
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
@@ -30,7 +35,9 @@ from qwenvl_ft.folders.hashes import TICK_NS, digests
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS, read_model_json
 from qwenvl_ft.folders.runs import PICTURE_HASHES, PROCESSORS, checkpoints, newest, rotate
 from qwenvl_ft.folders.whole import short_hash, write_json, write_whole
+from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import trainable
+from qwenvl_ft.model.loss import Keep
 from qwenvl_ft.train.launch import Workers, begin_worker
 from qwenvl_ft.train.output_dir import Metrics
 
@@ -52,6 +59,7 @@ class Run:
         self.bare = accelerator.unwrap_model(model)
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.metrics: Metrics | None = None  # the main process has them
+        self.features: dict[bool, Features] = {}  # of the rows that train, and of those that are held out
         self.partitions = zero_partitions(model) if self.deepspeed else []
         self.tower_trains = bool({"vision", "merger"} & set(config.lora_on))
         self.always_look = self.deepspeed and (self.tower_trains or model.zero_optimization_stage() == 3)
@@ -66,10 +74,40 @@ class Run:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         return deal(rows, [of.cost(row) for row in rows] if world > 1 else [], world)[rank]
 
+    def keep_features(self, part: Prepared, again: bool) -> str | None:
+        """Has what the vision tower makes of these rows kept, if they are run `again`; says where. Not where processes share out
+        the tower's weights: all run it, or none.
+
+        It is kept under the name of everything that it is made from, so another run finds it.
+        """
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        num_bytes = int(part.media_tokens.sum()) * feature_width(self.config.model) * dtype.itemsize
+        if not num_bytes or self.always_look or not_kept(self.config, again, num_bytes):
+            return None
+        processors = [of.to_json_string() for of in (self.processor.image_processor, self.processor.video_processor)]
+        made_from = [
+            base_fingerprint(self.config.model), *processors, *(getattr(self.config, key) for key in SIZING),
+            rows_hash(part.plan.rows), *(part.scripts.facts["hashes"][name] for name in ("media", "digests", "grids")),
+            contents(part.scripts, self.config.output_dir / PICTURE_HASHES),
+            str(dtype), self.accelerator.device.type, attention_of(self.bare), torch.__version__, transformers.__version__,
+        ]  # fmt: skip
+        folder = features_folder() / short_hash(made_from)
+        try:
+            kept = Features(folder, len(part.plan.rows), feature_width(self.config.model), dtype)
+        except OSError as error:
+            return f"not kept: {error.filename or folder} cannot be written ({error.strerror})"
+        self.features[part is self.prepared] = kept
+        return f"{kept.num_kept():,} of {int((part.media_tokens > 0).sum()):,} rows are in {folder}"
+
+    def keep(self, part: Prepared, row: int | None, problems: Sequence[Problem]) -> Keep | None:
+        """What keeps the features of a row; nothing keeps those of a blank picture in place of a broken one."""
+        kept = self.features.get(part is self.prepared)
+        return None if kept is None or row is None or problems else partial(kept.write, row)
+
     def rows_of(self, prepared: Prepared) -> Rows:
         """The rows of a plan as tensors."""
         return Rows(prepared.scripts, prepared.plan.rows, prepared.chat, self.processor, self.always_look,
-                    skip=self.config.on_bad_record == "skip")  # fmt: skip
+                    skip=self.config.on_bad_record == "skip", features=self.features.get(prepared is self.prepared))  # fmt: skip
 
     def loader(self, rows: Iterable[int | None], of: Prepared) -> DataLoader[Built | UserError]:
         """These rows, built ahead by the workers; for a GPU in memory that it copies from while it works."""

@@ -149,7 +149,8 @@ def test_plan_as_json_adds_up(run):
     facts = json.loads(out)
     assert (code, err) == (0, "")
     assert list(facts) == [
-        "files", "forms", "records", "used", "skipped", "pictures", "pictures_shrunk", "tokens", "paid", "taught_tokens", "rows",
+        "files", "forms", "records", "used", "skipped", "pictures", "pictures_shrunk", "tokens", "paid", "features",
+            "taught_tokens", "rows",
         "row_tokens", "fill", "steps_per_epoch", "steps", "checks", "notes",
     ]  # fmt: skip
     assert facts["notes"] == []

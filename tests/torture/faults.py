@@ -80,6 +80,31 @@ def dying(folder: Path, number: int, who: int = 0, group: bool = True, opened: b
     return start
 
 
+def keeping_features(cache: Path, number: int = -1, share: float = 0.0) -> Fault:
+    """What the vision tower makes is kept in `cache`, empty or as it is; a SIGKILL when of the row of this number, counted from 0, so
+    much is written, and no entry in the index."""
+
+    def start(rank: int) -> None:
+        os.environ["XDG_CACHE_HOME"] = str(cache)
+        from qwenvl_ft.data.features import Features
+
+        left, stock = number, Features._write
+
+        def write(self: Features, row: int, held: bytes) -> None:
+            nonlocal left
+            left -= 1
+            if left == -1 and rank == 0:
+                self.part = self.part or self._new_part()
+                with self.part.open("ab") as part:
+                    part.write(held[: int(share * len(held))])
+                os.kill(0, signal.SIGKILL)
+            stock(self, row, held)
+
+        Features._write = write  # type: ignore[method-assign]
+
+    return start
+
+
 def full_disk(folder: Path, number: int) -> Fault:
     """From this writing operation on, no more room."""
 

@@ -11,7 +11,7 @@ from math import gcd
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.torture.faults import dying, full_disk, limited_files, spoiling
+from tests.torture.faults import dying, full_disk, keeping_features, limited_files, spoiling
 from tests.torture.forks import children, libc, orphans
 from tests.torture.points import KEPT, RESUMED, STEPS, WAYS, Failed, Point, Settings, result, settings_of
 
@@ -65,6 +65,23 @@ def killed_in_a_rotation(point: Point) -> str:
 
 def killed_at_start_or_end(point: Point) -> str:
     return killed_in(point, "start", "write_results")
+
+
+def killed_keeping_features(point: Point) -> str:
+    """While a row of them is written; before the run goes on one of those that are kept may be damaged."""
+    number, share = point.random.randrange(5), point.random.choice([0, 0.5, 1])
+    point.note = f"row {number}, {share:.0%} of it written"
+    run = point.train(keeping_features(point.folder / "cache", number, share))
+    if not any(run.wait()):
+        return point.equal(run)
+    point.check_whole()
+    parts = sorted(part for part in (point.folder / "cache").rglob("*.part") if part.stat().st_size)
+    if parts and point.random.random() < 0.5:
+        damaged = bytearray(parts[0].read_bytes())
+        damaged[point.random.randrange(len(damaged))] ^= 1 << point.random.randrange(8)
+        parts[0].write_bytes(damaged)
+        point.note += ", and one damaged"
+    return point.equal(point.resume(keeping_features(point.folder / "cache")))
 
 
 def killed_worker(point: Point) -> str:
@@ -323,6 +340,7 @@ KINDS: dict[str, tuple[Callable[[Point], str], list[str]]] = {
     "killed in a save": (killed_in_a_save, [*ONE * 6, "two", "ZeRO-2", "ZeRO-3"]),
     "killed in a rotation": (killed_in_a_rotation, [*ONE * 6, "two", "ZeRO-2"]),
     "killed at start or end": (killed_at_start_or_end, [*ONE * 4, "two"]),
+    "killed keeping features": (killed_keeping_features, ["one", "one, 2 workers", "two"]),
     "killed worker": (killed_worker, ["one, 2 workers", "two, 1 worker"]),
     "damaged checkpoint": (damaged_checkpoint, [*ONE * 3, "two", "ZeRO-2", "ZeRO-3"]),
     "damaged file of the run": (damaged_file_of_the_run, [*ONE * 4, "two"]),

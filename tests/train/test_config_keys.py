@@ -18,7 +18,7 @@ CHANGES_THE_WEIGHTS = {
 # Keys that show elsewhere, each in a test below or in the named one.
 SHOWS_ELSEWHERE = {
     "model": "test_export", "train_meta_file": "test_training", "train_data_dir": "test_meta", "output_dir": "test_training",
-    "resume": "test_training", "run_name": "test_training",
+    "cache_features": "test_features", "resume": "test_training", "run_name": "test_training",
     "thinking": "test_thinking", "boxes": "test_boxes", "fetch_media": "test_media", "format": "test_forms", "columns": "test_forms",
     "video_fps": "test_videos", "video_max_frames": "test_videos", "video_max_pixels": "test_videos",
 }  # fmt: skip

@@ -136,10 +136,10 @@ def test_an_evaluation_that_is_long_is_given_up_for_a_signal_and_the_step_before
     monkeypatch.setattr(launching, "GRACE_SECONDS", 0)
     stock = loop.row_loss
 
-    def interrupted(of, row):
+    def interrupted(of, *row):
         if not of.model.training:
             os.kill(os.getpid(), signal.SIGTERM)
-        return stock(of, row)
+        return stock(of, *row)
 
     monkeypatch.setattr(loop, "row_loss", interrupted)
     with pytest.raises(SystemExit):
@@ -158,7 +158,7 @@ def test_an_evaluation_that_is_long_is_given_up_for_a_signal_and_the_step_before
 )
 def test_a_process_that_decodes_pictures_and_is_gone_is_said_however_it_shows(error, tmp_path, monkeypatch):
     """What it was sending broke off before torch had learnt of its death: a traceback that ended in EOFError."""
-    monkeypatch.setattr(loop, "row_loss", lambda of, row: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(loop, "row_loss", lambda *args: (_ for _ in ()).throw(error))
     with pytest.raises(UserError, match="a process that decodes pictures is gone"):
         run(tmp_path)
 
@@ -294,7 +294,7 @@ def test_a_disk_that_is_full_is_said_in_words(name, tmp_path):
 def test_a_held_out_loss_that_is_not_finite_stops_and_is_not_written(tmp_path, monkeypatch):
     """It passed with exit code 0 and was written as NaN, which is no JSON."""
     stock = loop.row_loss
-    monkeypatch.setattr(loop, "row_loss", lambda of, row: stock(of, row) * (1.0 if of.model.training else float("nan")))
+    monkeypatch.setattr(loop, "row_loss", lambda of, *row: stock(of, *row) * (1.0 if of.model.training else float("nan")))
     with pytest.raises(NonFiniteLoss, match=r"few\.json\[0\].*: the loss of held-out records is nan"):
         run(tmp_path, eval_meta_file=few_records(tmp_path), eval_steps=2)
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
