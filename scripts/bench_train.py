@@ -6,13 +6,14 @@
 On the CPU, one thread each, without a network once the toolkits are installed: uv makes an environment for each of the others in
 `--envs`, which is kept. Every process is a whole run of two epochs, and they alternate; the medians are printed. What was trained
 is counted in the model of each process, so a toolkit that leaves something out is named. The least CPU load of others gives the
-truest figures; the machine's load is in the JSON file.
+truest figures; the machine's load is printed.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -35,6 +36,7 @@ INSTALL = {  # into environments of their own; the rest runs in this one
     "ms-swift": ["ms-swift==4.6.0", "qwen_vl_utils", "torchvision"],
     "llamafactory": ["llamafactory==0.9.5", "torch==2.11.*", "torchaudio==2.11.*", "torchvision"],
 }
+PLACES = "model model_name_or_path train_meta_file dataset dataset_dir output_dir".split()
 TOOLKITS = ["ours", "ms-swift", "llamafactory", "trl", "recipe"]
 
 
@@ -51,10 +53,10 @@ class Talks(NamedTuple):
 
 
 SETS = {
-    "one": Talks("one question a picture", 24, 1, 0, (392, 504), (8, 20), (2, 20)),
-    "five": Talks("five questions a picture", 6, 5, 0, (392, 504), (8, 20), (2, 20)),
+    "one": Talks("one question a picture", 16, 1, 0, (392, 504), (8, 20), (2, 20)),
+    "five": Talks("five questions a picture", 4, 5, 0, (392, 504), (8, 20), (2, 20)),
     "mixed": Talks("pictures and text, half and half", 12, 1, 12, (140, 504), (8, 60), (10, 60)),
-    "text": Talks("mostly text", 4, 1, 24, (224, 392), (20, 120), (40, 200)),
+    "text": Talks("mostly text", 3, 1, 15, (224, 392), (20, 120), (40, 200)),
 }
 
 
@@ -150,7 +152,8 @@ def settings(toolkit: str, model: Path, file: Path, records_per_step: int, max_s
                           "split_dataset_ratio": 0, "torch_dtype": "float32", "bf16": False, "fp16": False, "attn_impl": "sdpa",
                           "tuner_type": "lora", "target_modules": "all-linear", "freeze_vit": True, "freeze_aligner": True,
                           "lora_rank": RANK, "lora_alpha": ALPHA, "lora_dropout": 0, "gradient_checkpointing": True,
-                          "max_length": 4096, "warmup_ratio": 0}  # fmt: skip
+                          "max_length": 4096, "warmup_ratio": 0, "adam_beta2": 0.999,
+                          "check_model": False}  # fmt: skip
     if toolkit == "llamafactory":
         return trainer | {"model_name_or_path": str(model), "stage": "sft", "do_train": True, "finetuning_type": "lora",
                           "lora_rank": RANK, "lora_alpha": ALPHA, "lora_target": ",".join(TARGETS), "dataset": "records",
@@ -198,7 +201,9 @@ def peak_of(process: subprocess.Popen[bytes], limit: float) -> float:
     return peak / 2**20
 
 
-def run(toolkit: str, envs: Path, model: Path, file: Path, records_per_step: int, folder: Path, max_steps: int = 0) -> dict[str, Any]:
+def run(
+    toolkit: str, envs: Path, model: Path, file: Path, records_per_step: int, folder: Path, max_steps: int = 0
+) -> dict[str, Any]:
     """One process: what its probe counted, epoch by epoch, or a `problem`."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "home").mkdir(parents=True)
@@ -210,7 +215,13 @@ def run(toolkit: str, envs: Path, model: Path, file: Path, records_per_step: int
     job = {"toolkit": toolkit, "settings": told, "lora": lora, "model": model, "records": file, "lines": lines}
     (folder / "job.json").write_text(json.dumps(job, default=str))
     home = str(folder / "home")  # what a toolkit keeps from one run to the next would not be paid for
-    own = {"HOME": home, "XDG_CACHE_HOME": home, "HF_HOME": home, "MODELSCOPE_CACHE": home, "PYTHONPATH": str(ROOT) * (toolkit == "ours")}
+    own = {
+        "HOME": home,
+        "XDG_CACHE_HOME": home,
+        "HF_HOME": home,
+        "MODELSCOPE_CACHE": home,
+        "PYTHONPATH": str(ROOT) * (toolkit == "ours"),
+    }
     same = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
             "MIN_PIXELS": "3136", "MAX_PIXELS": str(MAX_PIXELS)}  # fmt: skip
     try:
@@ -228,8 +239,10 @@ def run(toolkit: str, envs: Path, model: Path, file: Path, records_per_step: int
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if process.returncode:
-            said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["nothing"]
-            raise RuntimeError(f"exit code {process.returncode}; it said: {said[-1]}")
+            found["log"] = log.read_text(errors="replace")[-20000:]
+            said = [line for line in found["log"].splitlines() if line.strip()] or ["nothing"]
+            errors = [line for line in said if re.match(r"[\w.]*(Error|Exception)\b", line)]
+            raise RuntimeError(f"exit code {process.returncode}; it said: {(errors or said)[-1]}")
         first, *steps = (json.loads(line) for line in lines.read_text().splitlines())
         if len(steps) % EPOCHS and not max_steps:
             raise RuntimeError(f"{len(steps)} steps are not {EPOCHS} epochs")
@@ -250,50 +263,52 @@ def run(toolkit: str, envs: Path, model: Path, file: Path, records_per_step: int
 
 def table(what: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """Markdown of one set: medians over the runs of each toolkit, and what is not as it should be."""
-    lines = [
-        f"### {what['what']}: {what['records']} records, {what['pictures']} pictures, {what['tokens']:,} tokens,"
-        f" {what['patches']:,} patches\n",
-        "| toolkit | steps | tokens run | padding | patches | taught | CPU s, epoch 1 | CPU s, epoch 2 | wall s, 1 / 2 "
-        "| tokens a CPU s | of the fastest peer's | CPU s to step 1 | wall s to step 1 | peak GiB | loss, epoch 1 | loss, epoch 2 |",
-        "|---" * 16 + "|",
-    ]  # fmt: skip
-    rows, notes, rates = {}, [], {}
+    titles = (
+        "toolkit", "steps", "tokens run", "taught", "CPU s, epoch 1", "CPU s, epoch 2", "wall s", "tokens a CPU s",
+        "of the fastest peer's", "start, CPU / wall s", "peak GiB", "loss, epoch 1", "loss, epoch 2",
+    )  # fmt: skip
+    cells, notes, rates, peers = {}, [], {}, []
     for toolkit in dict.fromkeys(one["toolkit"] for one in runs):
         mine = [one for one in runs if one["toolkit"] == toolkit]
         notes += [f"* {toolkit} failed: {one['problem']}" for one in mine if "problem" in one]
         good = [one for one in mine if "problem" not in one]
         if not good:
-            rows[toolkit] = None
+            cells[toolkit] = ["failed"]
             continue
-
-        def middle(name: str, epoch: int | None = None, good: list[dict[str, Any]] = good) -> float:
-            return statistics.median(one[name] if epoch is None else one["epochs"][epoch][name] for one in good)
-
-        rates[toolkit] = EPOCHS * what["tokens"] / sum(middle("CPU s", epoch) for epoch in range(EPOCHS))
-        counted = {name: middle(name, 0) for name in ("tokens", "patches")}
-        apart = [f"{value:,.0f} {name} of {what[name]:,}" for name, value in counted.items() if value != what[name]]
-        if apart:
-            notes.append(f"* {toolkit} runs {' and '.join(apart)} an epoch" + "; not counted as a peer" * (toolkit != "ours"))
-        rows[toolkit] = (
-            [str(len(good[0]["lines"]))]
-            + [f"{middle(name, 0):,.0f}" for name in ("tokens", "padding", "patches", "taught")]
-            + [f"{middle('CPU s', epoch):.2f}" for epoch in range(EPOCHS)]
-            + [" / ".join(f"{middle('wall s', epoch):.2f}" for epoch in range(EPOCHS)), f"{rates[toolkit]:,.0f}"],
-            [f"{middle(name):.1f}" for name in ("start CPU s", "start wall s")]
-            + [f"{middle('peak GiB'):.2f}"]
-            + [f"{middle('loss', epoch):.5f}" for epoch in range(EPOCHS)],
+        start = [statistics.median(one[name] for one in good) for name in ("start CPU s", "start wall s", "peak GiB")]
+        first, second = (
+            {name: statistics.median(one["epochs"][epoch][name] for one in good) for name in good[0]["epochs"][epoch]}
+            for epoch in range(EPOCHS)
         )
-        if toolkit != "ours" and apart:
-            rates.pop(toolkit)
-    fastest = max((rate for toolkit, rate in rates.items() if toolkit != "ours"), default=0.0)
-    for toolkit, cells in rows.items():
-        ratio = f"{rates[toolkit] / fastest:.2f}" if fastest and toolkit in rates else "-"
-        lines.append(f"| {toolkit} | " + (" | ".join([*cells[0], ratio, *cells[1]]) if cells else "failed" + " | -" * 14) + " |")
-    return "\n".join([*lines, "", *dict.fromkeys(notes)])
+        apart = [name for name in ("tokens", "patches") if first[name] != what[name]]
+        short = toolkit != "ours" and any(first[name] < what[name] for name in apart)
+        if apart:
+            counted = " and ".join(f"{first[name]:,.0f} {name} where the records have {what[name]:,}" for name in apart)
+            notes.append(f"* {toolkit} runs {counted}" + ": it is no peer here" * short)
+        rates[toolkit] = EPOCHS * what["tokens"] / (first["CPU s"] + second["CPU s"])
+        peers += [] if short or toolkit == "ours" else [toolkit]
+        cells[toolkit] = [
+            len(good[0]["lines"]), f"{first['tokens']:,.0f}", f"{first['taught']:,.0f}", f"{first['CPU s']:.2f}",
+            f"{second['CPU s']:.2f}", f"{first['wall s']:.2f}, {second['wall s']:.2f}", f"{rates[toolkit]:,.0f}", "",
+            f"{start[0]:.1f} / {start[1]:.1f}", f"{start[2]:.2f}", f"{first['loss']:.5f}", f"{second['loss']:.5f}",
+        ]  # fmt: skip
+    for toolkit, rate in rates.items():
+        cells[toolkit][7] = f"{rate / max(rates[peer] for peer in peers):.2f}" if peers else "-"
+    rows = [titles, ["---"] * len(titles)]
+    rows += [[toolkit, *(row + ["-"] * len(titles))[: len(titles) - 1]] for toolkit, row in cells.items()]
+    about = f"{what['records']} records, {what['pictures']} pictures, {what['tokens']:,} tokens, {what['patches']:,} patches"
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([f"### {what['what']}: {about}", "", *lines, "", *dict.fromkeys(notes)])
 
 
 def start_table(count: int, runs: list[dict[str, Any]]) -> str:
-    lines = [f"### from the start to the first step of {count:,} records with a picture each\n", "| toolkit | CPU s | wall s |", "|---" * 3 + "|"]
+    """Markdown of what passes before the first step."""
+    lines = [
+        f"### from the start to the first step: {count:,} records, a picture each",
+        "",
+        "| toolkit | CPU s | wall s |",
+        "|---|---|---|",
+    ]
     for one in runs:
         cells = f"failed: {one['problem']} | -" if "problem" in one else f"{one['start CPU s']:.1f} | {one['start wall s']:.1f}"
         lines.append(f"| {one['toolkit']} | {cells} |")
@@ -305,12 +320,16 @@ def say(text: str) -> None:
 
 
 def told(runs: list[dict[str, Any]]) -> str:
-    """The settings of each toolkit, as it was given them."""
-    last = {one["toolkit"]: one for one in runs}
-    lines = ["### settings, all else being each toolkit's default; gradient checkpointing is on in all\n"]
-    for toolkit, one in last.items():
+    """The settings of each toolkit, as it was given them, and how busy the machine was."""
+    loads = [one["load"] for one in runs]
+    lines = [
+        "### settings", "", f"One thread, float32, gradient checkpointing in all; load of the machine {min(loads):.1f} to"
+        f" {max(loads):.1f}, of which the measured process is about 1. All else is each toolkit's default.", "",
+    ]  # fmt: skip
+    for toolkit, one in {one["toolkit"]: one for one in runs}.items():
         versions = ", ".join(f"{name} {one[name]}" for name in ("torch", "transformers") if name in one)
-        lines.append(f"* {toolkit} ({versions}): {' '.join(f'{key}={value}' for key, value in one['settings'].items())}")
+        shown = (f"{key}={value}" for key, value in one["settings"].items() if key not in PLACES)
+        lines.append(f"* {toolkit} {f'({versions})' if versions else ''}: {' '.join(shown)}")
     return "\n".join(lines)
 
 

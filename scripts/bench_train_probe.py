@@ -49,21 +49,22 @@ class Counts:
     """What one step comes to. `summed` is the cross entropy over taught tokens; `optimized` the value that went backward."""
 
     def __init__(self, file: Path):
-        self.file, self.step = file, -1
+        self.file, self.begun = file, False
+        self.clear()
+
+    def clear(self) -> None:
+        self.tokens = self.padding = self.patches = self.taught = 0
+        self.summed = self.optimized = 0.0
 
     def begin(self) -> None:
         """The first forward pass: what comes before is the start."""
-        if self.step < 0:
+        if not self.begun:
+            self.begun = True
             self.write()
 
-    def write(self, **more: object) -> None:
-        found = vars(self) if self.step >= 0 else {"step": -1}
-        line = {key: value for key, value in found.items() if key != "file"} | {"cpu": cpu_seconds(), "wall": time.time()} | more
+    def write(self, **counted: object) -> None:
         with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.step += 1
-        self.tokens = self.padding = self.patches = self.taught = 0
-        self.summed = self.optimized = 0.0
+            file.write(json.dumps({"cpu": cpu_seconds(), "wall": time.time()} | counted) + "\n")
 
 
 def watch(counts: Counts, modeling: object) -> None:
@@ -112,7 +113,9 @@ def watch(counts: Counts, modeling: object) -> None:
 
     def stepped(optimizer, *_):
         trained = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
-        counts.write(trained=trained, torch=version("torch"), transformers=version("transformers"))
+        counted = {key: value for key, value in vars(counts).items() if key not in ("file", "begun")}
+        counts.write(**counted, trained=trained, torch=version("torch"), transformers=version("transformers"))
+        counts.clear()
 
     register_optimizer_step_post_hook(stepped)
 
@@ -208,7 +211,10 @@ def recipe(job: dict, counts: Counts) -> None:
                 shown = [{"type": "image"}] * turn["content"].startswith("<image>")
                 messages.append(turn | {"content": [*shown, {"type": "text", "text": turn["content"].removeprefix("<image>")}]})
             opened = [Image.open(path).convert("RGB") for path in images] or None
-            texts = [processor.apply_chat_template(messages), processor.apply_chat_template(messages[:1], add_generation_prompt=True)]
+            texts = [
+                processor.apply_chat_template(messages),
+                processor.apply_chat_template(messages[:1], add_generation_prompt=True),
+            ]
             whole = processor(text=texts[:1], images=opened, return_tensors="pt")
             asked = len(processor.tokenizer(texts[1])["input_ids"]) - len(processor.tokenizer(texts[0])["input_ids"])
             whole["labels"] = whole["input_ids"].clone()
