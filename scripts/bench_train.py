@@ -152,8 +152,7 @@ def settings(toolkit: str, model: Path, file: Path, records_per_step: int, max_s
                           "split_dataset_ratio": 0, "torch_dtype": "float32", "bf16": False, "fp16": False, "attn_impl": "sdpa",
                           "tuner_type": "lora", "target_modules": "all-linear", "freeze_vit": True, "freeze_aligner": True,
                           "lora_rank": RANK, "lora_alpha": ALPHA, "lora_dropout": 0, "gradient_checkpointing": True,
-                          "max_length": 4096, "warmup_ratio": 0, "adam_beta2": 0.999,
-                          "check_model": False}  # fmt: skip
+                          "max_length": 4096, "warmup_ratio": 0, "adam_beta2": 0.999, "check_model": False}  # fmt: skip
     if toolkit == "llamafactory":
         return trainer | {"model_name_or_path": str(model), "stage": "sft", "do_train": True, "finetuning_type": "lora",
                           "lora_rank": RANK, "lora_alpha": ALPHA, "lora_target": ",".join(TARGETS), "dataset": "records",
@@ -215,13 +214,8 @@ def run(
     job = {"toolkit": toolkit, "settings": told, "lora": lora, "model": model, "records": file, "lines": lines}
     (folder / "job.json").write_text(json.dumps(job, default=str))
     home = str(folder / "home")  # what a toolkit keeps from one run to the next would not be paid for
-    own = {
-        "HOME": home,
-        "XDG_CACHE_HOME": home,
-        "HF_HOME": home,
-        "MODELSCOPE_CACHE": home,
-        "PYTHONPATH": str(ROOT) * (toolkit == "ours"),
-    }
+    own = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "HF_HOME", "MODELSCOPE_CACHE"), home)
+    own["PYTHONPATH"] = str(ROOT) * (toolkit == "ours")
     same = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
             "MIN_PIXELS": "3136", "MAX_PIXELS": str(MAX_PIXELS)}  # fmt: skip
     try:
@@ -244,7 +238,7 @@ def run(
             errors = [line for line in said if re.match(r"[\w.]*(Error|Exception)\b", line)]
             raise RuntimeError(f"exit code {process.returncode}; it said: {(errors or said)[-1]}")
         first, *steps = (json.loads(line) for line in lines.read_text().splitlines())
-        if len(steps) % EPOCHS and not max_steps:
+        if not steps or (len(steps) % EPOCHS and not max_steps):
             raise RuntimeError(f"{len(steps)} steps are not {EPOCHS} epochs")
     except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as error:
         return found | {"problem": str(error)}
@@ -303,12 +297,8 @@ def table(what: dict[str, Any], runs: list[dict[str, Any]]) -> str:
 
 def start_table(count: int, runs: list[dict[str, Any]]) -> str:
     """Markdown of what passes before the first step."""
-    lines = [
-        f"### from the start to the first step: {count:,} records, a picture each",
-        "",
-        "| toolkit | CPU s | wall s |",
-        "|---|---|---|",
-    ]
+    lines = [f"### from the start to the first step: {count:,} records, a picture each", ""]
+    lines += ["| toolkit | CPU s | wall s |", "|---|---|---|"]
     for one in runs:
         cells = f"failed: {one['problem']} | -" if "problem" in one else f"{one['start CPU s']:.1f} | {one['start wall s']:.1f}"
         lines.append(f"| {one['toolkit']} | {cells} |")
