@@ -36,6 +36,7 @@ INSTALL = {  # into environments of their own; the rest runs in this one
     "ms-swift": ["ms-swift==4.6.0", "qwen_vl_utils", "torchvision"],
     "llamafactory": ["llamafactory==0.9.5", "torch==2.11.*", "torchaudio==2.11.*", "torchvision"],
 }
+COUNTED = "tokens padding patches taught summed layers layer_runs blocks block_runs".split()
 PLACES = "model model_name_or_path train_meta_file dataset dataset_dir output_dir".split()
 TOOLKITS = ["ours", "ms-swift", "llamafactory", "trl", "recipe"]
 
@@ -247,9 +248,10 @@ def run(
     length = len(steps) // EPOCHS or 1
     for at in range(0, len(steps), length):
         before, mine = ([first, *steps][at], steps[at : at + length])
-        epoch = {key: sum(step[key] for step in mine) for key in ("tokens", "padding", "patches", "taught", "summed")}
+        epoch = {key: sum(step[key] for step in mine) for key in COUNTED}
         # A toolkit whose loss is not torch's cross entropy: what it optimizes is the mean over the step's taught tokens.
         epoch["summed"] = epoch["summed"] or sum(step["optimized"] * step["taught"] for step in mine)
+        epoch |= {f"{part} runs": epoch[f"{part}_runs"] / max(1, epoch[f"{part}s"]) for part in ("layer", "block")}
         epoch |= {f"{key} s": mine[-1][key.lower()] - before[key.lower()] for key in ("CPU", "wall")}
         found["epochs"].append(epoch | {"loss": epoch["summed"] / max(1, epoch["taught"])})
     return found
@@ -258,8 +260,8 @@ def run(
 def table(what: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """Markdown of one set: medians over the runs of each toolkit, and what is not as it should be."""
     titles = (
-        "toolkit", "steps", "tokens run", "taught", "CPU s, epoch 1", "CPU s, epoch 2", "wall s", "tokens a CPU s",
-        "of the fastest peer's", "start, CPU / wall s", "peak GiB", "loss, epoch 1", "loss, epoch 2",
+        "toolkit", "steps", "tokens run", "taught", "forward runs, language / tower", "CPU s, epoch 1",
+        "CPU s, epoch 2", "wall s", "tokens a CPU s", "of the fastest peer's", "start, CPU / wall s", "peak GiB", "loss, epoch 1", "loss, epoch 2",
     )  # fmt: skip
     cells, notes, rates, peers = {}, [], {}, []
     for toolkit in dict.fromkeys(one["toolkit"] for one in runs):
@@ -282,12 +284,13 @@ def table(what: dict[str, Any], runs: list[dict[str, Any]]) -> str:
         rates[toolkit] = EPOCHS * what["tokens"] / (first["CPU s"] + second["CPU s"])
         peers += [] if short or toolkit == "ours" else [toolkit]
         cells[toolkit] = [
-            len(good[0]["lines"]), f"{first['tokens']:,.0f}", f"{first['taught']:,.0f}", f"{first['CPU s']:.2f}",
+            len(good[0]["lines"]), f"{first['tokens']:,.0f}", f"{first['taught']:,.0f}",
+            f"{first['layer runs']:.3g} / {first['block runs']:.3g}", f"{first['CPU s']:.2f}",
             f"{second['CPU s']:.2f}", f"{first['wall s']:.2f}, {second['wall s']:.2f}", f"{rates[toolkit]:,.0f}", "",
             f"{start[0]:.1f} / {start[1]:.1f}", f"{start[2]:.2f}", f"{first['loss']:.5f}", f"{second['loss']:.5f}",
         ]  # fmt: skip
     for toolkit, rate in rates.items():
-        cells[toolkit][7] = f"{rate / max(rates[peer] for peer in peers):.2f}" if peers else "-"
+        cells[toolkit][8] = f"{rate / max(rates[peer] for peer in peers):.2f}" if peers else "-"
     rows = [titles, ["---"] * len(titles)]
     rows += [[toolkit, *(row + ["-"] * len(titles))[: len(titles) - 1]] for toolkit, row in cells.items()]
     about = f"{what['records']} records, {what['pictures']} pictures, {what['tokens']:,} tokens, {what['patches']:,} patches"
@@ -313,7 +316,7 @@ def told(runs: list[dict[str, Any]]) -> str:
     """The settings of each toolkit, as it was given them, and how busy the machine was."""
     loads = [one["load"] for one in runs]
     lines = [
-        "### settings", "", f"One thread, float32, gradient checkpointing in all; load of the machine {min(loads):.1f} to"
+        "### settings", "", f"One thread, float32, gradient checkpointing in all: 2 forward runs. Load of the machine {min(loads):.1f} to"
         f" {max(loads):.1f}, of which the measured process is about 1. All else is each toolkit's default.", "",
     ]  # fmt: skip
     for toolkit, one in {one["toolkit"]: one for one in runs}.items():

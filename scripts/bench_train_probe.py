@@ -46,7 +46,10 @@ def cpu_seconds() -> float:
 
 
 class Counts:
-    """What one step comes to. `summed` is the cross entropy over taught tokens; `optimized` the value that went backward."""
+    """What one step comes to. `summed` is the cross entropy over taught tokens; `optimized` the value that went backward.
+
+    `layers` (of the language model) and `blocks` (of the tower) are to be run; with recomputing, twice as many runs are counted.
+    """
 
     def __init__(self, file: Path):
         self.file, self.begun = file, False
@@ -54,6 +57,7 @@ class Counts:
 
     def clear(self) -> None:
         self.tokens = self.padding = self.patches = self.taught = 0
+        self.layers = self.layer_runs = self.blocks = self.block_runs = 0
         self.summed = self.optimized = 0.0
 
     def begin(self) -> None:
@@ -93,10 +97,18 @@ def watch(counts: Counts, modeling: object) -> None:
         real = int((attention_mask != 0).sum()) if plain else rows * length
         counts.tokens += real
         counts.padding += rows * length - real
+        counts.layers += len(self.layers)
 
     def vision(self, hidden_states, *args, **kwargs):
         counts.begin()
         counts.patches += len(hidden_states)
+        counts.blocks += len(self.blocks)
+
+    def layer(*args):
+        counts.layer_runs += 1
+
+    def block(*args):
+        counts.block_runs += 1
 
     def entropy(loss, input, target, weight=None, size_average=None, ignore_index=IGNORE, reduce=None, reduction="mean", **_):
         taught = int((target != ignore_index).sum())
@@ -108,6 +120,9 @@ def watch(counts: Counts, modeling: object) -> None:
 
     wrap(modeling.Qwen2VLTextModel, "forward", before=language)
     wrap(modeling.Qwen2VisionTransformerPretrainedModel, "forward", before=vision)
+    # A layer's own forward is left alone: transformers does not recompute one that was replaced.
+    wrap(modeling.Qwen2MLP, "forward", before=layer)
+    wrap(modeling.VisionMlp, "forward", before=block)
     wrap(torch.nn.functional, "cross_entropy", after=entropy)
     wrap(torch.Tensor, "backward", before=backward)
 

@@ -44,6 +44,7 @@ def test_ours_is_measured_and_trains_on_what_the_records_hold(bench, tmp_path):
     assert second["loss"] < first["loss"] == pytest.approx(8.3, abs=0.3)  # ln 4096: it knows nothing
     assert first["taught"] == sum(line["taught_tokens"] for line in metrics(tmp_path)[: len(one["lines"]) // 2])
     assert [step["optimized"] for step in one["lines"]] == pytest.approx([line["loss"] for line in metrics(tmp_path)])
+    assert (first["layer runs"], first["block runs"]) == (2, 1)  # recomputed; of a frozen tower there is nothing to go back to
     assert one["start CPU s"] > 0 and one["peak GiB"] > 0.1
     assert f"| ours | 2 | {what['tokens']}" in bench.table(what, [one])
 
@@ -52,25 +53,11 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "run" / "out" / "metrics.jsonl").read_text().splitlines()]
 
 
-def stored(toolkit, cpu, tokens=1000, patches=400, **more):
-    epoch = {
-        "tokens": tokens,
-        "padding": 0,
-        "patches": patches,
-        "taught": 50,
-        "summed": 400.0,
-        "CPU s": cpu,
-        "wall s": cpu,
-        "loss": 8.0,
-    }
-    run = {
-        "toolkit": toolkit,
-        "settings": {"lora_rank": 8, "model": "/tmp/m"},
-        "load": 1.0,
-        "lines": [{}] * 4,
-        "epochs": [epoch] * 2,
-    }
-    return run | {"start CPU s": 9.0, "start wall s": 12.0, "peak GiB": 1.25, **more}
+def stored(toolkit, cpu, tokens=1000, patches=400):
+    epoch = {"tokens": tokens, "patches": patches, "taught": 50, "layer runs": 2.0, "block runs": 1.0, "loss": 8.0}
+    epoch |= {"CPU s": cpu, "wall s": cpu}
+    run = {"toolkit": toolkit, "settings": {"lora_rank": 8, "model": "/tmp/m"}, "load": 1.0, "lines": [{}] * 4}
+    return run | {"epochs": [epoch] * 2, "start CPU s": 9.0, "start wall s": 12.0, "peak GiB": 1.25}
 
 
 def test_the_table_compares_with_the_fastest_that_trains_on_everything(bench):
@@ -79,8 +66,8 @@ def test_the_table_compares_with_the_fastest_that_trains_on_everything(bench):
     runs += [stored("ms-swift", 1.0, tokens=700), stored("trl", 4.0), stored("recipe", 8.0, patches=416)]
     runs += [{"toolkit": "llamafactory", "settings": {}, "load": 3.0, "problem": "exit code 1; it said: ImportError: x"}]
     rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in bench.table(what, runs).splitlines()}
-    assert rows["ours"][4:9] == ["2.00", "2.00", "2.00, 2.00", "500", "2.00"]
-    assert rows["trl"][8] == "1.00" and rows["recipe"][8] == "0.50" and rows["llamafactory"][1] == "failed"
+    assert rows["ours"][5:10] == ["2.00", "2.00", "2.00, 2.00", "500", "2.00"]
+    assert rows["trl"][9] == "1.00" and rows["recipe"][9] == "0.50" and rows["llamafactory"][1] == "failed"
     said = bench.table(what, runs)
     assert "ms-swift runs 700 tokens where the records have 1,000: it is no peer here" in said
     assert "recipe runs 416 patches where the records have 400\n" in said and "ImportError: x" in said
