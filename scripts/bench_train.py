@@ -54,8 +54,8 @@ class Talks(NamedTuple):
 
 
 SETS = {
-    "one": Talks("one question a picture", 16, 1, 0, (392, 504), (8, 20), (2, 20)),
-    "five": Talks("five questions a picture", 4, 5, 0, (392, 504), (8, 20), (2, 20)),
+    "one": Talks("one question a picture", 32, 1, 0, (392, 504), (8, 20), (2, 20)),
+    "five": Talks("five questions a picture", 12, 5, 0, (392, 504), (8, 20), (2, 20)),
     "mixed": Talks("pictures and text, half and half", 12, 1, 12, (140, 504), (8, 60), (10, 60)),
     "text": Talks("mostly text", 3, 1, 15, (224, 392), (20, 120), (40, 200)),
 }
@@ -261,9 +261,9 @@ def table(what: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """Markdown of one set: medians over the runs of each toolkit, and what is not as it should be."""
     titles = (
         "toolkit", "steps", "tokens run", "taught", "forward runs, language / tower", "CPU s, epoch 1",
-        "CPU s, epoch 2", "wall s", "tokens a CPU s", "of the fastest peer's", "start, CPU / wall s", "peak GiB", "loss, epoch 1", "loss, epoch 2",
+        "CPU s, epoch 2", "wall s", "tokens a CPU s", "of the fastest peer's in each epoch", "start, CPU / wall s", "peak GiB", "loss, epoch 1", "loss, epoch 2",
     )  # fmt: skip
-    cells, notes, rates, peers = {}, [], {}, []
+    cells, notes, rates, peers = {}, list[str](), dict[str, list[float]](), list[str]()
     for toolkit in dict.fromkeys(one["toolkit"] for one in runs):
         mine = [one for one in runs if one["toolkit"] == toolkit]
         notes += [f"* {toolkit} failed: {one['problem']}" for one in mine if "problem" in one]
@@ -281,16 +281,17 @@ def table(what: dict[str, Any], runs: list[dict[str, Any]]) -> str:
         if apart:
             counted = " and ".join(f"{first[name]:,.0f} {name} where the records have {what[name]:,}" for name in apart)
             notes.append(f"* {toolkit} runs {counted}" + ": it is no peer here" * short)
-        rates[toolkit] = EPOCHS * what["tokens"] / (first["CPU s"] + second["CPU s"])
+        rates[toolkit] = [what["tokens"] / epoch["CPU s"] for epoch in (first, second)]
         peers += [] if short or toolkit == "ours" else [toolkit]
         cells[toolkit] = [
             len(good[0]["lines"]), f"{first['tokens']:,.0f}", f"{first['taught']:,.0f}",
             f"{first['layer runs']:.3g} / {first['block runs']:.3g}", f"{first['CPU s']:.2f}",
-            f"{second['CPU s']:.2f}", f"{first['wall s']:.2f}, {second['wall s']:.2f}", f"{rates[toolkit]:,.0f}", "",
+            f"{second['CPU s']:.2f}", f"{first['wall s']:.2f}, {second['wall s']:.2f}", ", ".join(f"{rate:,.0f}" for rate in rates[toolkit]), "",
             f"{start[0]:.1f} / {start[1]:.1f}", f"{start[2]:.2f}", f"{first['loss']:.5f}", f"{second['loss']:.5f}",
         ]  # fmt: skip
-    for toolkit, rate in rates.items():
-        cells[toolkit][8] = f"{rate / max(rates[peer] for peer in peers):.2f}" if peers else "-"
+    fastest = [max(of) for of in zip(*(rates[peer] for peer in peers), strict=True)]
+    for toolkit, each in rates.items():
+        cells[toolkit][8] = ", ".join(f"{rate / most:.2f}" for rate, most in zip(each, fastest, strict=False)) or "-"
     rows = [titles, ["---"] * len(titles)]
     rows += [[toolkit, *(row + ["-"] * len(titles))[: len(titles) - 1]] for toolkit, row in cells.items()]
     about = f"{what['records']} records, {what['pictures']} pictures, {what['tokens']:,} tokens, {what['patches']:,} patches"

@@ -176,6 +176,12 @@ def join(examples: Sequence[Row]) -> Row:
     return row | next(({SCALES: example[SCALES]} for example in examples if SCALES in example), {})
 
 
+def with_features(row: Row, features: torch.Tensor, merge_size: int) -> Row:
+    """The row, whose media need not be shown any more."""
+    grids = [row[name] for _, name in PIXELS.values() if name in row]
+    return row | {FEATURES: features, SIZES: [int(grid.prod(1).sum()) // merge_size**2 for grid in grids]}
+
+
 def _key_places(pieces: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """For each piece of each example the places that it sees in the row: those of its beginning, and its own."""
     found, at = list[torch.Tensor](), 0
@@ -238,14 +244,7 @@ class Rows:
         if self.always_look and not any(patches in example for example in examples for patches, _ in PIXELS.values()):
             examples.append(self.blank())
         row = join(examples)
-        if held is not None:
-            row |= {
-                FEATURES: held,
-                SIZES: [
-                    int(row[name].prod(1).sum()) // self.chat.limits.merge_size**2 for _, name in PIXELS.values() if name in row
-                ],
-            }
-        return row, problems
+        return (row if held is None else with_features(row, held, self.chat.limits.merge_size)), problems
 
     def built_or_problems(self, index: int) -> Built | UserError:
         """`build`, or what it raises: what a worker of a DataLoader raises loses its problems on the way."""

@@ -74,7 +74,7 @@ def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Built | U
         torch.manual_seed(draw_seed(run.config.seed, epoch, row))
         last = number == len(mine) - 1
         with run.exchange(last), memory_for(run.config, prepared, row):
-            loss = row_loss(run, tensors, run.keep(prepared, row, problems)) * (row is not None)
+            loss = row_loss(run, *run.looked_at(prepared, row, tensors, problems)) * (row is not None)
             check_finite(loss, "the loss", prepared, row)
             if row is not None:
                 counted.add(loss, tensors, problems)
@@ -158,7 +158,7 @@ def evaluate(run: Run, held_out: Prepared, signals: Signals) -> Taught | None:
             return None
         tensors, problems = raised_here(built)
         with memory_for(run.config, held_out, row):
-            loss = row_loss(run, tensors, run.keep(held_out, row, problems)) * (row is not None)
+            loss = row_loss(run, *run.looked_at(held_out, row, tensors, problems)) * (row is not None)
         check_finite(loss, "the loss of held-out records", held_out, row)
         if row is not None:
             counted.add(loss, tensors, problems)

@@ -27,7 +27,7 @@ from qwenvl_ft.data.features import Features
 from qwenvl_ft.data.packed import GONE, FileState
 from qwenvl_ft.data.packing import PackedRows, deal
 from qwenvl_ft.data.prepare import Prepared, not_kept
-from qwenvl_ft.data.rows import Built, Rows
+from qwenvl_ft.data.rows import FEATURES, Built, Row, Rows, with_features
 from qwenvl_ft.data.table import Scripts
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.adapter import base_fingerprint
@@ -99,10 +99,15 @@ class Run:
         self.features[part is self.prepared] = kept
         return f"{kept.num_kept():,} of {int((part.media_tokens > 0).sum()):,} rows are in {folder}"
 
-    def keep(self, part: Prepared, row: int | None, problems: Sequence[Problem]) -> Keep | None:
-        """What keeps the features of a row; nothing keeps those of a blank picture in place of a broken one."""
+    def looked_at(self, part: Prepared, row: int | None, tensors: Row, problems: Sequence[Problem]) -> tuple[Row, Keep | None]:
+        """The row, with features that are kept since a worker built it; and what keeps those that are not, but nothing keeps those
+        of a blank picture in place of a broken one."""
         kept = self.features.get(part is self.prepared)
-        return None if kept is None or row is None or problems else partial(kept.write, row)
+        if kept is None or row is None or problems or FEATURES in tensors:
+            return tensors, None
+        if (features := kept.read(row)) is not None:
+            return with_features(tensors, features, part.chat.limits.merge_size), None
+        return tensors, partial(kept.write, row)
 
     def rows_of(self, prepared: Prepared) -> Rows:
         """The rows of a plan as tensors."""

@@ -37,12 +37,20 @@ WIDTH = json.loads((ROOT / "data/tiny/config.json").read_text())["text_config"][
 TWO_EPOCHS = {"max_steps": None, "num_train_epochs": 2}
 
 
-def test_from_the_second_epoch_on_the_tower_is_not_run_and_the_weights_are_the_same(towers, tmp_path, capsys):
+@pytest.mark.parametrize("workers", [0, 2])  # which build rows of the next epoch before those of this one are kept
+def test_from_the_second_epoch_on_the_tower_is_not_run_and_the_weights_are_the_same(workers, towers, tmp_path, capsys):
     plain = run(tmp_path, "plain", cache_features="off", **TWO_EPOCHS)
     assert len(towers) == 2 * 6 and not folders(tmp_path)
     towers.clear()
     (tmp_path / "held_out").mkdir()
-    kept = run(tmp_path, "kept", eval_meta_file=few_records(tmp_path / "held_out", 1), eval_steps=2, **TWO_EPOCHS)
+    kept = run(
+        tmp_path,
+        "kept",
+        eval_meta_file=few_records(tmp_path / "held_out", 1),
+        eval_steps=2,
+        dataloader_num_workers=workers,
+        **TWO_EPOCHS,
+    )
     assert same(plain, kept) and len(towers) == 6 + 1, "each row once, and the held-out one"
     assert len(folders(tmp_path)) == 2
     said = capsys.readouterr().out
