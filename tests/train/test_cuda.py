@@ -52,10 +52,12 @@ def test_a_row_that_does_not_fit_is_named_and_what_is_saved_goes_on(checkpointin
 
 
 def test_held_out_records_that_do_not_fit_are_named_too(tmp_path, monkeypatch):
-    def filled(of, row, stock=loop.row_loss):
+    stock = loop.row_loss
+
+    def filled(of, *row):
         if not of.model.training:
             raise FULL
-        return stock(of, row)
+        return stock(of, *row)
 
     monkeypatch.setattr(loop, "row_loss", filled)
     with pytest.raises(UserError, match=r"few\.json\[0\].* does not fit"):
