@@ -87,6 +87,16 @@ class Signals:
 class Worker(get_context().Process):  # type: ignore[misc]
     """A process that decodes pictures. It ignores the signal by which torch ends one that hangs."""
 
+    def start(self) -> None:
+        """Word that another one is gone waits for the end of it: Python would not let what torch raises then out of a fork."""
+        if sys.platform == "win32":
+            return super().start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     def terminate(self) -> None:
         """At once; torch has asked it to end before, and waited."""
         self.kill()

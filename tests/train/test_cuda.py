@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.runs import checkpoints
 from qwenvl_ft.model.load import load_base
 from qwenvl_ft.train import loop
+from qwenvl_ft.train.launch import Workers
 from qwenvl_ft.train.state import Run
 from tests.conftest import TINY
 from tests.runs import adapter, config, few_records, run, same
@@ -109,6 +111,25 @@ def test_a_worker_that_hangs_is_ended_with_the_run(tmp_path, monkeypatch):
     with pytest.raises(KeyError):
         run(tmp_path, dataloader_num_workers=1)
     assert not multiprocessing.active_children()
+
+
+def test_word_of_a_worker_that_is_gone_is_heard_though_another_one_is_starting():
+    """Within a fork Python printed what torch raised, and went on."""
+    starting = [False]
+
+    def gone(*args):
+        raise RuntimeError("is killed by signal")
+
+    os.register_at_fork(after_in_parent=lambda: starting[0] and os.kill(os.getpid(), signal.SIGCHLD))
+    before, worker = signal.signal(signal.SIGCHLD, gone), Workers().Process(target=int)
+    try:
+        starting[0] = True
+        with pytest.raises(RuntimeError, match="is killed by signal"):
+            worker.start()
+    finally:
+        starting[0] = False
+        signal.signal(signal.SIGCHLD, before)
+        worker.join()
 
 
 @pytest.mark.parametrize(
