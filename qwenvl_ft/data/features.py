@@ -8,7 +8,9 @@ would end in other weights whenever its rows were read at another pace. What is 
 and is made again.
 """
 
+import os
 import shutil
+import time
 import zlib
 from collections import deque
 from collections.abc import Iterable
@@ -21,26 +23,29 @@ import numpy as np
 import torch
 
 from qwenvl_ft.console import print_note
+from qwenvl_ft.data.packed import holders
+from qwenvl_ft.data.records import Medium
 
 INDEX = "index"
 ENTRY = np.dtype([("part", "<u4"), ("crc", "<u4"), ("start", "<u8"), ("end", "<u8")])
-KEPT = 4  # folders: the ones used last
+KEPT = 4  # folders: the ones used last, and those that may be in use
+IN_USE_S = 2 * 24 * 3600.0
 
 
 class Features:
-    """Those of one plan, one tower and one precision, in a folder of that name. `width` is W. It goes to other processes by its
-    folder; what one of them writes the others read.
+    """Those of one plan, one tower and one precision, in a folder of that name. `width` is W; `since_ns` when it was named after
+    what is in the files of the media. It goes to other processes by its folder; what one of them writes the others read.
     """
 
-    def __init__(self, folder: Path, num_rows: int, width: int, dtype: torch.dtype):
+    def __init__(self, folder: Path, num_rows: int, width: int, dtype: torch.dtype, since_ns: int = 0):
         self.folder, self.width, self.dtype = folder, width, dtype
         self.part: Path | None = None  # that this process adds to
-        self.full = False
+        self.full, self.since_ns = False, since_ns
         self.waiting = deque[tuple[int, torch.Tensor, Any]]()  # rows on their way from the GPU
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / INDEX).open("ab") as index:
             index.truncate(num_rows * ENTRY.itemsize)
-        folder.touch()
+        os.utime(folder)
         _remove_old(folder.parent)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,19 +57,30 @@ class Features:
             (entry,) = np.fromfile(self.folder / INDEX, ENTRY, 1, offset=row * ENTRY.itemsize)
             if not entry["part"]:
                 return None
-            start, size = int(entry["start"]), int(entry["end"]) - int(entry["start"])
-            held = np.fromfile(self.folder / f"{entry['part']}.part", np.uint8, size, offset=start)
+            part, start, end = self.folder / f"{entry['part']}.part", int(entry["start"]), int(entry["end"])
+            if not start < end <= part.stat().st_size:
+                return None
+            held = np.fromfile(part, np.uint8, size := end - start, offset=start)
         except (OSError, ValueError):  # taken away while a run goes on
             return None
         if len(held) != size or zlib.crc32(held.data) != entry["crc"]:
             return None
         return torch.from_numpy(held).view(self.dtype).view(-1, self.width)
 
+    def may_keep(self, media: Iterable[Medium]) -> bool:
+        """Whether none of their files changed since this run named what is in them; asked once they were read."""
+        try:
+            return all(os.stat(path).st_ctime_ns <= self.since_ns for medium in media for path in holders(medium))
+        except OSError:
+            return False
+
     def write(self, row: int, features: torch.Tensor) -> None:
-        """Keeps (T, W). Nothing waits for a GPU: its features are written with those of a later row. A disk that is full is said,
-        once, and no more is kept."""
+        """Keeps (T, W), unless a number of it is not finite: that would spoil every later run. Nothing waits for a GPU: its
+        features are written with those of a later row. What cannot be written is said, once, and no more is kept."""
         if self.full:
             return
+        if features.dtype != self.dtype or features.shape[1] != self.width:
+            return self._stop(f"it has {features.shape[1]} numbers a token of {features.dtype}, not {self.width} of {self.dtype}")
         done = None
         if features.is_cuda:
             there = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
@@ -75,10 +91,15 @@ class Features:
         while self.waiting and (self.waiting[0][2] is None or self.waiting[0][2].query()):
             row, features, _ = self.waiting.popleft()
             try:
-                self._write(row, features.contiguous().view(torch.uint8).numpy().tobytes())
+                if features.isfinite().all():
+                    self._write(row, features.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             except OSError as error:
-                print_note(f"what the vision tower makes is not kept any more: {error.filename or self.folder}: {error.strerror}")
-                self.full = True
+                return self._stop(f"{error.filename or self.folder}: {error.strerror}")
+
+    def _stop(self, why: str) -> None:
+        print_note(f"what the vision tower makes is not kept any more: {why}")
+        self.full = True
+        self.waiting.clear()
 
     def _write(self, row: int, held: bytes) -> None:
         self.part = self.part or self._new_part()
@@ -107,4 +128,5 @@ def _remove_old(folder: Path) -> None:
     with suppress(OSError):
         kept: Iterable[Path] = [path for path in folder.iterdir() if (path / INDEX).is_file()]
         for old in sorted(kept, key=lambda path: path.stat().st_mtime)[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+            if time.time() - old.stat().st_mtime > IN_USE_S:
+                shutil.rmtree(old, ignore_errors=True)

@@ -55,7 +55,7 @@ def table_name(
         "chat": [repr(getattr(chat, part.name)) for part in fields(chat) if part.name != "tokenizer"],
         "reading": repr(reading),
         "seed": seed if any(weight % 1 for weight in weights) else 0,
-        "code": [_code(), tokenizers.__version__],
+        "code": [code_of(Path(__file__).parent), tokenizers.__version__],
     }
     return short_hash(made_from)
 
@@ -80,10 +80,10 @@ def _state(path: Path) -> tuple[int, int, str]:
     return state.st_size, state.st_mtime_ns, sha256(path) if state.st_size <= HASHED_BYTES else ""
 
 
-def _code() -> str:
-    """The code that makes a table: another version of it makes another one, and nobody has to think of a number."""
+def code_of(room: Path) -> str:
+    """The code that makes what is kept: another version of it makes another one, and nobody has to think of a number."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(room.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +15,14 @@ from PIL import Image
 
 from qwenvl_ft.data.chat import IGNORE, Chat, Script
 from qwenvl_ft.data.geometry import resized, shrunk
+from qwenvl_ft.data.packing import LEAST_SHARED
 from qwenvl_ft.data.records import InTable, InTar, Medium, Picture, Video
 from qwenvl_ft.data.sources import holder
 
 Ints = NDArray[np.int32]
 LISTS = ("ids", "taught", "counts", "grids", "media")  # the columns of numbers; `taught` are starts and ends of spans
-# Of each script one. `back`: how many scripts ago stood the last one, of those that were read together, that shows the same media,
-# 0 for none; `shared`: the tokens that both begin with; `shown`: its media.
+# Of each script one. `back`: how many scripts ago stood the last one, of those that were read together, that shows the same media
+# and begins alike, 0 for none; `shared`: the tokens that both begin with; `shown`: its media.
 NUMBERS = ("length", "taught", "media_tokens", "record", "back", "shared", "shown")
 GONE = -1  # the size of a file that is not there
 
@@ -35,11 +36,18 @@ class Packed:
     numbers: Ints = field(default_factory=lambda: np.zeros((0, len(NUMBERS)), np.int32))
 
 
+def beginning(script: Script) -> tuple[int, ...]:
+    """The ids that scripts have in common if they share anything: those up to the last medium, or the least that is shared."""
+    if not script.media:
+        return tuple(script.ids[:LEAST_SHARED])
+    return tuple(script.ids[: 1 + max(at for at, id in enumerate(script.ids) if id in script.placeholders)])
+
+
 def pack_scripts(scripts: Sequence[tuple[int, Script]], media: Mapping[Medium, int]) -> Packed:
     """Scripts, each with the number of its record, whose media have these numbers."""
     columns = {name: (array("i"), array("i")) for name in LISTS}
     numbers = array("i")
-    last = dict[tuple[int, ...], tuple[int, Script]]()  # by the media that it shows
+    last = dict[tuple[object, ...], tuple[int, Script]]()  # by the media that it shows, and how it begins
     for at, (number, script) in enumerate(scripts):
         spans = spans_of(script)
         held: dict[str, Sequence[int]] = {
@@ -49,8 +57,8 @@ def pack_scripts(scripts: Sequence[tuple[int, Script]], media: Mapping[Medium, i
         for name, values in held.items():
             columns[name][0].extend(values)
             columns[name][1].append(len(values))
-        before, other = last.get(tuple(shown), (at, script))
-        last[tuple(shown)] = at, script
+        before, other = last.get(begins := (*shown, beginning(script)), (at, script))
+        last[begins] = at, script
         shared = script.shared_with(other) if at > before else 0
         taught = sum(spans[1::2]) - sum(spans[::2])
         numbers.extend((script.length, taught, sum(script.counts), number, at - before, shared, len(shown)))
@@ -100,13 +108,18 @@ class PackedMedium:
     area: int = 0
 
 
+def holders(medium: Medium) -> Iterator[str]:
+    """The files that hold its bytes."""
+    held = medium.source if isinstance(medium.source, tuple) else (medium.source,)
+    return (str(holder(source)) for source in held if not isinstance(source, Image.Image))
+
+
 def pack_medium(medium: Medium, chat: Chat | None) -> PackedMedium:
     """With a chat, as its model would see it."""
     values = {part.name: getattr(medium, part.name) for part in fields(medium)} | {"source": _written(medium.source)}
     compared = [values[part.name] for part in fields(medium) if part.compare]
     digest = hashlib.blake2b(json.dumps([medium.kind, compared]).encode(), digest_size=16).digest()
-    held = medium.source if isinstance(medium.source, tuple) else (medium.source,)
-    paths = dict.fromkeys(str(holder(source)) for source in held if not isinstance(source, Image.Image))
+    paths = dict.fromkeys(holders(medium))
     if isinstance(medium.source, tuple):  # frames: one more in their folder changes what the folder means
         paths |= dict.fromkeys(str(Path(path).parent) for path in paths)
     packed = PackedMedium(json.dumps([medium.kind, *values.values()]), digest, list(map(FileState.of, paths)), False)

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 Indices = NDArray[np.signedinteger[Any]]
 Ints = NDArray[np.int32]
 BLOCK = 2**16  # records that are looked at together
+MOST_KEYS = 16  # to a token of a group: the keys of its beginning are gathered once for each record
 LEAST_SHARED = 64  # tokens: for fewer of them records are not kept together
 
 
@@ -160,7 +161,7 @@ class Groups:
     record. Most groups hold one.
 
     Two records are parted where they share little, or less than half of what either shares with its other neighbour, and where a
-    row would be too short.
+    row would be too short or see too many keys.
     """
 
     def __init__(self, lengths: Numbers, alike: Alike, row_tokens: int):
@@ -204,19 +205,20 @@ def _firsts(lengths: Ints, shared: Ints, row_tokens: int) -> Indices:
     neighbours = np.maximum(np.append(shared[1:], 0), np.append(0, shared[:-1]))
     firsts = np.flatnonzero((shared < LEAST_SHARED) | (2 * shared < neighbours))
     whole, ends = _tokens(lengths, shared, firsts), np.append(firsts[1:], len(lengths))
-    cuts = [firsts]
-    for start, end in zip(firsts[whole > row_tokens].tolist(), ends[whole > row_tokens].tolist(), strict=True):
+    cuts, too_large = [firsts], (whole > row_tokens) | (np.add.reduceat(lengths, firsts, dtype=np.int64) > MOST_KEYS * whole)
+    for start, end in zip(firsts[too_large].tolist(), ends[too_large].tolist(), strict=True):
         cuts.append(start + np.array([*_cuts(lengths[start:end].tolist(), shared[start:end].tolist(), row_tokens)], np.int64))
     return np.sort(np.concatenate(cuts))
 
 
 def _cuts(lengths: Sequence[int], shared: Sequence[int], row_tokens: int) -> Iterator[int]:
-    """Where a group that is too long for a row is cut: each part takes as many records as a row holds."""
+    """Where a group that is too long for a row, or has too many keys, is cut: each part takes as many records as it may."""
     tokens, count, common = lengths[0], 1, row_tokens
     for at in range(1, len(lengths)):
         common = min(common, shared[at])
         tokens, count = tokens + lengths[at], count + 1
-        if tokens - (count - 1) * common > row_tokens:
+        once = tokens - (count - 1) * common
+        if once > row_tokens or tokens > MOST_KEYS * once:
             yield at
             tokens, count, common = lengths[at], 1, row_tokens
 

@@ -121,7 +121,7 @@ class Prepared:
         """Whether what the vision tower makes of the rows is kept: why not, if it is not, and its bytes in 16 bits."""
         num_bytes = 2 * int(self.media_tokens.sum()) * feature_width(config.model) if len(self.plan.rows) else 0
         steps = schedule(self, config)
-        return {"bytes": num_bytes, "not_kept": not_kept(config, len(steps) > steps.steps_per_epoch, num_bytes)}
+        return {"bytes": num_bytes, "not_kept": not_kept(config, len(steps) > steps.steps_per_epoch) or no_room(num_bytes)}
 
     def _unshared(self, config: Config) -> list[str]:
         """A note, where records share a beginning that rows do not."""
@@ -157,14 +157,17 @@ def not_shared(config: Config, family: Family) -> str | None:
     return None
 
 
-def not_kept(config: Config, again: bool, num_bytes: int) -> str | None:
-    """Why what the vision tower makes of rows is made each time; None if it is kept, so many bytes. `again`: rows are run again."""
+def not_kept(config: Config, again: bool) -> str | None:
+    """Why what the vision tower makes of rows is made each time; None if it is kept. `again`: they are run again."""
     if config.cache_features == "off":
         return "cache_features is off"
     if trains := {"vision", "merger"} & set(config.lora_on):
         return f"LoRA on {' and '.join(sorted(trains))} changes it with every step"
-    if not again:
-        return "every row is run once"
+    return None if again else "every row is run once"
+
+
+def no_room(num_bytes: int) -> str | None:
+    """Why so many bytes of features are not kept; None if they are."""
     free = free_bytes(features_folder())
     return f"it takes {num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} are free" if num_bytes > MOST_OF_FREE * free else None
 

@@ -44,6 +44,7 @@ PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_v
 SCALES = "scales"  # in a row: what `scales_of` its processor
 KEYS = "key_places"  # in a row with trees: (K) the place of every key that a piece sees, piece after piece
 FEATURES = "features"  # in a row whose media need not be shown: (T, W) what the vision tower made of them, see Features
+MAY_KEEP = "may_keep"  # in a row whose features are not kept: whether what is made of it may be
 SIZES = "feature_tokens"  # and how many of T are of pictures, and of videos, where there are any
 PIECES = "pieces"  # in an example that is a tree: the tokens of its beginning, then of each record's rest
 IN_8_BITS = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
@@ -179,6 +180,7 @@ def join(examples: Sequence[Row]) -> Row:
 def with_features(row: Row, features: torch.Tensor, merge_size: int) -> Row:
     """The row, whose media need not be shown any more."""
     grids = [row[name] for _, name in PIXELS.values() if name in row]
+    row = {name: of for name, of in row.items() if name not in [patches for patches, _ in PIXELS.values()]}
     return row | {FEATURES: features, SIZES: [int(grid.prod(1).sum()) // merge_size**2 for grid in grids]}
 
 
@@ -244,7 +246,12 @@ class Rows:
         if self.always_look and not any(patches in example for example in examples for patches, _ in PIXELS.values()):
             examples.append(self.blank())
         row = join(examples)
-        return (row if held is None else with_features(row, held, self.chat.limits.merge_size)), problems
+        if held is not None:
+            row = with_features(row, held, self.chat.limits.merge_size)
+        elif self.features:
+            media = [medium for number in self.rows[index] for medium in self.scripts[number].media]
+            row[MAY_KEEP] = not problems and self.features.may_keep(media)
+        return row, problems
 
     def built_or_problems(self, index: int) -> Built | UserError:
         """`build`, or what it raises: what a worker of a DataLoader raises loses its problems on the way."""

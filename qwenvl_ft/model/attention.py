@@ -65,7 +65,7 @@ def attention(
     if key_places is None or cu_seq_lens_k is None:
         cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q  # the same tensor: torch looks at that for its choice of a kernel
     else:
-        states = (query, key.index_select(2, key_places), value.index_select(2, key_places))
+        states = (query, Gathered.apply(key, key_places), Gathered.apply(value, key_places))
     if query.is_cuda and query.dtype in HALF:
         bounds = (cu_seq_lens_q, cu_seq_lens_k)
         most = (int(max_length_q or cu_seq_lens_q.diff().max()), int(max_length_k or cu_seq_lens_k.diff().max()))
@@ -79,6 +79,24 @@ def attention(
         for place, one in zip(places, together.unbind(), strict=True):
             attended[place] = one
     return torch.cat(attended)[None], None
+
+
+class Gathered(torch.autograd.Function):
+    """(1, H, S, D) and (K) places -> (1, H, K, D). Gradients of what is seen often are summed in float32: in 16 bits what many
+    records add to their beginning would be rounded off."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.shape = states.shape
+        return states.index_select(2, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (places,) = ctx.saved_tensors
+        exact = torch.promote_types(gradient.dtype, torch.float32)
+        summed = gradient.new_zeros(ctx.shape, dtype=exact).index_add_(2, places, gradient.to(exact))
+        return summed.to(gradient.dtype), None
 
 
 def by_kernel(

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from qwenvl_ft.data.chat import IGNORE
-from qwenvl_ft.data.rows import FEATURES, KEYS, PIXELS, SCALES, SIZES, Row, as_floats
+from qwenvl_ft.data.rows import FEATURES, KEYS, MAY_KEEP, PIXELS, SCALES, SIZES, Row, as_floats
 from qwenvl_ft.model.attention import attention_of
 
 Keep = Callable[[torch.Tensor], None]
@@ -63,7 +63,7 @@ def summed_loss(model: Any, bare_model: Any, row: Row, tower_trains: bool, keep:
     assert KEYS not in row or attention_of(bare_model) == "varlen", "another attention would lose the trees without a word"
     taught_at = taught(row["labels"])
     shown = vision_features(bare_model, row, tower_trains, keep)
-    not_taken = {"labels", SCALES, FEATURES, SIZES, *(name for names in PIXELS.values() for name in names)}
+    not_taken = {"labels", SCALES, FEATURES, SIZES, MAY_KEEP, *(name for names in PIXELS.values() for name in names)}
     inputs = {key: value for key, value in row.items() if key not in not_taken}
     head = bare_model.get_output_embeddings()
     head.labels = row["labels"][:, 1:][taught_at[:, :-1]]

@@ -257,13 +257,15 @@ def run_steps(
         if main:
             write_settings(config, prepared, processor)
         run.metrics = metrics = Metrics(config.output_dir, resume, config.logging_steps, len(steps)) if main else None
-    kept = run.keep_features(prepared, len(steps) > steps.steps_per_epoch)
+    kept = [("its rows", run.keep_features(prepared, len(steps) > steps.steps_per_epoch))]
     if held_out:
-        run.keep_features(held_out, config.eval_steps is not None and config.eval_steps < len(steps))
+        again = config.eval_steps is not None and config.eval_steps < len(steps)
+        kept.append(("the held-out rows", run.keep_features(held_out, again)))
     if main:
         report_start(config, run, sizes, resume)
-        if kept:
-            print_line(f"what the vision tower makes is kept: {kept}")
+        for of, said_of in kept:
+            if said_of:
+                print_line(f"what the vision tower makes of {of} {said_of}")
     display = Display(len(steps), done, quiet=not main)
 
     def is_saved(step: int) -> bool:

@@ -8,26 +8,28 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
+import qwenvl_ft
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
 from qwenvl_ft.data.cache import features_folder
 from qwenvl_ft.data.families import feature_width
 from qwenvl_ft.data.features import Features
+from qwenvl_ft.data.kept import code_of
 from qwenvl_ft.data.packed import GONE, FileState
 from qwenvl_ft.data.packing import PackedRows, deal
-from qwenvl_ft.data.prepare import Prepared, not_kept
-from qwenvl_ft.data.rows import FEATURES, Built, Row, Rows, with_features
+from qwenvl_ft.data.prepare import Prepared, no_room, not_kept
+from qwenvl_ft.data.rows import FEATURES, MAY_KEEP, Built, Row, Rows, with_features
 from qwenvl_ft.data.table import Scripts
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.adapter import base_fingerprint
@@ -46,6 +48,8 @@ CONTENTS = "contents.json"  # beside a table
 SIZING = ("video_fps", "video_max_frames", "video_max_pixels")  # settings that say for themselves that grids change
 STATE = "state.json"  # in a checkpoint: its step, how it was launched, and the fingerprint of its run
 OnSaved = Callable[[Path], None]
+CLOCK_NS = 20_000_000  # by which a file system's clock may lag behind
+MADE_BY = ("torch", "transformers", "torchvision", "pillow", "av")  # what of a medium becomes features
 FORM = 4  # of a checkpoint: raised with every change to what is in it, or to which rows a step takes
 
 
@@ -75,39 +79,43 @@ class Run:
         return deal(rows, [of.cost(row) for row in rows] if world > 1 else [], world)[rank]
 
     def keep_features(self, part: Prepared, again: bool) -> str | None:
-        """Has what the vision tower makes of these rows kept, if they are run `again`; says where. Not where processes share out
-        the tower's weights: all run it, or none.
+        """Has what the vision tower makes of these rows kept, if they are run `again`; says where, or why it is not. Not where
+        processes share out the tower's weights: all run it, or none.
 
         It is kept under the name of everything that it is made from, so another run finds it.
         """
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        num_bytes = int(part.media_tokens.sum()) * feature_width(self.config.model) * dtype.itemsize
-        if not num_bytes or self.always_look or not_kept(self.config, again, num_bytes):
+        num_tokens, width = int(part.media_tokens.sum()), feature_width(self.config.model)
+        if not num_tokens or self.always_look or not_kept(self.config, again):
             return None
+        dtype, since_ns = torch.bfloat16 if self.bf16 else torch.float32, time.time_ns() - CLOCK_NS
         processors = [of.to_json_string() for of in (self.processor.image_processor, self.processor.video_processor)]
         made_from = [
             base_fingerprint(self.config.model), *processors, *(getattr(self.config, key) for key in SIZING),
             rows_hash(part.plan.rows), *(part.scripts.facts["hashes"][name] for name in ("media", "digests", "grids")),
             contents(part.scripts, self.config.output_dir / PICTURE_HASHES),
-            str(dtype), self.accelerator.device.type, attention_of(self.bare), torch.__version__, transformers.__version__,
+            str(dtype), torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "", attention_of(self.bare),
+            *map(version, MADE_BY), *(code_of(Path(qwenvl_ft.__file__).parent / room) for room in ("data", "model")),
         ]  # fmt: skip
         folder = features_folder() / short_hash(made_from)
+        if not folder.exists() and (why := no_room(num_tokens * width * dtype.itemsize)):
+            return f"is not kept: {why}"
         try:
-            kept = Features(folder, len(part.plan.rows), feature_width(self.config.model), dtype)
+            kept = Features(folder, len(part.plan.rows), width, dtype, since_ns)
+            num_kept = kept.num_kept()
         except OSError as error:
-            return f"not kept: {error.filename or folder} cannot be written ({error.strerror})"
+            return f"is not kept: {error.filename or folder} cannot be written ({error.strerror})"
         self.features[part is self.prepared] = kept
-        return f"{kept.num_kept():,} of {int((part.media_tokens > 0).sum()):,} rows are in {folder}"
+        return f"is kept: {num_kept:,} of {int((part.media_tokens > 0).sum()):,} rows are in {folder}"
 
     def looked_at(self, part: Prepared, row: int | None, tensors: Row, problems: Sequence[Problem]) -> tuple[Row, Keep | None]:
         """The row, with features that are kept since a worker built it; and what keeps those that are not, but nothing keeps those
-        of a blank picture in place of a broken one."""
+        of a blank picture in place of a broken one, or of one that changed."""
         kept = self.features.get(part is self.prepared)
         if kept is None or row is None or problems or FEATURES in tensors:
             return tensors, None
         if (features := kept.read(row)) is not None:
             return with_features(tensors, features, part.chat.limits.merge_size), None
-        return tensors, partial(kept.write, row)
+        return tensors, partial(kept.write, row) if tensors[MAY_KEEP] else None
 
     def rows_of(self, prepared: Prepared) -> Rows:
         """The rows of a plan as tensors."""

@@ -153,6 +153,15 @@ def test_what_shares_nothing_is_packed_as_ever():
     assert pack(lengths, 1000, alike=Alike([1] * len(lengths), [63] * len(lengths))).rows.grouped is None
 
 
+def test_a_group_has_no_more_keys_than_a_few_for_each_of_its_tokens():
+    """A long beginning is gathered for each of its records: 400 short questions had 91 keys to a token."""
+    lengths, alike = [1000] * 400, Alike([0] + [1] * 399, [0] + [990] * 399)
+    rows = pack(lengths, 4096, alike=alike).rows
+    groups = [group for row in range(len(rows)) for group in rows.groups(row)]
+    assert sorted(index for group in groups for index in group) == list(range(400)) and len(groups[0]) > 10
+    assert all(1000 * len(group) <= 16 * (990 + 10 * len(group)) for group in groups)
+
+
 def test_rows_of_a_vqa_mix_are_at_least_99_percent_full():
     """Pictures of 256 to 1280 tokens with a short talk, a quarter without one: at most half a percent more rows than tokens."""
     draw = random.Random(0)

@@ -1,8 +1,10 @@
 """What a frozen vision tower makes of a row, kept on disk: read, it gives the same loss and gradients to the bit."""
 
+import os
 import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor
@@ -87,6 +89,31 @@ def test_what_is_torn_or_damaged_is_made_again(damage, tmp_path):
         assert torch.equal(held.read(2), made) and (held.folder / "2.part").exists()
 
 
+@pytest.mark.parametrize(
+    "entry", [(1, 0, 0, 2**60), (1, 0, 2**63, 2**63 + 8), (1, 0, 8, 0), (9, 0, 0, 8)], ids=["long", "far", "negative", "no part"]
+)
+def test_an_index_that_is_damaged_ends_no_run(entry, tmp_path):
+    held = Features(tmp_path / "features" / "one", 1, 4, torch.float32)
+    held.write(0, torch.zeros(1, 4))
+    (held.folder / INDEX).write_bytes(np.array([entry], ENTRY).tobytes())
+    assert held.read(0) is None
+
+
+def test_what_is_not_finite_is_not_kept(tmp_path):
+    """Every later run would end with it."""
+    held = Features(tmp_path / "features" / "one", 2, 4, torch.float32)
+    held.write(0, torch.tensor([[0.0, 1.0, float("nan"), 2.0]]))
+    held.write(1, torch.ones(1, 4))
+    assert held.read(0) is None and torch.equal(held.read(1), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("other", [torch.zeros(2, 4).bfloat16(), torch.zeros(2, 8)], ids=["precision", "width"])
+def test_numbers_of_another_kind_are_not_kept_and_it_is_said(other, tmp_path, capsys):
+    held = Features(tmp_path / "features" / "one", 1, 4, torch.float32)
+    held.write(0, other)
+    assert held.read(0) is None and "is not kept any more: it has" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     held = Features(tmp_path / "features" / "one", 3, 4, torch.float32)
 
@@ -94,12 +121,16 @@ def test_a_full_disk_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, cap
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Features, "_write", full)
+    held.waiting.extend([(0, torch.zeros(1, 4), None)] * 3)  # as on a GPU
     for row in range(3):
         held.write(row, torch.zeros(1, 4))
     assert capsys.readouterr().err.count("No space left on device") == 1 and held.read(0) is None
 
 
-def test_the_folders_that_were_not_used_for_longest_are_removed(tmp_path):
-    for number in range(kept_features.KEPT + 1):
+def test_the_folders_that_were_not_used_for_longest_are_removed_unless_a_run_may_have_them(tmp_path):
+    for number in range(kept_features.KEPT + 3):
         Features(tmp_path / f"{number}", 1, 4, torch.float32)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "4"]
+    for number in (0, 1):
+        os.utime(tmp_path / f"{number}", (number, number))
+    Features(tmp_path / "6", 1, 4, torch.float32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3", "4", "5", "6"]

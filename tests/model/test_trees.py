@@ -11,12 +11,14 @@ from transformers import AutoProcessor
 
 from qwenvl_ft.data import rows
 from qwenvl_ft.data.chat import IGNORE, open_chat
+from qwenvl_ft.data.packed import NUMBERS, pack_scripts
 from qwenvl_ft.data.packing import Grouped, PackedRows
 from qwenvl_ft.data.pictures import size_of
 from qwenvl_ft.data.records import Picture, Record, Turn
 from qwenvl_ft.data.rows import KEYS, Rows
 from qwenvl_ft.data.videos import measured
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.model.attention import Gathered
 from qwenvl_ft.model.load import limited
 from qwenvl_ft.model.loss import summed_loss
 from tests import films
@@ -103,6 +105,32 @@ def test_a_tree_pays_for_its_media_once_and_teaches_what_its_records_do(trees):
 def test_an_attention_that_knows_no_trees_is_refused(trees, family_model):
     with pytest.raises(AssertionError, match="lose the trees"):
         summed_loss((model := make_model(family_model, attention="sdpa")), model, trees[0], False)
+
+
+@pytest.mark.parametrize("rests", [4, 64])
+def test_in_16_bits_what_many_records_add_to_their_beginning_is_not_rounded_off(rests):
+    """It was summed in 16 bits: 1,000 ones came to 256."""
+    torch.manual_seed(0)
+    states, beginning = torch.randn(1, 2, 8 + rests, 4), torch.arange(8)
+    places = torch.cat([torch.cat([beginning, torch.tensor([8 + number])]) for number in range(rests)])
+    half, exact = states.bfloat16().requires_grad_(), states.double().requires_grad_()
+    weights = torch.rand(1, 2, len(places), 4).bfloat16()
+    (Gathered.apply(half, places) * weights).sum().backward()
+    (exact.index_select(2, places) * weights.double()).sum().backward()
+    assert (half.grad.double() - exact.grad).abs().max() <= 2**-8 * exact.grad.abs().max()
+
+
+def test_records_share_a_beginning_that_others_stand_between(trees):
+    """Two system prompts, or two instructions about one picture, in turn."""
+    scripts = [trees.scripts[number] for number in (9, 0, 10, 1)]
+    packed = pack_scripts(list(enumerate(scripts)), {medium: number for number, medium in enumerate(scripts[1].media)})
+    back, shared = (packed.numbers[:, NUMBERS.index(name)].tolist() for name in ("back", "shared"))
+    assert back[3] == 2 and shared[3] == scripts[3].shared_with(scripts[1]) > 0
+    other = replace(scripts[0], ids=[scripts[0].ids[0] + 1, *scripts[0].ids[1:]])
+    long = [replace(of, ids=of.ids[:5] * 20 + of.ids, labels=[IGNORE] * 100 + of.labels) for of in (scripts[0], other) * 2]
+    packed = pack_scripts(list(enumerate(long)), {})
+    assert packed.numbers[:, NUMBERS.index("back")].tolist() == [0, 0, 2, 2]
+    assert (packed.numbers[2:, NUMBERS.index("shared")] >= 100).all()
 
 
 def test_no_branch_sees_another(trees, family_model):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 from PIL import Image
@@ -9,7 +10,7 @@ from PIL import Image
 from qwenvl_ft.data import prepare as preparing
 from qwenvl_ft.data.prepare import prepare
 from qwenvl_ft.model.load import load_base
-from qwenvl_ft.train import loop
+from qwenvl_ft.train import loop, state
 from tests.runs import ROOT, config, few_records, run, same
 from tests.train.conftest import breaks
 
@@ -54,7 +55,9 @@ def test_from_the_second_epoch_on_the_tower_is_not_run_and_the_weights_are_the_s
     assert same(plain, kept) and len(towers) == 6 + 1, "each row once, and the held-out one"
     assert len(folders(tmp_path)) == 2
     said = capsys.readouterr().out
-    assert "what the vision tower makes is kept: 0 of 6 rows are in" in said and "made in the first epoch and kept" in said
+    assert (
+        "what the vision tower makes of its rows is kept: 0 of 6 rows are in" in said and "made in the first epoch and kept" in said
+    )
     towers.clear()
     assert same(plain, run(tmp_path, "again", **TWO_EPOCHS)) and not towers
     assert "6 of 6 rows are in" in capsys.readouterr().out
@@ -98,12 +101,39 @@ def test_a_row_with_a_broken_picture_is_not_kept_and_its_record_is_skipped_in_ea
     assert [problem["where"] for problem in skipped] == ["some.json[1]"]
 
 
-def test_what_does_not_fit_the_disk_is_not_kept_and_the_plan_says_which(towers, tmp_path, monkeypatch):
+def test_other_code_makes_other_features(towers, tmp_path, monkeypatch):
+    run(tmp_path, "one", **TWO_EPOCHS)
+    monkeypatch.setattr(state, "code_of", lambda room: f"another {room.name}")
+    run(tmp_path, "other", **TWO_EPOCHS)
+    assert len(folders(tmp_path)) == 2 and len(towers) == 2 * 6
+
+
+def test_what_is_made_of_a_file_that_changes_during_a_run_is_not_kept(towers, tmp_path, monkeypatch):
+    """It would be found under the name of what was in the file before."""
+    settings = breaks(tmp_path) | TWO_EPOCHS | {"lora_dropout": 0.0}
+
+    def touch(*_):
+        for picture in (tmp_path / "images").iterdir():
+            picture.write_bytes(picture.read_bytes())
+
+    time.sleep(0.1)
+    monkeypatch.setattr(loop, "report_start", touch)
+    run(tmp_path, "one", **settings)
+    assert len(towers) == 2 * 6
+
+
+def test_what_does_not_fit_the_disk_is_not_kept_and_the_plan_says_which(towers, tmp_path, monkeypatch, capsys):
     known = config(tmp_path, **TWO_EPOCHS)
     prepared = prepare(known)
     facts = prepared.summary(known)["features"]
     assert facts == {"bytes": 2 * WIDTH * int(prepared.media_tokens.sum()), "not_kept": None}
-    monkeypatch.setattr(preparing, "free_bytes", lambda folder: facts["bytes"] * 3)
-    assert "are free" in prepared.summary(known)["features"]["not_kept"]
-    run(tmp_path, **TWO_EPOCHS)
-    assert not folders(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(preparing, "free_bytes", lambda folder: facts["bytes"] * 3)
+        assert "are free" in prepared.summary(known)["features"]["not_kept"]
+        run(tmp_path, **TWO_EPOCHS)
+    assert not folders(tmp_path) and "what the vision tower makes of its rows is not kept: it takes" in capsys.readouterr().out
+    run(tmp_path, "kept", **TWO_EPOCHS)
+    towers.clear()
+    monkeypatch.setattr(preparing, "free_bytes", lambda folder: 0)  # what is there takes no more
+    run(tmp_path, "again", **TWO_EPOCHS)
+    assert "6 of 6 rows" in capsys.readouterr().out
