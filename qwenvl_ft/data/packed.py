@@ -38,9 +38,8 @@ class Packed:
 
 def beginning(script: Script) -> tuple[int, ...]:
     """The ids that scripts have in common if they share anything: those up to the last medium, or the least that is shared."""
-    if not script.media:
-        return tuple(script.ids[:LEAST_SHARED])
-    return tuple(script.ids[: 1 + max(at for at, id in enumerate(script.ids) if id in script.placeholders)])
+    shown = (at for at, id in enumerate(script.ids) if id in script.placeholders)
+    return tuple(script.ids[: max(shown, default=LEAST_SHARED - 1) + 1])
 
 
 def pack_scripts(scripts: Sequence[tuple[int, Script]], media: Mapping[Medium, int]) -> Packed:
