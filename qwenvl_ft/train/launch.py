@@ -84,18 +84,26 @@ class Signals:
             signal.signal(number, signal.SIG_IGN if ending else handler)
 
 
+@contextmanager
+def no_word_of_workers() -> Iterator[None]:
+    """torch raises, in the midst of whatever runs, when a worker is gone; here it waits."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Worker(get_context().Process):  # type: ignore[misc]
     """A process that decodes pictures. It ignores the signal by which torch ends one that hangs."""
 
     def start(self) -> None:
-        """Word that another one is gone waits for the end of it: Python would not let what torch raises then out of a fork."""
-        if sys.platform == "win32":
-            return super().start()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-        try:
+        """Python would not let what torch raises for another one out of a fork."""
+        with no_word_of_workers():
             super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def terminate(self) -> None:
         """At once; torch has asked it to end before, and waited."""

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from traceback import clear_frames
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -58,7 +57,6 @@ def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Built | U
     run.model.train()
     mine = run.mine(rows, prepared)
     planned = divisor = sum(prepared.taught_tokens(row) for row in rows)
-    # Not a generator, whose closure would keep the loader alive after an error.
     built: Iterator[Built] = map(raised_here, islice(loader, len(mine)))
     # DeepSpeed's engine clips and steps in the last backward: what is really taught has to be known before the first.
     if run.deepspeed and run.config.on_bad_record == "skip":
@@ -153,15 +151,16 @@ def evaluate(run: Run, held_out: Prepared, signals: Signals) -> Taught | None:
     run.model.eval()
     counted = Count(run)
     mine = run.mine(range(len(held_out.plan.rows)), held_out)
-    for row, built in zip(mine, run.loader(mine, held_out), strict=True):
-        if signals.stop(run.accelerator, midway=True):
-            return None
-        tensors, problems = raised_here(built)
-        with memory_for(run.config, held_out, row):
-            loss = row_loss(run, *run.looked_at(held_out, row, tensors, problems)) * (row is not None)
-        check_finite(loss, "the loss of held-out records", held_out, row)
-        if row is not None:
-            counted.add(loss, tensors, problems)
+    with run.built(mine, held_out) as loader:
+        for row, built in zip(mine, loader, strict=True):
+            if signals.stop(run.accelerator, midway=True):
+                return None
+            tensors, problems = raised_here(built)
+            with memory_for(run.config, held_out, row):
+                loss = row_loss(run, *run.looked_at(held_out, row, tensors, problems)) * (row is not None)
+            check_finite(loss, "the loss of held-out records", held_out, row)
+            if row is not None:
+                counted.add(loss, tensors, problems)
     return counted.over_all_processes()
 
 
@@ -200,8 +199,6 @@ def train(config: Config, ready: Ready | None = None, on_saved: OnSaved | None =
         with alone(accelerator, config):
             run_steps(config, accelerator, prepared, held_out, on_saved)
     except BaseException as error:
-        # Its frames hold the loader, whose workers ignore signals: a process that ends with them waits for ever.
-        clear_frames(error.__traceback__)
         if not isinstance(error, RuntimeError | EOFError | ConnectionError):
             raise
         problem = lost(error, accelerator)
@@ -295,36 +292,37 @@ def run_steps(
                 tell(evaluated.skipped)
                 if metrics:
                     metrics.amend(evaluated.loss, evaluated.skipped)
-            loader = iter(run.loader((row for _, rows in steps.since(done) for row in run.mine(rows, prepared)), prepared))
-            for step, (epoch, rows) in enumerate(steps.since(done), start=done + 1):
-                began = time.monotonic()
-                rate = learning_rate(step, len(steps), config)
-                for group in run.optimizer.param_groups:
-                    group["lr"] = rate
-                taught = train_step(run, epoch, rows, loader, signals)
-                if taught is None:
-                    leave(run, signals, display, step - 1, None if is_saved(step - 1) else same)
-                seconds, skipped = time.monotonic() - began, taught.skipped
-                tokens = sum(map(prepared.tokens, rows))
-                facts = {
-                    "loss": taught.loss, "taught_tokens": taught.tokens, "learning_rate": rate,
-                    "epoch": round(step / steps.steps_per_epoch, 4), "tokens_per_s": tokens / seconds,
-                    "taught_tokens_per_s": taught.tokens / seconds,
-                }  # fmt: skip
-                if held_out and is_evaluated(step) and (evaluated := score(step, held_out)):
-                    skipped += evaluated.skipped
-                    facts["eval_loss"] = evaluated.loss
-                tell(skipped)
-                if metrics:
-                    with writing(config.output_dir / METRICS):
-                        facts = metrics.add(step, facts, skipped)
-                accelerator.log(facts, step=step)
-                display.step(step, facts)
-                if is_saved(step):
-                    with writing(config.output_dir):
-                        run.save(step, same)
-                if signals.stop(accelerator):
-                    leave(run, signals, display, step, None if is_saved(step) else same)
+            rows_to_come = (row for _, rows in steps.since(done) for row in run.mine(rows, prepared))
+            with run.built(rows_to_come, prepared) as loader:
+                for step, (epoch, rows) in enumerate(steps.since(done), start=done + 1):
+                    began = time.monotonic()
+                    rate = learning_rate(step, len(steps), config)
+                    for group in run.optimizer.param_groups:
+                        group["lr"] = rate
+                    taught = train_step(run, epoch, rows, loader, signals)
+                    if taught is None:
+                        leave(run, signals, display, step - 1, None if is_saved(step - 1) else same)
+                    seconds, skipped = time.monotonic() - began, taught.skipped
+                    tokens = sum(map(prepared.tokens, rows))
+                    facts = {
+                        "loss": taught.loss, "taught_tokens": taught.tokens, "learning_rate": rate,
+                        "epoch": round(step / steps.steps_per_epoch, 4), "tokens_per_s": tokens / seconds,
+                        "taught_tokens_per_s": taught.tokens / seconds,
+                    }  # fmt: skip
+                    if held_out and is_evaluated(step) and (evaluated := score(step, held_out)):
+                        skipped += evaluated.skipped
+                        facts["eval_loss"] = evaluated.loss
+                    tell(skipped)
+                    if metrics:
+                        with writing(config.output_dir / METRICS):
+                            facts = metrics.add(step, facts, skipped)
+                    accelerator.log(facts, step=step)
+                    display.step(step, facts)
+                    if is_saved(step):
+                        with writing(config.output_dir):
+                            run.save(step, same)
+                    if signals.stop(accelerator):
+                        leave(run, signals, display, step, None if is_saved(step) else same)
     except UserError as error:
         if not accelerator.is_local_main_process:  # the command line prints the first one's, which knows nothing of this row
             print_problems(error.problems)

@@ -5,8 +5,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +40,7 @@ from qwenvl_ft.folders.whole import short_hash, write_json, write_whole
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import trainable
 from qwenvl_ft.model.loss import Keep
-from qwenvl_ft.train.launch import Workers, begin_worker
+from qwenvl_ft.train.launch import Workers, begin_worker, no_word_of_workers
 from qwenvl_ft.train.output_dir import Metrics
 
 PARTS = ".parts"  # in a run's folder, while it saves: what each process adds to the checkpoint
@@ -131,6 +131,18 @@ class Run:
         return DataLoader(every, sampler=order, batch_size=None, num_workers=workers, collate_fn=build,  # type: ignore[arg-type]
                           worker_init_fn=begin_worker, multiprocessing_context=Workers() if workers else None,
                           pin_memory=self.accelerator.device.type == "cuda")  # fmt: skip
+
+    @contextmanager
+    def built(self, rows: Iterable[int | None], of: Prepared) -> Iterator[Iterator[Built | UserError]]:
+        """These rows, from workers that end with the block. They ignore signals, and a process whose workers run on never ends; left
+        to the iterator's own end, that comes when nothing holds it any more, no traceback either."""
+        loader = iter(self.loader(rows, of))
+        try:
+            yield loader
+        finally:
+            if self.config.dataloader_num_workers:
+                with no_word_of_workers():
+                    loader._shutdown_workers()  # type: ignore[attr-defined]
 
     def exchange(self, last: bool) -> AbstractContextManager[None]:
         """Forward and backward of one row; the processes exchange their gradients with the last row of a step, and only then."""
