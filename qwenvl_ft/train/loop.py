@@ -284,8 +284,8 @@ def run_steps(
         said.update(skipped)
 
     said: set[Problem] = set()
-    try:
-        with Signals() as signals:
+    with Signals() as signals:  # to the end: what is learnt is written though one comes
+        try:
             if resume and held_out and is_evaluated(done) and not was_evaluated(resume):
                 if (evaluated := score(done, held_out)) is None:
                     leave(run, signals, display, done, None)
@@ -323,22 +323,22 @@ def run_steps(
                             run.save(step, same)
                     if signals.stop(accelerator):
                         leave(run, signals, display, step, None if is_saved(step) else same)
-    except UserError as error:
-        if not accelerator.is_local_main_process:  # the command line prints the first one's, which knows nothing of this row
-            print_problems(error.problems)
-        raise
-    finally:
-        display.stop()
+        except UserError as error:
+            if not accelerator.is_local_main_process:  # the command line prints the first one's, which knows nothing of this row
+                print_problems(error.problems)
+            raise
+        finally:
+            display.stop()
+            if metrics:
+                with writing(config.output_dir / METRICS):  # what is left of a line goes out with it
+                    metrics.close()
+        model = accelerator.unwrap_model(run.model)
+        state = run.adapter_state()
         if metrics:
-            with writing(config.output_dir / METRICS):  # what is left of a line goes out with it
-                metrics.close()
-    model = accelerator.unwrap_model(run.model)
-    state = run.adapter_state()
-    if metrics:
-        with writing(config.output_dir):
-            write_results(config, prepared, model, state, processor, metrics.lines)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+            with writing(config.output_dir):
+                write_results(config, prepared, model, state, processor, metrics.lines)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
 
 
 def leave(run: Run, signals: Signals, display: Display, step: int, same: dict[str, str] | None) -> NoReturn:

@@ -134,8 +134,9 @@ class Run:
 
     @contextmanager
     def built(self, rows: Iterable[int | None], of: Prepared) -> Iterator[Iterator[Built | UserError]]:
-        """These rows, from workers that end with the block. They ignore signals, and a process whose workers run on never ends; left
-        to the iterator's own end, that comes when nothing holds it any more, no traceback either."""
+        """These rows, from workers that end with the block. They ignore signals, and a process whose workers run on never ends;
+        left to the iterator's own end, that comes when nothing holds it any more, no traceback either.
+        """
         loader = iter(self.loader(rows, of))
         try:
             yield loader
