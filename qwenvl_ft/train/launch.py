@@ -86,7 +86,8 @@ class Signals:
 
 @contextmanager
 def no_word_of_workers() -> Iterator[None]:
-    """torch raises, in the midst of whatever runs, when a worker is gone; here it waits."""
+    """torch raises, in the midst of whatever runs, when a worker is gone; here it waits. For where that would end half-way, or where
+    Python prints it and goes on: in a fork, or at an object's end."""
     if sys.platform == "win32":
         yield
         return
@@ -99,11 +100,6 @@ def no_word_of_workers() -> Iterator[None]:
 
 class Worker(get_context().Process):  # type: ignore[misc]
     """A process that decodes pictures. It ignores the signal by which torch ends one that hangs."""
-
-    def start(self) -> None:
-        """Python would not let what torch raises for another one out of a fork."""
-        with no_word_of_workers():
-            super().start()
 
     def terminate(self) -> None:
         """At once; torch has asked it to end before, and waited."""

@@ -137,7 +137,8 @@ class Run:
         """These rows, from workers that end with the block. They ignore signals, and a process whose workers run on never ends;
         left to the iterator's own end, that comes when nothing holds it any more, no traceback either.
         """
-        loader = iter(self.loader(rows, of))
+        with no_word_of_workers():
+            loader = iter(self.loader(rows, of))
         try:
             yield loader
         finally:

@@ -17,7 +17,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.runs import checkpoints
 from qwenvl_ft.model.load import load_base
 from qwenvl_ft.train import loop
-from qwenvl_ft.train.launch import Workers
+from qwenvl_ft.train.launch import Workers, no_word_of_workers
 from qwenvl_ft.train.state import Run
 from tests.conftest import TINY
 from tests.runs import adapter, config, few_records, run, same
@@ -124,7 +124,7 @@ def test_word_of_a_worker_that_is_gone_is_heard_though_another_one_is_starting()
     before, worker = signal.signal(signal.SIGCHLD, gone), Workers().Process(target=int)
     try:
         starting[0] = True
-        with pytest.raises(RuntimeError, match="is killed by signal"):
+        with pytest.raises(RuntimeError, match="is killed by signal"), no_word_of_workers():
             worker.start()
     finally:
         starting[0] = False
