@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, broadcast_object_list
+from torch.utils.data._utils import signal_handling
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
@@ -86,16 +87,20 @@ class Signals:
 
 @contextmanager
 def no_word_of_workers() -> Iterator[None]:
-    """torch raises, in the midst of whatever runs, when a worker is gone; here it waits. For where that would end half-way, or where
-    Python prints it and goes on: in a fork, or at an object's end."""
+    """torch raises, in the midst of whatever runs, when a worker is gone; here it waits. For where that would leave something half
+    done, or where Python prints it and goes on: in a fork, or at an object's end."""
     if sys.platform == "win32":
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    signal_handling._set_SIGCHLD_handler()  # torch's own, which the first loader would set in the midst of its making
+    came: list[tuple[int, Any]] = []
+    before = signal.signal(signal.SIGCHLD, lambda *heard: came.append(heard))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGCHLD, before)
+    if came and callable(before):
+        before(*came[0])
 
 
 class Worker(get_context().Process):  # type: ignore[misc]
