@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import get_context
 from threading import Thread
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -124,8 +125,15 @@ def begin_worker(worker: int) -> None:
     """
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _broken_off
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _broken_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In a worker: Python's thread that hands over a row says that whoever asked for it is gone; that one says why itself."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def launch_problem(accelerator: Accelerator, before: Mapping[str, str]) -> Problem | None:
