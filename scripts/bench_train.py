@@ -99,7 +99,7 @@ def many_records(file: Path, count: int) -> Path:
 
 
 def write_model(folder: Path) -> None:
-    """8.6 million random parameters in the proportions of Qwen2-VL, the tokenizer and template those of data/tiny."""
+    """8.9 million random parameters in the proportions of Qwen2-VL, the tokenizer and template those of data/tiny."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 

@@ -198,9 +198,7 @@ def train(config: Config, ready: Ready | None = None, on_saved: OnSaved | None =
     try:
         with alone(accelerator, config):
             run_steps(config, accelerator, prepared, held_out, on_saved)
-    except BaseException as error:
-        if not isinstance(error, RuntimeError | EOFError | ConnectionError):
-            raise
+    except (RuntimeError, EOFError, ConnectionError) as error:
         problem = lost(error, accelerator)
         if isinstance(error, torch.OutOfMemoryError):  # outside the work on a row
             problem = out_of_memory(error, config, f"model: {config.model}", "what every step needs, the model itself")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-import qwenvl_ft
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
 from qwenvl_ft.data.cache import features_folder
@@ -94,7 +93,7 @@ class Run:
             rows_hash(part.plan.rows), *(part.scripts.facts["hashes"][name] for name in ("media", "digests", "grids")),
             contents(part.scripts, self.config.output_dir / PICTURE_HASHES),
             str(dtype), torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "", attention_of(self.bare),
-            *map(version, MADE_BY), *(code_of(Path(qwenvl_ft.__file__).parent / room) for room in ("data", "model")),
+            *map(version_of, MADE_BY), *(code_of(Path(__file__).parents[1] / room) for room in ("data", "model")),
         ]  # fmt: skip
         folder = features_folder() / short_hash(made_from)
         if not folder.exists() and (why := no_room(num_tokens * width * dtype.itemsize)):
@@ -137,14 +136,15 @@ class Run:
         """These rows, from workers that end with the block. They ignore signals, and a process whose workers run on never ends;
         left to the iterator's own end, that comes when nothing holds it any more, no traceback either.
         """
-        with no_word_of_workers():
-            loader = iter(self.loader(rows, of))
+        loader: Any = None
         try:
+            with no_word_of_workers():
+                loader = iter(self.loader(rows, of))
             yield loader
         finally:
-            if self.config.dataloader_num_workers:
+            if loader and self.config.dataloader_num_workers:
                 with no_word_of_workers():
-                    loader._shutdown_workers()  # type: ignore[attr-defined]
+                    loader._shutdown_workers()
 
     def exchange(self, last: bool) -> AbstractContextManager[None]:
         """Forward and backward of one row; the processes exchange their gradients with the last row of a step, and only then."""
@@ -319,6 +319,13 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
         "grids": grids(prepared),
         **({"held out": short_hash([records(held_out), names(held_out), grids(held_out), content(held_out)])} if held_out else {}),
     }
+
+
+def version_of(package: str) -> str:
+    """Nothing for one that is not there, and so makes nothing."""
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return ""
 
 
 def rows_hash(rows: PackedRows) -> str:
