@@ -6,10 +6,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from multiprocessing import get_context
 from threading import Thread
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -107,6 +106,12 @@ def no_word_of_workers() -> Iterator[None]:
 class Worker(get_context().Process):  # type: ignore[misc]
     """A process that decodes pictures. It ignores the signal by which torch ends one that hangs."""
 
+    def run(self) -> None:
+        """What goes wrong with a row is handed over in its place. A thread of Python's that hands one over prints a traceback where
+        whoever asked for it broke off, as the run does for a worker that is gone, in words."""
+        with redirect_stderr(None):
+            super().run()
+
     def terminate(self) -> None:
         """At once; torch has asked it to end before, and waited."""
         self.kill()
@@ -125,15 +130,8 @@ def begin_worker(worker: int) -> None:
     """
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
-    sys.excepthook = _broken_off
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _broken_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """In a worker: Python's thread that hands over a row says that whoever asked for it is gone; that one says why itself."""
-    if not issubclass(kind, ConnectionError | EOFError):
-        sys.__excepthook__(kind, error, trace)
 
 
 def launch_problem(accelerator: Accelerator, before: Mapping[str, str]) -> Problem | None:

@@ -142,7 +142,7 @@ class Run:
                 loader = iter(self.loader(rows, of))
             yield loader
         finally:
-            if loader and self.config.dataloader_num_workers:
+            if loader is not None and self.config.dataloader_num_workers:
                 with no_word_of_workers():
                     loader._shutdown_workers()
 

@@ -1,8 +1,10 @@
 """What training does where there is a GPU, as far as it shows without one."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from qwenvl_ft.data.rows import Rows
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.runs import checkpoints
 from qwenvl_ft.model.load import load_base
-from qwenvl_ft.train import loop
+from qwenvl_ft.train import loop, state
 from qwenvl_ft.train.launch import Workers, no_word_of_workers
 from qwenvl_ft.train.state import Run
 from tests.conftest import TINY
@@ -111,6 +113,37 @@ def test_a_worker_that_hangs_is_ended_with_the_run(tmp_path, monkeypatch):
     with pytest.raises(KeyError):
         run(tmp_path, dataloader_num_workers=1)
     assert not multiprocessing.active_children()
+
+
+def broken_off():
+    """As Python's own thread does that hands over a tensor, when whoever asked for it is gone."""
+    try:
+        raise ConnectionResetError("broken off")
+    except ConnectionResetError:
+        sys.excepthook(*sys.exc_info())
+
+
+def test_a_worker_prints_no_traceback_of_a_row_that_nobody_waits_for(capfd):
+    """It stood beside the words of the run, which knew why."""
+    (worker := Workers().Process(target=broken_off)).start()
+    worker.join()
+    assert worker.exitcode == 0 and capfd.readouterr() == ("", "")
+
+
+def test_workers_end_where_one_is_gone_before_all_are_started(tmp_path, monkeypatch):
+    calls = iter(range(9))
+
+    @contextlib.contextmanager
+    def told(stock=state.no_word_of_workers):
+        with stock():
+            yield
+        if next(calls) == 0:
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr(state, "no_word_of_workers", told)
+    with pytest.raises(UserError, match="a process that decodes pictures is gone") as held:
+        run(tmp_path, dataloader_num_workers=1)
+    assert held.tb and not multiprocessing.active_children()
 
 
 def test_word_of_a_worker_that_is_gone_is_heard_though_another_one_is_starting():
