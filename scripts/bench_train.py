@@ -261,7 +261,7 @@ def table(what: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """Markdown of one set: medians over the runs of each toolkit, and what is not as it should be."""
     titles = (
         "toolkit", "steps", "tokens run", "taught", "forward runs, language / tower", "CPU s, epoch 1",
-        "CPU s, epoch 2", "wall s", "tokens a CPU s", "of the fastest peer's in each epoch", "start, CPU / wall s", "peak GiB", "loss, epoch 1", "loss, epoch 2",
+        "CPU s, epoch 2", "wall s", "the records' tokens a CPU s", "of the fastest peer's in each epoch", "start, CPU / wall s", "peak GiB", "loss, epoch 1", "loss, epoch 2",
     )  # fmt: skip
     cells, notes, rates, peers = {}, list[str](), dict[str, list[float]](), list[str]()
     for toolkit in dict.fromkeys(one["toolkit"] for one in runs):
