@@ -10,17 +10,19 @@ import re
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qwenvl_ft.data import sources
 from qwenvl_ft.data.chat import IGNORE, Script
 from qwenvl_ft.data.geometry import Limits, resized
 from qwenvl_ft.data.meta_file import Meta, stream_records
+from qwenvl_ft.data.numbers import Spool
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Box, Medium, Part, Picture, Record, Source, Video
 from qwenvl_ft.errors import Problem, UserError
@@ -31,7 +33,8 @@ NEARLY_ALL = 0.95  # of a picture's area
 LONG_ANSWER = 20  # letters; shorter ones stand in many a question that offers a choice
 PICTURE_NUMBER = re.compile(r"(?:[Pp]icture|[Ii]mage) ([1-9][0-9]?)\b")  # more digits are a year, or a name
 PLACE = re.compile(r"(.*?)(0|[1-9][0-9]{0,17})([^0-9]*)", re.DOTALL)  # its last number, as far as 8 bytes and its zeros allow
-SORTED = 2**20  # hashes at a time, about
+SORTED = 2**18  # hashes at a time, about
+STRETCH = 2**16  # hashes that are read at a time
 MOST_SHRUNK = 100_000  # showings of pictures, before those of the same one are made one
 BARS = "▁▂▃▄▅▆▇█"
 PICTURES, BOXES, ANSWERS = "numbered pictures", "boxes", "answers"
@@ -121,7 +124,7 @@ class Checks:
 
     def __init__(self, limits: Limits | None = None, against: Against | None = None):
         self.limits, self.against = limits, against
-        self.hashes = array("Q")  # of each record
+        self.hashes = Spool("u8")  # of each record
         self.places = Places()
         self.taught: Counter[int] = Counter()  # records by the tokens that they teach
         self.bins: Counter[int] = Counter()  # scripts by the number of bits of their length
@@ -138,7 +141,7 @@ class Checks:
         if record.where == self.last:
             return
         self.last = record.where
-        self.hashes.append(hash_of(record))
+        self.hashes.extend(np.array([hash_of(record)], np.uint64))
         self.places.add(record.where)
         if scripts:
             self.taught[sum(len(script.labels) - script.labels.count(IGNORE) for script in scripts)] += 1
@@ -163,8 +166,9 @@ class Checks:
     def join(self, other: "Checks") -> None:
         """What was seen of the records behind these."""
         self.places.join(other.places)
-        for name in ("hashes", "shrunk", "factors"):
-            getattr(self, name).extend(getattr(other, name))
+        self.hashes.extend(other.hashes[:])
+        self.shrunk.extend(other.shrunk)
+        self.factors.extend(other.factors)
         self.taught.update(other.taught)
         self.bins.update(other.bins)
         self.worst = max(self.worst, other.worst)
@@ -249,19 +253,19 @@ class Checks:
         count, again = _repeated(self.hashes)
         if not count:
             return None
-        first, where = self.places[self.hashes.index(self.hashes[again])], self.places[again]
+        first, where = self.places[_place(self.hashes, int(self.hashes[again : again + 1][0]))], self.places[again]
         some = f"{count:,} records repeat earlier ones" if count > 1 else "1 record repeats an earlier one"
         note = f"{some}, turns and pictures alike ({where} is {first} again)"
         return {"count": count, "first": where, "note": note}
 
     def _same_records(self, against: Against) -> dict[str, Any] | None:
-        count, first = 0, 0
-        for at, found in enumerate(self.hashes):
-            if found in against.hashes:
-                count, first = count + 1, first if count else at
+        theirs, count, first = np.fromiter(against.hashes, np.uint64), 0, len(self.hashes)
+        for start, mine in _stretches(self.hashes):
+            same = np.flatnonzero(np.isin(mine, theirs))
+            count, first = count + len(same), min(first, start + int(same.min(initial=first)))
         if not count:
             return None
-        where, other = self.places[first], against.hashes[self.hashes[first]]
+        where, other = self.places[first], against.hashes[int(self.hashes[first : first + 1][0])]
         some = f"{count:,} records are" if count > 1 else "1 record is"
         note = f"{some} in evaluation, too, turns and pictures alike ({where} is {other})"
         return {"count": count, "first": where, "note": note}
@@ -288,19 +292,32 @@ class Checks:
         return {"from": {str(2 ** (of - 1)): self.bins[of] for of in bits}, "shown": f"from tokens up, how many examples: {shown}"}
 
 
-def _repeated(hashes: "array[int]") -> tuple[int, int]:
+def _repeated(hashes: Spool) -> tuple[int, int]:
     """How many of the hashes stood there before, and the place of the first that did. A share of them is sorted at a time."""
-    found = np.frombuffer(hashes, np.uint64) if hashes else np.zeros(0, np.uint64)
-    shares = np.uint64(2 ** (len(found) // SORTED).bit_length())
-    count, first = 0, len(found)
+    shares = np.uint64(2 ** (len(hashes) // SORTED).bit_length())
+    count, first = 0, len(hashes)
     for share in range(int(shares)):
-        starts = range(0, len(found), SORTED)
-        mine = [start + np.flatnonzero(found[start : start + SORTED] % shares == share) for start in starts]
-        at = np.concatenate([np.zeros(0, np.int64), *mine])
-        at = at[np.argsort(found[at], kind="stable")]
-        again = at[1:][found[at[1:]] == found[at[:-1]]]
+        places, found = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+        for start, some in _stretches(hashes):
+            mine = np.flatnonzero(some % shares == share)
+            places.append(start + mine)
+            found.append(some[mine])
+        at, of = np.concatenate(places), np.concatenate(found)
+        order = np.argsort(of, kind="stable")
+        again = at[order[1:][of[order[1:]] == of[order[:-1]]]]
         count, first = count + len(again), int(again.min(initial=first))
     return count, first
+
+
+def _place(hashes: Spool, wanted: int) -> int:
+    """Of the first that is so."""
+    return next(start + int(found[0]) for start, some in _stretches(hashes) if len(found := np.flatnonzero(some == wanted)))
+
+
+def _stretches(hashes: Spool) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    """All of them, some at a time, each time with the place of the first."""
+    for start in range(0, len(hashes), STRETCH):
+        yield start, hashes[start : start + STRETCH]
 
 
 def median(counts: Counter[int]) -> int:

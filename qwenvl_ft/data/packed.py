@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from qwenvl_ft.data.chat import IGNORE, Chat, Script
 from qwenvl_ft.data.geometry import resized, shrunk
+from qwenvl_ft.data.numbers import Ints
 from qwenvl_ft.data.packing import LEAST_SHARED
 from qwenvl_ft.data.records import InTable, InTar, Medium, Picture, Video
 from qwenvl_ft.data.sources import holder
 
-Ints = NDArray[np.int32]
 LISTS = ("ids", "taught", "counts", "grids", "media")  # the columns of numbers; `taught` are starts and ends of spans
 # Of each script one. `back`: how many scripts ago stood the last one, of those that were read together, that shows the same media
 # and begins alike, 0 for none; `shared`: the tokens that both begin with; `shown`: its media.

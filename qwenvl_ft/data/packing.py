@@ -13,33 +13,28 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, overload
+from itertools import pairwise
+from typing import NamedTuple, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-Indices = NDArray[np.signedinteger[Any]]
-Ints = NDArray[np.int32]
-BLOCK = 2**16  # records that are looked at together
+from qwenvl_ft.data.numbers import Indices, Ints, Numbers, Spool
+
+WINDOW = 2**18  # records that are packed together: more of them leave no fuller rows, and take more memory
 MOST_KEYS = 16  # to a token of a group: the keys of its beginning are gathered once for each record
 LEAST_SHARED = 64  # tokens: for fewer of them records are not kept together
-
-
-class Numbers(Protocol):
-    """One of every record, read by slices: all of them need not be in memory."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, at: slice, /) -> ArrayLike: ...
 
 
 class PackedRows(Sequence[list[int]]):
     """The indices that each row holds; those of row i are `members[starts[i] : starts[i + 1]]`.
 
-    With `grouped` the members are the groups of that, of records that share their beginning.
+    One that shares the beginning of the index before it in its row stands there as ~index. `windows` are (row, record) that each
+    window of records begins with, and at last how many there are of both.
     """
 
-    def __init__(self, starts: Indices, members: Indices, grouped: "Grouped | None" = None):
-        self.starts, self.members, self.grouped = starts, members, grouped
+    def __init__(self, starts: Indices, members: Numbers, windows: Sequence[tuple[int, int]]):
+        self.starts, self.members, self.windows = starts, members, windows
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -56,8 +51,18 @@ class PackedRows(Sequence[list[int]]):
     def groups(self, row: int) -> list[list[int]]:
         """What a row holds, by what shares its beginning."""
         at = range(len(self))[row]
-        held: list[int] = self.members[self.starts[at] : self.starts[at + 1]].tolist()
-        return [[one] if self.grouped is None else self.grouped.of(one) for one in held]
+        found: list[list[int]] = []
+        for member in np.asarray(self.members[self.starts[at] : self.starts[at + 1]]).tolist():
+            if member < 0:
+                found[-1].append(~member)
+            else:
+                found.append([member])
+        return found
+
+    @property
+    def shares(self) -> bool:
+        """Whether a row holds a beginning once for several records."""
+        return any((members < 0).any() for _, members in self._windows())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(list.__eq__, self, other))
@@ -69,71 +74,62 @@ class PackedRows(Sequence[list[int]]):
 
     def sums(self, of: Numbers, once: bool = False) -> Indices:
         """For each row the sum of a number that every record has; `once` for what the records of a group have in common."""
-        numbers = _whole(of)
-        if self.grouped:
-            order, firsts = self.grouped.order, self.grouped.firsts[:-1]
-            numbers = numbers[order[firsts]] if once else np.add.reduceat(numbers[order], firsts)
-        return self.sums_of_members(numbers)
-
-    def sums_of_members(self, of: Numbers) -> Indices:
-        """For each row the sum of a number that every member has."""
-        numbers, sums = _whole(of), np.zeros(len(self), np.int64)
-        for start in range(0, len(self), BLOCK):
-            edges = self.starts[start : start + BLOCK + 1]
-            inside = numbers[self.members[edges[0] : edges[-1]]]
-            sums[start : start + BLOCK] = np.add.reduceat(inside, edges[:-1] - edges[0], dtype=np.int64)
+        sums = np.zeros(len(self), np.int64)
+        for number, (rows, members) in enumerate(self._windows()):
+            first, end = (at for _, at in self.windows[number : number + 2])
+            numbers = np.asarray(of[first:end], np.int64)[np.where(members < 0, ~members, members) - first]
+            if once:
+                numbers[members < 0] = 0
+            sums[rows] = np.add.reduceat(numbers, self.starts[rows] - self.starts[rows.start])
         return sums
+
+    def _windows(self) -> Iterator[tuple[slice, Ints]]:
+        """Of each window its rows and their members."""
+        for (row, _), (end, _) in pairwise(self.windows):
+            yield slice(row, end), np.asarray(self.members[self.starts[row] : self.starts[end]], np.int32)
 
 
 @dataclass(frozen=True)
 class Plan:
     """`rows` hold indices into the lengths that were packed, as `too_long` does; `lengths` are the records that are in rows,
-    counted by their tokens. `row_tokens` is in tokens, `fill` the share of the rows' room that records take, 0 to 1; `members`
-    are the tokens that each member of the rows takes in them."""
+    counted by their tokens. `tokens` are those of each row, `row_tokens` the most that it holds, `fill` the share of the rows'
+    room that is taken, 0 to 1."""
 
     rows: PackedRows
+    tokens: Indices = field(compare=False)
     lengths: Counter[int]
     too_long: list[int]
     row_tokens: int
     fill: float
-    members: Numbers = field(compare=False)
 
 
 def pack(lengths: Numbers, row_tokens: int, share: bool = True, alike: "Alike | None" = None) -> Plan:
     """Best fit, longest first: each record goes into the fullest row that still has room. `share=False`: one record a row.
-    `alike` says what records share: see Groups.
+    `alike` says what records share: see `grouped`.
 
-    Rows keep their records in file order and stand in the order of their first record, so equal input gives equal rows. Records
-    of one length are placed together, so the time grows with the rows and the number of different lengths; the memory with 8 bytes
-    a record, of which 4 stay, and where records are grouped with 4 more, and 16 a group: `lengths` are read in blocks, several
-    times.
+    Rows keep their records in file order and stand in the order of their first record, so equal input gives equal rows. A window
+    of records is packed by itself; what is kept of a record is 4 bytes on the disk. Records of one length are placed together, so
+    the time grows with the rows and the number of different lengths.
     """
-    counts, too_long = _counted(lengths, row_tokens)
+    counts, too_long = np.zeros(row_tokens + 1, np.int64), list[int]()
+    members, sizes, tokens, windows = Spool("i4"), [np.zeros(1, np.int64)], [np.zeros(0, np.int64)], [(0, 0)]
+    for start in range(0, len(lengths), WINDOW):
+        window = np.asarray(lengths[start : start + WINDOW], np.int32)
+        counts += np.bincount(window[window <= row_tokens], minlength=row_tokens + 1)
+        too_long += (start + np.flatnonzero(window > row_tokens)).tolist()
+        back, shared = np.zeros((2, len(window)), np.int32)
+        if alike:
+            back, shared = (np.asarray(of[start : start + WINDOW], np.int32) for of in alike)
+        packed = _pack_window(grouped(window, back, shared, row_tokens), row_tokens, share)
+        members.extend(np.where(packed.members < 0, packed.members - start, packed.members + start))
+        sizes.append(packed.sizes)
+        tokens.append(packed.tokens)
+        windows.append((windows[-1][0] + len(packed.sizes), start + len(window)))
     used = Counter({length: int(counts[length]) for length in np.flatnonzero(counts).tolist()})
-    if alike and len(groups := Groups(lengths, alike, row_tokens)) < len(lengths):
-        packed = pack(groups, row_tokens)
-        rows_of_groups = PackedRows(packed.rows.starts, packed.rows.members, groups.grouped)
-        return Plan(rows_of_groups, used, too_long, row_tokens, packed.fill, groups)
-    room = Room(row_tokens)
-    rows, takes = array("i"), array("i")
-    for length in np.flatnonzero(counts)[::-1].tolist():
-        for row, count in room.take(length, int(counts[length])) if share else room.take_alone(int(counts[length])):
-            rows.append(row)
-            takes.append(count)
-    row_of = _in_file_order(lengths, row_tokens, counts, np.repeat(np.array(rows, np.int32), takes), room.num_rows)
-    starts = np.zeros(room.num_rows + 1, np.int64)
-    for _, block in blocks(row_of):
-        of, number = np.unique(block, return_counts=True)
-        starts[of + 1] += number
-    np.cumsum(starts, out=starts)
-    members, place, done = np.empty(len(row_of), np.int32), starts[:-1].copy(), 0
-    for start, sizes in blocks(lengths):
-        inside = start + np.flatnonzero(sizes <= row_tokens)
-        members[_next(place, row_of[done : done + len(inside)])] = inside
-        done += len(inside)
-    tokens = int(counts @ np.arange(row_tokens + 1))
-    fill = tokens / (room.num_rows * row_tokens) if room.num_rows else 0.0
-    return Plan(PackedRows(starts, members), used, too_long, row_tokens, fill, lengths)
+    rows = PackedRows(np.cumsum(np.concatenate(sizes)), members, windows)
+    of_rows = np.concatenate(tokens)
+    fill = int(of_rows.sum()) / (len(rows) * row_tokens) if len(rows) else 0.0
+    return Plan(rows, of_rows, used, too_long, row_tokens, fill)
 
 
 class Alike(NamedTuple):
@@ -144,46 +140,64 @@ class Alike(NamedTuple):
     shared: Numbers
 
 
-class Grouped(NamedTuple):
-    """Records in groups: those of group g are `order[firsts[g] : firsts[g + 1]]`, in file order, as groups are by their first."""
+class Groups(NamedTuple):
+    """Records in groups: those of group g are `order[firsts[g] : firsts[g + 1]]`, in file order, as groups are by their first;
+    `tokens` are those that each group takes in a row."""
 
-    order: Ints
-    firsts: Ints
-
-    def of(self, group: int) -> list[int]:
-        """The records of a group."""
-        held: list[int] = self.order[self.firsts[group] : self.firsts[group + 1]].tolist()
-        return held
+    order: Indices
+    firsts: Indices
+    tokens: Ints
 
 
-class Groups:
-    """Records that share their beginning, packed as one: of each group its tokens in a row, the beginning once and the rest of each
-    record. Most groups hold one.
+def grouped(lengths: Ints, back: Ints, shared: Ints, row_tokens: int) -> Groups:
+    """Records that share their beginning, to be packed as one: the beginning once and the rest of each. Most groups hold one.
 
     Two records are parted where they share little, or less than half of what either shares with its other neighbour, and where a
     row would be too short or see too many keys.
     """
+    together, begins = _together(back)
+    shared = np.where(begins, 0, shared[together])
+    firsts = _firsts(lengths[together], shared, row_tokens)
+    tokens, counts = _tokens(lengths[together], shared, firsts), np.diff(np.append(firsts, len(lengths)))
+    by_first = np.argsort(together[firsts])
+    ranks = np.empty_like(by_first)
+    ranks[by_first] = np.arange(len(firsts))
+    order = together[np.argsort(np.repeat(ranks, counts), kind="stable")]
+    return Groups(order, np.append(0, np.cumsum(counts[by_first])), tokens[by_first])
 
-    def __init__(self, lengths: Numbers, alike: Alike, row_tokens: int):
-        order, firsts, self.tokens = np.empty(len(lengths), np.int32), array("i"), array("i")
-        for start, sizes in blocks(lengths):
-            together, begins = _together(_block(alike.back, start))
-            shared = np.where(begins, 0, _block(alike.shared, start)[together])
-            at = _firsts(sizes[together], shared, row_tokens)
-            tokens, counts = _tokens(sizes[together], shared, at), np.diff(np.append(at, len(sizes)))
-            by_first = np.argsort(together[at])
-            ranks = np.empty_like(by_first)
-            ranks[by_first] = np.arange(len(at))
-            order[start : start + len(sizes)] = start + together[np.argsort(np.repeat(ranks, counts), kind="stable")]
-            firsts.extend((start + np.cumsum(counts[by_first]) - counts[by_first]).tolist())
-            self.tokens.extend(tokens[by_first].tolist())
-        self.grouped = Grouped(order, np.array([*firsts, len(lengths)], np.int32))
 
-    def __len__(self) -> int:
-        return len(self.tokens)
+class _Window(NamedTuple):
+    """Rows of some records: their members, how many each has, and its tokens; see PackedRows."""
 
-    def __getitem__(self, at: slice) -> ArrayLike:
-        return self.tokens[at]
+    members: Indices
+    sizes: Indices
+    tokens: Indices
+
+
+def _pack_window(found: Groups, row_tokens: int, share: bool) -> _Window:
+    fits = np.flatnonzero(found.tokens <= row_tokens)
+    tokens = found.tokens[fits]
+    by_length = np.argsort(-tokens, kind="stable")
+    lengths, counts = np.unique(-tokens, return_counts=True)
+    room = Room(row_tokens)
+    rows, takes = array("q"), array("q")
+    for length, count in zip((-lengths).tolist(), counts.tolist(), strict=True):
+        for row, taken in room.take(length, count) if share else room.take_alone(count):
+            rows.append(row)
+            takes.append(taken)
+    row_of = np.empty(len(tokens), np.int64)
+    row_of[by_length] = np.repeat(np.array(rows, np.int64), takes)
+    _, first, row_of = np.unique(row_of, return_index=True, return_inverse=True)
+    row_of = np.argsort(np.argsort(first))[row_of]  # numbered by their first record
+    by_row = np.argsort(row_of, kind="stable")
+    sizes = np.diff(found.firsts)[fits]
+    firsts, held = found.firsts[fits][by_row], sizes[by_row]
+    begins = np.cumsum(held) - held
+    members = found.order[np.repeat(firsts - begins, held) + np.arange(held.sum())]
+    alone = np.zeros(len(members), np.bool_)
+    alone[begins] = True
+    of_rows = (np.bincount(row_of, numbers, room.num_rows).astype(np.int64) for numbers in (sizes, tokens))
+    return _Window(np.where(alone, members, ~members), *of_rows)
 
 
 def _together(back: Ints) -> tuple[Indices, NDArray[np.bool_]]:
@@ -229,57 +243,6 @@ def _tokens(lengths: Ints, shared: Ints, firsts: Indices) -> Ints:
     within[firsts] = np.iinfo(np.int32).max
     more = np.diff(np.append(firsts, len(lengths))) - 1
     found: Ints = (np.add.reduceat(lengths, firsts) - more * np.minimum.reduceat(within, firsts)).astype(np.int32)
-    return found
-
-
-def _counted(lengths: Numbers, row_tokens: int) -> tuple[Indices, list[int]]:
-    """How many records have each length up to `row_tokens`, and which are longer."""
-    counts, too_long = np.zeros(row_tokens + 1, np.int64), list[int]()
-    for start, sizes in blocks(lengths):
-        counts += np.bincount(sizes[sizes <= row_tokens], minlength=row_tokens + 1)
-        too_long += (start + np.flatnonzero(sizes > row_tokens)).tolist()
-    return counts, too_long
-
-
-def _whole(of: Numbers) -> Ints:
-    return np.concatenate([np.zeros(0, np.int32), *(block for _, block in blocks(of))])
-
-
-def _block(of: Numbers, start: int) -> Ints:
-    return np.asarray(of[start : start + BLOCK], dtype=np.int32)
-
-
-def blocks(of: Numbers) -> Iterator[tuple[int, Ints]]:
-    """The numbers in blocks, each with the place of its first."""
-    for start in range(0, len(of), BLOCK):
-        yield start, _block(of, start)
-
-
-def _in_file_order(lengths: Numbers, row_tokens: int, counts: Indices, row_of_place: Ints, num_rows: int) -> Ints:
-    """Of each record that fits its row, the rows numbered by their first record. `row_of_place` has them as the records were
-    placed: the longest first, those of one length in file order."""
-    place = counts.sum() - np.cumsum(counts)  # of each length, where its next record was placed
-    number, numbered = np.full(num_rows, -1, np.int32), 0
-    row_of, done = np.empty(len(row_of_place), np.int32), 0
-    for _, sizes in blocks(lengths):
-        found = row_of_place[_next(place, sizes[sizes <= row_tokens])]
-        of, first = np.unique(found, return_index=True)
-        new = of[np.argsort(first)]
-        new = new[number[new] < 0]
-        number[new] = np.arange(numbered, numbered + len(new))
-        numbered += len(new)
-        row_of[done : done + len(found)] = number[found]
-        done += len(found)
-    return row_of
-
-
-def _next(place: Indices, kinds: Ints) -> Indices:
-    """The next place of each one's kind, which moves it on: equal ones get places one after another."""
-    order = np.argsort(kinds, kind="stable")
-    of, first, count = np.unique(kinds[order], return_index=True, return_counts=True)
-    found = np.empty(len(kinds), np.int64)
-    found[order] = np.arange(len(kinds)) - np.repeat(first, count) + np.repeat(place[of], count)
-    place[of] += count
     return found
 
 

@@ -18,8 +18,9 @@ from qwenvl_ft.data.geometry import resized
 from qwenvl_ft.data.kept import kept_table, table_name
 from qwenvl_ft.data.meta_file import Meta, OnRecord, Tally, called
 from qwenvl_ft.data.notes import Noted
+from qwenvl_ft.data.numbers import Indices, blocks
 from qwenvl_ft.data.packed import PackedMedium, read_medium
-from qwenvl_ft.data.packing import LEAST_SHARED, Alike, Indices, Plan, Schedule, blocks, pack
+from qwenvl_ft.data.packing import LEAST_SHARED, Alike, Plan, Schedule, pack
 from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Video
@@ -57,19 +58,15 @@ class Prepared:
 
     def tokens(self, row: int) -> int:
         """How many tokens a row has, a beginning that records share counted once."""
-        return int(self._tokens[row])
+        return int(self.plan.tokens[row])
 
     def cost(self, row: int) -> int:
         """What a row takes of time, about: a token of a picture or video is one to read, and one to see."""
-        return int(self._tokens[row] + self.media_tokens[row])
+        return int(self.plan.tokens[row] + self.media_tokens[row])
 
     @cached_property
     def _taught(self) -> Indices:
         return self.plan.rows.sums(self.scripts.taught)
-
-    @cached_property
-    def _tokens(self) -> Indices:
-        return self.plan.rows.sums_of_members(self.plan.members)
 
     @cached_property
     def media_tokens(self) -> Indices:
@@ -79,7 +76,7 @@ class Prepared:
     @property
     def shares(self) -> bool:
         """Whether a row holds a beginning once for several records."""
-        return self.plan.rows.grouped is not None
+        return self.plan.rows.shares
 
     def places(self, row: int) -> str:
         """The records of a row, for a message."""
@@ -100,7 +97,7 @@ class Prepared:
             "pictures_shrunk": facts["pictures_shrunk"],
             "tokens": token_counts(self.plan.lengths),
             "paid": {
-                "tokens": int(self._tokens.sum()),
+                "tokens": int(self.plan.tokens.sum()),
                 **{
                     name: int(self.plan.rows.sums(self.scripts.num_media, once).sum())
                     for name, once in (("media_shown", False), ("media", True))

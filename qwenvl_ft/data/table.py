@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from qwenvl_ft.data.chat import IGNORE, Script
-from qwenvl_ft.data.packed import LISTS, NUMBERS, FileState, Ints, Packed, PackedMedium, read_medium
+from qwenvl_ft.data.numbers import Ints
+from qwenvl_ft.data.packed import LISTS, NUMBERS, FileState, Packed, PackedMedium, read_medium
 from qwenvl_ft.data.records import Medium
 
 if TYPE_CHECKING:

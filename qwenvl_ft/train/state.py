@@ -25,6 +25,7 @@ from qwenvl_ft.data.cache import features_folder
 from qwenvl_ft.data.families import feature_width
 from qwenvl_ft.data.features import Features
 from qwenvl_ft.data.kept import code_of
+from qwenvl_ft.data.numbers import blocks
 from qwenvl_ft.data.packed import GONE, FileState
 from qwenvl_ft.data.packing import PackedRows, deal
 from qwenvl_ft.data.prepare import Prepared, no_room, not_kept
@@ -331,9 +332,8 @@ def version_of(package: str) -> str:
 def rows_hash(rows: PackedRows) -> str:
     """Names which records share which row, and which of them their beginning."""
     digest = hashlib.sha256(rows.starts.data)
-    digest.update(rows.members.data)
-    for numbers in rows.grouped or ():
-        digest.update(numbers.data)
+    for _, members in blocks(rows.members):
+        digest.update(members.data)
     return digest.hexdigest()[:16]
 
 

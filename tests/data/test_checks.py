@@ -16,6 +16,7 @@ from qwenvl_ft.data import checks as checks_module
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.checks import Against, Checks, Places
 from qwenvl_ft.data.meta_file import read_records
+from qwenvl_ft.data.numbers import Spool
 from qwenvl_ft.data.records import Box, Picture, Record, Turn, Video
 from qwenvl_ft.errors import UserError
 from tests.conftest import TINY
@@ -248,4 +249,5 @@ def test_repeated_records_are_found_however_many_hashes_are_sorted_at_a_time(sor
         hashes = array("Q", (draw.randrange(kinds) * 2**33 + draw.randrange(2) for _ in range(size)))
         again = [at for at in range(size) if hashes[at] in hashes[:at]]
         monkeypatch.setattr(checks_module, "SORTED", sorted_at_a_time)
-        assert checks_module._repeated(hashes) == (len(again), again[0] if again else size)
+        monkeypatch.setattr(checks_module, "STRETCH", sorted_at_a_time)
+        assert checks_module._repeated(Spool("u8", hashes)) == (len(again), again[0] if again else size)

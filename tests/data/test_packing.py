@@ -1,12 +1,14 @@
 """Which records share a row: never cut, never lost, the same every time."""
 
 import doctest
+import pickle
 import random
 from collections import Counter
 from itertools import pairwise
 
 import pytest
 
+from qwenvl_ft.data import numbers
 from qwenvl_ft.data import packing as module
 from qwenvl_ft.data.packing import LEAST_SHARED, Alike, Schedule, deal, pack
 
@@ -74,14 +76,20 @@ def test_records_of_one_length_placed_together_come_to_the_rows_of_one_at_a_time
         assert pack(lengths, 1000).rows == best_fit(lengths, 1000)
 
 
+@pytest.mark.parametrize("in_memory", [numbers.IN_MEMORY, 5])
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("block", [1, 7, 64])
-def test_records_that_are_looked_at_in_blocks_come_to_the_same_rows(block, share, monkeypatch):
+@pytest.mark.parametrize("window", [module.WINDOW, 1, 7, 64])
+def test_each_window_of_records_is_packed_by_itself(window, share, in_memory, monkeypatch):
     lengths, of = LENGTHS[12], random.Random(0).choices(range(9), k=len(LENGTHS[12]))
+    one_by_one = [(start, pack(lengths[start : start + window], 1000, share)) for start in range(0, len(lengths), window)]
+    monkeypatch.setattr(module, "WINDOW", window)
+    monkeypatch.setattr(numbers, "IN_MEMORY", in_memory)
     whole = pack(lengths, 1000, share)
-    monkeypatch.setattr(module, "BLOCK", block)
-    assert pack(lengths, 1000, share) == whole
+    assert whole.rows == [[start + index for index in row] for start, plan in one_by_one for row in plan.rows]
+    assert whole.tokens.tolist() == [sum(lengths[index] for index in row) for row in whole.rows]
+    assert whole.too_long == [start + index for start, plan in one_by_one for index in plan.too_long]
     assert whole.rows.sums(of).tolist() == [sum(of[index] for index in row) for row in whole.rows]
+    assert pickle.loads(pickle.dumps(whole)) == whole
     inside = [length for length in lengths if length <= 1000]
     assert whole.lengths == Counter(inside) and whole.fill == sum(inside) / (len(whole.rows) * 1000)
 
@@ -100,11 +108,11 @@ def alike(seed, count=300):
     return lengths, Alike(back, shared)
 
 
-@pytest.mark.parametrize("block", [module.BLOCK, 64, 7])
+@pytest.mark.parametrize("window", [module.WINDOW, 64, 7])
 @pytest.mark.parametrize("seed", range(5))
-def test_groups_are_of_linked_records_and_take_what_they_share_once(seed, block, monkeypatch):
+def test_groups_are_of_linked_records_and_take_what_they_share_once(seed, window, monkeypatch):
     """Counted here record by record, from the links."""
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "WINDOW", window)
     lengths, (back, shared) = alike(seed)
     plan = pack(lengths, 1000, alike=Alike(back, shared))
     groups = [plan.rows.groups(row) for row in range(len(plan.rows))]
@@ -121,9 +129,7 @@ def test_groups_are_of_linked_records_and_take_what_they_share_once(seed, block,
         number for number in range(len(lengths)) if lengths[number] <= 1000
     ] + [number for number in range(len(lengths)) if lengths[number] > 1000]
     assert plan.rows == [[number for group in row for number in group] for row in groups]
-    assert (
-        plan.rows.sums_of_members(plan.members).sum() == sum(paid) < sum(map(int.__mul__, *zip(*plan.lengths.items(), strict=True)))
-    )
+    assert plan.tokens.sum() == sum(paid) < sum(length * count for length, count in plan.lengths.items())
     assert plan.fill == pytest.approx(sum(paid) / (1000 * len(groups)))
     of = random.Random(0).choices(range(9), k=len(lengths))
     assert plan.rows.sums(of).tolist() == [sum(of[number] for group in row for number in group) for row in groups]
@@ -150,7 +156,7 @@ def test_a_group_is_cut_where_a_row_ends_and_where_little_is_shared():
 def test_what_shares_nothing_is_packed_as_ever():
     lengths = LENGTHS[9]
     assert pack(lengths, 1000, alike=Alike([0] * len(lengths), [0] * len(lengths))) == pack(lengths, 1000)
-    assert pack(lengths, 1000, alike=Alike([1] * len(lengths), [63] * len(lengths))).rows.grouped is None
+    assert pack(lengths, 1000, alike=Alike([1] * len(lengths), [63] * len(lengths))).rows.shares is False
 
 
 def test_a_group_has_no_more_keys_than_a_few_for_each_of_its_tokens():

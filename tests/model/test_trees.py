@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 from qwenvl_ft.data import rows
 from qwenvl_ft.data.chat import IGNORE, open_chat
 from qwenvl_ft.data.packed import NUMBERS, pack_scripts
-from qwenvl_ft.data.packing import Grouped, PackedRows
+from qwenvl_ft.data.packing import PackedRows
 from qwenvl_ft.data.pictures import size_of
 from qwenvl_ft.data.records import Picture, Record, Turn
 from qwenvl_ft.data.rows import KEYS, Rows
@@ -66,8 +66,10 @@ def trees(family_model, tmp_path_factory):
     if chat.family.linear_attention:
         pytest.skip("its rows hold one record")
     scripts = [chat.write_scripts(record)[-1] for record in records(tmp_path_factory.mktemp("trees"))]
-    grouped = Grouped(np.arange(sum(GROUPS)), np.cumsum([0, *GROUPS]))
-    packed = PackedRows(np.array([0, len(GROUPS)]), np.arange(len(GROUPS), dtype=np.int32), grouped)
+    members, firsts = np.arange(sum(GROUPS)), np.cumsum([0, *GROUPS[:-1]])
+    packed = PackedRows(
+        np.array([0, len(members)]), np.where(np.isin(members, firsts), members, ~members), [(0, 0), (1, len(members))]
+    )
     return Rows(scripts, packed, chat, limited(AutoProcessor.from_pretrained(family_model), chat))
 
 
