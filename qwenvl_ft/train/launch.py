@@ -8,12 +8,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from multiprocessing import get_context
+from multiprocessing.reduction import ForkingPickler
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, broadcast_object_list
+from numpy.typing import NDArray
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data._utils import signal_handling
 
 from qwenvl_ft.config import Config
@@ -130,8 +134,23 @@ def begin_worker(worker: int) -> None:
     """
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    ForkingPickler.register(torch.Tensor, hand_over)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def hand_over(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """How a worker pickles a tensor: as a name in shared memory, or with its bytes where that is full. A container has 64 MiB of it
+    if nobody asks for more; torch's own way would lose the row there, and the run wait for it for ever."""
+    try:
+        return reduce_tensor(tensor.share_memory_())  # type: ignore[no-any-return, no-untyped-call]
+    except RuntimeError:
+        return from_bytes, (tensor.flatten().view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
+
+
+def from_bytes(held: NDArray[np.uint8], dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    """The tensor that has these bytes."""
+    return torch.from_numpy(held).view(dtype).view(shape)
 
 
 def launch_problem(accelerator: Accelerator, before: Mapping[str, str]) -> Problem | None:
