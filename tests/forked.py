@@ -53,6 +53,16 @@ def no_fault():
     return lambda rank: None
 
 
+def launched_by_torch():
+    """The process has the variables that torchrun sets, and none of accelerate's."""
+
+    def start(rank: int) -> None:
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]
+
+    return start
+
+
 def reading_others(who: int):
     """The training records of this process are others than those of the rest."""
 

@@ -183,7 +183,13 @@ def check_gpus() -> None:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if 0 < gpus < here and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true"):
         what = f"{here} processes were asked for on this machine, and it shows {gpus} GPU{'s' * (gpus > 1)}"
-        raise UserError(Problem("launch", what, f"give --num_processes {gpus}, or look at CUDA_VISIBLE_DEVICES"))
+        option = "--nproc_per_node" if by_torch(os.environ) else "--num_processes"
+        raise UserError(Problem("launch", what, f"give {option} {gpus}, or look at CUDA_VISIBLE_DEVICES"))
+
+
+def by_torch(environ: Mapping[str, str]) -> bool:
+    """Whether nothing but the variables that torchrun sets says what is launched: accelerate's launcher adds its own to them."""
+    return "LOCAL_RANK" in environ and "ACCELERATE_MIXED_PRECISION" not in environ
 
 
 @contextmanager
@@ -224,10 +230,10 @@ def start(config: Config) -> Accelerator:
     before = dict(os.environ)
     check_gpus()
     find = bool({"vision", "merger"} & set(config.lora_on))  # a row without pictures leaves the tower unused
-    # accelerate's launcher tells its processes that there is no GPU, torch's leaves it to them.
-    by_torch = "TORCHELASTIC_RUN_ID" in before and "ACCELERATE_MIXED_PRECISION" not in before
+    # accelerate's launcher tells its processes that there is no GPU, torch's leaves it to them; DeepSpeed wants one.
+    on_cpu = by_torch(before) and not torch.accelerator.is_available() and before.get("ACCELERATE_USE_DEEPSPEED") != "true"
     accelerator = Accelerator(
-        cpu=by_torch and not torch.accelerator.is_available(),
+        cpu=on_cpu,
         log_with=list(config.report_to) or None,
         project_dir=config.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find)],

@@ -30,6 +30,13 @@ def test_two_processes_end_where_one_does(plain, two):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
+def test_the_variables_that_torchrun_sets_are_enough(two, tmp_path, forks):
+    """Without a GPU only processes that torch's own agent had started came together; kubeflow, Ray and srun set no more than these."""
+    codes, said = forks.train(tmp_path, fault=("tests.forked", "launched_by_torch"), **SETTINGS)
+    assert codes == [0, 0] and "2 x cpu" in said, said[-3000:]
+    assert same(adapter(two), adapter(tmp_path / "run"))
+
+
 def test_gradients_are_exchanged_once_a_step(monkeypatch, tmp_path):
     """With every row they were, since its forward ran outside of no_sync."""
     exchanged, rows = [], [0, 1, 2]
