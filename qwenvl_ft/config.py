@@ -139,6 +139,7 @@ class Config(BaseModel):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     attn_implementation: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: StrictBool = True
+    ddp_timeout: Positive = 600
 
     logging_steps: Positive = 10
     eval_steps: Positive | None = None
@@ -315,7 +316,7 @@ NOT_NEEDED = {key: why for why, keys in {
     "start with `accelerate launch --config_file configs/zero3.yaml train.py ...`":
         "fsdp fsdp_config",
     "accelerate's launcher says that: `accelerate launch --config_file configs/ddp.yaml train.py ...`":
-        "local_rank ddp_timeout ddp_backend use_cpu nproc_per_node",
+        "local_rank ddp_backend use_cpu nproc_per_node",
     ANSWERS_ONLY:
         "train_on_prompt train_on_inputs assistant_only_loss completion_only_loss mask_history roles_to_train "
         "ignore_pad_token_for_loss",

@@ -18,7 +18,7 @@ KEYS = """
     row_tokens share_prefix cache_features thinking boxes fetch_media format columns on_bad_record dataloader_num_workers
     lora_on lora_rank lora_alpha lora_dropout
     num_train_epochs max_steps rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm seed
-    dtype attn_implementation gradient_checkpointing
+    dtype attn_implementation gradient_checkpointing ddp_timeout
     logging_steps eval_steps save_steps save_total_limit resume report_to run_name
 """
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import qwenvl_ft
-from qwenvl_ft.cli import data, hub, init, model, pai, serve
+from qwenvl_ft.cli import data, hub, init, launch, model, pai, serve
 from qwenvl_ft.console import print_line, print_problems
 from qwenvl_ft.errors import UserError
 
@@ -21,7 +21,7 @@ app = typer.Typer(
 )  # fmt: skip
 for command in (init.init, data.validate_meta, data.show, data.convert, data.plan,
                 model.train, model.evaluate, model.export, model.ask, hub.download, hub.doctor,
-                serve.serve):  # fmt: skip
+                serve.serve, launch.launch):  # fmt: skip
     # Of `--learning_rate 1e-4` the config says what to write; click would say "no such option".
     lenient = {"ignore_unknown_options": True} if command in (data.plan, model.train) else None
     app.command("eval" if command is model.evaluate else None, context_settings=lenient)(command)

@@ -117,9 +117,17 @@ def launcher(environ: Mapping[str, str], arguments: Sequence[str]) -> list[str] 
     nodes, each = (environ.get(name) or "1" for name in ("WORLD_SIZE", "NPROC_PER_NODE"))
     if "LOCAL_RANK" in environ or (nodes, each) == ("1", "1") or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
         return None
+    options = torchrun(nodes, each, environ["RANK"], environ["MASTER_ADDR"], environ["MASTER_PORT"])
+    return ["-m", "torch.distributed.run", *options, "--module", "qwenvl_ft", *arguments]
+
+
+def torchrun(nodes: str, each: str, rank: str, address: str, port: str) -> list[str]:
+    """torchrun's options on the node `rank`, the first of which has that address and port; `each` counts its processes.
+
+    Its rendezvous by a fixed address asks for no more: no name of a node that the others can resolve, no clocks that agree.
+    """
     return [
-        "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--node_rank={environ['RANK']}", f"--nproc_per_node={each}",
-        f"--master_addr={environ['MASTER_ADDR']}", f"--master_port={environ['MASTER_PORT']}", "--module", "qwenvl_ft", *arguments,
+        f"--nnodes={nodes}", f"--node_rank={rank}", f"--nproc_per_node={each}", f"--master_addr={address}", f"--master_port={port}",
     ]  # fmt: skip
 
 

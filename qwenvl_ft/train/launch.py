@@ -2,11 +2,13 @@
 
 import ctypes
 import os
+import platform
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
+from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.reduction import ForkingPickler
 from threading import Thread
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data._utils import signal_handling
@@ -23,13 +25,14 @@ from torch.utils.data._utils import signal_handling
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.whole import held
+from qwenvl_ft.folders.whole import LOCK, held
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 STOPS = [signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else [])]
 GRACE_SECONDS = 5  # for the step that runs; torch's launcher kills 30 s after a signal, and there is a checkpoint to be written
 STUCK_SECONDS = 20  # after a signal without coming to the end of a row
+SEEN_SECONDS = 5  # in which what one machine writes shows on the others, where a folder is shared
 
 
 class Signals:
@@ -212,7 +215,35 @@ def alone(accelerator: Accelerator, config: Config) -> Iterator[None]:
             lock.release()
 
 
-def lost(error: Exception, accelerator: Accelerator) -> Problem | None:
+def check_shared(accelerator: Accelerator, config: Config, kept_elsewhere: bool) -> None:
+    """Raises UserError, in all processes, where machines would go on from an output_dir that is not the same on all of them: under
+    DeepSpeed each process writes its part of a checkpoint there, and with `resume` each reads it. Not so where checkpoints are
+    `kept_elsewhere` and brought to each machine before a run. Called while the folder is this run's alone.
+    """
+    if accelerator.num_processes == int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)):
+        return
+    path, written = config.output_dir / LOCK, [""]
+    if accelerator.is_main_process:
+        written = [path.read_text()]
+    broadcast_object_list(written)
+    deadline, seen = time.monotonic() + SEEN_SECONDS, ""
+    while seen != written[0] and time.monotonic() < deadline:
+        with suppress(OSError):
+            seen = path.read_text()
+        time.sleep(0.1 * (seen != written[0]))
+    if all(gather_object([seen == written[0]])):
+        return
+    place, what = f"output_dir: {config.output_dir}", "is not the same folder on all machines"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED or (config.resume and not kept_elsewhere):
+        why = "from which they would go on" if config.resume else "each of which would keep a part of every checkpoint"
+        raise UserError(Problem(place, f"{what}, {why}", "set it to a folder that all of them share, such as a mount of NFS"))
+    if accelerator.is_main_process:
+        print_line(
+            f"{place} {what}: what this run leaves is on {platform.node()}, and resume=true asks for a folder that all share"
+        )
+
+
+def lost(error: Exception, config: Config, num_processes: int) -> Problem | None:
     """What to say where another process of the run, or one that decodes its pictures, is gone; None for any other error."""
     fix = (
         "see what stands above; if it was killed, mostly for want of memory, give it more or ask for less; then resume=true goes on"
@@ -220,7 +251,14 @@ def lost(error: Exception, accelerator: Accelerator) -> Problem | None:
     # torch says so once it learns of the death; before that, what the process was sending breaks off.
     if isinstance(error, EOFError | ConnectionError) or str(error).startswith("DataLoader worker"):
         return Problem("dataloader_num_workers", f"a process that decodes pictures is gone: {error or 'it breaks off'}", fix)
-    if accelerator.num_processes > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+    among = num_processes > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower())
+    if among and ("timed out" in str(error).lower() or "timeout" in str(error).lower()):
+        what = (
+            f"another process of this run has not answered for {config.ddp_timeout} s: it is gone, or hangs, or the network is cut"
+        )
+        fix = "see what its machine says; mend that, or raise ddp_timeout if it takes longer; then resume=true goes on"
+        return Problem("launch", what, fix)
+    if among:
         return Problem("launch", "another process of this run is gone, and what was learnt since the last checkpoint with it", fix)
     return None
 
@@ -232,12 +270,18 @@ def start(config: Config) -> Accelerator:
     find = bool({"vision", "merger"} & set(config.lora_on))  # a row without pictures leaves the tower unused
     # accelerate's launcher tells its processes that there is no GPU, torch's leaves it to them; DeepSpeed wants one.
     on_cpu = by_torch(before) and not torch.accelerator.is_available() and before.get("ACCELERATE_USE_DEEPSPEED") != "true"
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        log_with=list(config.report_to) or None,
-        project_dir=config.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find)],
-    )
+    waits = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            log_with=list(config.report_to) or None,
+            project_dir=config.output_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find), waits],
+        )
+    except RuntimeError as error:  # the others have not come
+        if problem := lost(error, config, int(before.get("WORLD_SIZE", "1"))):
+            raise UserError(problem) from error
+        raise
     if problem := launch_problem(accelerator, before):
         raise UserError(problem)
     if plugin := accelerator.state.deepspeed_plugin:

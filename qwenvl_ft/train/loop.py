@@ -32,7 +32,7 @@ from qwenvl_ft.folders.whole import short_hash, writing
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import Keep, summed_loss
-from qwenvl_ft.train.launch import Signals, alone, lost, open_trackers, start
+from qwenvl_ft.train.launch import Signals, alone, check_shared, lost, open_trackers, start
 from qwenvl_ft.train.memory import memory_for, out_of_memory
 from qwenvl_ft.train.output_dir import METRICS, Metrics, was_evaluated, write_results, write_settings
 from qwenvl_ft.train.state import OnSaved, Run, find_resume, fingerprint
@@ -197,9 +197,10 @@ def train(config: Config, ready: Ready | None = None, on_saved: OnSaved | None =
     accelerator = start(config)
     try:
         with alone(accelerator, config):
+            check_shared(accelerator, config, kept_elsewhere=on_saved is not None)
             run_steps(config, accelerator, prepared, held_out, on_saved)
     except (RuntimeError, EOFError, ConnectionError) as error:
-        problem = lost(error, accelerator)
+        problem = lost(error, config, accelerator.num_processes)
         if isinstance(error, torch.OutOfMemoryError):  # outside the work on a row
             problem = out_of_memory(error, config, f"model: {config.model}", "what every step needs, the model itself")
         if problem is None:
