@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -59,6 +60,36 @@ def launched_by_torch():
     def start(rank: int) -> None:
         for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
             del os.environ[name]
+
+    return start
+
+
+def hanging(who: int, from_the_start: bool):
+    """This process never comes, or stands still in its first step."""
+
+    def start(rank: int) -> None:
+        from qwenvl_ft.train import loop
+
+        if rank == who and from_the_start:
+            time.sleep(600)
+        if rank == who:
+            loop.train_step = lambda *of: time.sleep(600)
+
+    return start
+
+
+def on_another_machine(who: int, folder: str):
+    """Each process is on a machine of its own, and this one has another folder for its output_dir."""
+
+    def start(rank: int) -> None:
+        from qwenvl_ft.train import loop
+
+        os.environ["LOCAL_WORLD_SIZE"] = "1"
+        stock = loop.check_shared
+        if rank == who:
+            loop.check_shared = lambda accelerator, config, kept_elsewhere: stock(
+                accelerator, config.model_copy(update={"output_dir": Path(folder)}), kept_elsewhere
+            )
 
     return start
 

@@ -2,13 +2,18 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
+from qwenvl_ft.errors import UserError
+from qwenvl_ft.folders.whole import LOCK
+from qwenvl_ft.train import launch as launching
 from qwenvl_ft.train import loop
 from qwenvl_ft.train.state import Run
 from tests.forked import train_two
@@ -167,6 +172,40 @@ def test_a_gradient_that_is_not_finite_stops_a_run_under_deepspeed_too(stage, tm
     assert 1 in codes and 0 not in codes
     assert "the gradient's norm is nan" in said and "few.json[" in said, said[-3000:]
     assert not list((tmp_path / "run").glob("**/adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_a_process_that_never_answers_ends_the_run_after_ddp_timeout(from_the_start, tmp_path, forks):
+    """As where the network between two machines is cut. torch waits for half an hour, and then raised in the midst of its own files."""
+    codes, said = forks.train(tmp_path, fault=("tests.forked", "hanging", 1, from_the_start), ddp_timeout=6)
+    assert codes[0] == 1 and "another process of this run has not answered for 6 s" in said, said[-3000:]
+    assert "Traceback" not in said
+
+
+def test_machines_that_have_other_output_dirs_are_told_so_before_training(tmp_path, forks):
+    """They went on from what only one of them had, after a restart: after hours."""
+    (tmp_path / "other").mkdir()
+    codes, said = forks.train(tmp_path, fault=("tests.forked", "on_another_machine", 1, tmp_path / "other"), resume=True)
+    assert codes == [1, 1] and "is not the same folder on all machines, from which they would go on" in said, said[-3000:]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("kind", "settings", "kept_elsewhere", "refused"), [
+    ("MULTI_CPU", {}, False, False), ("DEEPSPEED", {}, False, True),
+    ("MULTI_CPU", {"resume": True}, False, True), ("MULTI_CPU", {"resume": True}, True, False),
+])  # fmt: skip
+def test_what_machines_must_share_is_what_they_go_on_from(kind, settings, kept_elsewhere, refused, tmp_path, monkeypatch, capsys):
+    accelerator = SimpleNamespace(num_processes=2, is_main_process=True, distributed_type=DistributedType[kind])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).write_text("process 1 on here")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(launching, "broadcast_object_list", lambda values: None)
+    for others, problem in ((True, False), (False, refused)):
+        monkeypatch.setattr(launching, "gather_object", lambda own, others=others: [*own, others])
+        with pytest.raises(UserError) if problem else nullcontext():
+            launching.check_shared(accelerator, config(tmp_path, **settings), kept_elsewhere)
+        noted = not others and not refused
+        assert ("asks for a folder that all share" in " ".join(capsys.readouterr().out.split())) == noted
 
 
 def test_processes_that_read_different_records_do_not_begin(tmp_path, forks):
