@@ -157,25 +157,26 @@ def write_dlc(launch: Launch) -> Written:
 
 
 def write_sky(launch: Launch) -> Written:
-    """Its nodes share nothing, so checkpoints go into a bucket as they come, as those of a job of PAI do."""
+    """Its nodes share nothing, so checkpoints go into a bucket as they come, as those of a job of PAI do. The image runs as itself:
+    SkyPilot would want to log into it as root.
+    """
     line = launch.line('"$SKYPILOT_NODE_RANK"', '"$(head -n 1 <<< "$SKYPILOT_NODE_IPS")"')
     text = f"""\
 name: {launch.name}
 num_nodes: {launch.nodes}
 resources:
   accelerators: {launch.kind}:{launch.gpus}
-  image_id: {json.dumps(f"docker:{launch.image}")}
 workdir: .   # the config, and the data that it names; its model may be hf:ORG/NAME
 file_mounts:
   /outputs:
     name: {launch.name}-outputs   # a bucket, made where there is none: its name is yours alone among all of that cloud
     mode: MOUNT
-envs:
-  PAI_OUTPUT_CHECKPOINTS: /outputs/checkpoints
-  PAI_OUTPUT_MODEL: /outputs/model
 run: |
-  mkdir -p "$PAI_OUTPUT_CHECKPOINTS" "$PAI_OUTPUT_MODEL"
-  {line}
+  mkdir -p /outputs/checkpoints /outputs/model
+  docker run --rm --gpus all --network host --shm-size 8g --no-healthcheck --user "$(id -u):$(id -g)" --env HOME=/tmp \\
+    --volume "$PWD:{SHARED}" --workdir {SHARED} --volume /outputs:/outputs \\
+    --env PAI_OUTPUT_CHECKPOINTS=/outputs/checkpoints --env PAI_OUTPUT_MODEL=/outputs/model {shlex.quote(launch.image or "")} \\
+    {line}
 """
     return Written(text, "sky jobs launch {}")
 
@@ -217,6 +218,9 @@ spec:
                     template:
                       spec:
                         terminationGracePeriodSeconds: 120   # for the end of a step and a checkpoint
+                        securityContext:   # the image's user, whom the volume belongs to
+                          runAsUser: 1000
+                          fsGroup: 1000
                         containers:
                           - name: node
                             volumeMounts:

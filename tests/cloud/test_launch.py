@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from qwenvl_ft.cli.main import main
 from qwenvl_ft.cloud.launch import CLAIM, RESTARTS, SHARED, WRITERS, Place
 from qwenvl_ft.config import load_config
 from tests.conftest import ROOT
+from tests.test_readme import blocks, commands, text_of
 
 IMAGE = "registry.example/qwenvl-ft:1"
 CONFIG = "my run's lora.yaml"  # which every shell breaks that is not told otherwise
@@ -94,13 +96,14 @@ def run_body(folder: Path, to: str, text: str) -> tuple[list[str], dict[str, str
     tool(folder, "torchrun", f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n")
     tool(folder, "scontrol", f"#!/bin/sh\n[ \"$1 $2 $3\" = 'show hostnames n[1-2]' ] && printf '{ADDRESS}\\n10.0.0.2\\n'\n")
     tool(folder, "srun", '#!/bin/sh\n[ "$1 $2" = "--kill-on-bad-exit=1 --cpus-per-task=12" ] && shift 2 && exec "$@"\n')
+    tool(folder, "docker", f'#!/bin/sh\nwhile [ "$1" != {IMAGE} ]; do shift; done\nshift\nexec "$@"\n')
     script = folder / "body.sh"
-    script.write_text(body(to, text).replace(SHARED, str(folder)))
+    script.write_text(body(to, text).replace(SHARED, str(folder)).replace("/outputs/", "outputs/"))
     subprocess.run(["bash", "-n", script], check=True)
-    path, outputs = f"{folder}/bin{os.pathsep}{os.environ['PATH']}", {"PAI_OUTPUT_CHECKPOINTS": "kept", "PAI_OUTPUT_MODEL": "model"}
+    path = f"{folder}/bin{os.pathsep}{os.environ['PATH']}"
     arguments = ["1", ADDRESS] if to == "torchrun" else []
     done = subprocess.run(["bash", script, *arguments], text=True, capture_output=True, check=True,
-                          env=os.environ | TOLD[to] | outputs | {"PATH": path})  # fmt: skip
+                          env=os.environ | TOLD[to] | {"PATH": path})  # fmt: skip
     return json.loads(done.stdout)
 
 
@@ -163,8 +166,8 @@ def test_every_place_is_asked_for_the_nodes_and_what_they_need(folder, write):
     )
     sky = YAML(typ="safe").load(write("sky")[0])
     Path("launch.yaml").unlink()
-    assert (sky["num_nodes"], sky["resources"]) == (2, {"accelerators": "A100:4", "image_id": f"docker:{IMAGE}"})
-    assert all(path.startswith("/outputs/") for path in sky["envs"].values()) and list(sky["file_mounts"]) == ["/outputs"]
+    assert (sky["num_nodes"], sky["resources"], list(sky["file_mounts"])) == (2, {"accelerators": "A100:4"}, ["/outputs"])
+    assert "PAI_OUTPUT_CHECKPOINTS=/outputs/" in sky["run"] and "PAI_OUTPUT_MODEL=/outputs/" in sky["run"]
     spec = YAML(typ="safe").load(write("kubeflow")[0])["spec"]
     trainer = spec["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"], trainer["image"]) == (2, 4, IMAGE)
@@ -262,3 +265,20 @@ def test_a_mistake_in_the_config_is_said_before_anybody_waits_in_a_queue(folder,
         main(["launch", "--to", "kubeflow", "--image", "", str(folder / "bad.yaml")])
     said = " ".join(capsys.readouterr().err.split())
     assert "learning_rate" in said and "--image" in said and "is the path of this machine" in said
+
+
+def test_the_commands_of_the_pages_write_what_they_say(folder):
+    """docs/clusters.md and its Chinese twin: the same commands, and a section a place that is read at one sitting."""
+    page, chinese = "docs/clusters.md", "docs/zh/clusters.md"
+    assert commands(page) == commands(chinese) and blocks(page, "sh") == blocks(chinese, "sh")
+    Path(CONFIG).rename("lora.yaml")
+    for command in commands(page):
+        words = shlex.split(command)
+        with pytest.raises(SystemExit) as ended:
+            main(words[1:])
+        assert ended.value.code == 0 and Path(words[-1]).is_file(), command
+    assert len(commands(page)) == len(get_args(Place))
+    sections = [re.split(r"^## ", text_of(of), flags=re.MULTILINE)[1:] for of in (page, chinese)]
+    assert len(sections[0]) == len(sections[1]) and all(text.count("\n") <= 60 for of in sections for text in of)
+    name = YAML(typ="safe").load(Path("trainjob.yaml").read_text())["metadata"]["name"]
+    assert f"kubectl get trainjob {name}\n" in text_of(page) and f"{name}-*.out" in text_of(page)
