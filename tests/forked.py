@@ -3,6 +3,7 @@
 `accelerate launch` of two imports torch three times, which costs more than ten times what a run of four steps does.
 """
 
+import ctypes
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from tests.runs import BASE, ROOT, few_records
-from tests.torture.forks import Training, Way, import_everything
+from tests.torture.forks import Training, Way, import_everything, libc
 
 
 class Forks:
@@ -90,6 +91,28 @@ def on_another_machine(who: int, folder: str):
             loop.check_shared = lambda accelerator, config, kept_elsewhere: stock(
                 accelerator, config.model_copy(update={"output_dir": Path(folder)}), kept_elsewhere
             )
+
+    return start
+
+
+def on_hosts(names: list[str], cut: bool):
+    """Each process is in one of these network namespaces, as scripts/two_hosts.py makes them; the wire is cut in the second step."""
+
+    def start(rank: int) -> None:
+        from qwenvl_ft.train import loop
+
+        with open(f"/run/netns/{names[rank]}") as namespace:
+            assert libc.setns(namespace.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+        launched_by_torch()(rank)
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": f"v{rank}"}
+        stock, steps = loop.train_step, iter(range(100))
+
+        def train_step(*of):
+            if cut and next(steps) == 1 and rank == 0:
+                subprocess.run(["ip", "link", "set", "v0", "down"], check=True)
+            return stock(*of)
+
+        loop.train_step = train_step
 
     return start
 
