@@ -158,6 +158,9 @@ def from_bytes(held: NDArray[np.uint8], dtype: torch.dtype, shape: torch.Size) -
 
 def launch_problem(accelerator: Accelerator, before: Mapping[str, str]) -> Problem | None:
     """What came up that was not asked for; `before` is the environment before accelerate looked at it."""
+    if before.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):  # which accelerate leaves out on a CPU without a word
+        why = "FSDP was asked for, and is not offered: what each process keeps of it would be in no checkpoint"
+        return Problem("launch", why, "take configs/zero3.yaml, which shares the model out over the GPUs, too")
     asked, came, what = int(before.get("WORLD_SIZE", "1")), accelerator.num_processes, None
     deepspeed = before.get("ACCELERATE_USE_DEEPSPEED") == "true"
     command = "accelerate launch --multi_gpu --num_processes N train.py --config FILE"

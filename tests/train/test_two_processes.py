@@ -174,6 +174,25 @@ def test_a_gradient_that_is_not_finite_stops_a_run_under_deepspeed_too(stage, tm
     assert not list((tmp_path / "run").glob("**/adapter_model.safetensors"))
 
 
+@pytest.mark.parametrize(("by", "option"), [({"LOCAL_RANK": "0"}, "--nproc_per_node 1"),
+                                            ({"LOCAL_RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}, "--num_processes 1")])  # fmt: skip
+def test_more_processes_than_gpus_are_answered_in_the_words_of_their_launcher(by, option, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"LOCAL_WORLD_SIZE": "2", **by}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=option):
+        launching.check_gpus()
+
+
+def test_fsdp_is_refused_and_not_left_out():
+    """accelerate trains without it on a CPU; on GPUs a checkpoint would have held the first process's shards."""
+    before = {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    accelerator = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU)
+    assert launching.launch_problem(accelerator, before) is None
+    assert "FSDP was asked for" in launching.launch_problem(accelerator, before | {"ACCELERATE_USE_FSDP": "true"}).what
+
+
 @pytest.mark.parametrize("from_the_start", [True, False])
 def test_a_process_that_never_answers_ends_the_run_after_ddp_timeout(from_the_start, tmp_path, forks):
     """As where the network between two machines is cut. torch waits for half an hour, and then raised in the midst of its own files."""
