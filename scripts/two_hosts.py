@@ -32,10 +32,10 @@ SETTINGS = {
     "gradient_checkpointing": False, "max_steps": 6, "save_steps": 2, "save_total_limit": 100,
 }  # fmt: skip
 WAITS_S = 10  # ddp_timeout of the runs that lose a host
-BOUND_S = 180  # of a run of six steps, on a busy machine
+BOUND_S = 400  # of a run of six steps: seconds where nothing else runs, minutes where much does
 # Of a host that is alone: torchrun starts its process three times more, and each time it imports for half a minute where much else
 # runs, and gloo tries five times as long as it was told.
-END_S = 4 * (5 * WAITS_S + 60)
+END_S = 4 * (5 * WAITS_S + 90)
 IN_WORDS = "another process of this run"
 SHIM = "import os\nif 'LOCAL_RANK' in os.environ:\n    import tests.deepspeed_on_cpu\n"
 

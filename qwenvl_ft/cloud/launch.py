@@ -60,9 +60,7 @@ class Written(NamedTuple):
     submit: str
 
 
-def plan_launch(
-    config: Path, to: Place, nodes: int, gpus: str, image: str | None = None, zero: int | None = None
-) -> Launch:  # fmt: skip
+def plan_launch(config: Path, to: Place, nodes: int, gpus: str, image: str | None = None, zero: int | None = None) -> Launch:
     """Raises UserError with all that keeps the config from running there."""
     problems = []
     if not (found := GPUS.fullmatch(gpus)):
