@@ -203,7 +203,7 @@ def compare(
 
     for name in metric or []:
         metric_named(name)
-    folders = {spec: _model_and_adapter(spec) for spec in models if not is_hosted(spec)}
+    folders = {spec: model_and_adapter(spec) for spec in models if not is_hosted(spec)}
     for model, adapter in folders.values():
         check_folders(model, [adapter] if adapter else [])
     own = reading_of(processor_folder(*next(iter(folders.values())))) if folders else Reading()
@@ -263,7 +263,7 @@ def _controls(blank: bool, shuffled: bool, no_pictures: bool) -> list["Control"]
     return [control for control, is_wanted in wanted if is_wanted]
 
 
-def _model_and_adapter(spec: str) -> tuple[Path, Path | None]:
+def model_and_adapter(spec: str) -> tuple[Path, Path | None]:
     """The folders that a text names, the adapter behind the last plus sign."""
     if Path(spec).is_dir() or "+" not in spec:
         return Path(spec), None

@@ -92,7 +92,7 @@ def askable(records: Sequence[Record]) -> None:
         raise UserError(*problems)
 
 
-def replies_of(hosted: Hosted, concurrency: int, max_new_tokens: int, first_wait_s: float = FIRST_WAIT_S) -> Replies:
+def replies_of(hosted: Hosted, concurrency: int, max_new_tokens: int) -> Replies:
     """What a model elsewhere says, as it says it, to `concurrency` questions at a time. How often each was asked again is kept.
 
     Raises UserError where the service will not answer, once what it had answered was handed out.
@@ -101,7 +101,7 @@ def replies_of(hosted: Hosted, concurrency: int, max_new_tokens: int, first_wait
     def replies(asked: Sequence[Record]) -> Iterator[list[Reply]]:
         ended = Event()
 
-        def one(index: int) -> Reply:
+        def one(index: int) -> Reply | None:
             retries = 0
             while not ended.is_set():
                 try:
@@ -109,23 +109,29 @@ def replies_of(hosted: Hosted, concurrency: int, max_new_tokens: int, first_wait
                 except Busy as busy:
                     retries += 1
                     if retries == TRIES:
+                        ended.set()
                         raise Stopped(f"is still busy after {TRIES} tries: {busy}") from busy
                     # The half that is chance keeps those who failed together from coming back together.
-                    ended.wait(min(first_wait_s * 2 ** (retries - 1), LONGEST_WAIT_S) * (0.5 + random() / 2))
+                    ended.wait(min(FIRST_WAIT_S * 2 ** (retries - 1), LONGEST_WAIT_S) * (0.5 + random() / 2))
+                except Stopped:
+                    ended.set()
+                    raise
                 else:
                     facts = {"tokens": list(said.tokens)} | ({"retries": retries} if retries else {})
                     return index, Answer(said.text, said.cut), facts | ({"error": said.error} if said.error else {})
-            raise Stopped
+            return None
 
         stopped = None
         with ThreadPoolExecutor(concurrency) as pool:
             try:
                 for done in as_completed([pool.submit(one, index) for index in range(len(asked))]):
                     try:
-                        yield [done.result()]
+                        reply = done.result()
                     except Stopped as error:  # those that are being answered meanwhile are paid for, and waited for
-                        stopped = stopped or error
-                        ended.set()
+                        stopped = error
+                    else:
+                        if reply:
+                            yield [reply]
             finally:
                 ended.set()
         if stopped:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qwenvl_ft.evaluate.metrics import Floats, Metric
 
 LEVEL = 0.95
-RESAMPLES, WAYS = 1_999, 9_999  # of an interval, of a test
+RESAMPLES, WAYS = 4_999, 9_999  # of an interval, of a test
 AT_ONCE = 4_000_000  # numbers in memory
 SAME = 1e-12
 
