@@ -248,11 +248,13 @@ def _records(meta: Path, data_dir: Path | None, reading: Reading) -> tuple[Seque
     """The records, and what is said of their files. Raises UserError where one cannot be read."""
     from qwenvl_ft.data.meta_file import Tally, read_records
     from qwenvl_ft.data.notes import Noted
+    from qwenvl_ft.evaluate.metrics import check_stated
 
     tally = Tally()
     records, problems, _ = read_records(local_meta(meta, print_note), data_dir, reading=reading, tally=tally)
     if problems:
         raise UserError(*problems)
+    check_stated(records)
     for note in Noted(records).lines:
         print_note(note)
     return records, draw_files(tally.facts)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwenvl_ft.data.records import Box
+from qwenvl_ft.data.records import Box, Record
 from qwenvl_ft.data.template import split_thought
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.evaluate.overlap import HIT, partners
@@ -346,6 +346,19 @@ METRICS = {
     "ap_50": Metric(_ap_counts, _average_precision),
 }
 DEFAULT, OF_BOXES = ("relaxed", "exact"), ("mean_iou", "iou_at_50", "ap_50")
+
+
+def check_stated(records: Sequence[Record]) -> None:
+    """Raises UserError for metrics that records name and that are not ours: a file of data brings no code."""
+    problems = [
+        Problem(
+            f"{record.where}.metric", f"is {record.metric[:60]!r}, which is none", f"write one of {', '.join(METRICS)}", "metric"
+        )
+        for record in records
+        if record.metric and record.metric not in METRICS
+    ]
+    if problems:
+        raise UserError(*problems)
 
 
 def metric_named(name: str) -> Metric:

@@ -37,7 +37,7 @@ def questions(records: Sequence[Record], chat: Chat | None = None) -> Iterator[Q
     for record in records:
         for number, turn in enumerate(record.turns):
             if turn.role == "assistant" and turn.taught:
-                asked = Record(f"{record.where}.conversations[{number}]", record.turns[:number], record.tools)
+                asked = Record(f"{record.where}.conversations[{number}]", record.turns[:number], record.tools, record.metric)
                 yield asked, chat.answer_of(turn) if chat and turn.calls else turn.text
 
 
@@ -124,7 +124,9 @@ def ask_all(
         aside.write_text("", encoding="utf-8")
         append_answers(aside, [said[name] for name in hashes if name in said])
         os.replace(aside, out)
-    return [said[hashes[index]] for index in sheet.chosen]
+    # A record may have been told since how it is scored; that is no reason to ask again.
+    metrics = [{"metric": metric} if (metric := record.metric) else {} for record, _ in sheet.asked]
+    return [said[hashes[index]] | metrics[index] for index in sheet.chosen]
 
 
 def batches(engine: Engine, batch_size: int, max_new_tokens: int) -> Replies:

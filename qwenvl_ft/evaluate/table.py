@@ -6,7 +6,7 @@ The first is what the others are compared with. A percentage never stands alone:
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,14 +44,19 @@ class Column:
 
 @dataclass(frozen=True)
 class _Scale:
-    """A metric, and the groups of the questions that it is taken of."""
+    """A metric, the questions that it is taken of, and the group of each."""
 
     metric: Metric
+    at: Sequence[int]
     groups: Sequence[int]
     seed: int
 
+    def of(self, predictions: Sequence[Prediction]) -> list[Prediction]:
+        """Those of its questions."""
+        return [predictions[number] for number in self.at]
+
     def counts(self, predictions: Sequence[Prediction]) -> Floats:
-        return grouped(self.metric.counts(predictions), self.groups)
+        return grouped(self.metric.counts(self.of(predictions)), _numbered([self.groups[number] for number in self.at]))
 
     def cell(self, predictions: Sequence[Prediction], other: Sequence[Prediction] | None = None) -> dict[str, Any]:
         """The value with its interval, and the p-value of its difference from `other`'s."""
@@ -68,35 +73,51 @@ def tabulate(columns: Sequence[Column], names: Sequence[str], seed: int) -> dict
     """For a program: `rows` (a metric and a model each), the scores `by_answer` and `by_question` under the first metric, `words`
     for what a reader must not miss, and the confusion of classes or the share of each JSON field where those are asked for.
 
-    No `names`: those of boxes where any are wanted, then relaxed and exact. Raises UserError for a metric that there is not.
+    No `names`: those of boxes where any are wanted, then relaxed and exact; but of questions whose record says so, the metric that
+    it names. Raises UserError for a metric that there is not.
     """
     first = columns[0].predictions
-    boxes = any(of.get("iou") for of in first)
-    names = names or ((*OF_BOXES, *DEFAULT) if boxes else DEFAULT)
     groups = groups_of(first)
-    scales = {name: _Scale(metric_named(name), groups, seed) for name in names}
+    scales = {name: _Scale(metric_named(name), at, groups, seed) for name, at in _asked_for(first, names).items()}
     rows = [_row(name, scale, column, columns[0]) for name, scale in scales.items() for column in columns]
-    main = scales[names[0]]
+    first_name, main = next(iter(scales.items()))
     forms = forms_of([of["question"] for of in first])
     table: dict[str, Any] = {
         "questions": len(first), "groups": len(set(groups)), "rows": rows,
-        "words": [word for row in rows if row["metric"] == names[0] for word in _words(row, main.metric)],
+        "words": [word for row in rows if row["metric"] == first_name for word in _words(row, main.metric)],
         "by_answer": _by([of["wanted"] for of in first], columns, main), "by_question": _by(forms, columns, main),
     }  # fmt: skip
-    if "class" in names and len(classes(first)) <= MOST_CLASSES:
-        table["confusion"] = {column.name: confusion(column.predictions) for column in columns}
-    if "json" in names:
-        table["fields"] = {column.name: by_field(column.predictions) for column in columns}
+    if "class" in scales and len(classes(scales["class"].of(first))) <= MOST_CLASSES:
+        table["confusion"] = {column.name: confusion(scales["class"].of(column.predictions)) for column in columns}
+    if "json" in scales:
+        table["fields"] = {column.name: by_field(scales["json"].of(column.predictions)) for column in columns}
     return table
+
+
+def _asked_for(first: Sequence[Prediction], names: Sequence[str]) -> dict[str, list[int]]:
+    """Each metric, with the places of the questions that it is taken of."""
+    everywhere = list(range(len(first)))
+    if names:
+        return dict.fromkeys(names, everywhere)
+    boxes = OF_BOXES if any(of.get("iou") for of in first) else ()
+    if not any("metric" in of for of in first):
+        return dict.fromkeys((*boxes, *DEFAULT), everywhere)
+    stated: dict[str, list[int]] = {}
+    for number, of in enumerate(first):
+        for name in [of["metric"]] if "metric" in of else (*(boxes if of.get("iou") else ()), *DEFAULT):
+            stated.setdefault(name, []).append(number)
+    return stated
 
 
 def _row(name: str, scale: _Scale, column: Column, first: Column) -> dict[str, Any]:
     own = column.predictions
-    row = {"metric": name, "model": column.name} | scale.cell(own, None if column is first else first.predictions)
+    row: dict[str, Any] = {"metric": name, "questions": len(scale.at), "model": column.name} | scale.cell(
+        own, None if column is first else first.predictions
+    )
     for control, predictions in (*column.controls.items(), ("prior", prior(own))):
         row[control] = scale.cell(predictions, own)
     if shuffled := column.controls.get("shuffled"):
-        with_pictures = [(of, other) for of, other in zip(own, shuffled, strict=True) if of["pictures"]]
+        with_pictures = [(of, other) for of, other in zip(scale.of(own), scale.of(shuffled), strict=True) if of["pictures"]]
         row["shuffled"]["answers_changed"] = sum(texts(of)[0] != texts(other)[0] for of, other in with_pictures)
         row["shuffled"]["of"] = len(with_pictures)
     return row
@@ -124,10 +145,9 @@ def _words(row: dict[str, Any], metric: Metric) -> list[str]:
 def _by(kinds: Sequence[str], columns: Sequence[Column], scale: _Scale) -> list[dict[str, Any]]:
     """The scores of the questions of each kind, the most frequent kinds first."""
     found = []
-    for kind, count in Counter(kinds).most_common(MOST_KINDS):
-        at = [number for number, of in enumerate(kinds) if of == kind]
-        part = _Scale(scale.metric, _numbered([scale.groups[number] for number in at]), scale.seed)
-        scores = {column.name: part.cell([column.predictions[number] for number in at]) for column in columns}
+    for kind, count in Counter(kinds[number] for number in scale.at).most_common(MOST_KINDS):
+        part = replace(scale, at=[number for number in scale.at if kinds[number] == kind])
+        scores = {column.name: part.cell(column.predictions) for column in columns}
         found.append({"kind": kind, "questions": count, "scores": scores})
     return found
 
@@ -168,13 +188,26 @@ def sections(table: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
     models = list(dict.fromkeys(row["model"] for row in table["rows"]))
     metrics = {row["metric"]: metric_named(row["metric"]) for row in table["rows"]}
     controls = {name: title for name, title in NAMES.items() if name in table["rows"][0]}
-    several = len(models) > 1
-    head = ["metric", *["model"] * several, "score (95 %)", *[f"p, against {models[0]}"] * several, *controls.values()]
+    several, mixed = len(models) > 1, any(row["questions"] < table["questions"] for row in table["rows"])
+    head = [
+        "metric",
+        *["questions"] * mixed,
+        *["model"] * several,
+        "score (95 %)",
+        *[f"p, against {models[0]}"] * several,
+        *controls.values(),
+    ]
     lines = []
     for row in table["rows"]:
         metric = metrics[row["metric"]]
         against = f"{row['p']:.2g}" if "p" in row else ""
-        cells = [row["metric"], *[row["model"]] * several, shown(row, metric), *[against] * several]
+        cells = [
+            row["metric"],
+            *[f"{row['questions']:,}"] * mixed,
+            *[row["model"]] * several,
+            shown(row, metric),
+            *[against] * several,
+        ]
         lines.append([*cells, *(shown(row[name], metric) for name in controls)])
     found = [(f"{table['questions']:,} questions about {table['groups']:,} pictures or records", head, lines)]
     name, metric = next(iter(metrics.items()))

@@ -122,9 +122,36 @@ def test_eval_prints_and_returns_the_table(talk, tmp_path, capsys):
         said.append(capsys.readouterr().out)
     scores = json.loads(said[0])
     assert scores["questions"] == 2 and [row["metric"] for row in scores["table"]["rows"]] == ["f1", "cer"]
-    assert scores["table"]["rows"][0].keys() == {"metric", "model", "value", "low", "high", "prior"}
+    assert scores["table"]["rows"][0].keys() == {"metric", "questions", "model", "value", "low", "high", "prior"}
     assert "relaxed" in said[1] and "no pictures" in said[1] and "to" in said[1] and "no better" in said[1]
     assert len(out.read_text().splitlines()) == 3 and (tmp_path / "out-no_pictures.jsonl").is_file()
+
+
+def test_a_record_says_how_its_answers_are_scored(talk, tmp_path, capsys):
+    """A set of many kinds has a line for each; a name that is none is said before anything is asked."""
+    meta, out = talk(["say one", "one"], ["say two", "two"], ["say three", "three"]), tmp_path / "out.jsonl"
+
+    def scored(*metrics):
+        records = json.loads(meta.read_text())
+        for record, metric in zip(records, metrics, strict=True):
+            record |= {"metric": metric} if metric else {}
+        path = tmp_path / f"of{len(list(tmp_path.iterdir()))}" / "train.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(records))
+        with pytest.raises(SystemExit) as done:
+            main(["eval", str(TINY), str(path), "--out", str(out), "--max-new-tokens", "4", "--json"])
+        said = capsys.readouterr()
+        return said.err if done.value.code else json.loads(said.out)["table"]
+
+    table = scored("anls", "cer", "anls")
+    assert [(row["metric"], row["questions"]) for row in table["rows"]] == [("anls", 2), ("cer", 1)]
+    before = out.read_bytes()
+    table = scored("anls", "", "")
+    assert [(row["metric"], row["questions"]) for row in table["rows"]] == [("anls", 1), ("relaxed", 2), ("exact", 2)]
+    assert sections(table)[0][1] == ["metric", "questions", "score (95 %)", "prior"]
+    assert out.read_bytes() == before, "nothing was asked again"
+    said = scored("anls", "os:system", "bleu")
+    assert "train.json[1].metric: is 'os:system', which is none" in said and "train.json[2].metric" in said
 
 
 def test_a_metric_that_there_is_not_is_said_before_a_model_is_loaded(talk, capsys):
