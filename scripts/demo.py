@@ -72,11 +72,11 @@ def main() -> None:
         sys.exit("the two were shown pictures of other sizes, and cannot be compared")
     about = f"{base['questions']} questions about charts and subjects that it was not trained on"
     print(f"\n\033[1mHeld-out records: {about}; pictures of up to {base['max_pixels']:,} px\033[0m")
-    print(f"{'':34}{'relaxed accuracy':>24}{'exact':>24}")
+    print(f"{'':40}{'relaxed accuracy':>24}{'exact':>24}")
     before, rows = ({row["metric"]: row for row in scores["table"]["rows"]} for scores in (base, tuned))
     controls = {title: {metric: row[name] for metric, row in rows.items()} for name, title in CONTROLS.items()}
     for title, row in {"base": before, "tuned": rows, **controls}.items():
-        print(f"{title:34}" + "".join(f"{interval(row[metric]):>24}" for metric in ("relaxed", "exact")))
+        print(f"{title:40}" + "".join(f"{interval(row[metric]):>24}" for metric in ("relaxed", "exact")))
     print("\n".join(tuned["table"]["words"]))
     print(f"\n{time.monotonic() - start:.0f} s in all; every answer is in {RUN}/predictions*.jsonl")
 

@@ -32,6 +32,7 @@ from qwenvl_ft.evaluate.overlap import HIT, partners
 
 TOLERANCE = 0.05  # of the wanted number; Source: Masry et al. 2022, ChartQA
 ANLS_THRESHOLD = 0.5  # Source: Biten et al. 2019, Scene Text Visual Question Answering
+MOST_CLASSES = 100  # of answers, and of labels of boxes
 OTHER = "(other)"  # the class of an answer that names none, or several
 Prediction = dict[str, Any]
 Floats = NDArray[np.float64]
@@ -241,6 +242,9 @@ def confusion(predictions: Sequence[Prediction]) -> dict[str, dict[str, int]]:
 def _class_counts(predictions: Sequence[Prediction]) -> Floats:
     """(Q, 2 C): whether it is right, and 1, at the wanted class."""
     names = classes(predictions)
+    if len(names) > MOST_CLASSES:
+        what = f"{len(names):,} different answers are wanted: those are no classes"
+        raise UserError(Problem("--metric class", what, "take another metric; the answers are kept"))
     counts = np.zeros((len(predictions), len(names), 2))
     for number, of in enumerate(predictions):
         answer, wanted = texts(of)
@@ -270,21 +274,23 @@ def _iou_at_50(of: Prediction) -> tuple[float, float]:
 
 def _ap_counts(predictions: Sequence[Prediction]) -> Floats:
     """(Q, 3 L): hits, boxes answered, boxes wanted of each label that is wanted. An answer's box without a label has that of its
-    partner, else of the first wanted one."""
+    partner, else of the first wanted one. Of more than MOST_CLASSES labels, which are descriptions, all boxes are of one."""
     boxes = [[boxes_of(of, key) for key in ("wanted_boxes", "boxes")] for of in predictions]
     labels = [*dict.fromkeys(_label(box) for wanted, _ in boxes for box in wanted)]
+    place = {label: number if len(labels) <= MOST_CLASSES else 0 for number, label in enumerate(labels)}
+    labels = labels[: max(place.values(), default=-1) + 1]
     counts = np.zeros((len(predictions), len(labels), 3))
     for row, (wanted, said) in zip(counts, boxes, strict=True):
         found = partners(wanted, said)
         names = [box.label and _label(box) for box in said]
         for target, (at, overlap) in zip(wanted, found, strict=True):
-            row[labels.index(_label(target))] += overlap >= HIT, 0, 1
+            row[place[_label(target)]] += overlap >= HIT, 0, 1
             if at is not None:
                 names[at] = _label(target)
         for name in names:
             name = name or (_label(wanted[0]) if wanted else "")
-            if name in labels:
-                row[labels.index(name), 1] += 1
+            if len(labels) < len(place) or name in place:
+                row[place.get(name, 0), 1] += 1
     return counts.reshape(len(predictions), -1)
 
 

@@ -29,7 +29,7 @@ from qwenvl_ft.evaluate.uncertainty import grouped, interval, paired_p
 CHANCE = 0.05  # a p-value below it is taken for a difference
 MOST_KINDS = 8  # of answers, and of forms of questions, that have a line
 FEW = 3  # questions of a kind that say something
-MOST_CLASSES = 20  # of a confusion table
+MOST_CONFUSED = 20  # of a confusion table
 SENTENCE = re.compile(r"(?<=[.!?。！？])\s*|\s*\n\s*")
 
 
@@ -87,7 +87,7 @@ def tabulate(columns: Sequence[Column], names: Sequence[str], seed: int) -> dict
         "words": [word for row in rows if row["metric"] == first_name for word in _words(row, main.metric)],
         "by_answer": _by([of["wanted"] for of in first], columns, main), "by_question": _by(forms, columns, main),
     }  # fmt: skip
-    if "class" in scales and len(classes(scales["class"].of(first))) <= MOST_CLASSES:
+    if "class" in scales and len(classes(scales["class"].of(first))) <= MOST_CONFUSED:
         table["confusion"] = {column.name: confusion(scales["class"].of(column.predictions)) for column in columns}
     if "json" in scales:
         table["fields"] = {column.name: by_field(scales["json"].of(column.predictions)) for column in columns}

@@ -2,10 +2,10 @@
 
 What is drawn are groups of questions: those about the same pictures share their luck, and so are drawn together.
 
-Axes: Q = questions, G = groups, K = counts of a metric, D = draws.
+Axes: Q = questions, G = groups, U = groups of different counts, K = counts of a metric, D = draws.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from qwenvl_ft.evaluate.metrics import Floats, Metric
 LEVEL = 0.95
 RESAMPLES, WAYS = 4_999, 9_999  # of an interval, of a test
 AT_ONCE = 4_000_000  # numbers in memory
-SAME = 1e-12
+SAME = 1e-9
 
 
 def grouped(counts_QK: Floats, groups_Q: Sequence[int]) -> Floats:
@@ -43,19 +43,15 @@ def interval(counts_GK: Floats, metric: Metric, seed: int) -> tuple[float, float
         return (0.0, 1 - bound) if value == 0 else (bound, 1.0)
     if num_groups == 1:
         return None
+    # Groups of equal counts are as one that is drawn more often: a bootstrap of 10,000 right and wrong answers draws 2 numbers.
+    rows_UK, often = np.unique(counts_GK, axis=0, return_counts=True)
+    random, step = np.random.default_rng(seed), max(1, AT_ONCE // len(rows_UK))
     values = np.concatenate([
-        metric.value(counts_GK[draws].sum(1)) for draws in _draws(num_groups, counts_GK.shape[1], seed)
+        metric.value(random.multinomial(num_groups, often / num_groups, min(step, RESAMPLES - start)) @ rows_UK)
+        for start in range(0, RESAMPLES, step)
     ])  # fmt: skip
     low, high = np.nanquantile(values, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _draws(num_groups: int, num_counts: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Resamples of the groups, (D, G), RESAMPLES in all, as many at a time as memory should hold."""
-    random = np.random.default_rng(seed)
-    step = max(1, AT_ONCE // (num_groups * num_counts))
-    for start in range(0, RESAMPLES, step):
-        yield random.integers(num_groups, size=(min(step, RESAMPLES - start), num_groups))
 
 
 def paired_p(one_GK: Floats, other_GK: Floats, value: Callable[[Floats], Floats], seed: int) -> float:
@@ -67,24 +63,28 @@ def paired_p(one_GK: Floats, other_GK: Floats, value: Callable[[Floats], Floats]
     """
     differ = (one_GK != other_GK).any(1)
     total = one_GK.sum(0) + other_GK.sum(0)
-    alike, change_GK = one_GK[~differ].sum(0), (other_GK - one_GK)[differ]
-    rest = alike + one_GK[differ].sum(0)
-    observed = abs(float(value(rest)) - float(value(total - rest)))
+    first, change_GK = one_GK.sum(0), (other_GK - one_GK)[differ]
+    observed = abs(float(value(first)) - float(value(total - first)))
     num_ways = 2 ** len(change_GK) if len(change_GK) < 13 else None
     if num_ways:
         ways = (np.arange(num_ways)[:, None] >> np.arange(len(change_GK))) & 1
-        return float(np.mean(_as_large(ways, rest, change_GK, total, value, observed)))
-    random, found = np.random.default_rng(seed), 0
-    step = max(1, AT_ONCE // len(change_GK))
+        return float(np.mean(_as_large(ways, first, change_GK, total, value, observed)))
+    rows_UK, often = np.unique(change_GK, axis=0, return_counts=True)
+    random, step, found = np.random.default_rng(seed), max(1, AT_ONCE // len(rows_UK)), 0
     for start in range(0, WAYS, step):
-        ways = random.integers(2, size=(min(step, WAYS - start), len(change_GK)))
-        found += int(_as_large(ways, rest, change_GK, total, value, observed).sum())
+        swapped = random.binomial(often, 0.5, (min(step, WAYS - start), len(rows_UK)))
+        found += int(_as_large(swapped, first, rows_UK, total, value, observed).sum())
     return (found + 1) / (WAYS + 1)
 
 
 def _as_large(
-    ways: NDArray[np.int64], rest: Floats, change_GK: Floats, total: Floats, value: Callable[[Floats], Floats], observed: float
+    swapped_DU: NDArray[np.int64],
+    first: Floats,
+    change_UK: Floats,
+    total: Floats,
+    value: Callable[[Floats], Floats],
+    observed: float,
 ) -> NDArray[np.bool_]:
-    """Whether the difference is as large as `observed`, of each way to give the groups' answers to the two."""
-    one = rest + ways @ change_GK
+    """Whether the difference is as large as `observed` where so many groups' answers are swapped between the two."""
+    one = first + swapped_DU @ change_UK
     return np.asarray(np.abs(value(one) - value(total - one)) >= observed - SAME)

@@ -224,6 +224,18 @@ def test_average_precision(name):
     assert value("ap_50", ("", ""), wanted_boxes=boxes(*wanted), boxes=boxes(*said)) == pytest.approx(expected)
 
 
+def test_descriptions_are_no_classes():
+    """Referring expressions have a label each: a table of labels would grow with the square of the records."""
+    corners = [(20 * number, 0, 20 * number + 10, 10) for number in range(101)]
+    wanted = [(of, f"thing {number}") for number, of in enumerate(corners)]
+    said = [*wanted[:50], (FAR, "another thing")]
+    assert value("ap_50", ("", ""), wanted_boxes=boxes(*wanted), boxes=boxes(*said)) == pytest.approx(50 / 101 * 50 / 51)
+    fewer = value("ap_50", ("", ""), wanted_boxes=boxes(*wanted[:100]), boxes=boxes(*said))
+    assert fewer == pytest.approx(50 / 100), "of 100 labels half are found, each without one too many"
+    with pytest.raises(UserError, match="101 different answers are wanted"):
+        value("class", *(("x", str(number)) for number in range(101)))
+
+
 def test_a_metric_of_ones_own_is_a_function_of_two_texts(tmp_path, monkeypatch):
     (tmp_path / "of_mine.py").write_text("def first(answer, wanted):\n    return answer[:1] == wanted[:1]\n\n\n"
                                          "def broken(answer, wanted):\n    return 1 / 0\n\n\ndef text(*_):\n    return 'x'\n\n\n"
