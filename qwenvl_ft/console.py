@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -101,6 +102,14 @@ def draw_counts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
     for name, value in rows:
         table.add_row(name, value)
+    return table
+
+
+def draw_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table with a line over its columns."""
+    table = Table(*head, title=title, title_justify="left", box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*map(_writable, row))
     return table
 
 

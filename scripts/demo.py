@@ -13,6 +13,8 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 RUN, MERGED = Path("runs/demo"), Path("runs/demo-merged")
+TUNED = ("--adapter", str(RUN))
+CONTROLS = {"blank": "tuned, shown blank pictures", "prior": "the commonest answer, without a model"}
 EVAL = ["data/sample/eval.json", "--data-dir", "data/sample/images", "--json"]
 LAUNCH = [
     "--num_processes",
@@ -44,6 +46,11 @@ def accuracy(title: str, *arguments: str) -> dict:
     return json.loads(run(title, "qwenvl-ft", "eval", "data/tiny", *EVAL, *arguments, capture=True))
 
 
+def interval(cell: dict) -> str:
+    """A share with its 95 % interval."""
+    return f"{cell['value']:.1%} ({cell['low']:.1%} to {cell['high']:.1%})"
+
+
 def main() -> None:
     start = time.monotonic()
     for folder in (RUN, MERGED):
@@ -55,20 +62,22 @@ def main() -> None:
     shown = ("--config", "configs/demo.yaml")  # pictures as training will see them
     base = accuracy("3. What does the base know?", "--out", str(RUN / "predictions-base.jsonl"), *shown)
     run("4. Train.", "accelerate", "launch", *LAUNCH, "train.py", "--config", "configs/demo.yaml")
-    tuned = accuracy("5. What has it learnt?", "--adapter", str(RUN))
-    blank = accuracy("6. Does it look? The same questions over white pictures.", "--adapter", str(RUN), "--blank")
-    run("7. Merge, and prove the merge.", "qwenvl-ft", "export", "--adapter", str(RUN), "--out", str(MERGED))
+    tuned = accuracy("5. What has it learnt, and does it look? The same questions over white pictures, too.", *TUNED, "--blank")
+    run("6. Merge, and prove the merge.", "qwenvl-ft", "export", "--adapter", str(RUN), "--out", str(MERGED))
     first = json.loads(Path("data/sample/eval.json").read_text())[0]["conversations"][0]["value"]
     name, _, question = first.removeprefix("<img>").partition("</img>\n")
-    run("8. Ask the merged model.", "qwenvl-ft", "ask", str(MERGED), "--image", f"data/sample/images/{name}", question)
+    run("7. Ask the merged model.", "qwenvl-ft", "ask", str(MERGED), "--image", f"data/sample/images/{name}", question)
 
-    if len({(scores["min_pixels"], scores["max_pixels"]) for scores in (base, tuned, blank)}) > 1:
-        sys.exit("the three were shown pictures of other sizes, and cannot be compared")
+    if len({(scores["min_pixels"], scores["max_pixels"]) for scores in (base, tuned)}) > 1:
+        sys.exit("the two were shown pictures of other sizes, and cannot be compared")
     about = f"{base['questions']} questions about charts and subjects that it was not trained on"
     print(f"\n\033[1mHeld-out records: {about}; pictures of up to {base['max_pixels']:,} px\033[0m")
-    print(f"{'':34}{'relaxed accuracy':>18}{'exact':>8}{'cut answers':>14}")
-    for name, scores in (("base", base), ("tuned", tuned), ("tuned, shown blank pictures", blank)):
-        print(f"{name:34}{scores['relaxed_accuracy']:>18.1%}{scores['exact_accuracy']:>8.1%}{scores['cut_answers']:>14}")
+    print(f"{'':40}{'relaxed accuracy':>24}{'exact':>24}")
+    before, rows = ({row["metric"]: row for row in scores["table"]["rows"]} for scores in (base, tuned))
+    controls = {title: {metric: row[name] for metric, row in rows.items()} for name, title in CONTROLS.items()}
+    for title, row in {"base": before, "tuned": rows, **controls}.items():
+        print(f"{title:40}" + "".join(f"{interval(row[metric]):>24}" for metric in ("relaxed", "exact")))
+    print("\n".join(tuned["table"]["words"]))
     print(f"\n{time.monotonic() - start:.0f} s in all; every answer is in {RUN}/predictions*.jsonl")
 
 

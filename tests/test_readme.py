@@ -85,7 +85,7 @@ def checkout(tmp_path_factory):
         "README": ["download", "cp", "validate-meta", "show", "plan", "train", "eval", "export", "ask"],
         "data": ["convert", "validate-meta", "show"],
         "training": ["plan"],
-        "ask": ["ask"],
+        "ask": ["ask", "compare"],
         "serve": ["serve", "serve", "serve"],
         "download": ["doctor"],
     }

@@ -11,20 +11,21 @@ from typing import Annotated
 import typer
 
 import qwenvl_ft
-from qwenvl_ft.cli import data, hub, init, launch, model, pai, serve
+from qwenvl_ft.cli import data, evaluation, hub, init, launch, model, pai, serve
 from qwenvl_ft.console import print_line, print_problems
 from qwenvl_ft.errors import UserError
 
 app = typer.Typer(
     name="qwenvl-ft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-    help="LoRA fine-tuning for Qwen-VL models: validate-meta, show, convert, plan before the GPU; train; eval, export, ask after.",
+    help="LoRA fine-tuning for Qwen-VL models: validate-meta, show, convert, plan before the GPU; train; eval, compare, export, "
+    "ask after.",
 )  # fmt: skip
 for command in (init.init, data.validate_meta, data.show, data.convert, data.plan,
-                model.train, model.evaluate, model.export, model.ask, hub.download, hub.doctor,
+                model.train, evaluation.evaluate, evaluation.compare, model.export, model.ask, hub.download, hub.doctor,
                 serve.serve, launch.launch):  # fmt: skip
     # Of `--learning_rate 1e-4` the config says what to write; click would say "no such option".
     lenient = {"ignore_unknown_options": True} if command in (data.plan, model.train) else None
-    app.command("eval" if command is model.evaluate else None, context_settings=lenient)(command)
+    app.command("eval" if command is evaluation.evaluate else None, context_settings=lenient)(command)
 app.add_typer(pai.app)
 
 

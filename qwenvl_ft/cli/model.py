@@ -1,7 +1,6 @@
-"""Commands that run a model: train, eval, export, ask. torch is imported inside them."""
+"""Commands that run a model: train, export, ask. torch is imported inside them."""
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -14,24 +13,19 @@ import qwenvl_ft
 from qwenvl_ft.cli.options import (
     LORA_YAML,
     Adapter,
-    BoxesOption,
     ConfigFile,
-    DataDir,
-    FetchMedia,
     Json,
     MaxPixels,
-    Meta,
     MinPixels,
     ModelArgument,
     Overrides,
     SettingsOf,
     ThinkingOption,
-    local_meta,
     read_chat_settings,
     read_reading,
     read_settings,
 )
-from qwenvl_ft.console import counting, draw_counts, draw_files, print_drawing, print_json, print_line, print_note
+from qwenvl_ft.console import counting, print_json, print_line, print_note
 from qwenvl_ft.errors import UserError
 
 
@@ -62,82 +56,6 @@ def train(overrides: Overrides = None, config: ConfigFile = LORA_YAML) -> None:
     run(settings, ready, outputs.keep if outputs and is_scratch else None)
     if outputs and os.environ.get("RANK", "0") == "0":
         outputs.deliver(settings.output_dir)
-
-
-def evaluate(
-    model: ModelArgument,
-    meta: Meta,
-    data_dir: DataDir = None,
-    adapter: Adapter = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            help="Where every prediction goes; default predictions-META.jsonl beside the adapter, without one -META-MODEL here.",
-        ),
-    ] = None,
-    config: SettingsOf = None,
-    min_pixels: MinPixels = None,
-    max_pixels: MaxPixels = None,
-    thinking: ThinkingOption = None,
-    boxes: BoxesOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer is cut here.")] = 128,
-    blank: Annotated[
-        bool, typer.Option("--blank", help="Show white pictures of the same size: what is still right was not seen.")
-    ] = False,
-    fetch_media: FetchMedia = False,
-    as_json: Json = False,
-) -> None:
-    """Ask every question of a meta-file; exact and relaxed accuracy, every prediction in a file, where a second run goes on. Where
-    the wanted answers have boxes: the mean IoU, and the share of boxes with 0.5 or more.
-
-    Relaxed is ChartQA's rule: numbers within 5 %. Each assistant turn is a question, the turns before it as they stand in
-    the record. An empty answer is wrong. To compare a base with an adapter at equal pixels: --config ADAPTER/config.yaml.
-
-    Example: qwenvl-ft eval data/tiny data/sample/eval.json --data-dir data/sample/images --adapter runs/demo
-    """
-    from qwenvl_ft.data.geometry import reading_of
-    from qwenvl_ft.data.meta_file import Tally, read_records
-    from qwenvl_ft.data.notes import Noted
-    from qwenvl_ft.evaluate.scoring import evaluate as run
-    from qwenvl_ft.folders.runs import processor_folder
-    from qwenvl_ft.infer.batch_file import read_answers, who_answers
-    from qwenvl_ft.infer.engine import Engine, check_folders
-
-    check_folders(model, [adapter] if adapter else [])
-    meta = local_meta(meta, print_note)
-    chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
-    tally = Tally()
-    reading = read_reading(config, fetch_media, own=reading_of(processor_folder(model, adapter)), boxes=boxes)
-    records, problems, _ = read_records(meta, data_dir, reading=reading, tally=tally)
-    if problems:
-        raise UserError(*problems)
-    for note in Noted(records).lines:
-        print_note(note)
-    of = f"{re.sub('[^-.0-9A-Za-z_]+', '_', meta.stem)}{'' if adapter else f'-{model.resolve().name}'}{'-blank' if blank else ''}"
-    target = out or (adapter or Path()) / f"predictions-{of}.jsonl"
-    read_answers(target)  # what is wrong with it is said before the model is loaded
-    engine = Engine.open(model, adapter, blank, *chat_settings)
-    limits = engine.limits("image")
-    with counting("answering") as on_answer:
-        how = [blank, vars(limits), vars(engine.chat.video_limits), reading.video_fps, reading.video_max_frames, engine.chat.source]
-        who = who_answers(model, adapter, how)
-        scores, _ = run(engine, records, batch_size, max_new_tokens, on_answer, target, who)
-    scores |= {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels, "predictions": str(target)}
-    if as_json:
-        print_json(scores)
-    else:
-        facts = draw_files(tally.facts) + [
-            (
-                name.replace("_", " "),
-                f"{value:.1%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value,
-            )
-            for name, value in scores.items()
-        ]
-        print_drawing(
-            draw_counts(f"{model}{' + ' + str(adapter) if adapter else ''} on {meta}{', blank pictures' if blank else ''}", facts)
-        )
 
 
 def export(

@@ -158,12 +158,13 @@ class Turn:
 @dataclass(frozen=True)
 class Record:
     """One conversation; `where` is its place in the meta-file, such as train.json[3]; `tools` are those that the model is told of,
-    each a JSON object.
+    each a JSON object; `metric` is how its answers are scored, where it says so.
     """
 
     where: str
     turns: tuple[Turn, ...]
     tools: tuple[str, ...] = ()
+    metric: str = ""
 
     @property
     def media(self) -> list[Medium]:

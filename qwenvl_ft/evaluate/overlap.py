@@ -24,7 +24,12 @@ def iou(one: Box, other: Box) -> float:
 
 def pair(wanted: Sequence[Box], said: Sequence[Box]) -> list[float]:
     """The overlap of each wanted box with its partner, in the order of the wanted ones."""
-    overlaps = [0.0] * len(wanted)
+    return [overlap for _, overlap in partners(wanted, said)]
+
+
+def partners(wanted: Sequence[Box], said: Sequence[Box]) -> list[tuple[int | None, float]]:
+    """The place in `said` of each wanted box's partner, and how they overlap; (None, 0.0) where it has none."""
+    found: list[tuple[int | None, float]] = [(None, 0.0)] * len(wanted)
     pairs = [
         (iou(target, box), number, at)
         for number, target in enumerate(wanted)
@@ -35,10 +40,10 @@ def pair(wanted: Sequence[Box], said: Sequence[Box]) -> list[float]:
     left = set(range(len(wanted)))
     for overlap, number, at in sorted(pairs, key=lambda of: (-of[0], of[1], of[2])):
         if number in left and at in free and overlap > 0:
-            overlaps[number] = overlap
+            found[number] = at, overlap
             left.remove(number)
             free.remove(at)
-    return overlaps
+    return found
 
 
 def areas(boxes: Sequence[Box]) -> list[Box]:

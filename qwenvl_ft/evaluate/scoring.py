@@ -1,17 +1,15 @@
-"""Asks a model every question of a meta-file and counts what is right: exactly, or by ChartQA's relaxed rule.
+"""Asks every question of a meta-file and keeps every answer.
 
-Each assistant turn is one question, the turns before it as they stand in the record. Every prediction is kept. Where boxes are
-wanted, how well those of the answer lie on them is counted, too (overlap.py); both are read out of the texts in the same way.
-
->>> relaxed("16.5", "16"), relaxed("17", "16"), relaxed("ferrari", "Ferrari"), relaxed("16%", "0.16"), relaxed("16%", "16")
-(True, False, True, True, False)
+Each assistant turn is one question, the turns before it as they stand in the record. Where boxes are wanted, how well those of the
+answer lie on them is kept, too (overlap.py); both are read out of the texts in the same way. What an answer is worth: metrics.py.
 """
 
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from qwenvl_ft.data import sources
@@ -20,13 +18,16 @@ from qwenvl_ft.data.boxes import facts_of
 from qwenvl_ft.data.chat import Chat
 from qwenvl_ft.data.records import Box, Record, Source
 from qwenvl_ft.data.template import split_thought
+from qwenvl_ft.evaluate.controls import Control, shown_by
+from qwenvl_ft.evaluate.metrics import Prediction, exact, relaxed
 from qwenvl_ft.evaluate.overlap import HIT, areas, pair
 from qwenvl_ft.folders.whole import short_hash
 from qwenvl_ft.infer.batch_file import append_answers, other_answers, read_answers
-from qwenvl_ft.infer.engine import Engine
+from qwenvl_ft.infer.engine import Answer, Engine
 
-TOLERANCE = 0.05  # of the wanted number; Source: Masry et al. 2022, ChartQA
 Question = tuple[Record, str]
+Reply = tuple[int, Answer, dict[str, Any]]  # which question, what was said, what else is kept of it
+Replies = Callable[[Sequence[Record]], Iterator[list[Reply]]]
 
 
 def questions(records: Sequence[Record], chat: Chat | None = None) -> Iterator[Question]:
@@ -36,52 +37,112 @@ def questions(records: Sequence[Record], chat: Chat | None = None) -> Iterator[Q
     for record in records:
         for number, turn in enumerate(record.turns):
             if turn.role == "assistant" and turn.taught:
-                asked = Record(f"{record.where}.conversations[{number}]", record.turns[:number], record.tools)
+                asked = Record(f"{record.where}.conversations[{number}]", record.turns[:number], record.tools, record.metric)
                 yield asked, chat.answer_of(turn) if chat and turn.calls else turn.text
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The questions of a meta-file, as one model is asked them.
+
+    `chosen` are the places in `asked` of those that are asked, in their order. `control` shows other pictures than their own, as
+    `shown_by` has it.
+    """
+
+    asked: Sequence[Question]
+    chosen: Sequence[int]
+    control: Control | None = None
+    show: Callable[[Record], Record] = lambda record: record
+
+    @classmethod
+    def of(
+        cls, records: Sequence[Record], chat: Chat | None = None, limit: int | None = None, seed: int = 0,
+        control: Control | None = None,
+    ) -> "Sheet":  # fmt: skip
+        """Those of all records, boxes as `chat` writes them; with a `limit` as many of them, by chance: fewer are among more."""
+        asked = list(questions([_written(record, chat) for record in records] if chat else records, chat))
+        order = list(range(len(asked)))
+        if limit is not None:
+            Random(seed).shuffle(order)
+        show = shown_by(control, [record for record, _ in asked], seed) if control else cls.show
+        return cls(asked, sorted(order[:limit]), control, show)
+
+    def hashes(self, who: Any) -> list[str]:
+        """Of each question, what is asked of whom."""
+        # A white picture costs memory, and nothing but its size is in it.
+        shown = [_shown(record if self.control == "blank" else self.show(record)) for record, _ in self.asked]
+        return [
+            short_hash([who, self.control, record.where, what, wanted])
+            for what, (record, wanted) in zip(shown, self.asked, strict=True)
+        ]
 
 
 def evaluate(
     engine: Engine, records: Sequence[Record], batch_size: int, max_new_tokens: int, on_answer: Callable[[int, int], None],
     out: Path | None = None, who: str = "",
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
-    """(scores, predictions). Scores: questions, exact and relaxed accuracy (0 to 1), empty answers, answers that were cut; where
-    boxes are wanted, how many, how many were answered, the mean overlap of the wanted ones and the share of at least HIT.
-
-    A prediction: where, pictures, question, wanted, answer, cut, exact, relaxed, asked; with boxes on either side, those of the
-    answer and the wanted ones in px, and the overlap of each wanted one. Order is the meta-file's. Each goes to
-    `out`, a JSON line, as it comes; what is there already, of `who` and the same questions (`asked` is their hash), is not asked
-    again. Raises UserError where `out` holds the answers of others.
+) -> tuple[dict[str, Any], list[Prediction]]:  # fmt: skip
+    """(scores, predictions) of all records. Scores: questions, exact and relaxed accuracy (0 to 1), empty answers, answers that
+    were cut; where boxes are wanted, how many, how many were answered, the mean overlap of the wanted ones and the share of at
+    least HIT. The rest is that of `ask_all`.
     """
-    asked = list(questions([_written(record, engine) for record in records], engine.chat))
-    hashes = [short_hash([who, max_new_tokens, record.where, _shown(record), wanted]) for record, wanted in asked]
-    said = {line["asked"]: line for line in read_answers(out)} if out else {}
-    if said.keys() - set(hashes):
-        raise other_answers(out or Path())
-    left = [index for index, name in enumerate(hashes) if name not in said]
-    left.sort(key=lambda index: sum(len(turn.text) for turn in asked[index][0].turns))
-    for start in range(0, len(left), batch_size):  # questions of like length share a batch
-        batch = left[start : start + batch_size]
-        answers = engine.answer_many([asked[index][0] for index in batch], max_new_tokens)
-        new = {
-            hashes[index]: prediction(asked[index], answer.text, answer.cut)
-            | box_facts(wanted_boxes(asked[index], engine), answer.boxes)
-            | {"asked": hashes[index]}
-            for index, answer in zip(batch, answers, strict=True)
-        }
-        if out:
-            append_answers(out, list(new.values()))
-        said |= new
-        on_answer(len(said), len(asked))
-    predictions = [said[name] for name in hashes]
-    if out and left:  # once all are there, in the meta-file's order
-        aside = out.with_name(out.name + ".incoming")
-        aside.write_text("", encoding="utf-8")
-        append_answers(aside, predictions)
-        os.replace(aside, out)
+    sheet = Sheet.of(records, engine.chat)
+    predictions = ask_all(sheet, batches(engine, batch_size, max_new_tokens), [who, max_new_tokens], on_answer, out, engine)
     return score(predictions), predictions
 
 
-def prediction(question: Question, answer: str, cut: bool) -> dict[str, Any]:
+def ask_all(
+    sheet: Sheet, replies: Replies, who: Any, on_answer: Callable[[int, int], None], out: Path | None = None,
+    engine: Engine | None = None,
+) -> list[Prediction]:  # fmt: skip
+    """A prediction of each chosen question, in their order: where, pictures, question, wanted, answer, cut, exact, relaxed, asked;
+    with boxes on either side, those of the answer and the wanted ones in px, and the overlap of each wanted one.
+
+    Each goes to `out`, a JSON line, as it comes; what is there already, of `who` and the same questions (`asked` is their hash), is
+    not asked again. Raises UserError where `out` holds the answers of others. `engine` reads the wanted boxes.
+    """
+    hashes = sheet.hashes(who)
+    said = {line["asked"]: line for line in read_answers(out)} if out else {}
+    if said.keys() - set(hashes):
+        raise other_answers(out or Path())
+    left = [index for index in sheet.chosen if hashes[index] not in said]
+    num_before = len(sheet.chosen) - len(left)
+    for new in replies([sheet.show(sheet.asked[index][0]) for index in left]) if left else ():
+        lines = {
+            hashes[left[number]]: prediction(question := sheet.asked[left[number]], answer.text, answer.cut)
+            | (box_facts(wanted_boxes(question, engine), answer.boxes) if engine else {})
+            | facts
+            | {"asked": hashes[left[number]]}
+            for number, answer, facts in new
+        }
+        if out:
+            append_answers(out, list(lines.values()))
+        said |= lines
+        num_before += len(lines)
+        on_answer(num_before, len(sheet.chosen))
+    if out and left:  # once all are there, in the meta-file's order
+        aside = out.with_name(out.name + ".incoming")
+        aside.write_text("", encoding="utf-8")
+        append_answers(aside, [said[name] for name in hashes if name in said])
+        os.replace(aside, out)
+    # A record may have been told since how it is scored; that is no reason to ask again.
+    metrics = [{"metric": metric} if (metric := record.metric) else {} for record, _ in sheet.asked]
+    return [said[hashes[index]] | metrics[index] for index in sheet.chosen]
+
+
+def batches(engine: Engine, batch_size: int, max_new_tokens: int) -> Replies:
+    """What a model here says, questions of like length in a batch."""
+
+    def replies(asked: Sequence[Record]) -> Iterator[list[Reply]]:
+        order = sorted(range(len(asked)), key=lambda index: sum(len(turn.text) for turn in asked[index].turns))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            answers = engine.answer_many([asked[index] for index in batch], max_new_tokens)
+            yield [(index, answer, {}) for index, answer in zip(batch, answers, strict=True)]
+
+    return replies
+
+
+def prediction(question: Question, answer: str, cut: bool) -> Prediction:
     """What is kept of an answer. A thought before it counts neither for it nor against it."""
     record, wanted = question
     said, meant = split_thought(answer)[1], split_thought(wanted)[1]
@@ -92,10 +153,10 @@ def prediction(question: Question, answer: str, cut: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _written(record: Record, engine: Engine) -> Record:
+def _written(record: Record, chat: Chat) -> Record:
     """The record with its boxes as the texts that the model reads and says."""
     boxes = any(isinstance(part, Box) for turn in record.turns for part in turn.parts)
-    return replace(record, turns=tuple(engine.chat.written(record.turns))) if boxes else record
+    return replace(record, turns=tuple(chat.written(record.turns))) if boxes else record
 
 
 def wanted_boxes(question: Question, engine: Engine) -> list[Box]:
@@ -112,7 +173,7 @@ def box_facts(wanted: Sequence[Box], said: Sequence[Box]) -> dict[str, Any]:
     return {"boxes": [*map(facts_of, said)], "wanted_boxes": [*map(facts_of, wanted)], "iou": overlaps}
 
 
-def score(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """The scores of `evaluate`."""
     number = len(predictions) or 1
     overlaps = [overlap for of in predictions for overlap in of.get("iou", [])]
@@ -143,30 +204,3 @@ def _shown(record: Record) -> list[list[str]]:
         return json.dumps([sources.key(part.source), num_bytes, mtime_ns])
 
     return [[turn.role, *map(shown, turn.parts), *turn.calls] for turn in record.turns] + [[tool] for tool in record.tools]
-
-
-def exact(answer: str, wanted: str) -> bool:
-    """The same text, but for white space around it and the case of letters. An empty answer is wrong."""
-    return bool(answer.strip()) and answer.strip().casefold() == wanted.strip().casefold()
-
-
-def relaxed(answer: str, wanted: str) -> bool:
-    """ChartQA's relaxed correctness as it is published: numbers within 5 % of the wanted one, percent a hundredth; everything else,
-    and all that is wanted as 0, the same text but for case. An empty answer is wrong.
-
-    Source: Masry et al. 2022, and the evaluation of pix2struct and Qwen-VL (`relaxed_correctness`), which read no thousands
-    separators, nor units.
-    """
-    answer, wanted = answer.strip(), wanted.strip()
-    number, target = _number(answer), _number(wanted)
-    if number is not None and target:
-        return abs(number - target) / abs(target) <= TOLERANCE
-    return bool(answer) and answer.lower() == wanted.lower()
-
-
-def _number(text: str) -> float | None:
-    """The number that Python reads in the whole text."""
-    try:
-        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        return None

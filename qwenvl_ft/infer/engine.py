@@ -119,7 +119,7 @@ class Engine:
         """The turn, its pictures and videos blank if so wished."""
         if not self.blank:
             return turn
-        return replace(turn, parts=tuple(_blank(part) if isinstance(part, Picture | Video) else part for part in turn.parts))
+        return replace(turn, parts=tuple(blank(part) if isinstance(part, Picture | Video) else part for part in turn.parts))
 
     def ask_many(
         self, conversations: Sequence[Conversation], max_new_tokens: int = MAX_NEW_TOKENS, thinking: bool | None = None
@@ -254,7 +254,8 @@ def turns_of(conversation: Conversation, reading: Reading = AS_FOUND) -> Sequenc
     return turns if turns and len(turns) == len(conversation) else read_messages(conversation, reading=reading)
 
 
-def _blank(medium: Medium) -> Medium:
+def blank(medium: Medium) -> Medium:
+    """White, of the same size."""
     white = Image.new("RGB", (medium.width, medium.height), "white")
     if isinstance(medium, Picture):
         return replace(medium, source=white)

@@ -72,7 +72,9 @@ def test_wrong_usage_exits_with_2(arguments, run):
     assert code == 2 and "Usage" in out + err
 
 
-@pytest.mark.parametrize("command", ["init", "validate-meta", "show", "convert", "plan", "train", "eval", "export", "ask"])
+@pytest.mark.parametrize(
+    "command", ["init", "validate-meta", "show", "convert", "plan", "train", "eval", "compare", "export", "ask"]
+)
 def test_every_command_helps_with_an_example_of_itself(command, run):
     code, out, _ = run(command, "--help")
     assert code == 0

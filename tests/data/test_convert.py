@@ -57,6 +57,16 @@ def test_tools_and_their_calls_are_carried(name, folder):
     assert (again.turns, again.tools) == (record.turns, record.tools) and record.tools
 
 
+@pytest.mark.parametrize("key", ["conversations", "messages"])
+def test_how_a_record_is_scored_is_read_and_carried(key, folder):
+    talk = documented("q", "a")["conversations"] if key == "conversations" else messages("q", "a")
+    source = write(folder, [{key: talk, "metric": "anls"}, {key: talk, "metric": None}])
+    convert(source, folder / "out.jsonl")
+    assert [of.metric for path in (source, folder / "out.jsonl") for of in read_records(path).records] == ["anls", ""] * 2
+    (problem,) = read_records(write(folder, [{key: talk, "metric": 3}])).problems
+    assert problem.where == "in.json[0].metric" and "not a text" in problem.what
+
+
 def test_a_folder_of_frames_is_carried(folder):
     entry = {"messages": messages(f"<video>\n{QUESTION}", "a"), "videos": [[f"frames/{i}.png" for i in range(4)]]}
     source = write(folder, [entry])

@@ -88,7 +88,7 @@ def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints, box
         turns[first] = replace(turns[first], parts=(*front, *turns[first].parts))
     if all(media.pictures):  # else boxes might be looked for in the wrong one
         turns = placed(turns, places, boxes, complaints.problems)
-    return Record(where, tuple(turns), talk.tools) if len(complaints.problems) == before else None
+    return Record(where, tuple(turns), talk.tools, talk.metric) if len(complaints.problems) == before else None
 
 
 def _parts(said: Said, role: str, media: "_Media", objects: Objects | None, complaints: Complaints) -> Sequence[Part]:

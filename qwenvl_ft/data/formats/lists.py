@@ -13,7 +13,7 @@ from qwenvl_ft.data.formats.rows import listed
 from qwenvl_ft.data.formats.talk import Listed, Said, Talk
 from qwenvl_ft.data.formats.turns import NEW, OLD, read_turns
 
-READ = frozenset((*PICTURES, *VIDEOS, "system", "tools", "objects"))
+READ = frozenset((*PICTURES, *VIDEOS, "system", "tools", "objects", "metric"))
 KNOWN = {key: READ | {*IDS, key} for key in ("conversations", "messages")}
 
 
@@ -30,12 +30,16 @@ def read_list(entry: dict[str, Any], where: str, complaints: Complaints) -> Talk
         said = chain((Said(f"{where}.system", "system", system),), said)
     elif not is_empty(system):
         complaints.not_a("a text", system, f"{where}.system", "write a text")
+    metric = "" if is_empty(entry.get("metric")) else entry["metric"]
+    if not isinstance(metric, str):
+        complaints.not_a("a text", metric, f"{where}.metric", "write the metric's name, as `qwenvl-ft eval --metric` takes it")
     return Talk(
         said,
         _beside(entry, PICTURES, where, complaints),
         _beside(entry, VIDEOS, where, complaints),
         tools_of(entry.get("tools"), f"{where}.tools", complaints),
         entry.get("objects"),
+        metric,
         in_parts=in_parts,
     )
 

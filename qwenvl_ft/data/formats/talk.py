@@ -61,5 +61,6 @@ class Talk(NamedTuple):
     videos: Sequence[Listed] = ()
     tools: tuple[str, ...] = ()
     objects: Any = None
+    metric: str = ""
     front: bool = False
     in_parts: bool = False

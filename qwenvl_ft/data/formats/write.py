@@ -25,11 +25,13 @@ def documented(record: Record, root: Path, finder: Finder) -> dict[str, Any]:
     entry: dict[str, Any] = {"conversations": [turn for of in record.turns for turn in _turns(of, record, root)]}
     if record.tools:
         entry["tools"] = [json.loads(tool) for tool in record.tools]
+    if record.metric:
+        entry["metric"] = record.metric
     problems: list[Problem] = []
     again = read_entry(entry, record.where, finder, problems)
     if problems:
         raise UserError(*problems)
-    if again is None or again.tools != record.tools or not _same(again.turns, record.turns):
+    if again is None or (again.tools, again.metric) != (record.tools, record.metric) or not _same(again.turns, record.turns):
         what = "is another record once it is read in the documented form"
         fix = "keep its own form: a medium's min_pixels, max_pixels, fps or nframes have no place there, and some boxes neither"
         raise UserError(Problem(record.where, what, fix))

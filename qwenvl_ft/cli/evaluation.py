@@ -1,0 +1,303 @@
+"""Commands that ask the questions of a meta-file: eval one model, compare several. torch is imported inside them."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from qwenvl_ft.cli.options import (
+    Adapter,
+    BoxesOption,
+    ChatSettings,
+    DataDir,
+    FetchMedia,
+    Json,
+    MaxPixels,
+    Meta,
+    MinPixels,
+    ModelArgument,
+    SettingsOf,
+    ThinkingOption,
+    local_meta,
+    read_chat_settings,
+    read_reading,
+)
+from qwenvl_ft.console import counting, draw_counts, draw_files, draw_table, print_drawing, print_json, print_line, print_note
+from qwenvl_ft.data.reading import Reading
+from qwenvl_ft.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from qwenvl_ft.data.records import Record
+    from qwenvl_ft.evaluate.controls import Control
+    from qwenvl_ft.evaluate.table import Column
+
+BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered at a time.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="An answer is cut here.")]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric", help="exact, relaxed, anls, f1, cer, wer, choice, class, json ..., or module:function; several times."
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Ask so many of the questions, by chance.")]
+Seed = Annotated[int, typer.Option(help="Of that chance, and of the pictures and resamples.")]
+Blank = Annotated[bool, typer.Option("--blank", help="Ask over white pictures, too: what is still right was not seen.")]
+Shuffled = Annotated[bool, typer.Option("--shuffled", help="Ask over pictures of other records, too: the answer must change.")]
+NoPictures = Annotated[bool, typer.Option("--no-pictures", help="Ask without the pictures, too.")]
+
+
+class Asked(NamedTuple):
+    """What every model is asked, and how much of it."""
+
+    records: Sequence["Record"]
+    controls: Sequence["Control"]
+    limit: int | None
+    seed: int
+    batch_size: int
+    max_new_tokens: int
+
+    def of_folder(
+        self, name: str, model: Path, adapter: Path | None, settings: ChatSettings, reading: Reading, out: Callable[[str], Path]
+    ) -> tuple["Column", dict[str, int]]:
+        """The answers of a model in a folder, and its limits of pixels; `out` says where those under a control go ("": none)."""
+        from qwenvl_ft.evaluate.scoring import batches
+        from qwenvl_ft.infer.batch_file import read_answers, who_answers
+        from qwenvl_ft.infer.engine import Engine
+
+        for control in ("", *self.controls):
+            read_answers(out(control))  # what is wrong with it is said before the model is loaded
+        engine = Engine.open(model, adapter, False, *settings)
+        limits = engine.limits("image")
+        how = [vars(limits), vars(engine.chat.video_limits), reading.video_fps, reading.video_max_frames, engine.chat.source]
+        who = who_answers(model, adapter, how)
+        column = self._column(name, who, batches(engine, self.batch_size, self.max_new_tokens), out, engine)
+        return column, {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels}
+
+    def of_service(self, spec: str, concurrency: int, out: Callable[[str], Path]) -> "Column":
+        """The answers of a model elsewhere."""
+        from qwenvl_ft.evaluate.hosted import open_hosted, replies_of
+
+        hosted = open_hosted(spec)
+        return self._column(hosted.name, hosted.name, replies_of(hosted, concurrency, self.max_new_tokens), out)
+
+    def _column(self, name: str, who: str, replies: Any, out: Callable[[str], Path], engine: Any = None) -> "Column":
+        from qwenvl_ft.evaluate.scoring import Sheet, ask_all
+        from qwenvl_ft.evaluate.table import Column
+
+        def answers(control: "Control | None") -> list[dict[str, Any]]:
+            sheet = Sheet.of(self.records, engine and engine.chat, self.limit, self.seed, control)
+            with counting(f"{name}{', ' + control if control else ''}: answering") as on_answer:
+                return ask_all(sheet, replies, [who, self.max_new_tokens], on_answer, out(control or ""), engine)
+
+        return Column(name, answers(None), {control: answers(control) for control in self.controls})
+
+
+def evaluate(
+    model: ModelArgument,
+    meta: Meta,
+    data_dir: DataDir = None,
+    adapter: Adapter = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Where every prediction goes; default predictions-META.jsonl beside the adapter, without one -META-MODEL here.",
+        ),
+    ] = None,
+    config: SettingsOf = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    thinking: ThinkingOption = None,
+    boxes: BoxesOption = None,
+    batch_size: BatchSize = 8,
+    max_new_tokens: MaxNewTokens = 128,
+    metric: Metrics = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    blank: Blank = False,
+    shuffled: Shuffled = False,
+    no_pictures: NoPictures = False,
+    fetch_media: FetchMedia = False,
+    as_json: Json = False,
+) -> None:
+    """Ask every question of a meta-file and score the answers, each score with its 95 % interval, beside what is right without
+    looking. Every prediction is in a file, where a second run goes on.
+
+    Without --metric: relaxed, which is ChartQA's rule, and exact; where boxes are wanted, their IoU and AP, too. Each assistant
+    turn is a question, the turns before it as they stand in the record. An empty answer is wrong. To compare a base with an adapter
+    at equal pixels: --config ADAPTER/config.yaml.
+
+    Example: qwenvl-ft eval data/tiny data/sample/eval.json --data-dir data/sample/images --adapter runs/demo
+    """
+    from qwenvl_ft.data.geometry import reading_of
+    from qwenvl_ft.evaluate.metrics import metric_named
+    from qwenvl_ft.evaluate.scoring import score
+    from qwenvl_ft.evaluate.table import tabulate
+    from qwenvl_ft.folders.runs import processor_folder
+    from qwenvl_ft.infer.engine import check_folders
+
+    for name in metric or []:
+        metric_named(name)
+    check_folders(model, [adapter] if adapter else [])
+    chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
+    reading = read_reading(config, fetch_media, own=reading_of(processor_folder(model, adapter)), boxes=boxes)
+    records, facts = _records(meta, data_dir, reading)
+    of = f"{_file_name(meta.stem)}{'' if adapter else f'-{model.resolve().name}'}"
+    target = out or (adapter or Path()) / f"predictions-{of}.jsonl"
+    asked = Asked(records, _controls(blank, shuffled, no_pictures), limit, seed, batch_size, max_new_tokens)
+    name = f"{model}{f'+{adapter}' if adapter else ''}"
+    column, limits = asked.of_folder(name, model, adapter, chat_settings, reading, partial(_beside, target))
+    scores = score(column.predictions) | limits | {"predictions": str(target)}
+    table = tabulate([column], metric or [], seed)
+    if as_json:
+        print_json(scores | {"table": table})
+        return
+    shown = [(name.replace("_", " "), f"{value:,}") for name, value in scores.items() if isinstance(value, int)]
+    print_drawing(draw_counts(f"{name} on {meta}", [*facts, *shown, ("predictions", str(target))]))
+    _print(table)
+
+
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="A model's folder, BASE+ADAPTER, http://HOST/v1#MODEL, dashscope:MODEL; the first is compared with."),
+    ],
+    meta: Meta,
+    data_dir: DataDir = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The folder of answers and table; default compare-META here.")] = None,
+    config: SettingsOf = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    thinking: ThinkingOption = None,
+    boxes: BoxesOption = None,
+    batch_size: BatchSize = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to a service at a time.")] = 8,
+    max_new_tokens: MaxNewTokens = 128,
+    metric: Metrics = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    blank: Blank = False,
+    shuffled: Shuffled = False,
+    no_pictures: NoPictures = False,
+    fetch_media: FetchMedia = False,
+    as_json: Json = False,
+) -> None:
+    """Ask several models the same questions, here or behind an address, and write one table: scores with their 95 % intervals,
+    p-values against the first model, what is right without looking.
+
+    Every answer is kept as it comes; the same command asks only what is missing. A service that is busy is asked again, later each
+    time. http://NAME@HOST/v1#MODEL takes the key from the variable NAME; dashscope:MODEL takes DASHSCOPE_API_KEY.
+
+    Example: qwenvl-ft compare data/tiny data/tiny+runs/demo data/sample/eval.json --data-dir data/sample/images --blank
+    """
+    from qwenvl_ft.data.geometry import reading_of
+    from qwenvl_ft.evaluate.hosted import askable, is_hosted
+    from qwenvl_ft.evaluate.metrics import metric_named
+    from qwenvl_ft.evaluate.table import markdown, tabulate
+    from qwenvl_ft.folders.runs import processor_folder
+    from qwenvl_ft.infer.engine import check_folders
+
+    for name in metric or []:
+        metric_named(name)
+    folders = {spec: model_and_adapter(spec) for spec in models if not is_hosted(spec)}
+    for model, adapter in folders.values():
+        check_folders(model, [adapter] if adapter else [])
+    own = reading_of(processor_folder(*next(iter(folders.values())))) if folders else Reading()
+    reading = read_reading(config, fetch_media, own=own, boxes=boxes)
+    records, facts = _records(meta, data_dir, reading)
+    if len(folders) < len(models):
+        askable(records)
+    files = [_file_name(re.sub(r"//[^/@]*@", "//", spec)) for spec in models]
+    if len(set(files)) < len(files):
+        raise UserError(Problem("the models", "two of them have the same name", "name each once"))
+    target = out or Path(f"compare-{_file_name(meta.stem)}")
+    asked = Asked(records, _controls(blank, shuffled, no_pictures), limit, seed, batch_size, max_new_tokens)
+    chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
+    columns: list[Column] = []
+    problems: list[Problem] = []
+    for spec, file in zip(models, files, strict=True):
+        place = partial(_beside, target / f"{file}.jsonl")
+        try:
+            if spec in folders:
+                columns.append(asked.of_folder(spec, *folders[spec], chat_settings, reading, place)[0])
+            else:
+                columns.append(asked.of_service(spec, concurrency, place))
+        except UserError as error:  # the others are asked all the same
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    table = tabulate(columns, metric or [], seed)
+    table["models"] = {column.name: _counts(column) for column in columns}
+    (target / "compare.json").write_text(json.dumps(table, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (target / "compare.md").write_text(markdown(table), encoding="utf-8")
+    if as_json:
+        print_json(table)
+        return
+    print_drawing(draw_counts(f"{len(columns)} models on {meta}", facts))
+    _print(table)
+    for name, counts in table["models"].items():
+        print_line(f"{name}: " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
+    print_line(f"answers, compare.md and compare.json are in {target}")
+
+
+def _records(meta: Path, data_dir: Path | None, reading: Reading) -> tuple[Sequence["Record"], list[tuple[str, str]]]:
+    """The records, and what is said of their files. Raises UserError where one cannot be read."""
+    from qwenvl_ft.data.meta_file import Tally, read_records
+    from qwenvl_ft.data.notes import Noted
+    from qwenvl_ft.evaluate.metrics import check_stated
+
+    tally = Tally()
+    records, problems, _ = read_records(local_meta(meta, print_note), data_dir, reading=reading, tally=tally)
+    if problems:
+        raise UserError(*problems)
+    check_stated(records)
+    for note in Noted(records).lines:
+        print_note(note)
+    return records, draw_files(tally.facts)
+
+
+def _controls(blank: bool, shuffled: bool, no_pictures: bool) -> list["Control"]:
+    wanted: list[tuple[Control, bool]] = [("blank", blank), ("shuffled", shuffled), ("no_pictures", no_pictures)]
+    return [control for control, is_wanted in wanted if is_wanted]
+
+
+def model_and_adapter(spec: str) -> tuple[Path, Path | None]:
+    """The folders that a text names, the adapter behind the last plus sign."""
+    if Path(spec).is_dir() or "+" not in spec:
+        return Path(spec), None
+    model, _, adapter = spec.rpartition("+")
+    return Path(model), Path(adapter)
+
+
+def _file_name(text: str) -> str:
+    return re.sub("[^-.0-9A-Za-z_]+", "_", text).strip("_.")
+
+
+def _beside(path: Path, control: str) -> Path:
+    return path.with_name(f"{path.stem}-{control}{path.suffix}") if control else path
+
+
+def _counts(column: "Column") -> dict[str, int]:
+    """What was spent on a model's answers and how they ended, those under its controls, too."""
+    lines = [*column.predictions, *(line for lines in column.controls.values() for line in lines)]
+    prompt, answer = (sum(line.get("tokens", (0, 0))[at] for line in lines) for at in (0, 1))
+    counts = {
+        "answers": len(lines), "empty": sum(not line["answer"].strip() for line in lines),
+        "cut": sum(line["cut"] for line in lines), "refused": sum("error" in line for line in lines),
+        "retries": sum(line.get("retries", 0) for line in lines),
+        "prompt_tokens": prompt, "answer_tokens": answer,
+    }  # fmt: skip
+    return {name: count for name, count in counts.items() if count or name == "answers"}
+
+
+def _print(table: dict[str, Any]) -> None:
+    from qwenvl_ft.evaluate.table import sections
+
+    for title, head, rows in sections(table):
+        print_drawing(draw_table(title, head, rows))
+    for word in table["words"]:
+        print_line(word, "bold")
