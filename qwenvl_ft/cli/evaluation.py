@@ -219,11 +219,13 @@ def compare(
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
     columns: list[Column] = []
     problems: list[Problem] = []
+    limits: dict[str, dict[str, int]] = {}
     for spec, file in zip(models, files, strict=True):
         place = partial(_beside, target / f"{file}.jsonl")
         try:
             if spec in folders:
-                columns.append(asked.of_folder(spec, *folders[spec], chat_settings, reading, place)[0])
+                column, limits[spec] = asked.of_folder(spec, *folders[spec], chat_settings, reading, place)
+                columns.append(column)
             else:
                 columns.append(asked.of_service(spec, concurrency, place))
         except UserError as error:  # the others are asked all the same
@@ -231,7 +233,9 @@ def compare(
     if problems:
         raise UserError(*problems)
     table = tabulate(columns, metric or [], seed)
-    table["models"] = {column.name: _counts(column) for column in columns}
+    table["models"] = {column.name: _counts(column) | limits.get(column.name, {}) for column in columns}
+    if len({tuple(of.values()) for of in limits.values()}) > 1:
+        table["words"].append("the models in folders were shown pictures of other sizes: --config RUN/config.yaml makes them equal")
     (target / "compare.json").write_text(json.dumps(table, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     (target / "compare.md").write_text(markdown(table), encoding="utf-8")
     if as_json:

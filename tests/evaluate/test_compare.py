@@ -273,6 +273,18 @@ def test_what_a_folder_is_asked_how_is_said_by_the_options(meta, tmp_path, capsy
                      "settings": (3136, 6272, "off", 12544)}  # fmt: skip
 
 
+def test_pictures_of_other_sizes_are_said(talk, pictures, tmp_path, capsys):
+    other = shutil.copytree(TINY, tmp_path / "other")
+    settings = json.loads((other / "processor_config.json").read_text())
+    settings["image_processor"]["size"]["longest_edge"] = 6272
+    (other / "processor_config.json").write_text(json.dumps(settings))
+    arguments = [TINY, other, talk(["<img>a.png</img>read", "a"]), "--max-new-tokens", "2"]
+    table = compare(capsys, *arguments, "--out", tmp_path / "out")
+    assert "pictures of other sizes" in table["words"][-1] and table["models"][str(other)]["max_pixels"] == 6272
+    table = compare(capsys, *arguments, "--out", tmp_path / "equal", "--max-pixels", "6272")
+    assert not any("other sizes" in word for word in table["words"])
+
+
 def test_an_adapter_stands_behind_a_plus_sign(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a+b").mkdir()
