@@ -183,7 +183,7 @@ def start(hosts: Hosts) -> str:
     found = difference(alone(hosts), uninterrupted(hosts))
     facts = json.loads((hosts.folder / "start" / "checkpoint-2" / "state.json").read_text())
     assert (facts["processes"], facts["deepspeed"]) == (2, bool(hosts.zero)), facts
-    assert found < 1e-5, found
+    assert found < (1e-4 if hosts.zero else 1e-5), found  # DeepSpeed sums the norm that clips in another order
     return f"equal to one process's adapter to {found:.1e}"
 
 

@@ -103,7 +103,6 @@ def on_hosts(names: list[str], cut: bool):
 
         with open(f"/run/netns/{names[rank]}") as namespace:
             assert libc.setns(namespace.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
-        launched_by_torch()(rank)
         os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": f"v{rank}"}
         stock, steps = loop.train_step, iter(range(100))
 

@@ -23,10 +23,12 @@ def hosts(tmp_path):
         pytest.skip(f"no two hosts can be made here: {why}")
 
 
-def test_two_hosts_end_where_one_process_does(hosts, plain, tmp_path, forks):
-    codes, said = forks.train(tmp_path, fault=("tests.forked", "on_hosts", hosts.names, False), **SETTINGS)
+# DeepSpeed sums the norm that clips in another order, and Adam enlarges its last bit.
+@pytest.mark.parametrize(("zero_stage", "bound"), [(0, 1e-5), (2, 1e-4)])
+def test_two_hosts_end_where_one_process_does(zero_stage, bound, hosts, plain, tmp_path, forks):
+    codes, said = forks.train(tmp_path, zero_stage, fault=("tests.forked", "on_hosts", hosts.names, False), **SETTINGS)
     assert codes == [0, 0] and "2 x cpu" in said, said[-3000:]
-    assert adapter(plain).keys() and difference(plain, tmp_path / "run") < 1e-5
+    assert adapter(plain).keys() and difference(plain, tmp_path / "run") < bound
 
 
 def test_a_wire_that_is_cut_in_a_step_ends_both_in_words(hosts, tmp_path, forks):
