@@ -32,7 +32,7 @@ class Beginning:
 def beginnings(scripts: Sequence[Script]) -> list[Beginning]:
     """What the scripts of a batch begin with. One that shares nothing has a beginning of its own: all its tokens but the last.
 
-    A script joins those with whom it shares most, if that is not little, nor less than half of what they share.
+    A script joins those with whom it shares most, if that is media or no little text, and not less than half of what they share.
     """
     found: list[Beginning] = []
     for place, script in enumerate(scripts):
@@ -41,7 +41,7 @@ def beginnings(scripts: Sequence[Script]) -> list[Beginning]:
             with_these = script.shared_with(scripts[of.places[0]])
             if with_these > shared and (len(of.places) == 1 or 2 * with_these >= of.tokens):
                 shared, best = with_these, of
-        if shared >= LEAST_SHARED:
+        if shared >= (1 if script.media else LEAST_SHARED):
             best.places.append(place)
             best.tokens = min(best.tokens, shared)
         else:

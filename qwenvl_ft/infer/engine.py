@@ -92,7 +92,7 @@ class Engine:
         their real number of tokens, pixels as training has them. Raises UserError for what cannot be opened or kept within its
         bounds, ValueError for what the processor refuses.
         """
-        return self._inputs(self.scripts(conversations, thinking))
+        return self.inputs_of(self.scripts(conversations, thinking))
 
     def scripts(self, conversations: Sequence[Conversation], thinking: bool | None = None) -> list[Script]:
         """What asks for the answers. Raises as `inputs` does."""
@@ -100,7 +100,8 @@ class Engine:
         tools = [conversation.tools if isinstance(conversation, Record) else () for conversation in conversations]
         return [self.chat.asking(turns, thinking, known) for turns, known in zip(talks, tools, strict=True)]
 
-    def _inputs(self, scripts: Sequence[Script]) -> Any:
+    def inputs_of(self, scripts: Sequence[Script]) -> Any:
+        """`inputs` of scripts."""
         import torch
         from transformers import BatchFeature
 
@@ -128,7 +129,7 @@ class Engine:
 
         found = beginnings(scripts)
         if self.chat.family.linear_attention or len(found) == len(scripts):
-            return self._inputs(scripts)
+            return self.inputs_of(scripts)
         return read_beginnings(self.model, self.processor, self.chat, scripts, found)
 
     def _shown(self, turn: Turn) -> Turn:

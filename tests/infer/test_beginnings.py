@@ -1,6 +1,7 @@
 """Questions that begin alike, answered from one reading of that: against transformers' own generate, each alone."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from qwenvl_ft.evaluate.scoring import evaluate
 from qwenvl_ft.infer.batch_file import BATCHES_AHEAD, answer_file
 from qwenvl_ft.infer.beginnings import beginnings
 from qwenvl_ft.infer.engine import Engine
+from qwenvl_ft.serve.batching import Batcher
 from tests.conftest import SAMPLE, TINY
+from tests.serve.test_batching import submit
 from tests.serving import CHARTS, random_adapter
 
 NOISE = np.random.default_rng(0)
@@ -72,10 +75,17 @@ class Seen:
             hook.remove()
 
 
-def test_every_family_answers_what_it_answers_alone_and_looks_once(family_model, talks):
+@pytest.fixture(scope="module")
+def family(family_model, talks):
+    """A family's engine, and what it answers to each talk alone."""
     engine = Engine.open(family_model)
     expected = [alone(engine, talk, 6) for talk in talks]
     assert len(set(expected)) > len(talks) / 2
+    return engine, expected
+
+
+def test_every_family_answers_what_it_answers_alone_and_looks_once(family, talks):
+    engine, expected = family
     whole = engine.inputs(talks)
     with Seen(engine) as seen:
         assert engine.ask_many(talks, 6) == expected
@@ -89,6 +99,26 @@ def test_every_family_answers_what_it_answers_alone_and_looks_once(family_model,
     once = [medium for of in found for medium in scripts[of.places[0]].media]
     assert len(once) < 0.7 * sum(len(script.media) for script in scripts)
     assert 0 < seen.patches < 0.7 * shown and seen.longest < 0.7 * whole["input_ids"].numel()
+
+
+@pytest.mark.parametrize("max_batch", [1, 16])
+def test_every_family_serves_what_it_answers_alone_and_looks_once(family, talks, max_batch):
+    """In turn, and while others are answered."""
+    engine, expected = family
+    batcher = Batcher(engine, max_batch)
+    with Seen(engine) as seen:
+        asked = [submit(batcher, engine, talk, 6) for talk in talks]
+        assert all(heard.done.wait(100) for _, heard in asked)
+        batcher.close()
+    assert ["".join(heard.pieces) for _, heard in asked] == expected
+    requests, scripts = [request for request, _ in asked], engine.scripts(talks)
+    if engine.chat.family.linear_attention:
+        assert not any(request.cached for request in requests)
+        return
+    media = [place for place, script in enumerate(scripts) if script.media]
+    firsts = [place for place in media if not any(scripts[place].shared_with(before) for before in scripts[:place])]
+    assert [place for place in media if not requests[place].cached] == firsts
+    assert seen.patches == sum(math.prod(grid) for place in firsts for grid in scripts[place].grids)
 
 
 def test_an_adapter_on_both_towers_answers_what_it_answers_alone(talks, tmp_path):
