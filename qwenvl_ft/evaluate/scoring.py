@@ -130,7 +130,7 @@ def ask_all(
 
 
 def batches(engine: Engine, batch_size: int, max_new_tokens: int) -> Replies:
-    """What a model here says. Questions about the same media are in a batch, which reads those once, else questions of like length."""
+    """What a model here says, questions about the same media in a batch, which are read once, else those of like length."""
 
     def replies(asked: Sequence[Record]) -> Iterator[list[Reply]]:
         by_length = sorted(range(len(asked)), key=lambda index: sum(len(turn.text) for turn in asked[index].turns))
