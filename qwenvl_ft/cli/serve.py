@@ -36,6 +36,9 @@ def serve(
         list[str] | None, typer.Option(metavar="HOST", help="Pictures are fetched from its URLs; several times. Default: none.")
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests answered at a time.")] = 16,
+    prefix_mib: Annotated[
+        int, typer.Option(min=0, help="Memory for what was read last; a question that begins like it, picture included, reads on.")
+    ] = 1024,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; one more gets status 429.")] = 64,
     max_body_mib: Annotated[int, typer.Option(min=1, help="Size of a request's body.")] = Bounds.body_bytes >> 20,
     max_pictures: Annotated[int, typer.Option(min=1, help="Pictures and frames of a request.")] = Bounds.pictures,
@@ -92,7 +95,7 @@ def serve(
         from qwenvl_ft.serve.transformers_backend import TransformersBackend
 
         named = dict.fromkeys(names, engines[None]) | {name: engines[name] for name in folders}
-        backend = TransformersBackend(named, opener, max_batch)
+        backend = TransformersBackend(named, opener, max_batch, prefix_mib << 20)
     from qwenvl_ft.serve.app import make_app
 
     max_requests, prefix = max_batch + max_waiting, f"/{root_path.strip('/')}".rstrip("/")

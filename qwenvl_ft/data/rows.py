@@ -81,6 +81,17 @@ def positions(
     return torch.cat([torch.arange(len(ids))[None], torch.cat(pieces, dim=1)])
 
 
+def positions_of(script: Script, ids: Sequence[int], chat: Chat) -> torch.Tensor:
+    """`positions` of a script, whose widened ids are these."""
+    runs: list[tuple[Grid, torch.Tensor | None]] = []
+    for medium, grid in zip(script.media, script.grids, strict=True):
+        apart = None  # in float32, as transformers has it: it is cut to whole places
+        if isinstance(medium, Video) and chat.tokens_per_second:
+            apart = torch.tensor(seconds_a_step(medium, chat.video_limits.step_frames)) * chat.tokens_per_second
+        runs += [(run, apart) for run in runs_of(medium, grid, chat.family)]
+    return positions(ids, runs, script.placeholders, chat.limits.merge_size)
+
+
 def seconds_a_step(video: Video, step_frames: int) -> float:
     """How long a step of its frames lasts: transformers' `second_per_grid_ts`."""
     return step_frames / (len(video.indices) / video.num_frames * video.fps)
@@ -289,17 +300,10 @@ class Rows:
     def text(self, script: Script) -> Row:
         """What of an example follows from its text and the sizes of its media."""
         ids, labels = script.widened()
-        chat = self.chat
-        runs: list[tuple[Grid, torch.Tensor | None]] = []
-        for medium, grid in zip(script.media, script.grids, strict=True):
-            apart = None  # in float32, as transformers has it: it is cut to whole places
-            if isinstance(medium, Video) and chat.tokens_per_second:
-                apart = torch.tensor(seconds_a_step(medium, chat.video_limits.step_frames)) * chat.tokens_per_second
-            runs += [(run, apart) for run in runs_of(medium, grid, chat.family)]
         return {
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),
-            "position_ids": positions(ids, runs, script.placeholders, chat.limits.merge_size),
+            "position_ids": positions_of(script, ids, self.chat),
         }
 
     def unseen(self, script: Script) -> Row:

@@ -6,7 +6,7 @@ answer lie on them is kept, too (overlap.py); both are read out of the texts in 
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -22,7 +22,7 @@ from qwenvl_ft.evaluate.controls import Control, shown_by
 from qwenvl_ft.evaluate.metrics import Prediction, exact, relaxed
 from qwenvl_ft.evaluate.overlap import HIT, areas, pair
 from qwenvl_ft.folders.whole import short_hash
-from qwenvl_ft.infer.batch_file import append_answers, other_answers, read_answers
+from qwenvl_ft.infer.batch_file import append_answers, other_answers, read_answers, together
 from qwenvl_ft.infer.engine import Answer, Engine
 
 Question = tuple[Record, str]
@@ -130,16 +130,23 @@ def ask_all(
 
 
 def batches(engine: Engine, batch_size: int, max_new_tokens: int) -> Replies:
-    """What a model here says, questions of like length in a batch."""
+    """What a model here says, questions about the same media in a batch, which are read once, else those of like length."""
 
     def replies(asked: Sequence[Record]) -> Iterator[list[Reply]]:
-        order = sorted(range(len(asked)), key=lambda index: sum(len(turn.text) for turn in asked[index].turns))
+        by_length = sorted(range(len(asked)), key=lambda index: sum(len(turn.text) for turn in asked[index].turns))
+        order = [by_length[place] for place in together([_begins(asked[index]) for index in by_length])]
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             answers = engine.answer_many([asked[index] for index in batch], max_new_tokens)
             yield [(index, answer, {}) for index, answer in zip(batch, answers, strict=True)]
 
     return replies
+
+
+def _begins(record: Record) -> Hashable:
+    """What a question begins with, as far as is needed to bring together those that may share it."""
+    system = [turn.text for turn in record.turns if turn.role == "system"]
+    return (record.tools, *system, *((medium.name, medium.height, medium.width) for medium in record.media))
 
 
 def prediction(question: Question, answer: str, cut: bool) -> Prediction:

@@ -4,10 +4,11 @@ In:  {"messages": [{"role": "user", "content": [{"image": "chart.png"}, {"text":
 Out: {"line": 1, "id": "anything", "asked": "...", "answer": "..."}, or "error" in place of the answer; "cut": true is added to one
 that max_new_tokens cut, "boxes" to one that gives boxes or points, px of the last picture. The order is that of the questions.
 `asked` is a hash of the question and of who was asked how: a second run goes on only where they are the same.
+Questions about the same media are asked together where they are not BATCHES_AHEAD apart; answers wait for those before them.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from qwenvl_ft.infer.decoding import GENERATION_CONFIG
 from qwenvl_ft.infer.engine import Answer, Engine
 
 Line = tuple[int, dict[str, Any]]
+Said = Answer | UserError
+BATCHES_AHEAD = 8  # are looked through for questions about the same media; as many answers may be lost where a run is killed
 
 
 def read_questions(path: Path) -> list[Line]:
@@ -58,10 +61,10 @@ def answer_file(engine: Engine, lines: Sequence[Line], out: Path, batch_size: in
         raise other_answers(out)
     what, fix = "has an error in place of an answer", "mend the question, answer into another --out"
     problems = [Problem(f"{out}, line {said['line']}", what, fix) for said in before if "error" in said]
-    for start in range(len(before), len(lines), batch_size):
-        batch, written = lines[start : start + batch_size], []
-        answers = _answers(engine, batch, max_new_tokens)
-        for (number, line), asked, answer in zip(batch, hashes[start:], answers, strict=False):
+    done = len(before)
+    for num_asked, answers in _in_turn(engine, lines[done:], batch_size, max_new_tokens):
+        written = []
+        for (number, line), asked, answer in zip(lines[done:], hashes[done:], answers, strict=False):
             said: dict[str, Any] = {"line": number} | ({"id": line["id"]} if "id" in line else {}) | {"asked": asked}
             if isinstance(answer, Answer):
                 said |= {"answer": answer.text} | ({"cut": True} if answer.cut else {})
@@ -71,11 +74,42 @@ def answer_file(engine: Engine, lines: Sequence[Line], out: Path, batch_size: in
                 said["error"] = str(answer)
             written.append(said)
         append_answers(out, written)
-        on_answer(start + len(batch), len(lines))
+        done += len(answers)
+        on_answer(len(before) + num_asked, len(lines))
     return len(before), problems
 
 
-def _answers(engine: Engine, batch: Sequence[Line], max_new_tokens: int) -> list[Answer | UserError]:
+def _in_turn(engine: Engine, lines: Sequence[Line], batch_size: int, max_new_tokens: int) -> Iterator[tuple[int, list[Said]]]:
+    """After each batch how many lines were asked, and the answers whose turn it is: of the lines in their order."""
+    for start in range(0, len(lines), BATCHES_AHEAD * batch_size):
+        ahead = lines[start : start + BATCHES_AHEAD * batch_size]
+        order, said, done = together([_shown(line) for _, line in ahead]), dict[int, Said](), 0
+        for first in range(0, len(ahead), batch_size):
+            batch = order[first : first + batch_size]
+            said |= zip(batch, _answers(engine, [ahead[place] for place in batch], max_new_tokens), strict=True)
+            until = next((place for place in range(done, len(ahead)) if place not in said), len(ahead))
+            yield start + first + len(batch), [said.pop(place) for place in range(done, until)]
+            done = until
+
+
+def together(keys: Sequence[Hashable]) -> list[int]:
+    """The places of the keys, those of one key one after another, in the order of the first of each."""
+    firsts: dict[Hashable, int] = {}
+    for place, key in enumerate(keys):
+        firsts.setdefault(key, place)
+    return sorted(range(len(keys)), key=lambda place: firsts[keys[place]])
+
+
+def _shown(line: dict[str, Any]) -> str:
+    """What a question tells the system and shows, as it is written there."""
+    told = [message for message in line["messages"] if isinstance(message, dict)]
+    contents = [message.get("content") for message in told if message.get("role") != "system"]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    system = [message for message in told if message.get("role") == "system"]
+    return short_hash([system, [part for part in parts if "text" not in part]])
+
+
+def _answers(engine: Engine, batch: Sequence[Line], max_new_tokens: int) -> list[Said]:
     """An answer a line; if the batch cannot be opened, its lines are asked one by one, so that only the bad ones fail."""
     try:
         return list(engine.answer_many([line["messages"] for _, line in batch], max_new_tokens))

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from qwenvl_ft.data.boxes import read_answer
-from qwenvl_ft.data.chat import Chat, open_chat
+from qwenvl_ft.data.chat import Chat, Script, open_chat
 from qwenvl_ft.data.geometry import Limits, reading_of
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Box, Medium, Picture, Record, Turn, Video
@@ -92,14 +92,21 @@ class Engine:
         their real number of tokens, pixels as training has them. Raises UserError for what cannot be opened or kept within its
         bounds, ValueError for what the processor refuses.
         """
+        return self.inputs_of(self.scripts(conversations, thinking))
+
+    def scripts(self, conversations: Sequence[Conversation], thinking: bool | None = None) -> list[Script]:
+        """What asks for the answers. Raises as `inputs` does."""
+        talks = [[self._shown(turn) for turn in turns_of(conversation, self.reading)] for conversation in conversations]
+        tools = [conversation.tools if isinstance(conversation, Record) else () for conversation in conversations]
+        return [self.chat.asking(turns, thinking, known) for turns, known in zip(talks, tools, strict=True)]
+
+    def inputs_of(self, scripts: Sequence[Script]) -> Any:
+        """`inputs` of scripts."""
         import torch
         from transformers import BatchFeature
 
         from qwenvl_ft.data.rows import as_floats, pixels, seconds_a_step
 
-        talks = [[self._shown(turn) for turn in turns_of(conversation, self.reading)] for conversation in conversations]
-        tools = [conversation.tools if isinstance(conversation, Record) else () for conversation in conversations]
-        scripts = [self.chat.asking(turns, thinking, known) for turns, known in zip(talks, tools, strict=True)]
         media = [medium for script in scripts for medium in script.media]
         rows = [script.widened()[0] for script in scripts]
         width = max(map(len, rows))
@@ -114,6 +121,16 @@ class Engine:
             inputs["second_per_grid_ts"] = [seconds_a_step(film, self.chat.video_limits.step_frames) for film in films]
         known = {key: torch.tensor(value) for key, value in inputs.items() if key in self.processor.model_input_names}
         return BatchFeature(known | as_floats(pixels(media, self.chat, self.processor))).to(self.model.device)
+
+    def _begun(self, scripts: Sequence[Script]) -> Any:
+        """The inputs, what several scripts begin with read already. Linear attention has a state in place of keys and values, in
+        which no padding may stand between a beginning and a rest: there each is read whole."""
+        from qwenvl_ft.infer.beginnings import beginnings, read_beginnings
+
+        found = beginnings(scripts)
+        if self.chat.family.linear_attention or len(found) == len(scripts):
+            return self.inputs_of(scripts)
+        return read_beginnings(self.model, self.processor, self.chat, scripts, found)
 
     def _shown(self, turn: Turn) -> Turn:
         """The turn, its pictures and videos blank if so wished."""
@@ -134,8 +151,9 @@ class Engine:
         import torch
 
         talks = [of if isinstance(of, Record) else turns_of(of, self.reading) for of in conversations]
-        inputs = self.inputs(talks, thinking)
+        scripts = self.scripts(talks, thinking)
         with torch.inference_mode():
+            inputs = self._begun(scripts)
             out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         asked = inputs["input_ids"].tolist()
         said = out[:, len(asked[0]) :].tolist()

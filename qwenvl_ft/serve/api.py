@@ -57,12 +57,13 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request; pictures and videos are part of `input`."""
+    """Tokens of a request; pictures and videos are part of `input`, as is what was `cached`, read for a request before."""
 
     input: int = 0
     output: int = 0
     image: int = 0
     video: int = 0
+    cached: int = 0
 
     @property
     def input_details(self) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Generates for many requests at once: a new one joins between two tokens, a finished one leaves.
 
-A request is read alone (its picture never waits for another's) and its keys and values join the batch, padded on the left.
+A request is read alone (its picture never waits for another's) and its keys and values join the batch, padded on the left. Of one
+that begins like one before it, with the same media and for the same adapter, only the rest is read.
 One thread owns the model. Base and adapters share its weights; each has a batch of its own and they take turns.
 """
 
@@ -20,6 +21,7 @@ from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, Top
 
 from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.engine import Engine
+from qwenvl_ft.infer.prefixes import PREFIX_BYTES, Prefixes, Prompt
 from qwenvl_ft.serve.api import Sampling
 
 log = logging.getLogger("qwenvl_ft.serve")
@@ -29,7 +31,8 @@ log = logging.getLogger("qwenvl_ft.serve")
 class Request:
     """One answer under way. `on_piece(text, finish)` is called in the batch's thread: finish is None until the last piece.
 
-    finish: stop, length, or error. `ids` grows by a token at a time, the end's own left out.
+    finish: stop, length, or error. `ids` grows by a token at a time, the end's own left out. `shown` names the media,
+    so that what was read of the same is used; None: it is not.
     """
 
     inputs: Any
@@ -37,6 +40,8 @@ class Request:
     sampling: Sampling
     on_piece: Callable[[str, str | None], None]
     name: str = ""
+    shown: str | None = None
+    cached: int = 0  # tokens of the prompt that were not read again
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)
     detokenizer: Detokenizer | None = None
@@ -99,19 +104,23 @@ def _stack(mine: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 class Batcher:
-    """Answers requests with one model until `close`. `max_batch` of them are under way at a time, the rest wait.
+    """Answers requests with one model until `close`. `max_batch` of them are under way at a time, the rest wait. Of what was read
+    last `prefix_bytes` are kept.
 
     `alive` turns false when an error that is nobody's request has ended the thread.
     """
 
-    def __init__(self, engine: Engine, max_batch: int):
+    def __init__(self, engine: Engine, max_batch: int, prefix_bytes: int = PREFIX_BYTES):
         self.model: Any = engine.model
         # Linear attention keeps a state that cannot be padded: one request at a time.
         self.max_batch = 1 if engine.chat.family.linear_attention else max_batch
+        # Nor can it be cut to what two prompts have in common.
+        self.prefixes = Prefixes(0 if engine.chat.family.linear_attention else prefix_bytes)
         self.waiting: Queue[Request | None] = Queue()
         self.batches: dict[str | None, _Batch] = {}
         self.chat = engine.chat
         self.ends = set(self.model.generation_config.eos_token_id)
+        self.placeholders = (engine.chat.picture_id, engine.chat.video_id)
         self.inner: Any = (self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model).model
         self.adapter: str | None = ""  # the one that is switched on; "": not known
         self.steps = 0  # tokens' turns so far
@@ -175,6 +184,7 @@ class Batcher:
         except (RuntimeError, ValueError, IndexError, MemoryError, TypeError, KeyError, AttributeError):
             log.exception("the model failed on %s", ", ".join(request.name for request in requests))
             self.adapter = ""
+            self.prefixes.clear()  # where memory was lacking, there is some
             for batch in self.batches.values():
                 batch.keep([row for row, request in enumerate(batch.requests) if request not in requests])
             for request in requests:
@@ -192,15 +202,11 @@ class Batcher:
         self.adapter = adapter
 
     def _prefill(self, request: Request) -> None:
-        """The first token: all of the request's own."""
+        """The first token: all of the request's own, but what was read before."""
         if (inputs := request.inputs) is None:
             return
         self._switch(request.adapter)
-        out = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        length = inputs["input_ids"].shape[1]
-        # The model leaves behind by how much its positions differ from counting tokens: a picture takes fewer than it has.
-        pictures = "image_grid_thw" in inputs or "video_grid_thw" in inputs
-        position = length + (int(self.inner.rope_deltas) if pictures else 0)
+        out, position = self._read(request, inputs)
         if request.sampling.seed is not None:
             request.rng = torch.Generator(self.model.device).manual_seed(request.sampling.seed)
         request.detokenizer = Detokenizer(self.chat, inputs["input_ids"][0].tolist())
@@ -211,6 +217,25 @@ class Batcher:
         if not self._tell(request, token):
             batch = self.batches.setdefault(request.adapter, _Batch())
             batch.join(request, out.past_key_values, token, position, self.model.device)
+
+    def _read(self, request: Request, inputs: Any) -> tuple[Any, int]:
+        """What the model makes of a prompt, and the position of the next token."""
+        ids_S = inputs["input_ids"][0]
+        ids = ids_S.tolist()
+        shown = [at for at, token in enumerate(ids) if token in self.placeholders]
+        prompt = Prompt(ids, max(shown, default=-1) + 1, request.shown or "", request.adapter)
+        if begun := self.prefixes.begin(prompt) if request.shown is not None else None:
+            request.cached, ahead, cache = begun
+            positions_S = torch.arange(request.cached, len(ids), device=ids_S.device) + ahead
+            rest = {"input_ids": ids_S[None, request.cached :], "position_ids": positions_S.expand(3, 1, -1)}
+            out = self.model(**rest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        else:
+            out = self.model(**inputs, use_cache=True, logits_to_keep=1)
+            # The model leaves behind by how much its positions differ from counting tokens: a picture takes fewer than it has.
+            ahead = int(self.inner.rope_deltas) if shown else 0
+        if request.shown is not None:
+            self.prefixes.keep(prompt, ahead, out.past_key_values)
+        return out, len(ids) + ahead
 
     def _step(self, adapter: str | None, batch: _Batch) -> None:
         """One more token for each request of a batch."""

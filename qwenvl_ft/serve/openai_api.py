@@ -75,7 +75,7 @@ def write_usage(usage: Usage) -> dict[str, Any]:
         "prompt_tokens": usage.input,
         "completion_tokens": usage.output,
         "total_tokens": usage.input + usage.output,
-        "prompt_tokens_details": usage.input_details | {"cached_tokens": 0},
+        "prompt_tokens_details": usage.input_details | {"cached_tokens": usage.cached},
     }
 
 

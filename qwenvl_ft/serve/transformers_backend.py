@@ -11,6 +11,7 @@ from qwenvl_ft.data.geometry import Limits, grid_of, tokens_of
 from qwenvl_ft.data.records import Picture, Turn
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine
+from qwenvl_ft.infer.prefixes import PREFIX_BYTES, shown_hash
 from qwenvl_ft.serve.api import ApiError, ChatRequest, Pieces, Usage, model_failed, no_thoughts, unknown_model
 from qwenvl_ft.serve.batching import Batcher, Request
 from qwenvl_ft.serve.open_request import Opener, invalid_messages
@@ -21,10 +22,10 @@ AHEAD = 4  # requests opened while others are answered; more would only hold pic
 class TransformersBackend:
     """Engines by the names that they are served under; the first is for those who name none. They share one model."""
 
-    def __init__(self, engines: Mapping[str, Engine], opener: Opener, max_batch: int):
+    def __init__(self, engines: Mapping[str, Engine], opener: Opener, max_batch: int, prefix_bytes: int = PREFIX_BYTES):
         self.engines, self.opener, self.bounds = engines, opener, opener.bounds
         self.names = list(engines)
-        self.batcher = Batcher(next(iter(engines.values())), max_batch)
+        self.batcher = Batcher(next(iter(engines.values())), max_batch, prefix_bytes)
         self.processing = threading.Lock()  # a processor's tokenizer is not for two threads
         self.opened = asyncio.Semaphore(max_batch + AHEAD)
 
@@ -35,13 +36,15 @@ class TransformersBackend:
         if not self.batcher.alive:
             raise ApiError(503, "unavailable", "the model has stopped")
         async with self.opened:
-            inputs, usage = await self.opener.open(chat, until, partial(self._inputs, engine, chat.thinking), engine.reading)
+            inputs, shown, usage = await self.opener.open(chat, until, partial(self._inputs, engine, chat.thinking), engine.reading)
             loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[str, str | None, Usage]]()
 
             def on_piece(text: str, finish: str | None) -> None:
-                loop.call_soon_threadsafe(pieces.put_nowait, (text, finish, replace(usage, output=len(request.ids))))
+                loop.call_soon_threadsafe(
+                    pieces.put_nowait, (text, finish, replace(usage, output=len(request.ids), cached=request.cached))
+                )
 
-            request = Request(inputs, engine.adapter, chat.sampling, on_piece, request_id)
+            request = Request(inputs, engine.adapter, chat.sampling, on_piece, request_id, shown)
             del inputs  # the request lets go of its pixels early
             self.batcher.submit(request)
             try:
@@ -54,13 +57,14 @@ class TransformersBackend:
             finally:
                 request.cancel()
 
-    def _inputs(self, engine: Engine, thinking: bool | None, messages: Sequence[Turn]) -> tuple[Any, Usage]:
+    def _inputs(self, engine: Engine, thinking: bool | None, messages: Sequence[Turn]) -> tuple[Any, str, Usage]:
         if thinking and not engine.chat.thinks:
             raise no_thoughts()
         try:
             self._check_pictures(messages, engine.limits("image"))
             with self.processing:
-                inputs = engine.inputs([messages], thinking)
+                scripts = engine.scripts([messages], thinking)
+                inputs = engine.inputs_of(scripts)
         except ValueError as error:
             raise ApiError(400, "invalid_messages", "the model's processor refuses these messages") from error
         except UserError as error:  # the template refuses this order of roles, or the processor these bounds
@@ -70,7 +74,7 @@ class TransformersBackend:
         if usage.input > self.bounds.prompt_tokens:
             what = f"the prompt has {usage.input} tokens, {usage.image + usage.video} of them of pictures"
             raise ApiError(400, "prompt_too_long", f"{what}; at most {self.bounds.prompt_tokens} are taken")
-        return inputs, usage
+        return inputs, shown_hash(scripts[0]), usage
 
     def _check_pictures(self, messages: Sequence[Turn], limits: Limits) -> None:
         """Raises ApiError for more tokens of pictures than a prompt may have, before gigabytes are made of them."""

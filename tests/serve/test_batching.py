@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from qwenvl_ft.infer.engine import Engine
+from qwenvl_ft.infer.prefixes import shown_hash
 from qwenvl_ft.serve.api import Sampling
 from qwenvl_ft.serve.batching import Batcher, Request
 from tests.conftest import TINY
@@ -45,7 +46,9 @@ class Heard:
 
 def submit(batcher: Batcher, engine: Engine, talk, tokens: int = 24, **how) -> tuple[Request, Heard]:
     heard = Heard()
-    request = Request(engine.inputs([talk]), engine.adapter, Sampling(max_new_tokens=tokens, **how), heard)
+    (script,) = engine.scripts([talk])
+    inputs = engine.inputs_of([script])
+    request = Request(inputs, engine.adapter, Sampling(max_new_tokens=tokens, **how), heard, shown=shown_hash(script))
     batcher.submit(request)
     return request, heard
 

@@ -201,8 +201,10 @@ def test_slow_bodies_are_given_up_and_honest_clients_do_not_wait_for_them():
     def drip(running):
         slow.append(raw(running, HEAD + b"Content-Length: 50\r\n\r\n", *[b"x"] * 20, pause=0.25))
 
-    with Running("--timeout", "4") as running:
+    with Running("--timeout", "4", "--prefix-mib", "0") as running:
         assert send(running, CHAT, question_body()).status_code == 200
+        again = send(running, CHAT, question_body()).json()["usage"]["prompt_tokens_details"]
+        assert again["cached_tokens"] == 0, "it was to keep nothing of what it read"
         dripping = [threading.Thread(target=drip, args=[running]) for _ in range(20)]
         for thread in dripping:
             thread.start()

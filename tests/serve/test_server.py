@@ -48,6 +48,18 @@ def test_it_answers_what_the_engine_answers(served, engines):
     assert answer.headers["x-request-id"] in answer.json()["id"]
 
 
+def test_a_conversation_goes_on_from_what_was_read_of_it(served, engines):
+    messages = question("What is it?", CHARTS[5])
+    first = ask(served, messages)
+    messages += [{"role": "assistant", "content": said(first)}, {"role": "user", "content": "Are you sure?"}]
+    second = ask(served, messages)
+    assert said(second) == engines["tiny"].ask(messages, 24)
+    cached = [answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (first, second)]
+    assert cached == [0, first.json()["usage"]["prompt_tokens"]]
+    other = ask(served, messages, model="one")
+    assert other.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0, "another adapter read it"
+
+
 def test_base_and_adapters_answer_by_their_names(served):
     messages = question("read", CHARTS[0])
     answers = {name: said(ask(served, messages, model=name)) for name in ("tiny", "one", "two.b")}
@@ -91,6 +103,7 @@ def test_a_key_is_asked_for_on_every_route_but_health(engines):
 
 def test_a_stream_says_what_a_whole_answer_says(served):
     messages = question("read", CHARTS[2])
+    ask(served, messages)  # so that both of the others find as much of it read
     whole = ask(served, messages)
     streamed = ask(served, messages, stream=True, stream_options={"include_usage": True})
     parts = events(streamed.text)
