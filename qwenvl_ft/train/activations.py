@@ -24,7 +24,6 @@ from qwenvl_ft.train.memory import free_bytes, memory_for
 from qwenvl_ft.train.state import Run
 
 USABLE = {"cuda": 0.85, "cpu": 0.5}  # of what is free: an allocator's memory is in pieces, and a machine has other work
-GOING_BACK = 2  # layers: the one whose backward pass runs has its activations again, and as much in gradients
 STATE_BYTES = 12  # of a parameter that trains: its gradient, and two moments of AdamW
 
 
@@ -85,7 +84,8 @@ def keep_what_fits(run: Run, loss_of: Callable[[Run, Row], torch.Tensor]) -> Kep
     usable = None if free is None else int(USABLE[device.type] * free)
     sizes = {layer: size for layer, size in sizes.items() if size}  # a frozen tower keeps nothing
     beside += STATE_BYTES * sum(parameter.numel() for parameter in trainable(run.bare).values())
-    beside += max(GOING_BACK * max(sizes.values(), default=0), logits_bytes(run.bare))
+    # The gradients within the layer that goes backward, which are no more than it keeps; the logits are gone by then.
+    beside += max(*sizes.values(), logits_bytes(run.bare))
     left = (usable or 0) - beside
     kept = sum(taken <= left for taken in accumulate(reversed(sizes.values())))
     kept = min(gather_object([kept]))

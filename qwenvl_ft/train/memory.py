@@ -60,7 +60,7 @@ def free_bytes(device: torch.device, processes: int) -> int | None:
     if device.type != "cpu" or not MEMINFO.exists():
         return None
     (available,) = (int(line.split()[1]) * 1024 for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
-    return min(available, *left_by_limits(CGROUPS, OWN_CGROUP)) // processes
+    return min([available, *left_by_limits(CGROUPS, OWN_CGROUP)]) // processes
 
 
 def left_by_limits(root: Path, own: Path) -> Iterator[int]:
