@@ -46,7 +46,7 @@ class Kept(NamedTuple):
         row = f"the heaviest row, of {self.tokens:,} tokens,"
         known = "how much memory is free is not known here"
         if self.usable is not None:
-            known = f"with all of them {row} takes {self.bytes / 2**30:.1f} GiB, and {self.usable / 2**30:.1f} are left for it"
+            known = f"with all kept {row} takes {self.bytes / 2**30:.1f} GiB, and {self.usable / 2**30:.1f} are left for it"
         recomputed = f", {self.layers - self.kept} recomputed" * (self.kept < self.layers)
         return f"activations of {self.kept} of {self.layers} layers are kept{recomputed}: {known}"
 
@@ -85,7 +85,7 @@ def keep_what_fits(run: Run, loss_of: Callable[[Run, Row], torch.Tensor]) -> Kep
     sizes = {layer: size for layer, size in sizes.items() if size}  # a frozen tower keeps nothing
     beside += STATE_BYTES * sum(parameter.numel() for parameter in trainable(run.bare).values())
     # The gradients within the layer that goes backward, which are no more than it keeps; the logits are gone by then.
-    beside += max(*sizes.values(), logits_bytes(run.bare))
+    beside += max([*sizes.values(), logits_bytes(run.bare)])
     left = (usable or 0) - beside
     kept = sum(taken <= left for taken in accumulate(reversed(sizes.values())))
     kept = min(gather_object([kept]))
