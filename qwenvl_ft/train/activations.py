@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qwenvl_ft.console import counting
 from qwenvl_ft.data.rows import Row
 from qwenvl_ft.model.head import logits_bytes
 from qwenvl_ft.model.load import trainable
@@ -70,8 +71,10 @@ def keep_what_fits(run: Run, loss_of: Callable[[Run, Row], torch.Tensor]) -> Kep
         layer.gradient_checkpointing = False
     beside = 0
     run.model.train()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for row in rows:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), counting("measuring activations") as tell:
+        for number, row in enumerate(rows):
+            if run.accelerator.is_local_main_process:
+                tell(number, len(rows))
             saved = Saved(run.bare, [*sizes])
             tensors, _ = run.rows_of(prepared).build(row)
             with run.exchange(last=False), memory_for(run, prepared, row), saved.counted():

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.families import feature_width
 from qwenvl_ft.data.features import Features
-from qwenvl_ft.data.packing import Grouped, PackedRows
+from qwenvl_ft.data.packing import PackedRows
 from qwenvl_ft.data.prepare import prepare
 from qwenvl_ft.data.rows import FEATURES, KEYS, Rows
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
@@ -52,8 +52,9 @@ def job(family_model, tmp_path_factory):
     """(rows: one of trees of pictures and films, or of linear attention one record; the same with features that are kept)"""
     chat, folder = open_chat(family_model, video_max_pixels=160_000), tmp_path_factory.mktemp("job")
     scripts = [chat.write_scripts(record)[-1] for record in records(folder)]
-    grouped = Grouped(np.arange(sum(GROUPS)), np.cumsum([0, *GROUPS]))
-    tree = PackedRows(np.array([0, len(GROUPS)]), np.arange(len(GROUPS), dtype=np.int32), grouped)
+    members, firsts = np.arange(sum(GROUPS)), np.cumsum([0, *GROUPS[:-1]])
+    signed = np.where(np.isin(members, firsts), members, ~members)
+    tree = PackedRows(np.array([0, len(members)]), signed, [(0, 0), (1, len(members))])
     packed = [[8]] if chat.family.linear_attention else tree
     processor = limited(AutoProcessor.from_pretrained(family_model), chat)
     features = Features(folder / "features" / "one", 1, feature_width(family_model), torch.float32)
