@@ -93,6 +93,15 @@ def _meta(value: Any) -> Any:
 Meta = Annotated[Path | list[Part], PlainValidator(_meta)]
 
 
+def _checkpointing(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError("write auto, true or false")
+    return value
+
+
+Checkpointing = Annotated[Literal["auto"] | bool, PlainValidator(_checkpointing)]
+
+
 class Config(BaseModel):
     """The resolved settings. Paths are as the user wrote them, relative to the current folder."""
 
@@ -138,7 +147,7 @@ class Config(BaseModel):
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     attn_implementation: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
-    gradient_checkpointing: StrictBool = True
+    gradient_checkpointing: Checkpointing = "auto"
     ddp_timeout: Positive = 600
 
     logging_steps: Positive = 10
@@ -222,6 +231,7 @@ REMARKS = {
     "row_tokens": "records share rows of so many tokens, and a longer one is reported, never cut",
     "eval_meta_file": "a file of held-out records; none are split off",
     "warmup_ratio": "a share of the run, not a number of steps",
+    "gradient_checkpointing": "auto recomputes only what does not fit into memory, true everything, false nothing",
     "format": "the name of a form: documented, llava, sharegpt, messages ...; without it each record says so itself",
     "columns": "our word and the key that your records have for it: {question: query, answer: label}",
     "resume": "true goes on from the newest whole checkpoint in output_dir",

@@ -128,6 +128,28 @@ def reading_others(who: int):
     return start
 
 
+def with_memory_of(*free: int):
+    """So many bytes are free for each process."""
+
+    def start(rank: int) -> None:
+        from qwenvl_ft.train import activations
+
+        activations.free_bytes = lambda device, processes: free[rank]
+
+    return start
+
+
+def keeping(layers: int):
+    """The activations of so many layers are kept."""
+
+    def start(rank: int) -> None:
+        from qwenvl_ft.train import activations
+
+        activations.gather_object = lambda own: [layers]
+
+    return start
+
+
 def main() -> None:
     """Reads what to train, a line of JSON each, and answers with the exit codes."""
     answers = os.fdopen(os.dup(1), "w")

@@ -64,6 +64,18 @@ def test_a_truth_value_is_true_or_false_and_nothing_else(load, complaints):
         assert problem == ("a.yaml:5", f"resume is {word.strip(chr(39))}", "it should be a valid boolean")
 
 
+def test_gradient_checkpointing_is_auto_true_or_false(load, complaints):
+    assert [load(f"gradient_checkpointing: {word}\n").gradient_checkpointing for word in ("auto", "true", "false")] == [
+        "auto",
+        True,
+        False,
+    ]
+    assert load("").gradient_checkpointing == "auto"
+    for word in ("1", "off", "[auto]"):
+        ((_, _, fix),) = complaints(f"gradient_checkpointing: {word}\n")
+        assert fix == "write auto, true or false"
+
+
 def test_overrides_come_last_and_are_read_as_yaml(load):
     config = load("seed: 1\n", "seed=7", "--learning_rate=5e-5", "report_to=[wandb]", "run_name='a: b'", "max_steps=null")
     assert (config.seed, config.learning_rate, config.report_to) == (7, 5e-5, ["wandb"])

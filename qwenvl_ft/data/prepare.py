@@ -73,6 +73,12 @@ class Prepared:
         """Of each row its tokens of pictures and videos."""
         return self.plan.rows.sums(self.scripts.media_tokens, once=True)
 
+    def heaviest(self, tower_trains: bool) -> list[int]:
+        """The rows that take most memory to train on: by their tokens, by the keys that these see, which are gathered where a
+        beginning is shared, and, where the tower keeps something, by the tokens of their pictures and videos."""
+        keys = self.plan.rows.sums(self.scripts.lengths)
+        return sorted({int(of.argmax()) for of in (self.plan.tokens, keys, *[self.media_tokens] * tower_trains)})
+
     @property
     def shares(self) -> bool:
         """Whether a row holds a beginning once for several records."""

@@ -33,6 +33,13 @@ class LossHead(nn.Linear):
         return cast(LossHead, same)
 
 
+def logits_bytes(model: Any) -> int:
+    """What the logits of a chunk take for a moment: themselves, their float32 copy, and both gradients."""
+    head = model.get_output_embeddings()
+    taken: int = CHUNK * head.out_features * 2 * (head.weight.element_size() + 4)
+    return taken
+
+
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, logits: Any) -> torch.Tensor:

@@ -32,6 +32,7 @@ from qwenvl_ft.folders.whole import short_hash, writing
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import Keep, summed_loss
+from qwenvl_ft.train.activations import keep_what_fits, recompute
 from qwenvl_ft.train.launch import Signals, alone, check_shared, lost, open_trackers, start
 from qwenvl_ft.train.memory import memory_for, out_of_memory
 from qwenvl_ft.train.output_dir import METRICS, Metrics, was_evaluated, write_results, write_settings
@@ -71,7 +72,7 @@ def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Built | U
             return None
         torch.manual_seed(draw_seed(run.config.seed, epoch, row))
         last = number == len(mine) - 1
-        with run.exchange(last), memory_for(run.config, prepared, row):
+        with run.exchange(last), memory_for(run, prepared, row):
             loss = row_loss(run, *run.looked_at(prepared, row, tensors, problems)) * (row is not None)
             check_finite(loss, "the loss", prepared, row)
             if row is not None:
@@ -156,7 +157,7 @@ def evaluate(run: Run, held_out: Prepared, signals: Signals) -> Taught | None:
             if signals.stop(run.accelerator, midway=True):
                 return None
             tensors, problems = raised_here(built)
-            with memory_for(run.config, held_out, row):
+            with memory_for(run, held_out, row):
                 loss = row_loss(run, *run.looked_at(held_out, row, tensors, problems)) * (row is not None)
             check_finite(loss, "the loss of held-out records", held_out, row)
             if row is not None:
@@ -202,7 +203,8 @@ def train(config: Config, ready: Ready | None = None, on_saved: OnSaved | None =
     except (RuntimeError, EOFError, ConnectionError) as error:
         problem = lost(error, config, accelerator.num_processes)
         if isinstance(error, torch.OutOfMemoryError):  # outside the work on a row
-            problem = out_of_memory(error, config, f"model: {config.model}", "what every step needs, the model itself")
+            problem = out_of_memory(error, config, f"model: {config.model}", "what every step needs, the model itself",
+                                    keeps=config.gradient_checkpointing is not True)  # fmt: skip
         if problem is None:
             raise
         # The command line prints the first process's; but that one may be gone, and of a lost worker only its own knows.
@@ -240,8 +242,8 @@ def run_steps(
     model = add_lora(
         model, prepared.chat.family, config.lora_on, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed
     )
-    if config.gradient_checkpointing:  # after peft, whose hooks would run the frozen vision tower backward
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.gradient_checkpointing:
+        recompute(model)
     optimizer = new_optimizer(trainable(model).values(), config, accelerator)
     if resume:
         set_peft_model_state_dict(model, load_file(resume / ADAPTER_WEIGHTS))
@@ -257,8 +259,11 @@ def run_steps(
     if held_out:
         again = config.eval_steps is not None and config.eval_steps < len(steps)
         kept.append(("the held-out rows", run.keep_features(held_out, again)))
+    activations = keep_what_fits(run, row_loss) if config.gradient_checkpointing == "auto" else None
     if main:
         report_start(config, run, sizes, resume)
+        if activations:
+            print_line(str(activations))
         for of, said_of in kept:
             if said_of:
                 print_line(f"what the vision tower makes of {of} {said_of}")
@@ -335,7 +340,8 @@ def run_steps(
         state = run.adapter_state()
         if metrics:
             with writing(config.output_dir):
-                write_results(config, prepared, model, state, processor, metrics.lines)
+                write_results(config, prepared, model, state, processor, metrics.lines,
+                              activations and activations.facts)  # fmt: skip
         accelerator.wait_for_everyone()
         accelerator.end_training()
 

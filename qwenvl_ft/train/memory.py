@@ -1,7 +1,8 @@
-"""What is said where the memory of a GPU was not enough: for which records, how much it was, and which key changes that."""
+"""How much memory is free, and what is said where a GPU's was not enough: for which records, and which key changes that."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -9,29 +10,74 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.runs import checkpoints
+from qwenvl_ft.train.state import Run
+
+MEMINFO, CGROUPS, OWN_CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# By the folder of a version's groups: the files of the limit and of what is used, and the cache in memory.stat that would go.
+CGROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 @contextmanager
-def memory_for(config: Config, prepared: Prepared, row: int | None) -> Iterator[None]:
+def memory_for(run: Run, prepared: Prepared, row: int | None) -> Iterator[None]:
     """Around the work on one row. Raises UserError, in place of torch's error, that names its records."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         at = row or 0
         what = f"a row of {prepared.tokens(at):,} tokens, {prepared.media_tokens[at]:,} of them of pictures and videos"
-        raise UserError(out_of_memory(error, config, prepared.places(at), what)) from error
+        problem = out_of_memory(error, run.config, prepared.places(at), what, run.keeps_activations, prepared.shares)
+        raise UserError(problem) from error
 
 
-def out_of_memory(error: torch.OutOfMemoryError, config: Config, where: str, what: str) -> Problem:
-    """`what` did not fit. Nothing that is saved is lost, and resuming takes other memory settings, but no other rows."""
+def out_of_memory(
+    error: torch.OutOfMemoryError, config: Config, where: str, what: str, keeps: bool, shares: bool = False
+) -> Problem:
+    """`what` did not fit. Nothing that is saved is lost, and resuming takes other memory settings, but no other rows. `keeps`
+    activations that could be recomputed; `shares` beginnings, whose keys are gathered for each record."""
     seen = str(error).split(" Of the allocated memory")[0]  # advice for who writes programs follows
     peak = torch.cuda.max_memory_allocated() / 2**30
     saved = checkpoints(config.output_dir)
     go_on = f"resume=true goes on from {saved[-1].name}" if saved else "start again: nothing is saved yet"
     pieces = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment, for memory that is in pieces"
-    if config.gradient_checkpointing:
-        lower = f"lower row_tokens (now {config.row_tokens}) or max_pixels (now {config.max_pixels})"
-        fix = f"{lower}, and choose another output_dir, since they make it another run; or set {pieces}: {go_on}"
-    else:
+    if keeps:
         fix = f"set gradient_checkpointing: true, or {pieces}: {go_on}"
+    else:
+        lower = f"lower row_tokens (now {config.row_tokens}) or max_pixels (now {config.max_pixels})"
+        lower += ", or set share_prefix: off" * shares
+        fix = f"{lower}, and choose another output_dir, since they make it another run; or set {pieces}: {go_on}"
     return Problem(where, f"{what}, does not fit, with {peak:.1f} GiB of tensors at the peak: {seen}", fix)
+
+
+def free_bytes(device: torch.device, processes: int) -> int | None:
+    """What a process may still take on its device; of the machine's memory, and of what the limits of its container leave, each of
+    the run's `processes` on it gets its part. None where that is not known."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu" or not MEMINFO.exists():
+        return None
+    (available,) = (int(line.split()[1]) * 1024 for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return min([available, *left_by_limits(CGROUPS, OWN_CGROUP)]) // processes
+
+
+def left_by_limits(root: Path, own: Path) -> Iterator[int]:
+    """What each limit of the control groups of this process, and of those above them, leaves in bytes; file cache that would go
+    counts as free. `root` is where they are mounted, `own` says which they are: in a container this may be a path outside of it.
+    """
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        version = "" if not controllers else "memory" if "memory" in controllers.split(",") else None
+        if version is None:
+            continue
+        limit, usage, cache = CGROUP_FILES[version]
+        group = root / version / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root / version):
+                break
+            with suppress(OSError, ValueError):  # it is not there, or its limit is "max"
+                most = int((folder / limit).read_text())
+                facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield most - int((folder / usage).read_text()) + int(facts.get(cache, 0))

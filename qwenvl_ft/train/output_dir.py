@@ -63,9 +63,11 @@ def write_aside(out: Path, name: str, write: Callable[[Path], None], but: str = 
 
 
 def write_results(
-    config: Config, prepared: Prepared, model: Any, state: dict[str, torch.Tensor], processor: Any, lines: Sequence[dict[str, Any]]
-) -> None:
-    """Writes the adapter and the results of the run whose metrics are `lines`; prints what to do next.
+    config: Config, prepared: Prepared, model: Any, state: dict[str, torch.Tensor], processor: Any, lines: Sequence[dict[str, Any]],
+    activations: dict[str, int] | None = None,
+) -> None:  # fmt: skip
+    """Writes the adapter and the results of the run whose metrics are `lines`; prints what to do next. `activations`: of how many
+    layers they were kept.
 
     Adapter and processor are written aside, listed in a manifest that goes with them, and moved, the weights last: until
     those are there the folder is no adapter, or one that its manifest refuses.
@@ -85,7 +87,7 @@ def write_results(
     broken = {problem["where"]: problem for line in lines for problem in line.get("skipped", [])}
     skipped = [*(problem.facts for problem in prepared.problems), *broken.values()]
     results = {"steps": len(lines), "train_loss": lines[-1]["run_loss"], "eval_losses": evaluations, "skipped": skipped}
-    write_json(out / "all_results.json", results)
+    write_json(out / "all_results.json", results | ({"activations": activations} if activations else {}))
     if broken:
         print_line(f"\nSkipped, as on_bad_record says: {len(broken)} records whose pictures break while they are decoded", "yellow")
         print_problems([Problem(**problem) for problem in broken.values()])

@@ -63,6 +63,7 @@ class Run:
         self.bare = accelerator.unwrap_model(model)
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.metrics: Metrics | None = None  # the main process has them
+        self.keeps_activations = config.gradient_checkpointing is False  # of some layers at least
         self.features: dict[bool, Features] = {}  # of the rows that train, and of those that are held out
         self.partitions = zero_partitions(model) if self.deepspeed else []
         self.tower_trains = bool({"vision", "merger"} & set(config.lora_on))

@@ -48,7 +48,7 @@ def test_gradient_checkpointing_is_switched_on_and_changes_no_result(plain, tmp_
     monkeypatch.setattr(transformers.PreTrainedModel, "gradient_checkpointing_enable",
                         lambda self, *args: (switched.append(args), stock(self, *args))[1])  # fmt: skip
     trained = run(tmp_path, gradient_checkpointing=True)
-    assert switched and all(trained[key].allclose(plain[key], atol=1e-6) for key in plain)
+    assert switched and same(trained, plain)
 
 
 def test_attention_is_the_one_asked_for():

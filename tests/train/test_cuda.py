@@ -18,8 +18,9 @@ from qwenvl_ft.data.rows import Rows
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.runs import checkpoints
 from qwenvl_ft.model.load import load_base
-from qwenvl_ft.train import loop, state
+from qwenvl_ft.train import activations, loop, state
 from qwenvl_ft.train.launch import Workers, no_word_of_workers
+from qwenvl_ft.train.memory import out_of_memory
 from qwenvl_ft.train.state import Run
 from tests.conftest import TINY
 from tests.runs import adapter, config, few_records, run, same
@@ -31,28 +32,38 @@ FULL = torch.OutOfMemoryError(
 )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "auto", "auto, and nothing is kept"])
 def test_a_row_that_does_not_fit_is_named_and_what_is_saved_goes_on(checkpointing, plain, tmp_path, monkeypatch):
     """It was a traceback of 55 lines."""
     calls = iter(range(99))
+    keeps = checkpointing in (False, "auto")
+    settings = {**SETTINGS, "gradient_checkpointing": checkpointing if isinstance(checkpointing, bool) else "auto"}
+    if not keeps:
+        monkeypatch.setattr(activations, "free_bytes", lambda device, processes: 0)
 
     def filled(*args, stock=loop.row_loss):
-        if next(calls) == 5:  # in the third step
+        if next(calls) == 5 + (settings["gradient_checkpointing"] == "auto"):  # in the third step, whatever measures goes before
             raise FULL
         return stock(*args)
 
     with monkeypatch.context() as patched, pytest.raises(UserError) as stopped:
         patched.setattr(loop, "row_loss", filled)
         patched.setattr(torch.cuda, "max_memory_allocated", lambda: 21 * 2**30)
-        run(tmp_path, **SETTINGS, gradient_checkpointing=checkpointing)
+        run(tmp_path, **settings)
     (problem,) = stopped.value.problems
     assert "few.json[" in problem.where and "with 21.0 GiB of tensors at the peak: CUDA out of memory." in problem.what
     assert "0.50 GiB is free." in problem.what and "reserved by PyTorch" not in problem.what
     assert "goes on from checkpoint-2" in problem.fix
-    key = "lower row_tokens (now 700) or max_pixels (now 1003520)" if checkpointing else "set gradient_checkpointing: true"
+    key = "set gradient_checkpointing: true" if keeps else "lower row_tokens (now 700) or max_pixels (now 1003520), and choose"
     assert key in problem.fix
-    if not checkpointing:  # recomputing is another order of sums
-        assert same(run(tmp_path, **SETTINGS, resume=True), adapter(plain))
+    if keeps:
+        assert same(run(tmp_path, **SETTINGS, resume=True, gradient_checkpointing=True), adapter(plain))
+
+
+def test_where_beginnings_are_shared_that_is_named_as_something_to_leave_out(tmp_path):
+    for shares in (True, False):
+        fix = out_of_memory(FULL, config(tmp_path), "here", "a row", keeps=False, shares=shares).fix
+        assert ("max_pixels (now 1003520), or set share_prefix: off, and choose" in fix) is shares
 
 
 def test_held_out_records_that_do_not_fit_are_named_too(tmp_path, monkeypatch):

@@ -121,6 +121,23 @@ def test_under_deepspeed_too_a_run_goes_on_to_the_same_bits_and_no_pickle_is_in_
     assert same(whole, adapter(tmp_path / "run"))
 
 
+def test_processes_recompute_what_the_one_with_the_least_memory_has_to(two, tmp_path, forks):
+    codes, said = forks.train(
+        tmp_path, fault=("tests.forked", "with_memory_of", 2**40, 0), gradient_checkpointing="auto", **SETTINGS
+    )
+    assert codes == [0, 0] and said.count("activations of 0 of 4 layers are kept, 4 recomputed") == 1, said[-3000:]
+    assert same(adapter(two), adapter(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("zero", [2, 3], indirect=True)
+def test_under_deepspeed_too_some_layers_may_keep_their_activations(zero, tmp_path, forks):
+    """ZeRO-3 gathers a layer's weights once more where it is recomputed; those that it gathers are no activations."""
+    folder, stage = zero
+    codes, said = forks.train(tmp_path, stage, fault=("tests.forked", "keeping", 2), **SETTINGS, gradient_checkpointing="auto")
+    assert codes == [0, 0] and "activations of 2 of 4 layers are kept, 2 recomputed" in said, said[-3000:]
+    assert same(adapter(folder / "run"), adapter(tmp_path / "run"))
+
+
 def test_zero_3_does_not_wait_for_a_row_without_a_picture_and_ends_with_the_weights_of_ddp(tmp_path, forks):
     """A process whose row has no picture would not gather the tower's weights, and the others would wait for ever."""
     (tmp_path / "ddp").mkdir(), (tmp_path / "zero").mkdir()
