@@ -31,6 +31,7 @@ from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import short_hash, writing
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
+from qwenvl_ft.model.lora import fuse_lora
 from qwenvl_ft.model.loss import Keep, summed_loss
 from qwenvl_ft.train.launch import Signals, alone, check_shared, lost, open_trackers, start
 from qwenvl_ft.train.memory import memory_for, out_of_memory
@@ -141,8 +142,7 @@ def row_loss(run: Run, row: Row, keep: Keep | None = None) -> torch.Tensor:
     """Summed loss of one row on this process's device. For `keep` see vision_features."""
     device = run.accelerator.device
     row = {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for key, value in row.items()}
-    with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
-        return summed_loss(run.model, run.bare, row, run.tower_trains, keep)
+    return summed_loss(run.model, run.bare, row, run.tower_trains, keep)
 
 
 @torch.no_grad()
@@ -240,6 +240,7 @@ def run_steps(
     model = add_lora(
         model, prepared.chat.family, config.lora_on, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed
     )
+    fuse_lora(model)
     if config.gradient_checkpointing:  # after peft, whose hooks would run the frozen vision tower backward
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = new_optimizer(trainable(model).values(), config, accelerator)
