@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qwenvl_ft.data.chat import Chat
@@ -53,6 +54,8 @@ def load_base(model_dir: Path, dtype: str, attention: str = "auto", packed: bool
     if attention == "auto":
         flash = gpu and dtype == "bfloat16" and is_flash_attn_2_available()
         attention = "flash_attention_2" if flash else "varlen" if packed else "sdpa"
+    if is_deepspeed_zero3_enabled():  # shares weights out as they are read, and in the dtype that its own settings name
+        deepspeed_config().update(bf16={"enabled": dtype == "bfloat16"})
     try:
         # Of generation_config.json counts what infer/decoding.py reads; transformers warns of the temperature 0 that is vLLM's.
         model = AutoModelForImageTextToText.from_pretrained(

@@ -9,6 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -33,6 +34,7 @@ from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.lora import fuse_lora
 from qwenvl_ft.model.loss import Keep, summed_loss
+from qwenvl_ft.train.dtypes import Multiplications
 from qwenvl_ft.train.launch import Signals, alone, check_shared, lost, open_trackers, start
 from qwenvl_ft.train.memory import memory_for, out_of_memory
 from qwenvl_ft.train.output_dir import METRICS, Metrics, was_evaluated, write_results, write_settings
@@ -284,6 +286,7 @@ def run_steps(
         said.update(skipped)
 
     said: set[Problem] = set()
+    multiplied = Multiplications(run.bare)
     with Signals() as signals:  # to the end: what is learnt is written though one comes
         try:
             if resume and held_out and is_evaluated(done) and not was_evaluated(resume):
@@ -299,7 +302,11 @@ def run_steps(
                     rate = learning_rate(step, len(steps), config)
                     for group in run.optimizer.param_groups:
                         group["lr"] = rate
-                    taught = train_step(run, epoch, rows, loader, signals)
+                    first = run.bf16 and step == done + 1
+                    with multiplied if first else nullcontext():
+                        taught = train_step(run, epoch, rows, loader, signals)
+                    if first and (slow := multiplied.problem()):
+                        display.say(slow)
                     if taught is None:
                         leave(run, signals, display, step - 1, None if is_saved(step - 1) else same)
                     seconds, skipped = time.monotonic() - began, taught.skipped
@@ -360,6 +367,8 @@ def report_start(config: Config, run: Run, sizes: tuple[int, int], resume: Path 
     """What runs, on what, and how much of it trains."""
     trains, total = sizes
     kind = "bfloat16" if run.bf16 else "float32"
+    if config.dtype == "auto" and not run.bf16 and run.accelerator.device.type == "cuda":
+        kind += " (this GPU has no bfloat16)"
     print_line(f"{run.accelerator.num_processes} x {run.accelerator.device.type}, {kind}; {trains:,} of {total:,} parameters train "
                   f"({trains / total:.2%}; LoRA on {', '.join(config.lora_on)}); attention: {attention_of(run.bare)}")  # fmt: skip
     if resume:
