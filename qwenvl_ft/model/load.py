@@ -42,8 +42,10 @@ class PatchEmbedding(nn.Conv3d):
         return cast(PatchEmbedding, same)
 
 
-def load_base(model_dir: Path, dtype: str, attention: str = "auto", packed: bool = False) -> Any:
-    """The model of any family, on the CPU, in `dtype` (auto, bfloat16, float32).
+def load_base(
+    model_dir: Path, dtype: str, attention: str = "auto", packed: bool = False, device: torch.device | None = None
+) -> Any:
+    """The model of any family, in `dtype` (auto, bfloat16, float32), on the CPU or read straight to a device.
 
     auto is bfloat16 where a GPU has it and float32 elsewhere; attention auto is flash_attention_2 where it is installed, else
     varlen for rows that are `packed`, else sdpa. Raises UserError for an attention that is not installed.
@@ -60,7 +62,7 @@ def load_base(model_dir: Path, dtype: str, attention: str = "auto", packed: bool
         # Of generation_config.json counts what infer/decoding.py reads; transformers warns of the temperature 0 that is vLLM's.
         model = AutoModelForImageTextToText.from_pretrained(
             model_dir, dtype=getattr(torch, dtype), generation_config=GenerationConfig(),
-            attn_implementation="sdpa" if attention == "varlen" else attention,
+            attn_implementation="sdpa" if attention == "varlen" else attention, device_map={"": device} if device else None,
         )  # fmt: skip
     except ImportError as error:  # raised before the weights are read
         what = str(error).strip().splitlines()[0]

@@ -76,9 +76,9 @@ def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Built | U
         last = number == len(mine) - 1
         with run.exchange(last), memory_for(run.config, prepared, row):
             loss = row_loss(run, *run.looked_at(prepared, row, tensors, problems)) * (row is not None)
-            check_finite(loss, "the loss", prepared, row)
-            if row is not None:
-                counted.add(loss, tensors, problems)
+            counted.add(row, loss, tensors, problems)
+            if last:
+                counted.check_finite("the loss", prepared)
             # Processes average their gradients, so times their number: what is left is one division by the global count.
             run.backward(loss * (accelerator.num_processes / divisor), last)
     taught = counted.over_all_processes()
@@ -114,30 +114,35 @@ def taught_tokens(row: Row) -> int:
 
 
 class Count:
-    """Adds up rows of this process, then those of all."""
+    """Adds up rows of this process, then those of all. Losses stay on the device: a look at one waits until it is computed."""
 
     def __init__(self, run: Run):
         self.accelerator = run.accelerator
-        # The loss, the tokens taught, the problems.
-        self.total = torch.zeros(3, dtype=torch.float64, device=run.accelerator.device)
-        self.problems: list[Problem] = []
+        self.rows: list[int | None] = []
+        self.losses: list[torch.Tensor] = []
+        self.tokens, self.problems = 0, list[Problem]()
 
-    def add(self, loss: torch.Tensor, row: Row, problems: list[Problem]) -> None:
-        """One row."""
-        self.total += torch.tensor([loss.item(), taught_tokens(row), len(problems)], device=self.total.device)
-        self.problems += problems
+    def add(self, row: int | None, loss: torch.Tensor, tensors: Row, problems: list[Problem]) -> None:
+        """One row; of None, one that stands in for no row, its loss of 0 alone."""
+        self.rows.append(row)
+        self.losses.append(loss.detach())
+        if row is not None:
+            self.tokens += taught_tokens(tensors)
+            self.problems += problems
+
+    def check_finite(self, what: str, prepared: Prepared) -> None:
+        """Raises NonFiniteLoss that names the records of the first row whose loss is not."""
+        for row, loss in zip(self.rows, torch.stack(self.losses).tolist(), strict=True):
+            if not math.isfinite(loss):
+                fix = "lower learning_rate; look at this row's records with `qwenvl-ft show`"
+                raise NonFiniteLoss(Problem(prepared.places(row or 0), f"{what} is {loss}", fix))
 
     def over_all_processes(self) -> Taught:
         """Every process has to ask."""
-        loss, tokens, problems = self.accelerator.reduce(self.total).tolist()
+        summed = torch.stack(self.losses).double().sum()
+        here = torch.stack([summed, *(summed.new_tensor(count) for count in (self.tokens, len(self.problems)))])
+        loss, tokens, problems = self.accelerator.reduce(here).tolist()
         return Taught(loss, int(tokens), gather_object(self.problems) if problems else [])
-
-
-def check_finite(loss: torch.Tensor, what: str, prepared: Prepared, row: int | None) -> None:
-    """Raises NonFiniteLoss that names the row's records."""
-    if not torch.isfinite(loss):
-        fix = "lower learning_rate; look at this row's records with `qwenvl-ft show`"
-        raise NonFiniteLoss(Problem(prepared.places(row or 0), f"{what} is {loss.item()}", fix))
 
 
 def row_loss(run: Run, row: Row, keep: Keep | None = None) -> torch.Tensor:
@@ -160,9 +165,8 @@ def evaluate(run: Run, held_out: Prepared, signals: Signals) -> Taught | None:
             tensors, problems = raised_here(built)
             with memory_for(run.config, held_out, row):
                 loss = row_loss(run, *run.looked_at(held_out, row, tensors, problems)) * (row is not None)
-            check_finite(loss, "the loss of held-out records", held_out, row)
-            if row is not None:
-                counted.add(loss, tensors, problems)
+            counted.add(row, loss, tensors, problems)
+    counted.check_finite("the loss of held-out records", held_out)
     return counted.over_all_processes()
 
 
@@ -175,6 +179,12 @@ def new_optimizer(parameters: Iterable[torch.nn.Parameter], config: Config, acce
     """AdamW, in one kernel on a GPU; DeepSpeed keeps the state in another form, flat, where there is nothing to gain."""
     fused = accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.DEEPSPEED
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None)
+
+
+def straight_to(accelerator: Accelerator) -> torch.device | None:
+    """Where the base is read to, past the CPU, whose memory would hold it once a process; DeepSpeed places it by itself."""
+    straight = accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.DEEPSPEED
+    return accelerator.device if straight else None
 
 
 def learning_rate(step: int, total: int, config: Config) -> float:
@@ -237,7 +247,8 @@ def run_steps(
     processor.chat_template = prepared.chat.source  # which asks as was taught
     limited(processor, prepared.chat, Reading(video_fps=config.video_fps, video_max_frames=config.video_max_frames))
     trees = prepared.shares or (held_out and held_out.shares)  # which flash_attention_2 does not run, and auto could take
-    model = load_base(config.model, config.dtype, "varlen" if trees else config.attn_implementation, packed=True)
+    attention = "varlen" if trees else config.attn_implementation
+    model = load_base(config.model, config.dtype, attention, packed=True, device=straight_to(accelerator))
     bf16 = model.dtype == torch.bfloat16
     model = add_lora(
         model, prepared.chat.family, config.lora_on, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed

@@ -6,14 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from qwenvl_ft.train import loop
 from qwenvl_ft.train.dtypes import Multiplications
 from tests.forked import train_two
 from tests.runs import ROOT, adapter, config, difference, metrics, run
 
-SETTINGS = {"dtype": "bfloat16", "max_steps": 2, "save_steps": 2, "lora_dropout": 0.1, "max_grad_norm": 1e9}
+SETTINGS = {"dtype": "bfloat16", "max_steps": 2, "save_steps": 2, "rows_per_step": 4, "lora_dropout": 0.1, "max_grad_norm": 1e9}
 SLOW = "multiplications ran in float32 and not in bfloat16"
 
 
@@ -46,20 +48,41 @@ def test_multiplications_are_counted_by_dtype_and_those_in_float32_by_who_asks_f
 
 
 def noted(folder):
-    """A fault that notes what each process multiplies in; and one that leaves PEFT's layers as they are."""
+    """A fault that notes of each process in what its first step multiplies, how often it exchanges gradients in it, and which share
+    of the base it holds once that is loaded."""
 
     def start(rank):
+        notes = {"exchanges": 0}
+
+        def load_base(*args, stock=loop.load_base, **named):
+            model = stock(*args, **named)
+            whole = sum(getattr(of, "ds_numel", of.numel()) for of in model.parameters())
+            notes["share"] = sum(getattr(of, "ds_tensor", of).numel() for of in model.parameters()) / whole
+            assert not [of for of in model.parameters() if hasattr(of, "ds_tensor") and of.numel()]
+            return model
+
+        def exchange(state, bucket):
+            notes["exchanges"] += bucket.is_last()
+            return allreduce_hook(state, bucket)
+
+        def wrapped(self, *args, stock=DistributedDataParallel.__init__, **named):
+            stock(self, *args, **named)
+            self.register_comm_hook(None, exchange)
+
         def problem(self, stock=Multiplications.problem):
+            notes["flops"] = {str(dtype): flops for dtype, flops in self.flops.items()}
             with open(f"{folder}/{rank}.json", "w") as file:
-                json.dump({str(dtype): flops for dtype, flops in self.flops.items()}, file)
+                json.dump(notes, file)
             return stock(self)
 
-        Multiplications.problem = problem
+        loop.load_base, Multiplications.problem, DistributedDataParallel.__init__ = load_base, problem, wrapped
 
     return start
 
 
 def stock_layers():
+    """A fault that leaves PEFT's layers as they are."""
+
     def start(rank):
         loop.fuse_lora = lambda model: None
 
@@ -76,7 +99,8 @@ def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(ROOT)
-        patched.setattr(Multiplications, "problem", Multiplications.problem)  # which goes back to what it was
+        for of, name in ((Multiplications, "problem"), (loop, "load_base"), (DistributedDataParallel, "__init__")):
+            patched.setattr(of, name, getattr(of, name))  # which go back to what they were
         noted(folder)(0)
         run(folder, **SETTINGS)
     return folder
@@ -87,9 +111,11 @@ def test_two_processes_multiply_in_bfloat16_as_one_does_and_learn_the_same(zero_
     """ZeRO-2 ran the adapters in float32, since DeepSpeed's engine switches autocast off; ZeRO-3 all, which it had loaded so."""
     folder = train_two(forks, tmp_path, zero_stage, fault=("tests.train.test_dtypes", "noted", str(tmp_path)), **SETTINGS)
     (alone,), both = said_in(one), said_in(tmp_path)
-    assert alone.keys() == both[0].keys() == both[1].keys() == {"torch.bfloat16"}
-    assert sum(of["torch.bfloat16"] for of in both) == alone["torch.bfloat16"]
+    assert alone["flops"].keys() == both[0]["flops"].keys() == both[1]["flops"].keys() == {"torch.bfloat16"}
+    assert sum(of["flops"]["torch.bfloat16"] for of in both) == alone["flops"]["torch.bfloat16"]
     assert SLOW not in (tmp_path / "log").read_text()
+    assert alone["share"] == 1 and [of["share"] for of in both] == pytest.approx([0.5 if zero_stage == 3 else 1] * 2, abs=0.01)
+    assert [of["exchanges"] for of in both] == [not zero_stage] * 2  # of two rows each
     losses = [[line["loss"] for line in metrics(of)] for of in (one / "run", folder)]
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
     if zero_stage != 3:  # where layers run as PEFT has them, which rounds more often, and Adam makes the sign of all that is small
