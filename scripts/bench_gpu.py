@@ -46,6 +46,7 @@ from qwenvl_ft.data.rows import SCALES, Row, as_floats, join
 from qwenvl_ft.model import head
 from qwenvl_ft.model.attention import VARLEN, attention, attention_of
 from qwenvl_ft.model.load import add_lora, load_base, refit, trainable
+from qwenvl_ft.model.lora import fuse_lora
 from qwenvl_ft.train import loop
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +73,7 @@ def random_model(config: Any, attends: str = "varlen") -> Any:
 def trained(config: Any) -> Any:
     """What a training step needs of a `Run`: a random model with LoRA on its language model."""
     model = add_lora(random_model(config), FAMILIES[config.model_type], ["language"], 16, 32, 0.0, 0)
+    fuse_lora(model)
     for name, parameter in trainable(model).items():
         if "lora_B" in name:  # 0 in a fresh one, which would leave half of the gradients at 0
             torch.nn.init.normal_(parameter, std=0.01)

@@ -24,6 +24,7 @@ from qwenvl_ft.data.packing import Alike, pack
 from qwenvl_ft.data.records import Picture, Record, Turn
 from qwenvl_ft.data.rows import Row, Rows
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
+from qwenvl_ft.model.lora import fuse_lora
 from qwenvl_ft.model.loss import summed_loss
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +45,7 @@ def write_scripts(chat: Chat, folder: Path, pictures: int, questions: int, token
     return [script for record in records for script in chat.write_scripts(record)]
 
 
-def run(model: Any, rows: list[Row], half: bool) -> tuple[float, float, torch.Tensor]:
+def run(model: Any, rows: list[Row]) -> tuple[float, float, torch.Tensor]:
     """Seconds, summed loss and gradients."""
     gpu = next(model.parameters()).is_cuda
     clock = time.perf_counter if gpu else time.process_time
@@ -52,8 +53,7 @@ def run(model: Any, rows: list[Row], half: bool) -> tuple[float, float, torch.Te
     began, total = clock(), 0.0
     for row in rows:
         row = {key: value.cuda() if gpu and isinstance(value, torch.Tensor) else value for key, value in row.items()}
-        with torch.autocast("cuda" if gpu else "cpu", torch.bfloat16, enabled=half):
-            loss = summed_loss(model, model, row, False)
+        loss = summed_loss(model, model, row, False)
         loss.backward()
         total += loss.item()
     if gpu:
@@ -69,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     chat = open_chat(args.model, max_pixels=2 * args.tokens * 32 * 32)
     model = add_lora(load_base(args.model, "auto", "varlen"), chat.family, ["language"], 8, 16, 0.0, 0).train()
-    half = model.dtype == torch.bfloat16
+    fuse_lora(model)
     for name, parameter in trainable(model).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -86,10 +86,10 @@ def main() -> None:
         }
         processor = limited(AutoProcessor.from_pretrained(args.model), chat)
         ways = {name: [*Rows(scripts, plan.rows, chat, processor)] for name, plan in plans.items()}
-    found = {name: [run(model, rows, half)] for name, rows in ways.items()}  # the first is not counted: it warms up
+    found = {name: [run(model, rows)] for name, rows in ways.items()}  # the first is not counted: it warms up
     for _ in range(args.repeats):  # in turn, so that what else the machine does falls on all
         for name, rows in ways.items():
-            found[name].append(run(model, rows, half))
+            found[name].append(run(model, rows))
     wanted = found["each alone"][0][2]
     least = {name: min(seconds for seconds, _, _ in runs[1:]) for name, runs in found.items()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qwenvl_ft.data.chat import Chat
@@ -41,8 +42,10 @@ class PatchEmbedding(nn.Conv3d):
         return cast(PatchEmbedding, same)
 
 
-def load_base(model_dir: Path, dtype: str, attention: str = "auto", packed: bool = False) -> Any:
-    """The model of any family, on the CPU, in `dtype` (auto, bfloat16, float32).
+def load_base(
+    model_dir: Path, dtype: str, attention: str = "auto", packed: bool = False, device: torch.device | None = None
+) -> Any:
+    """The model of any family, in `dtype` (auto, bfloat16, float32), on the CPU or read straight to a device.
 
     auto is bfloat16 where a GPU has it and float32 elsewhere; attention auto is flash_attention_2 where it is installed, else
     varlen for rows that are `packed`, else sdpa. Raises UserError for an attention that is not installed.
@@ -53,11 +56,13 @@ def load_base(model_dir: Path, dtype: str, attention: str = "auto", packed: bool
     if attention == "auto":
         flash = gpu and dtype == "bfloat16" and is_flash_attn_2_available()
         attention = "flash_attention_2" if flash else "varlen" if packed else "sdpa"
+    if is_deepspeed_zero3_enabled():  # shares weights out as they are read, and in the dtype that its own settings name
+        deepspeed_config().update(bf16={"enabled": dtype == "bfloat16"})
     try:
         # Of generation_config.json counts what infer/decoding.py reads; transformers warns of the temperature 0 that is vLLM's.
         model = AutoModelForImageTextToText.from_pretrained(
             model_dir, dtype=getattr(torch, dtype), generation_config=GenerationConfig(),
-            attn_implementation="sdpa" if attention == "varlen" else attention,
+            attn_implementation="sdpa" if attention == "varlen" else attention, device_map={"": device} if device else None,
         )  # fmt: skip
     except ImportError as error:  # raised before the weights are read
         what = str(error).strip().splitlines()[0]

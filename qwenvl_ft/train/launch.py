@@ -77,7 +77,8 @@ class Signals:
         """The signal that any process got, or 0: the same in all of them, so all have to ask. `midway` through a step one counts
         only after the time that it was given to end."""
         counts = self.received and not (midway and time.monotonic() - self.since < GRACE_SECONDS)
-        got = torch.tensor([bool(counts and self.received == number) for number in STOPS], device=accelerator.device).long()
+        device = accelerator.device if accelerator.num_processes > 1 else "cpu"  # a look at a GPU waits for all that it has to do
+        got = torch.tensor([bool(counts and self.received == number) for number in STOPS], device=device).long()
         agreed = accelerator.reduce(got).tolist()
         self.heard = bool(self.received)
         return next((int(number) for number, count in zip(STOPS, agreed, strict=True) if count), 0)

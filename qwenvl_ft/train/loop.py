@@ -9,6 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -31,8 +32,10 @@ from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import short_hash, writing
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
+from qwenvl_ft.model.lora import fuse_lora
 from qwenvl_ft.model.loss import Keep, summed_loss
 from qwenvl_ft.train.activations import keep_what_fits, recompute
+from qwenvl_ft.train.dtypes import Multiplications
 from qwenvl_ft.train.launch import Signals, alone, check_shared, lost, open_trackers, start
 from qwenvl_ft.train.memory import memory_for, out_of_memory
 from qwenvl_ft.train.output_dir import METRICS, Metrics, was_evaluated, write_results, write_settings
@@ -74,9 +77,9 @@ def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Built | U
         last = number == len(mine) - 1
         with run.exchange(last), memory_for(run, prepared, row):
             loss = row_loss(run, *run.looked_at(prepared, row, tensors, problems)) * (row is not None)
-            check_finite(loss, "the loss", prepared, row)
-            if row is not None:
-                counted.add(loss, tensors, problems)
+            counted.add(row, loss, tensors, problems)
+            if last:
+                counted.check_finite("the loss", prepared)
             # Processes average their gradients, so times their number: what is left is one division by the global count.
             run.backward(loss * (accelerator.num_processes / divisor), last)
     taught = counted.over_all_processes()
@@ -112,38 +115,42 @@ def taught_tokens(row: Row) -> int:
 
 
 class Count:
-    """Adds up rows of this process, then those of all."""
+    """Adds up rows of this process, then those of all. Losses stay on the device: a look at one waits until it is computed."""
 
     def __init__(self, run: Run):
         self.accelerator = run.accelerator
-        # The loss, the tokens taught, the problems.
-        self.total = torch.zeros(3, dtype=torch.float64, device=run.accelerator.device)
-        self.problems: list[Problem] = []
+        self.rows: list[int | None] = []
+        self.losses: list[torch.Tensor] = []
+        self.tokens, self.problems = 0, list[Problem]()
 
-    def add(self, loss: torch.Tensor, row: Row, problems: list[Problem]) -> None:
-        """One row."""
-        self.total += torch.tensor([loss.item(), taught_tokens(row), len(problems)], device=self.total.device)
-        self.problems += problems
+    def add(self, row: int | None, loss: torch.Tensor, tensors: Row, problems: list[Problem]) -> None:
+        """One row; of None, one that stands in for no row, its loss of 0 alone."""
+        self.rows.append(row)
+        self.losses.append(loss.detach())
+        if row is not None:
+            self.tokens += taught_tokens(tensors)
+            self.problems += problems
+
+    def check_finite(self, what: str, prepared: Prepared) -> None:
+        """Raises NonFiniteLoss that names the records of the first row whose loss is not."""
+        for row, loss in zip(self.rows, torch.stack(self.losses).tolist(), strict=True):
+            if not math.isfinite(loss):
+                fix = "lower learning_rate; look at this row's records with `qwenvl-ft show`"
+                raise NonFiniteLoss(Problem(prepared.places(row or 0), f"{what} is {loss}", fix))
 
     def over_all_processes(self) -> Taught:
         """Every process has to ask."""
-        loss, tokens, problems = self.accelerator.reduce(self.total).tolist()
+        summed = torch.stack(self.losses).double().sum()
+        here = torch.stack([summed, *(summed.new_tensor(count) for count in (self.tokens, len(self.problems)))])
+        loss, tokens, problems = self.accelerator.reduce(here).tolist()
         return Taught(loss, int(tokens), gather_object(self.problems) if problems else [])
-
-
-def check_finite(loss: torch.Tensor, what: str, prepared: Prepared, row: int | None) -> None:
-    """Raises NonFiniteLoss that names the row's records."""
-    if not torch.isfinite(loss):
-        fix = "lower learning_rate; look at this row's records with `qwenvl-ft show`"
-        raise NonFiniteLoss(Problem(prepared.places(row or 0), f"{what} is {loss.item()}", fix))
 
 
 def row_loss(run: Run, row: Row, keep: Keep | None = None) -> torch.Tensor:
     """Summed loss of one row on this process's device. For `keep` see vision_features."""
     device = run.accelerator.device
     row = {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for key, value in row.items()}
-    with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
-        return summed_loss(run.model, run.bare, row, run.tower_trains, keep)
+    return summed_loss(run.model, run.bare, row, run.tower_trains, keep)
 
 
 @torch.no_grad()
@@ -159,9 +166,8 @@ def evaluate(run: Run, held_out: Prepared, signals: Signals) -> Taught | None:
             tensors, problems = raised_here(built)
             with memory_for(run, held_out, row):
                 loss = row_loss(run, *run.looked_at(held_out, row, tensors, problems)) * (row is not None)
-            check_finite(loss, "the loss of held-out records", held_out, row)
-            if row is not None:
-                counted.add(loss, tensors, problems)
+            counted.add(row, loss, tensors, problems)
+    counted.check_finite("the loss of held-out records", held_out)
     return counted.over_all_processes()
 
 
@@ -174,6 +180,12 @@ def new_optimizer(parameters: Iterable[torch.nn.Parameter], config: Config, acce
     """AdamW, in one kernel on a GPU; DeepSpeed keeps the state in another form, flat, where there is nothing to gain."""
     fused = accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.DEEPSPEED
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None)
+
+
+def straight_to(accelerator: Accelerator) -> torch.device | None:
+    """Where the base is read to, past the CPU, whose memory would hold it once a process; DeepSpeed places it by itself."""
+    straight = accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.DEEPSPEED
+    return accelerator.device if straight else None
 
 
 def learning_rate(step: int, total: int, config: Config) -> float:
@@ -237,11 +249,13 @@ def run_steps(
     processor.chat_template = prepared.chat.source  # which asks as was taught
     limited(processor, prepared.chat, Reading(video_fps=config.video_fps, video_max_frames=config.video_max_frames))
     trees = prepared.shares or (held_out and held_out.shares)  # which flash_attention_2 does not run, and auto could take
-    model = load_base(config.model, config.dtype, "varlen" if trees else config.attn_implementation, packed=True)
+    attention = "varlen" if trees else config.attn_implementation
+    model = load_base(config.model, config.dtype, attention, packed=True, device=straight_to(accelerator))
     bf16 = model.dtype == torch.bfloat16
     model = add_lora(
         model, prepared.chat.family, config.lora_on, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed
     )
+    fuse_lora(model)
     if config.gradient_checkpointing:
         recompute(model)
     optimizer = new_optimizer(trainable(model).values(), config, accelerator)
@@ -288,6 +302,7 @@ def run_steps(
         said.update(skipped)
 
     said: set[Problem] = set()
+    multiplied = Multiplications(run.bare)
     with Signals() as signals:  # to the end: what is learnt is written though one comes
         try:
             if resume and held_out and is_evaluated(done) and not was_evaluated(resume):
@@ -303,7 +318,11 @@ def run_steps(
                     rate = learning_rate(step, len(steps), config)
                     for group in run.optimizer.param_groups:
                         group["lr"] = rate
-                    taught = train_step(run, epoch, rows, loader, signals)
+                    first = run.bf16 and step == done + 1
+                    with multiplied if first else nullcontext():
+                        taught = train_step(run, epoch, rows, loader, signals)
+                    if first and (slow := multiplied.problem()):
+                        display.say(slow)
                     if taught is None:
                         leave(run, signals, display, step - 1, None if is_saved(step - 1) else same)
                     seconds, skipped = time.monotonic() - began, taught.skipped
@@ -365,6 +384,8 @@ def report_start(config: Config, run: Run, sizes: tuple[int, int], resume: Path 
     """What runs, on what, and how much of it trains."""
     trains, total = sizes
     kind = "bfloat16" if run.bf16 else "float32"
+    if config.dtype == "auto" and not run.bf16 and run.accelerator.device.type == "cuda":
+        kind += " (this GPU has no bfloat16)"
     print_line(f"{run.accelerator.num_processes} x {run.accelerator.device.type}, {kind}; {trains:,} of {total:,} parameters train "
                   f"({trains / total:.2%}; LoRA on {', '.join(config.lora_on)}); attention: {attention_of(run.bare)}")  # fmt: skip
     if resume:

@@ -186,6 +186,22 @@ def test_the_optimizer_is_one_kernel_on_a_gpu(device, kind, fused, tmp_path):
     assert loop.new_optimizer(weights, config(tmp_path), accelerator).defaults["fused"] is fused
 
 
+@pytest.mark.parametrize(("device", "kind", "straight"), [("cpu", "NO", False), ("cuda", "NO", True), ("cuda", "DEEPSPEED", False)])
+def test_the_base_is_read_straight_to_a_gpu(device, kind, straight):
+    accelerator = SimpleNamespace(device=torch.device(device), distributed_type=DistributedType[kind])
+    assert loop.straight_to(accelerator) == (torch.device(device) if straight else None)
+
+
+def test_a_base_that_is_read_straight_to_a_device_is_the_same_there():
+    """Its embedding is tied to the head, and nothing is hung on it that would move what it is given."""
+    straight, plain = load_base(TINY, "float32", device=torch.device("cpu")), load_base(TINY, "float32")
+    elsewhere = load_base(TINY, "float32", device=torch.device("meta"))
+    assert {of.device.type for of in elsewhere.parameters()} == {"meta"}
+    assert same(straight.state_dict(), plain.state_dict())
+    assert straight.lm_head.weight is straight.get_input_embeddings().weight
+    assert not [module for module in straight.modules() if hasattr(module, "_hf_hook")]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_rows_are_pinned_for_a_gpu_and_come_through_it_whole(device, monkeypatch):
     holder = SimpleNamespace(

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qwenvl_ft.errors import UserError
+from qwenvl_ft.errors import NonFiniteLoss, UserError
 from qwenvl_ft.train import loop
 from qwenvl_ft.train.curves import draw_losses
 from tests.runs import adapter, config, metrics, run, same
@@ -94,3 +94,23 @@ def test_a_long_run_is_drawn_as_means_and_a_single_step_can_be_drawn():
     assert "training, mean of 20 steps" not in draw_losses(lines[:400])
     assert "mean of 20 steps" in draw_losses(lines)
     assert points(draw_losses(lines[:1])) == [[(60.0, pytest.approx(74.3, abs=0.1))]]
+
+
+def test_losses_are_looked_at_once_a_step_and_the_row_of_one_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    """Each row's was, which on a GPU waits until it is computed."""
+    taken, ran = [], []
+
+    def train_step(run, epoch, rows, *args, stock=loop.train_step):
+        taken.extend(run.prepared.places(row) for row in rows)
+        return stock(run, epoch, rows, *args)
+
+    def row_loss(*args, stock=loop.row_loss):
+        ran.append(stock(*args))
+        return ran[-1] * (float("nan") if len(ran) == 2 else 1)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(loop, "row_loss", row_loss)
+    with pytest.raises(NonFiniteLoss) as stopped:
+        run(tmp_path, rows_per_step=3, max_steps=1)
+    (problem,) = stopped.value.problems
+    assert len(ran) == len(taken) == 3 and problem.where == taken[1] and problem.what == "the loss is nan"
