@@ -10,87 +10,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    StrictBool,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, ValidationInfo, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionStartEvent, ScalarEvent
 
 from qwenvl_ft.errors import Problem, UserError
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):  # which Python takes for 0 and 1
-        raise ValueError("write a number")
-    return value
-
-
-def _area(value: int) -> int:
-    if value < FOUR_TOKENS:  # a side in px or a number of tokens was meant, and no picture would be seen
-        raise ValueError(f"it is an area, height x width in px: write at least {FOUR_TOKENS}, four tokens of 28 x 28 px")
-    return value
-
-
-def _step(value: float) -> float:
-    if value > 1:  # AdamW moves every weight by about so much; from 1e38 on it ends in an OverflowError
-        raise ValueError("write at most 1; 1e-4 is usual")
-    return value
-
-
-FOUR_TOKENS = 4 * 28 * 28
-Number = Annotated[int, BeforeValidator(_number)]
-Positive = Annotated[Number, Field(gt=0)]
-Area = Annotated[Number, AfterValidator(_area)]
-Count = Annotated[Number, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Step = Annotated[Rate, AfterValidator(_step)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-# The forms of records that are told from what a meta-file holds; data/formats reads them.
-Form = Literal["documented", "v1", "llava", "sharegpt", "messages", "openai", "prompt_completion", "query_response", "alpaca",
-               "pairs", "columns"]  # fmt: skip
-Tower = Literal["language", "vision", "merger"]
-
-
-class Part(BaseModel):
-    """One of several meta-files that are mixed: each of its records counts `weight` times."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    file: Path
-    data_dir: Path | None = None
-    weight: Rate = 1
-
-
-def _meta(value: Any) -> Any:
-    """A path, or a list of parts, each of which may be a path alone; complained about as one thing."""
-    if not isinstance(value, list):
-        if not isinstance(value, str | Path):
-            raise ValueError("it should be a path, a text, or a list of {file, data_dir, weight}")
-        return Path(value)
-    parts = []
-    for number, part in enumerate(value):
-        try:
-            parts.append(Part.model_validate({"file": part} if isinstance(part, str | Path) else part))
-        except ValidationError as error:
-            first = error.errors()[0]
-            at, said = ".".join(map(str, [number, *first["loc"]])), first["msg"][0].lower() + first["msg"][1:]
-            raise ValueError(f"write each of the list as {{file, data_dir, weight}}: of {at} {said}") from error
-    if not parts:
-        raise ValueError("list at least one file")
-    return parts
-
-
-Meta = Annotated[Path | list[Part], PlainValidator(_meta)]
+from qwenvl_ft.values import Area, Count, Form, Layers, LoraOn, Meta, Number, Own, Positive, Rate, Share, Step, Tower
 
 
 class Config(BaseModel):
@@ -121,7 +47,8 @@ class Config(BaseModel):
     on_bad_record: Literal["error", "skip"] = "error"
     dataloader_num_workers: Count = 2
 
-    lora_on: Annotated[list[Tower], Field(min_length=1)] = ["language"]
+    lora_on: LoraOn = ["language"]
+    lora_targets: Layers | None = None
     lora_rank: Positive = 16
     lora_alpha: Rate = 32
     lora_dropout: Share = 0.0
@@ -157,7 +84,12 @@ class Config(BaseModel):
             raise ValueError(f"set it to at least min_pixels, {info.data['min_pixels']}")
         return value
 
-    @field_validator("lora_on", "report_to", mode="before")
+    @property
+    def own(self) -> dict[Tower, Own]:
+        """What the towers have of their own, where lora_on is an object."""
+        return {tower: Own(**given) for tower, given in self.lora_on.items()} if isinstance(self.lora_on, dict) else {}
+
+    @field_validator("report_to", mode="before")
     @classmethod
     def one_is_a_list(cls, value: Any) -> Any:
         """`report_to: wandb` means `report_to: [wandb]`, and none means none."""
@@ -189,7 +121,7 @@ PEERS = {
     "strict": "on_bad_record", "on_bad_sample": "on_bad_record",
     "preprocessing_num_workers": "dataloader_num_workers", "dataset_num_proc": "dataloader_num_workers",
     "lora_r": "lora_rank", "r": "lora_rank", "rank": "lora_rank", "alpha": "lora_alpha",
-    "lora_target": "lora_on", "target_modules": "lora_on", "lora_target_modules": "lora_on", "freeze_vit": "lora_on",
+    "lora_target": "lora_targets", "target_modules": "lora_targets", "lora_target_modules": "lora_targets", "freeze_vit": "lora_on",
     "freeze_vision_tower": "lora_on", "freeze_llm": "lora_on", "freeze_aligner": "lora_on", "freeze_merger": "lora_on",
     "freeze_multi_modal_projector": "lora_on", "vision_lora": "lora_on", "tune_mm_vision": "lora_on", "tune_mm_llm": "lora_on",
     "tune_mm_mlp": "lora_on", "freeze_language_model": "lora_on",
@@ -207,7 +139,7 @@ PEERS = {
     "output_directory": "output_dir", "wandb_name": "run_name", "wandb_run_name": "run_name", "logging_interval": "logging_steps",
     "val_set_size": "eval_meta_file", "split_dataset_ratio": "eval_meta_file", "eval_file": "eval_meta_file",
     "dataset_use": "train_meta_file", "max_model_len": "row_tokens", "max_packed_sequence_len": "row_tokens",
-    "lora_target_linear": "lora_on", "target_regex": "lora_on", "vision_tower": "lora_on", "tune_merger": "lora_on",
+    "lora_target_linear": "lora_targets", "target_regex": "lora_targets", "vision_tower": "lora_on", "tune_merger": "lora_on",
     "xformers_attention": "attn_implementation", "sdp_attention": "attn_implementation",
     "formatting": "format", "dataset_type": "format", "field_messages": "columns", "field_instruction": "columns",
     "video_maxlen": "video_max_frames", "fps_max_frames": "video_max_frames", "fps": "video_fps",
@@ -218,6 +150,7 @@ CLOSE = 0.85  # of two keys that are one misspelt: lower, and a key of another m
 # What has to be known besides the name, by our key.
 REMARKS = {
     "lora_on": "[language] to keep the vision tower and the merger frozen, [language, vision, merger] to train them, too",
+    "lora_targets": "[q_proj, v_proj], names of linear layers, or a regular expression; lora_on says in which towers",
     "rows_per_step": "another number, the rows of one step over all processes together",
     "row_tokens": "records share rows of so many tokens, and a longer one is reported, never cut",
     "eval_meta_file": "a file of held-out records; none are split off",
@@ -233,7 +166,7 @@ LORA_ONLY = "this tool trains LoRA and nothing else"
 NEW_ADAPTER = "a run begins with a new adapter; resume: true goes on with the one of output_dir"
 NO_HUB = "training uploads nothing; `qwenvl-ft export --push modelscope:ORG/NAME` (or hf:) uploads the merged model"
 NO_STOPPING = "no best step is looked for; eval_steps and save_steps show and keep more of them"
-ONE_RATE = "learning_rate is that of all towers; lora_on says which of them train"
+OWN_RATES = "write it into lora_on: {language: {}, vision: {learning_rate: 2e-5}, merger: {learning_rate: 2e-5}}"
 ANSWERS_ONLY = 'only assistant turns are taught, but for those with "loss": false in the meta-file'
 # What is not offered, or is so without a key: the keys of peers, and what to know in their place.
 NOT_NEEDED = {key: why for why, keys in {
@@ -283,8 +216,10 @@ NOT_NEEDED = {key: why for why, keys in {
         "wandb_entity wandb_run_id wandb_log_model wandb_watch",
     "only wandb and tensorboard are reported to":
         "swanlab_project use_swanlab use_mlflow use_comet",
-    ONE_RATE:
-        "vision_lr vit_lr merger_lr projector_lr aligner_lr mm_projector_lr vision_tower_lr embedding_learning_rate",
+    OWN_RATES:
+        "vision_lr vit_lr merger_lr projector_lr aligner_lr mm_projector_lr vision_tower_lr",
+    "the embeddings are not trained":
+        "embedding_learning_rate",
     "it is AdamW with its usual constants":
         "optim optimizer optim_args adam_beta1 adam_beta2 adam_epsilon optim_target_modules",
     "the rate ends at zero, or stays with lr_scheduler_type: constant":

@@ -16,7 +16,7 @@ KEYS = """
     model train_meta_file train_data_dir output_dir eval_meta_file eval_data_dir
     min_pixels max_pixels video_fps video_max_frames video_max_pixels
     row_tokens share_prefix cache_features thinking boxes fetch_media format columns on_bad_record dataloader_num_workers
-    lora_on lora_rank lora_alpha lora_dropout
+    lora_on lora_targets lora_rank lora_alpha lora_dropout
     num_train_epochs max_steps rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm seed
     dtype attn_implementation gradient_checkpointing ddp_timeout
     logging_steps eval_steps save_steps save_total_limit resume report_to run_name
@@ -74,6 +74,19 @@ def test_one_word_is_a_list_of_one_and_none_is_no_one(load):
     assert load("report_to: wandb\n").report_to == ["wandb"]
     assert load("report_to: none\n").report_to == []
     assert load("lora_on: vision\n").lora_on == ["vision"]
+
+
+def test_towers_may_have_a_rank_an_alpha_and_a_rate_of_their_own(load, complaints):
+    own = load("lora_on: {language: {}, vision: {rank: 8, learning_rate: 2e-5}}\n").own
+    assert own["language"].rank is None and (own["vision"].rank, own["vision"].learning_rate) == (8, 2e-5)
+    for text, said in {
+        "{vision: {ranks: 8}}": "of vision.ranks extra inputs are not permitted", "{visions: {}}": "list language, vision and merger",
+        "{vision: {rank: 0}}": "of vision.rank it should be greater than 0", "[]": "list language, vision and merger",
+    }.items():  # fmt: skip
+        ((where, _, fix),) = complaints(f"lora_on: {text}\n")
+        assert where == "a.yaml:5" and said in fix
+    ((_, _, fix),) = complaints("lora_targets: '(q_proj'\n")
+    assert fix.startswith("write [q_proj, v_proj], or a regular expression of whole names (missing ), unterminated subpattern")
 
 
 def test_all_problems_of_file_and_overrides_come_at_once(complaints):
@@ -313,7 +326,7 @@ def test_no_setting_of_transformers_is_guessed_at(complaints):
 
 @pytest.mark.parametrize(("key", "said"), [
     ("max_samples", "write a smaller meta-file, or set max_steps"), ("overwrite_output_dir", "name a new output_dir"),
-    ("adapter_name_or_path", "resume: true goes on with the one of output_dir"), ("vision_lr", "lora_on says which of them train"),
+    ("adapter_name_or_path", "resume: true goes on with the one of output_dir"), ("vision_lr", "write it into lora_on: {language: {}, vision: {learning_rate: 2e-5}"),
     ("hub_model_id", "`qwenvl-ft export --push modelscope:ORG/NAME`"), ("save_only_model", "holds the adapter and all that resume needs"),
     ("save_only_modle", "delete it, if save_only_model is meant: a checkpoint holds the adapter"),
     ("warmup_steps", "write warmup_ratio: a share of the run, not a number of steps"),

@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from qwenvl_ft.config import FOUR_TOKENS, Config, Form, Part, load_config
+from qwenvl_ft.config import Config, load_config
 from qwenvl_ft.data.reading import AS_FOUND, Numbers, Reading
 from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.values import FOUR_TOKENS, Form, Part
 
 Meta = Annotated[
     Path,

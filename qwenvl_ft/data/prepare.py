@@ -25,6 +25,7 @@ from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Video
 from qwenvl_ft.data.table import Scripts, TableWriter
+from qwenvl_ft.data.targets import find_layers, said_of
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.problems import check_model
 from qwenvl_ft.folders.runs import check_output_dir
@@ -105,6 +106,7 @@ class Prepared:
             },
             "features": self.features(config),
             "taught_tokens": taught,
+            "trains": said_of(config),
             "rows": len(self.plan.rows),
             "row_tokens": self.plan.row_tokens,
             "fill": round(self.plan.fill, 4),
@@ -178,6 +180,7 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
     chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking, config.video_max_pixels)
     reading, linear = Reading.of(config), chat.family.linear_attention
+    find_layers(config)
 
     held_out, held_out_dir = None if evaluation else config.eval_meta_file, config.eval_data_dir or config.train_data_dir
 

@@ -25,7 +25,7 @@ from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.export.prove import prove
-from qwenvl_ft.folders.adapter import DTYPES, LORA_KEY, Floats, Stored, as_float32, module_of, read_header
+from qwenvl_ft.folders.adapter import DTYPES, LORA_KEY, Floats, Stored, as_float32, module_of, read_header, scale_of
 from qwenvl_ft.folders.model import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -51,7 +51,7 @@ OF_PICTURES = ("min_pixels", "max_pixels", "image_processor_type")  # in a file 
 BLOCK_BYTES = 1 << 19  # a block and its float32 stay in a core's cache
 # Settings of PEFT that make an adapter more than B @ A.
 NOT_PLAIN = (
-    "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "use_qalora", "use_bdlora",
+    "use_dora", "modules_to_save", "lora_bias", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "arrow_config", "layer_replication", "fan_in_fan_out", "trainable_token_indices",
     "target_parameters",
 )  # fmt: skip
@@ -189,8 +189,7 @@ class Deltas:
         if more:
             raise UserError(Problem(str(adapter), f"is no plain LoRA adapter ({', '.join(more)})",
                                     "merge it with the tool that trained it"))  # fmt: skip
-        rank = settings["r"]
-        self.scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+        self.settings = settings
         self.pairs: dict[str, dict[str, Stored]] = {}  # of each module its A and B
         for tensor in read_header(self.where)[1]:
             match = LORA_KEY.match(tensor.key)
@@ -220,7 +219,7 @@ class Deltas:
             raise UserError(Problem(f"{self.where}: {module}", f"has shape {found}, the base {shape}",
                                     "give the right base with --model DIR"))  # fmt: skip
         self.left.discard(module)
-        return pair["B"] * np.float32(self.scale), pair["A"]
+        return pair["B"] * np.float32(scale_of(self.settings, module)), pair["A"]
 
 
 def merge_files(shards: Sequence[Path], folder: Path, deltas: Deltas, on_bytes: Callable[[int, int], None]) -> dict[str, str]:

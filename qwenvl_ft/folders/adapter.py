@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +75,18 @@ def as_float32(stored: Any) -> Floats:
         np.left_shift(stored, 16, dtype=np.uint32).view(np.float32) if stored.dtype == np.uint16 else stored.astype(np.float32)
     )
     return found
+
+
+def scale_of(settings: Mapping[str, Any], module: str) -> float:
+    """How often an adapter counts B @ A in a module, by its settings: the alpha and the rank there, which patterns may say, as PEFT
+    reads them (its get_pattern_key)."""
+
+    def there(key: str, pattern: str) -> float:
+        values: dict[str, float] = settings.get(pattern) or {}
+        return next((value for name, value in values.items() if re.match(rf"(.*\.)?({name})$", module)), settings[key])
+
+    rank = there("r", "rank_pattern")
+    return there("lora_alpha", "alpha_pattern") / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 def module_of(key: str) -> str:

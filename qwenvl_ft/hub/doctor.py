@@ -24,7 +24,7 @@ HEAD, EMBEDDINGS = "lm_head", "model.language_model.embed_tokens"
 ON_A_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 # Of vLLM's LoRAConfig, which calls it experimental; early versions do not have it, and no version here can be asked.
 TOWERS_TOO = "; or try --enable-tower-connector-lora (experimental), where `vllm serve --help` lists it: older versions do not"
-MORE_THAN_LORA = ("use_dora", "modules_to_save", "lora_bias")
+MORE_THAN_LORA = ("use_dora", "modules_to_save", "lora_bias", "rank_pattern", "alpha_pattern")
 
 
 def examine(folder: Path) -> Report:

@@ -1,8 +1,9 @@
 """Loads a base model and its processor, and hangs LoRA on it: fresh for training, or as an adapter's folder has it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -15,11 +16,13 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from qwenvl_ft.data.chat import Chat
 from qwenvl_ft.data.families import Family
 from qwenvl_ft.data.reading import Reading
+from qwenvl_ft.data.targets import INSIDE
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import OLD_KEYS
 from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.model.attention import use_varlen
 from qwenvl_ft.model.head import LossHead
+from qwenvl_ft.values import Own, Tower
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -99,12 +102,23 @@ def limited(processor: Any, chat: Chat, reading: Reading | None = None) -> Any:
     return processor
 
 
-def add_lora(model: Any, family: Family, on: Sequence[str], rank: int, alpha: float, dropout: float, seed: int) -> Any:
-    """The model with fresh LoRA weights, drawn from `seed`, on the named towers (language, vision, merger)."""
+def add_lora(model: Any, family: Family, on: Collection[Tower], rank: int, alpha: float, dropout: float, seed: int,
+             own: Mapping[Tower, Own] = MappingProxyType({}), layers: Sequence[str] = ()) -> Any:  # fmt: skip
+    """The model with fresh LoRA weights, drawn from `seed`, on the named towers (language, vision, merger): on the family's
+    layers there, or on those that are named. A tower may have a rank and an alpha of its `own`.
+    """
     torch.manual_seed(seed)
-    targets = "|".join(f"(?:{getattr(family, tower)})" for tower in on)
-    # PEFT takes an alpha that is a fraction, too.
-    lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    ranks = {tower: (tower in own and own[tower].rank) or rank for tower in on}
+    alphas = {tower: (tower in own and own[tower].alpha) or alpha for tower in on}
+    # What stands in the adapter's settings for all is the language model's: so vLLM, which knows no patterns, counts it right.
+    first = min(on, key=list(INSIDE).index)
+    lora = LoraConfig(
+        r=ranks[first], lora_dropout=dropout, task_type="CAUSAL_LM",
+        lora_alpha=alphas[first],  # type: ignore[arg-type]  # PEFT takes a fraction, too
+        target_modules=list(layers) or "|".join(f"(?:{getattr(family, tower)})" for tower in on),
+        rank_pattern={INSIDE[tower]: ranks[tower] for tower in on if ranks[tower] != ranks[first]},
+        alpha_pattern={INSIDE[tower]: alphas[tower] for tower in on if alphas[tower] != alphas[first]},
+    )  # fmt: skip
     return get_peft_model(model, lora)
 
 

@@ -24,6 +24,7 @@ from torch.utils.data._utils import signal_handling
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
+from qwenvl_ft.data.targets import tower_trains
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import LOCK, held
 
@@ -270,7 +271,7 @@ def start(config: Config) -> Accelerator:
     """The accelerator, in all processes of the run; raises UserError where the launch does not do what was asked."""
     before = dict(os.environ)
     check_gpus()
-    find = bool({"vision", "merger"} & set(config.lora_on))  # a row without pictures leaves the tower unused
+    find = tower_trains(config.lora_on)  # a row without pictures leaves the tower unused
     # accelerate's launcher tells its processes that there is no GPU, torch's leaves it to them; DeepSpeed wants one.
     on_cpu = by_torch(before) and not torch.accelerator.is_available() and before.get("ACCELERATE_USE_DEEPSPEED") != "true"
     waits = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))

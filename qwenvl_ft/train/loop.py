@@ -8,10 +8,10 @@ from what ran before, so a run that goes on from a checkpoint ends where the uni
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -26,12 +26,14 @@ from qwenvl_ft.data.chat import IGNORE
 from qwenvl_ft.data.prepare import Prepared, Ready, make_ready, schedule
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.rows import Built, Row
+from qwenvl_ft.data.targets import find_layers
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import short_hash, writing
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import Keep, summed_loss
+from qwenvl_ft.train.groups import groups_of
 from qwenvl_ft.train.launch import Signals, alone, check_shared, lost, open_trackers, start
 from qwenvl_ft.train.memory import memory_for, out_of_memory
 from qwenvl_ft.train.output_dir import METRICS, Metrics, was_evaluated, write_results, write_settings
@@ -169,10 +171,10 @@ def draw_seed(seed: int, epoch: int, row: int | None) -> int:
     return hash((seed, epoch, -1 if row is None else row)) % 2**63  # a tuple of integers hashes the same in every process
 
 
-def new_optimizer(parameters: Iterable[torch.nn.Parameter], config: Config, accelerator: Accelerator) -> torch.optim.AdamW:
+def new_optimizer(groups: list[dict[str, Any]], config: Config, accelerator: Accelerator) -> torch.optim.AdamW:
     """AdamW, in one kernel on a GPU; DeepSpeed keeps the state in another form, flat, where there is nothing to gain."""
     fused = accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.DEEPSPEED
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None)
 
 
 def learning_rate(step: int, total: int, config: Config) -> float:
@@ -238,11 +240,12 @@ def run_steps(
     model = load_base(config.model, config.dtype, "varlen" if trees else config.attn_implementation, packed=True)
     bf16 = model.dtype == torch.bfloat16
     model = add_lora(
-        model, prepared.chat.family, config.lora_on, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed
-    )
+        model, prepared.chat.family, config.lora_on, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed,
+        config.own, find_layers(config),
+    )  # fmt: skip
     if config.gradient_checkpointing:  # after peft, whose hooks would run the frozen vision tower backward
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = new_optimizer(trainable(model).values(), config, accelerator)
+    optimizer = new_optimizer(groups_of(model, config), config, accelerator)
     if resume:
         set_peft_model_state_dict(model, load_file(resume / ADAPTER_WEIGHTS))
     sizes = model.get_nb_trainable_parameters()
@@ -297,7 +300,7 @@ def run_steps(
                     began = time.monotonic()
                     rate = learning_rate(step, len(steps), config)
                     for group in run.optimizer.param_groups:
-                        group["lr"] = rate
+                        group["lr"] = rate * group["share"]
                     taught = train_step(run, epoch, rows, loader, signals)
                     if taught is None:
                         leave(run, signals, display, step - 1, None if is_saved(step - 1) else same)
@@ -305,6 +308,7 @@ def run_steps(
                     tokens = sum(map(prepared.tokens, rows))
                     facts = {
                         "loss": taught.loss, "taught_tokens": taught.tokens, "learning_rate": rate,
+                        **{group["name"]: group["lr"] for group in run.optimizer.param_groups},
                         "epoch": round(step / steps.steps_per_epoch, 4), "tokens_per_s": tokens / seconds,
                         "taught_tokens_per_s": taught.tokens / seconds,
                     }  # fmt: skip
@@ -335,7 +339,8 @@ def run_steps(
         state = run.adapter_state()
         if metrics:
             with writing(config.output_dir):
-                write_results(config, prepared, model, state, processor, metrics.lines)
+                peaks = {group["name"]: config.learning_rate * group["share"] for group in run.optimizer.param_groups}
+                write_results(config, prepared, model, state, processor, metrics.lines, peaks)
         accelerator.wait_for_everyone()
         accelerator.end_training()
 
@@ -360,6 +365,6 @@ def report_start(config: Config, run: Run, sizes: tuple[int, int], resume: Path 
     trains, total = sizes
     kind = "bfloat16" if run.bf16 else "float32"
     print_line(f"{run.accelerator.num_processes} x {run.accelerator.device.type}, {kind}; {trains:,} of {total:,} parameters train "
-                  f"({trains / total:.2%}; LoRA on {', '.join(config.lora_on)}); attention: {attention_of(run.bare)}")  # fmt: skip
+                  f"({trains / total:.2%}); attention: {attention_of(run.bare)}")  # fmt: skip
     if resume:
         print_line(f"going on from {resume}")

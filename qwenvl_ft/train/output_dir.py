@@ -63,9 +63,11 @@ def write_aside(out: Path, name: str, write: Callable[[Path], None], but: str = 
 
 
 def write_results(
-    config: Config, prepared: Prepared, model: Any, state: dict[str, torch.Tensor], processor: Any, lines: Sequence[dict[str, Any]]
-) -> None:
-    """Writes the adapter and the results of the run whose metrics are `lines`; prints what to do next.
+    config: Config, prepared: Prepared, model: Any, state: dict[str, torch.Tensor], processor: Any, lines: Sequence[dict[str, Any]],
+    peaks: dict[str, float],
+) -> None:  # fmt: skip
+    """Writes the adapter and the results of the run whose metrics are `lines`, with the `peaks` of its learning rates; prints what
+    to do next.
 
     Adapter and processor are written aside, listed in a manifest that goes with them, and moved, the weights last: until
     those are there the folder is no adapter, or one that its manifest refuses.
@@ -84,7 +86,8 @@ def write_results(
     evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     broken = {problem["where"]: problem for line in lines for problem in line.get("skipped", [])}
     skipped = [*(problem.facts for problem in prepared.problems), *broken.values()]
-    results = {"steps": len(lines), "train_loss": lines[-1]["run_loss"], "eval_losses": evaluations, "skipped": skipped}
+    results = {"steps": len(lines), "train_loss": lines[-1]["run_loss"], "learning_rates": peaks, "eval_losses": evaluations,
+               "skipped": skipped}  # fmt: skip
     write_json(out / "all_results.json", results)
     if broken:
         print_line(f"\nSkipped, as on_bad_record says: {len(broken)} records whose pictures break while they are decoded", "yellow")

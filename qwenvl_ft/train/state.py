@@ -31,6 +31,7 @@ from qwenvl_ft.data.packing import PackedRows, deal
 from qwenvl_ft.data.prepare import Prepared, no_room, not_kept
 from qwenvl_ft.data.rows import FEATURES, MAY_KEEP, Built, Row, Rows, with_features
 from qwenvl_ft.data.table import Scripts
+from qwenvl_ft.data.targets import tower_trains
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.adapter import base_fingerprint
 from qwenvl_ft.folders.hashes import TICK_NS, digests
@@ -65,7 +66,7 @@ class Run:
         self.metrics: Metrics | None = None  # the main process has them
         self.features: dict[bool, Features] = {}  # of the rows that train, and of those that are held out
         self.partitions = zero_partitions(model) if self.deepspeed else []
-        self.tower_trains = bool({"vision", "merger"} & set(config.lora_on))
+        self.tower_trains = tower_trains(config.lora_on)
         self.always_look = self.deepspeed and (self.tower_trains or model.zero_optimization_stage() == 3)
         blind = (prepared.media_tokens == 0).nonzero()[0].tolist() if self.always_look else []
         if blind and prepared.chat.family.linear_attention:
@@ -291,8 +292,8 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
 
     Hashes pictures and base, each file once. Raises UserError for a file that is gone.
     """
-    same = "lora_on lora_rank lora_alpha lora_dropout rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay "
-    same += "max_grad_norm seed dtype num_train_epochs max_steps thinking video_fps video_max_frames video_max_pixels"
+    same = "lora_on lora_targets lora_rank lora_alpha lora_dropout rows_per_step learning_rate lr_scheduler_type warmup_ratio "
+    same += "weight_decay max_grad_norm seed dtype num_train_epochs max_steps thinking video_fps video_max_frames video_max_pixels"
     settings = {key: str(getattr(config, key)) for key in same.split()}
     seen = [read_model_json(path) for name in PROCESSORS if (path := config.model / name).is_file()]
 
@@ -364,7 +365,8 @@ def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared)
 
     Other records have other pictures and rows, too. An evaluation may come, or be left out, but not change.
     """
-    was = before["same"]
+    # A key that came after the checkpoint had its default then.
+    was = {key: str(of.default) for key, of in Config.model_fields.items()} | before["same"]
     changed = [key for key, value in now.items() if key in was and was[key] != value]
     said = [f"{key} was {was[key]} and is now {now[key]}" for key in changed if key in Config.model_fields]
     if "base model" in changed:

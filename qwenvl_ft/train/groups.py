@@ -1,0 +1,23 @@
+"""Which learning rate each parameter has: the groups of the optimizer.
+
+The schedule gives the rate of all; a group's `share` says how much of it is its own, so all rise and fall alike.
+"""
+
+from typing import Any
+
+from qwenvl_ft.config import Config
+from qwenvl_ft.data.targets import tower_of
+from qwenvl_ft.model.load import trainable
+
+
+def groups_of(model: Any, config: Config) -> list[dict[str, Any]]:
+    """A group for each rate, whose parameters train at `share` times that of the schedule; its `name` is that of the rate in
+    metrics.jsonl. One group where nothing has a rate of its own, all in the model's order."""
+    groups: dict[str, dict[str, Any]] = {}
+    for parameter_name, parameter in trainable(model).items():
+        tower = tower_of(parameter_name)
+        own = config.own[tower].learning_rate if tower in config.own else None
+        name = f"learning_rate_{tower}" if own else "learning_rate"
+        share = own / config.learning_rate if own else 1.0
+        groups.setdefault(name, {"params": [], "name": name, "share": share})["params"].append(parameter)
+    return list(groups.values())
