@@ -16,7 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionStartEvent, ScalarEvent
 
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.values import Area, Count, Form, Layers, LoraOn, Meta, Number, Own, Positive, Rate, Share, Step, Tower
+from qwenvl_ft.values import Area, Count, Form, Layers, LoraOn, Meta, Number, Own, Positive, Rate, Share, Start, Step, Tower
 
 
 class Config(BaseModel):
@@ -52,6 +52,10 @@ class Config(BaseModel):
     lora_rank: Positive = 16
     lora_alpha: Rate = 32
     lora_dropout: Share = 0.0
+    use_rslora: StrictBool = False
+    use_dora: StrictBool = False
+    loraplus_lr_ratio: Annotated[Rate, Field(ge=1)] | None = None
+    init_lora_weights: Start = True
 
     num_train_epochs: Positive = 3
     max_steps: Positive | None = None
@@ -88,6 +92,14 @@ class Config(BaseModel):
     def own(self) -> dict[Tower, Own]:
         """What the towers have of their own, where lora_on is an object."""
         return {tower: Own(**given) for tower, given in self.lora_on.items()} if isinstance(self.lora_on, dict) else {}
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def pissa_is_no_dora(cls, value: Literal[True] | str, info: ValidationInfo) -> Literal[True] | str:
+        """What DoRA makes of the base without its largest values is no adapter of the base with them."""
+        if value is not True and info.data.get("use_dora"):
+            raise ValueError("choose one of PiSSA and use_dora")
+        return value
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -139,6 +151,9 @@ PEERS = {
     "output_directory": "output_dir", "wandb_name": "run_name", "wandb_run_name": "run_name", "logging_interval": "logging_steps",
     "val_set_size": "eval_meta_file", "split_dataset_ratio": "eval_meta_file", "eval_file": "eval_meta_file",
     "dataset_use": "train_meta_file", "max_model_len": "row_tokens", "max_packed_sequence_len": "row_tokens",
+    "peft_use_dora": "use_dora", "peft_use_rslora": "use_rslora", "init_weights": "init_lora_weights",
+    "lorap_lr_ratio": "loraplus_lr_ratio",
+    "pissa_init": "init_lora_weights", "pissa_iter": "init_lora_weights",
     "lora_target_linear": "lora_targets", "target_regex": "lora_targets", "vision_tower": "lora_on", "tune_merger": "lora_on",
     "xformers_attention": "attn_implementation", "sdp_attention": "attn_implementation",
     "formatting": "format", "dataset_type": "format", "field_messages": "columns", "field_instruction": "columns",
@@ -151,6 +166,7 @@ CLOSE = 0.85  # of two keys that are one misspelt: lower, and a key of another m
 REMARKS = {
     "lora_on": "[language] to keep the vision tower and the merger frozen, [language, vision, merger] to train them, too",
     "lora_targets": "[q_proj, v_proj], names of linear layers, or a regular expression; lora_on says in which towers",
+    "init_lora_weights": "pissa, or pissa_niter_16",
     "rows_per_step": "another number, the rows of one step over all processes together",
     "row_tokens": "records share rows of so many tokens, and a longer one is reported, never cut",
     "eval_meta_file": "a file of held-out records; none are split off",
@@ -173,11 +189,10 @@ NOT_NEEDED = {key: why for why, keys in {
     FOUR_BIT:
         "load_in_4bit load_in_8bit quantization_bit quantization_method quant_bits quant_method bits double_quant "
         "quant_type double_quantization bnb_4bit_quant_type bnb_4bit_compute_dtype use_bnb_nested_quant torchao",
-    "DoRA is not offered; for more than LoRA learns raise lora_rank":
-        "use_dora peft_use_dora",
-    "plain LoRA is trained, counted lora_alpha / lora_rank times":
-        "use_rslora peft_use_rslora loraplus_lr_ratio loraplus_lr_embedding pissa_init pissa_iter pissa_convert "
-        "init_weights init_lora_weights lora_bias bias use_galore use_badam use_apollo lora_dtype",
+    "what is saved of a run with init_lora_weights: pissa is plain LoRA already":
+        "pissa_convert",
+    "A and B are trained with AdamW, without a bias; use_rslora, use_dora, loraplus_lr_ratio and init_lora_weights vary that":
+        "loraplus_lr_embedding lora_bias bias use_galore use_badam use_apollo lora_dtype",
     LORA_ONLY:
         "finetuning_type train_type tuner_type lora_enable use_peft use_lora tuner_backend task_type "
         "freeze_trainable_layers freeze_trainable_modules unfreeze_topk_llm unfreeze_topk_vision modules_to_save "

@@ -116,4 +116,11 @@ def _layers(value: Any) -> Any:
         raise ValueError(f"write [q_proj, v_proj], or a regular expression of whole names ({error})") from error
 
 
+def _start(value: Any) -> Any:
+    if value is True or (isinstance(value, str) and re.fullmatch(r"pissa(_niter_[1-9]\d?)?", value)):
+        return value
+    raise ValueError("write true for a fresh start, pissa, or pissa_niter_16, which is much faster and nearly the same")
+
+
 Layers = Annotated[str | list[str], PlainValidator(_layers)]
+Start = Annotated[Literal[True] | str, PlainValidator(_start)]

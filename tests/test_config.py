@@ -16,7 +16,7 @@ KEYS = """
     model train_meta_file train_data_dir output_dir eval_meta_file eval_data_dir
     min_pixels max_pixels video_fps video_max_frames video_max_pixels
     row_tokens share_prefix cache_features thinking boxes fetch_media format columns on_bad_record dataloader_num_workers
-    lora_on lora_targets lora_rank lora_alpha lora_dropout
+    lora_on lora_targets lora_rank lora_alpha lora_dropout use_rslora use_dora loraplus_lr_ratio init_lora_weights
     num_train_epochs max_steps rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm seed
     dtype attn_implementation gradient_checkpointing ddp_timeout
     logging_steps eval_steps save_steps save_total_limit resume report_to run_name
@@ -85,6 +85,9 @@ def test_towers_may_have_a_rank_an_alpha_and_a_rate_of_their_own(load, complaint
     }.items():  # fmt: skip
         ((where, _, fix),) = complaints(f"lora_on: {text}\n")
         assert where == "a.yaml:5" and said in fix
+    assert load("init_lora_weights: pissa_niter_16\n").init_lora_weights == "pissa_niter_16" and load().init_lora_weights is True
+    assert "write true for a fresh start, pissa" in complaints("init_lora_weights: olora\n")[0][2]
+    assert complaints("use_dora: true\ninit_lora_weights: pissa\n")[0][2] == "choose one of PiSSA and use_dora"
     ((_, _, fix),) = complaints("lora_targets: '(q_proj'\n")
     assert fix.startswith("write [q_proj, v_proj], or a regular expression of whole names (missing ), unterminated subpattern")
 
@@ -196,10 +199,10 @@ def test_every_key_of_a_peer_is_answered_with_ours(complaints):
 
 
 def test_a_peer_s_key_with_another_meaning_is_answered_with_what_to_write(complaints):
-    keys = ["val_size", "freeze_vision_tower", "gradient_accumulation_steps", "max_length", "quantization_bit", "use_dora"]
+    keys = ["val_size", "freeze_vision_tower", "gradient_accumulation_steps", "max_length", "quantization_bit", "pissa_convert"]
     answers = [
         "a file of held-out records", "[language] to keep the vision tower", "the rows of one step over all processes",
-        "a longer one is reported, never cut", "lower max_pixels and row_tokens, with gradient_checkpointing: true", "raise lora_rank",
+        "a longer one is reported, never cut", "lower max_pixels and row_tokens, with gradient_checkpointing: true", "plain LoRA already",
     ]  # fmt: skip
     for (_, _, fix), answer in zip(complaints("".join(f"{key}: 1\n" for key in keys)), answers, strict=True):
         assert answer in fix
@@ -278,7 +281,7 @@ def test_a_learning_rate_that_no_weight_survives_is_refused(rate, complaints):
 # Of LLaMA-Factory, ms-swift, TRL, axolotl and Qwen-VL-Series-Finetune: keys that are neither ours nor of ours' meaning.
 OF_PEERS = """
     max_samples save_only_model overwrite_output_dir adapter_name_or_path vision_lr hub_model_id push_to_hub logging_dir plot_loss
-    load_best_model_at_end metric_for_best_model early_stopping_steps early_stopping_patience use_rslora lora_bias ref_model
+    load_best_model_at_end metric_for_best_model early_stopping_steps early_stopping_patience pissa_convert lora_bias ref_model
     mix_strategy interleave_probs overwrite_cache mask_history streaming tool_format default_system max_new_tokens predict_with_generate do_eval do_predict per_device_eval_batch_size eval_accumulation_steps optim
     adam_beta1 lr_scheduler_kwargs min_lr use_liger_kernel use_unsloth neftune_noise_alpha dataloader_pin_memory dataloader_drop_last
     save_safetensors auto_find_batch_size projector_lr merger_lr vit_lr aligner_lr lora_weight_path double_quant lazy_preprocess

@@ -63,9 +63,12 @@ def prove_weights(merged: Path, base: Path, adapted: Any) -> str:
             with safe_open(path, "pt") as after, safe_open(base / path.name, "pt") as before:
                 found, start = (file.get_tensor(tensor.key).float() for file in (after, before))
             delta = layer.get_delta_weight(adapted.active_adapter).float().cpu()
-            wanted = start + delta
-            # Beside rounding, sums of products come in another order.
-            bound = 1.01 * HALF_ULP[tensor.dtype] * wanted.abs() + 1e-5 * delta.abs().max() + 1e-7
+            wanted, more = start + delta, 0.0
+            if dora := layer.lora_magnitude_vector:
+                norms, more = dora[adapted.active_adapter].get_weight_norm(start, delta, scaling=1), 2e-6
+                wanted = (dora[adapted.active_adapter].weight.float().cpu() / norms)[:, None] * wanted
+            # Beside rounding, sums of products, and of squares, come in another order.
+            bound = (1.01 * HALF_ULP[tensor.dtype] + more) * wanted.abs() + 1e-5 * delta.abs().max() + 1e-7
             if not ((found - wanted).abs() <= bound).all():
                 wrong[tensor.key] = (found - wanted).abs().max().item()
     if wrong or layers:

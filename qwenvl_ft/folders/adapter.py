@@ -17,6 +17,7 @@ from qwenvl_ft.folders.runs import run_folder_of
 from qwenvl_ft.folders.whole import short_hash
 
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight$")
+MAGNITUDE_KEY = re.compile(r"base_model\.model\.(.+)\.lora_magnitude_vector$")  # of DoRA, a number for each row of the weight
 # How transformers before 4.52 named modules, in released Qwen2-VL and Qwen2.5-VL checkpoints, and in adapters behind PEFT's own
 # prefix -> as transformers 5 does. PEFT takes the table as its `key_mapping`.
 OLD_KEYS = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\.)": "model.language_model."}

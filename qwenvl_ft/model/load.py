@@ -103,7 +103,8 @@ def limited(processor: Any, chat: Chat, reading: Reading | None = None) -> Any:
 
 
 def add_lora(model: Any, family: Family, on: Collection[Tower], rank: int, alpha: float, dropout: float, seed: int,
-             own: Mapping[Tower, Own] = MappingProxyType({}), layers: Sequence[str] = ()) -> Any:  # fmt: skip
+             own: Mapping[Tower, Own] = MappingProxyType({}), layers: Sequence[str] = (),
+             use_rslora: bool = False, use_dora: bool = False) -> Any:  # fmt: skip
     """The model with fresh LoRA weights, drawn from `seed`, on the named towers (language, vision, merger): on the family's
     layers there, or on those that are named. A tower may have a rank and an alpha of its `own`.
     """
@@ -113,7 +114,7 @@ def add_lora(model: Any, family: Family, on: Collection[Tower], rank: int, alpha
     # What stands in the adapter's settings for all is the language model's: so vLLM, which knows no patterns, counts it right.
     first = min(on, key=list(INSIDE).index)
     lora = LoraConfig(
-        r=ranks[first], lora_dropout=dropout, task_type="CAUSAL_LM",
+        r=ranks[first], lora_dropout=dropout, use_rslora=use_rslora, use_dora=use_dora, task_type="CAUSAL_LM",
         lora_alpha=alphas[first],  # type: ignore[arg-type]  # PEFT takes a fraction, too
         target_modules=list(layers) or "|".join(f"(?:{getattr(family, tower)})" for tower in on),
         rank_pattern={INSIDE[tower]: ranks[tower] for tower in on if ranks[tower] != ranks[first]},

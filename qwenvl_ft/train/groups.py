@@ -19,5 +19,8 @@ def groups_of(model: Any, config: Config) -> list[dict[str, Any]]:
         own = config.own[tower].learning_rate if tower in config.own else None
         name = f"learning_rate_{tower}" if own else "learning_rate"
         share = own / config.learning_rate if own else 1.0
+        # As PEFT's create_loraplus_optimizer has it: B, and DoRA's magnitudes, which have one axis.
+        if config.loraplus_lr_ratio and ("lora_B" in parameter_name or "lora_magnitude" in parameter_name):
+            name, share = f"{name}_lora_B", share * config.loraplus_lr_ratio
         groups.setdefault(name, {"params": [], "name": name, "share": share})["params"].append(parameter)
     return list(groups.values())

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from qwenvl_ft.config import Config
@@ -28,11 +26,11 @@ from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.rows import Built, Row
 from qwenvl_ft.data.targets import find_layers
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
-from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import short_hash, writing
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import Keep, summed_loss
+from qwenvl_ft.train.beginning import begin
 from qwenvl_ft.train.groups import groups_of
 from qwenvl_ft.train.launch import Signals, alone, check_shared, lost, open_trackers, start
 from qwenvl_ft.train.memory import memory_for, out_of_memory
@@ -241,16 +239,15 @@ def run_steps(
     bf16 = model.dtype == torch.bfloat16
     model = add_lora(
         model, prepared.chat.family, config.lora_on, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed,
-        config.own, find_layers(config),
+        config.own, find_layers(config), config.use_rslora, config.use_dora,
     )  # fmt: skip
     if config.gradient_checkpointing:  # after peft, whose hooks would run the frozen vision tower backward
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = new_optimizer(groups_of(model, config), config, accelerator)
-    if resume:
-        set_peft_model_state_dict(model, load_file(resume / ADAPTER_WEIGHTS))
+    beginning = begin(model, config, accelerator.device, resume)
     sizes = model.get_nb_trainable_parameters()
     model, optimizer = accelerator.prepare(model, optimizer)
-    run = Run(config, accelerator, model, optimizer, prepared, processor, bf16, on_saved)
+    run = Run(config, accelerator, model, optimizer, prepared, processor, bf16, on_saved, beginning)
     done = run.load(resume) if resume else 0
     with writing(config.output_dir):
         if main:
@@ -335,12 +332,11 @@ def run_steps(
             if metrics:
                 with writing(config.output_dir / METRICS):  # what is left of a line goes out with it
                     metrics.close()
-        model = accelerator.unwrap_model(run.model)
         state = run.adapter_state()
         if metrics:
             with writing(config.output_dir):
                 peaks = {group["name"]: config.learning_rate * group["share"] for group in run.optimizer.param_groups}
-                write_results(config, prepared, model, state, processor, metrics.lines, peaks)
+                write_results(config, prepared, run.adapter_settings(), state, processor, metrics.lines, peaks)
         accelerator.wait_for_everyone()
         accelerator.end_training()
 

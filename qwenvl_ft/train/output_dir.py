@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
@@ -63,8 +64,8 @@ def write_aside(out: Path, name: str, write: Callable[[Path], None], but: str = 
 
 
 def write_results(
-    config: Config, prepared: Prepared, model: Any, state: dict[str, torch.Tensor], processor: Any, lines: Sequence[dict[str, Any]],
-    peaks: dict[str, float],
+    config: Config, prepared: Prepared, lora: LoraConfig, state: dict[str, torch.Tensor], processor: Any,
+    lines: Sequence[dict[str, Any]], peaks: dict[str, float],
 ) -> None:  # fmt: skip
     """Writes the adapter and the results of the run whose metrics are `lines`, with the `peaks` of its learning rates; prints what
     to do next.
@@ -75,10 +76,9 @@ def write_results(
     out = config.output_dir
 
     def write(folder: Path) -> None:
-        lora = model.peft_config["default"]
         lora.base_model_name_or_path = str(config.model)
         lora.inference_mode = True
-        lora.save_pretrained(folder)
+        lora.save_pretrained(str(folder))
         save_file(state, folder / ADAPTER_WEIGHTS, {"format": "pt"})
         processor.save_pretrained(folder)
 

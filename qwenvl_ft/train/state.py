@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
@@ -41,6 +41,7 @@ from qwenvl_ft.folders.whole import short_hash, write_json, write_whole
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import trainable
 from qwenvl_ft.model.loss import Keep
+from qwenvl_ft.model.pissa import State, as_plain, plain_settings
 from qwenvl_ft.train.launch import Workers, begin_worker, no_word_of_workers
 from qwenvl_ft.train.output_dir import Metrics
 
@@ -58,10 +59,12 @@ class Run:
     """What a step, an evaluation and a checkpoint need, together."""
 
     def __init__(self, config: Config, accelerator: Accelerator, model: Any, optimizer: Any, prepared: Prepared,
-                 processor: Any, bf16: bool, on_saved: OnSaved | None = None):  # fmt: skip
+                 processor: Any, bf16: bool, on_saved: OnSaved | None = None,
+                 beginning: State | None = None):  # fmt: skip
         self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
         self.prepared, self.processor, self.bf16, self.on_saved = prepared, processor, bf16, on_saved
         self.bare = accelerator.unwrap_model(model)
+        self.beginning = beginning or {}  # of PiSSA
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.metrics: Metrics | None = None  # the main process has them
         self.features: dict[bool, Features] = {}  # of the rows that train, and of those that are held out
@@ -176,7 +179,12 @@ class Run:
                 raise SystemExit(1)  # every process has these weights, and one of them says so
             what = f"{len(broken)} of the adapter's {len(state)} tensors hold NaN or infinity and are not saved, {broken[0]} first"
             raise NonFiniteLoss(Problem(str(self.config.output_dir), what, "lower learning_rate"))
-        return state
+        return as_plain(state, self.beginning)
+
+    def adapter_settings(self) -> LoraConfig:
+        """PEFT's settings that go with it."""
+        lora: LoraConfig = self.bare.peft_config["default"]
+        return plain_settings(lora) if self.beginning else lora
 
     def save(self, step: int, same: dict[str, str]) -> None:
         """Writes checkpoint-N whole, then takes the oldest away."""
@@ -185,7 +193,7 @@ class Run:
 
         def write(incoming: Path) -> None:
             save_file(state, incoming / ADAPTER_WEIGHTS, {"format": "pt"})
-            self.bare.peft_config["default"].save_pretrained(incoming)
+            self.adapter_settings().save_pretrained(str(incoming))
             if self.metrics:
                 self.metrics.save(incoming)
             for part in sorted(parts.iterdir()):
@@ -292,7 +300,8 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
 
     Hashes pictures and base, each file once. Raises UserError for a file that is gone.
     """
-    same = "lora_on lora_targets lora_rank lora_alpha lora_dropout rows_per_step learning_rate lr_scheduler_type warmup_ratio "
+    same = "lora_on lora_targets lora_rank lora_alpha lora_dropout use_rslora use_dora loraplus_lr_ratio "
+    same += "init_lora_weights rows_per_step learning_rate lr_scheduler_type warmup_ratio "
     same += "weight_decay max_grad_norm seed dtype num_train_epochs max_steps thinking video_fps video_max_frames video_max_pixels"
     settings = {key: str(getattr(config, key)) for key in same.split()}
     seen = [read_model_json(path) for name in PROCESSORS if (path := config.model / name).is_file()]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from qwenvl_ft.data.families import family_of
 from qwenvl_ft.data.targets import find_layers, tower_of
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.export.merge import export
-from tests.conftest import TINY
-from tests.runs import config, metrics, run
+from qwenvl_ft.model.load import trainable
+from tests.conftest import SAMPLE, TINY
+from tests.runs import adapter, config, difference, few_records, metrics, run, same
 
 TOWERS = {
     "language": {"rank": 4},
@@ -35,6 +37,10 @@ def loaded(adapter, base=TINY):
     from transformers import AutoModelForImageTextToText
 
     return PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32), adapter)
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def lora_layers(model):
@@ -125,3 +131,93 @@ def test_the_linear_layers_of_every_family_are_those_of_its_modules(family_model
     for tower in everywhere:
         chosen = {name for name in linear if re.fullmatch(getattr(family, tower), name)}
         assert chosen and {tower_of(name) for name in chosen} == {tower}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Two short steps at a steady rate, on records that are planned once for all tests here."""
+    few = few_records(tmp_path_factory.mktemp("records"), 3)
+    return {**SETTINGS, "train_meta_file": few}
+
+
+SETTINGS = {"max_steps": 2, "save_steps": 1, "rows_per_step": 1, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
+            "warmup_ratio": 0.0, "max_grad_norm": 1e9}  # fmt: skip
+
+
+def plain_steps(folder, model, optimizer, **settings):
+    """The steps of a run of these settings in plain torch: the mean loss over all taught tokens, the optimizer's own rates."""
+    from transformers import AutoProcessor
+
+    from qwenvl_ft.data.prepare import prepare, schedule
+    from qwenvl_ft.data.rows import Rows
+    from qwenvl_ft.data.targets import tower_trains
+    from qwenvl_ft.model.load import limited
+    from qwenvl_ft.model.loss import summed_loss
+
+    known = config(folder, **settings)
+    prepared = prepare(known)
+    rows = Rows(prepared.scripts, prepared.plan.rows, prepared.chat, limited(AutoProcessor.from_pretrained(TINY), prepared.chat))
+    for _, step in schedule(prepared, known):
+        losses = [summed_loss(model, model, rows[row], tower_trains(known.lora_on)) for row in step]
+        (sum(losses) / sum(map(prepared.taught_tokens, step))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def by_peft(**settings):
+    """The tiny base with LoRA on its language model, by PEFT alone, and its optimizer."""
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    from qwenvl_ft.model.load import load_base
+
+    ratio = settings.pop("loraplus_lr_ratio", None)
+    torch.manual_seed(42)
+    targets = family_of(TINY).language
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **settings)
+    model = get_peft_model(load_base(TINY, "float32", "varlen"), lora).train()
+    if ratio:
+        return model, create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=ratio)
+    return model, torch.optim.AdamW(trainable(model).values(), lr=1e-2, weight_decay=0.0)
+
+
+KINDS = {
+    "rslora_and_plus": {"use_rslora": True, "loraplus_lr_ratio": 4},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_trains_as_pefts_goes_on_to_the_same_bits_and_merges(kind, settings, tmp_path):
+    """What is saved, loaded by PEFT on the base as it was, has the logits of the model that PEFT and plain torch trained."""
+    from peft import get_peft_model_state_dict
+
+    from qwenvl_ft.data.meta_file import read_records
+    from qwenvl_ft.infer.engine import Engine
+
+    ours = run(tmp_path, **settings, **KINDS[kind])
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    assert same(ours, run(tmp_path, **settings, **KINDS[kind], resume=True))
+
+    model, optimizer = by_peft(**KINDS[kind])
+    start = tmp_path / "start"
+    model.save_pretrained(start)
+    plain_steps(tmp_path, model, optimizer, **settings)
+    question = read_records(settings["train_meta_file"], SAMPLE / "images")[0][1].turns[:1]
+    inputs = Engine.open(TINY, tmp_path / "run").inputs([question])
+    with torch.inference_mode():
+        trained, plain = model.eval()(**inputs).logits, loaded(tmp_path / "run").eval()(**inputs).logits
+    assert (trained - plain).abs().max() < 1e-3 * trained.abs().max()
+    wanted = get_peft_model_state_dict(model)
+    if kind == "pissa":  # which PEFT makes plain when it saves
+        edit(start / "adapter_config.json", init_lora_weights=True)
+        with pytest.warns(UserWarning, match="PiSSA changes the base weights"):
+            model.save_pretrained(tmp_path / "wanted", path_initial_model_for_weight_conversion=str(start))
+        wanted = adapter(tmp_path / "wanted")
+        said = (json.loads((tmp_path / of / "adapter_config.json").read_text()) for of in ("run", "wanted"))
+        ours_said, theirs = ([of[key] for key in ("r", "lora_alpha", "init_lora_weights")] for of in said)
+        assert ours_said == theirs == [8, 16, True]
+    assert difference(wanted, ours) < 2e-3
+    merges_as_pefts(tmp_path / "run", tmp_path / "merged")
