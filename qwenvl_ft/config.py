@@ -178,7 +178,7 @@ REMARKS = {
 FOUR_BIT = (
     "training in 4 or 8 bits is not offered; for less memory lower max_pixels and row_tokens, with gradient_checkpointing: true"
 )
-LORA_ONLY = "this tool trains LoRA and nothing else"
+LORA_ONLY = "this tool trains LoRA, and the merger in full, and nothing else"
 NEW_ADAPTER = "a run begins with a new adapter; resume: true goes on with the one of output_dir"
 NO_HUB = "training uploads nothing; `qwenvl-ft export --push modelscope:ORG/NAME` (or hf:) uploads the merged model"
 NO_STOPPING = "no best step is looked for; eval_steps and save_steps show and keep more of them"
@@ -195,8 +195,9 @@ NOT_NEEDED = {key: why for why, keys in {
         "loraplus_lr_embedding lora_bias bias use_galore use_badam use_apollo lora_dtype",
     LORA_ONLY:
         "finetuning_type train_type tuner_type lora_enable use_peft use_lora tuner_backend task_type "
-        "freeze_trainable_layers freeze_trainable_modules unfreeze_topk_llm unfreeze_topk_vision modules_to_save "
-        "lora_modules_to_save additional_target",
+        "freeze_trainable_layers freeze_trainable_modules unfreeze_topk_llm unfreeze_topk_vision",
+    "of whole modules only the merger is trained: lora_on: {language: {}, merger: {full: true}}":
+        "modules_to_save lora_modules_to_save additional_target",
     "this tool does supervised fine-tuning and nothing else":
         "stage rlhf_type pref_beta pref_loss beta ref_model reward_model rl loss_type",
     "`qwenvl-ft train` trains":

@@ -82,6 +82,8 @@ def test_towers_may_have_a_rank_an_alpha_and_a_rate_of_their_own(load, complaint
     for text, said in {
         "{vision: {ranks: 8}}": "of vision.ranks extra inputs are not permitted", "{visions: {}}": "list language, vision and merger",
         "{vision: {rank: 0}}": "of vision.rank it should be greater than 0", "[]": "list language, vision and merger",
+        "{vision: {full: true}}": "{full: true} for the merger only", "{merger: {full: true}}": "add a tower for LoRA",
+        "{language: {}, merger: {full: true, rank: 4}}": "without rank and alpha",
     }.items():  # fmt: skip
         ((where, _, fix),) = complaints(f"lora_on: {text}\n")
         assert where == "a.yaml:5" and said in fix

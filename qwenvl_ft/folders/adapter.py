@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.hashes import digests, user_cache
-from qwenvl_ft.folders.model import read_model_json, weight_files
+from qwenvl_ft.folders.model import ADAPTER_CONFIG, read_model_json, weight_files
 from qwenvl_ft.folders.runs import run_folder_of
 from qwenvl_ft.folders.whole import short_hash
 
@@ -24,6 +24,8 @@ OLD_KEYS = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes; source: vllm/config/lora.py, MaxLoRARanks
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy knows no bfloat16: its bits
 BASE = "base_model.json"  # in an adapter's folder: the fingerprint of the base that it was trained on
+# Settings of PEFT that vLLM refuses, or does not look at.
+BEYOND_VLLM = ("use_dora", "modules_to_save", "lora_bias", "rank_pattern", "alpha_pattern")
 Floats = NDArray[np.float32]
 
 
@@ -101,6 +103,12 @@ def module_of(key: str) -> str:
 def vllm_rank(rank: int) -> int | None:
     """The --max-lora-rank that vLLM needs for an adapter of this rank; None if it takes none so large."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def beyond_vllm(folder: Path) -> list[str]:
+    """The settings of an adapter that vLLM does not take."""
+    settings = read_model_json(folder / ADAPTER_CONFIG)
+    return [key for key in BEYOND_VLLM if settings.get(key)]
 
 
 def base_fingerprint(model_dir: Path) -> dict[str, Any]:

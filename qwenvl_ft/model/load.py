@@ -1,5 +1,6 @@
 """Loads a base model and its processor, and hangs LoRA on it: fresh for training, or as an adapter's folder has it."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -16,7 +18,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from qwenvl_ft.data.chat import Chat
 from qwenvl_ft.data.families import Family
 from qwenvl_ft.data.reading import Reading
-from qwenvl_ft.data.targets import INSIDE
+from qwenvl_ft.data.targets import INSIDE, MERGERS
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import OLD_KEYS
 from qwenvl_ft.folders.runs import processor_folder
@@ -106,21 +108,29 @@ def add_lora(model: Any, family: Family, on: Collection[Tower], rank: int, alpha
              own: Mapping[Tower, Own] = MappingProxyType({}), layers: Sequence[str] = (),
              use_rslora: bool = False, use_dora: bool = False) -> Any:  # fmt: skip
     """The model with fresh LoRA weights, drawn from `seed`, on the named towers (language, vision, merger): on the family's
-    layers there, or on those that are named. A tower may have a rank and an alpha of its `own`.
+    layers there, or on those that are named. A tower may have a rank and an alpha of its `own`, or be trained in full: then a
+    copy of it, in float32, is part of the adapter.
     """
     torch.manual_seed(seed)
+    with_lora = [tower for tower in on if not (tower in own and own[tower].full)]
+    copied = [name for name, _ in model.named_modules() if re.fullmatch(MERGERS, name)] if len(with_lora) < len(on) else None
     ranks = {tower: (tower in own and own[tower].rank) or rank for tower in on}
     alphas = {tower: (tower in own and own[tower].alpha) or alpha for tower in on}
     # What stands in the adapter's settings for all is the language model's: so vLLM, which knows no patterns, counts it right.
-    first = min(on, key=list(INSIDE).index)
+    first = min(with_lora, key=list(INSIDE).index)
     lora = LoraConfig(
         r=ranks[first], lora_dropout=dropout, use_rslora=use_rslora, use_dora=use_dora, task_type="CAUSAL_LM",
         lora_alpha=alphas[first],  # type: ignore[arg-type]  # PEFT takes a fraction, too
-        target_modules=list(layers) or "|".join(f"(?:{getattr(family, tower)})" for tower in on),
-        rank_pattern={INSIDE[tower]: ranks[tower] for tower in on if ranks[tower] != ranks[first]},
-        alpha_pattern={INSIDE[tower]: alphas[tower] for tower in on if alphas[tower] != alphas[first]},
+        target_modules=list(layers) or "|".join(f"(?:{getattr(family, tower)})" for tower in with_lora),
+        rank_pattern={INSIDE[tower]: ranks[tower] for tower in with_lora if ranks[tower] != ranks[first]},
+        alpha_pattern={INSIDE[tower]: alphas[tower] for tower in with_lora if alphas[tower] != alphas[first]},
+        modules_to_save=copied,
     )  # fmt: skip
-    return get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora)
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()  # a step at these rates is less than bfloat16 can tell apart
+    return adapted
 
 
 def trainable(model: Any) -> dict[str, nn.Parameter]:

@@ -13,8 +13,10 @@ from qwenvl_ft.data.targets import find_layers, tower_of
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.export.merge import export
 from qwenvl_ft.model.load import trainable
+from qwenvl_ft.values import Own
 from tests.conftest import SAMPLE, TINY
 from tests.runs import adapter, config, difference, few_records, metrics, run, same
+from tests.serving import CHARTS
 
 TOWERS = {
     "language": {"rank": 4},
@@ -172,17 +174,23 @@ def by_peft(**settings):
 
     from qwenvl_ft.model.load import load_base
 
-    ratio = settings.pop("loraplus_lr_ratio", None)
+    ratio, towers = settings.pop("loraplus_lr_ratio", None), settings.pop("lora_on", {})
+    if "merger" in towers:
+        settings["modules_to_save"] = ["merger"]
     torch.manual_seed(42)
     targets = family_of(TINY).language
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **settings)
     model = get_peft_model(load_base(TINY, "float32", "varlen"), lora).train()
     if ratio:
         return model, create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=ratio)
-    return model, torch.optim.AdamW(trainable(model).values(), lr=1e-2, weight_decay=0.0)
+    rates = {name: towers.get(tower_of(name), {}).get("learning_rate", 1e-2) for name in trainable(model)}
+    groups = [{"params": [parameter], "lr": rates[name]} for name, parameter in trainable(model).items()]
+    return model, torch.optim.AdamW(groups, weight_decay=0.0)
 
 
+FULL = {"language": {}, "merger": {"full": True, "learning_rate": 3e-3}}
 KINDS = {
+    "full": {"lora_on": FULL},
     "rslora_and_plus": {"use_rslora": True, "loraplus_lr_ratio": 4},
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa"},
@@ -204,7 +212,7 @@ def test_each_kind_trains_as_pefts_goes_on_to_the_same_bits_and_merges(kind, set
     model, optimizer = by_peft(**KINDS[kind])
     start = tmp_path / "start"
     model.save_pretrained(start)
-    plain_steps(tmp_path, model, optimizer, **settings)
+    plain_steps(tmp_path, model, optimizer, **settings, **KINDS[kind])
     question = read_records(settings["train_meta_file"], SAMPLE / "images")[0][1].turns[:1]
     inputs = Engine.open(TINY, tmp_path / "run").inputs([question])
     with torch.inference_mode():
@@ -221,3 +229,71 @@ def test_each_kind_trains_as_pefts_goes_on_to_the_same_bits_and_merges(kind, set
         assert ours_said == theirs == [8, 16, True]
     assert difference(wanted, ours) < 2e-3
     merges_as_pefts(tmp_path / "run", tmp_path / "merged")
+
+
+def test_every_family_merges_with_ranks_of_its_towers_and_a_merger_in_full(family_model, tmp_path):
+    """Weights at random, as if trained: also Qwen3-VL's several mergers."""
+    from transformers import AutoModelForImageTextToText
+
+    from qwenvl_ft.model.load import add_lora, load_base
+
+    model = add_lora(load_base(family_model, "float32"), family_of(family_model), TOWERS, 4, 8, 0.0, 0,
+                     {"vision": Own(rank=2, alpha=3), "merger": Own(full=True)})  # fmt: skip
+    for parameter in trainable(model).values():
+        nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    export(tmp_path / "adapter", tmp_path / "merged", family_model, 0, lambda done, total: None)
+    base, merged = (AutoModelForImageTextToText.from_pretrained(of).state_dict() for of in (family_model, tmp_path / "merged"))
+    wanted = model.merge_and_unload().state_dict()
+    assert all(merged[key].allclose(wanted[key], atol=1e-5) for key in merged)
+    changed = {key for key in base if not base[key].equal(merged[key])}
+    assert {tower_of(key) for key in changed} == TOWERS.keys()
+    assert all(key in changed for key in base if ".visual.merger." in key or "deepstack_merger" in key)
+
+
+def test_norms_and_biases_of_a_merger_in_full_do_not_decay(tmp_path):
+    from qwenvl_ft.model.load import add_lora, load_base
+    from qwenvl_ft.train.groups import groups_of
+
+    model = add_lora(load_base(TINY, "bfloat16"), family_of(TINY), FULL, 4, 8, 0.0, 0, {"merger": Own(full=True)})
+    groups = groups_of(model, config(tmp_path, lora_on=FULL, weight_decay=0.1))
+    assert {(group["name"], group["weight_decay"], min(of.ndim for of in group["params"])) for group in groups} == {
+        ("learning_rate", 0.1, 2), ("learning_rate_merger", 0.1, 2), ("learning_rate_merger", 0.0, 1),
+    }  # fmt: skip
+    assert {of.dtype for group in groups for of in group["params"]} == {torch.float32}
+
+
+def test_adapters_with_and_without_a_merger_share_a_base_and_vllm_wants_the_first_merged(tmp_path):
+    from qwenvl_ft.hub.doctor import examine
+    from qwenvl_ft.infer.engine import Engine, open_beside
+    from qwenvl_ft.model.load import add_lora, load_base
+    from qwenvl_ft.serve.batching import Batcher
+    from qwenvl_ft.serve.vllm_backend import start_vllm
+
+    folders = {name: tmp_path / name for name in ("full", "plain")}
+    for name, folder in folders.items():
+        towers = ["language", "merger"] if name == "full" else ["language", "vision"]
+        model = add_lora(load_base(TINY, "float32"), family_of(TINY), towers, 4, 8, 0.0, 0, {"merger": Own(full=True)})
+        for parameter in trainable(model).values():
+            nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(folder)
+    engines = open_beside(TINY, folders)
+    asked = [{"role": "user", "content": [{"type": "image", "image": str(CHARTS[0])}, {"type": "text", "text": "read"}]}]
+    batcher, answers = Batcher(engines[None], 1), {}
+    with torch.inference_mode():
+        for name in ("full", None, "plain", "full", None):  # back and forth
+            batcher._switch(engines[name].adapter)
+            found = engines[name].model(**engines[name].inputs([asked])).logits
+            assert found.equal(answers.setdefault(name, found))
+        batcher.close()
+        for name, logits in answers.items():
+            alone = Engine.open(TINY, folders.get(name))
+            assert logits.allclose(alone.model(**alone.inputs([asked])).logits, atol=1e-4), name
+    assert not answers["full"].allclose(answers["plain"], atol=0.1)
+    with pytest.raises(UserError, match=r"holds the merger, of which .*other trains LoRA: PEFT cannot hold both"):
+        model = add_lora(load_base(TINY, "float32"), family_of(TINY), ["merger"], 4, 8, 0.0, 0)
+        model.save_pretrained(tmp_path / "other")
+        open_beside(TINY, folders | {"other": tmp_path / "other"})
+    assert examine(folders["full"]).facts["vLLM"].startswith("does not take modules_to_save; merge first: qwenvl-ft export")
+    with pytest.raises(UserError, match=r"full: vLLM does not take its modules_to_save\n  fix: merge it with `qwenvl-ft export`"):
+        start_vllm(TINY, ["tiny"], folders, [], None)
