@@ -16,7 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionStartEvent, ScalarEvent
 
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.values import Area, Count, Form, Layers, LoraOn, Meta, Number, Own, Positive, Rate, Share, Start, Step, Tower
+from qwenvl_ft.values import Area, Count, Form, Layers, LoraOn, Meta, Number, Own, Positive, Rate, Resume, Share, Start, Step, Tower
 
 
 class Config(BaseModel):
@@ -56,6 +56,7 @@ class Config(BaseModel):
     use_dora: StrictBool = False
     loraplus_lr_ratio: Annotated[Rate, Field(ge=1)] | None = None
     init_lora_weights: Start = True
+    init_adapter: Path | None = None
 
     num_train_epochs: Positive = 3
     max_steps: Positive | None = None
@@ -76,7 +77,7 @@ class Config(BaseModel):
     eval_steps: Positive | None = None
     save_steps: Positive = 100
     save_total_limit: Positive = 3
-    resume: StrictBool = False
+    resume: Resume = False
     report_to: list[Literal["wandb", "tensorboard"]] = []
     run_name: str | None = None
 
@@ -99,6 +100,14 @@ class Config(BaseModel):
         """What DoRA makes of the base without its largest values is no adapter of the base with them."""
         if value is not True and info.data.get("use_dora"):
             raise ValueError("choose one of PiSSA and use_dora")
+        return value
+
+    @field_validator("init_adapter")
+    @classmethod
+    def one_beginning(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        """PiSSA is a beginning, too."""
+        if value and info.data.get("init_lora_weights") is not True:
+            raise ValueError("choose one of init_adapter and init_lora_weights: pissa")
         return value
 
     @field_validator("report_to", mode="before")
@@ -153,7 +162,9 @@ PEERS = {
     "dataset_use": "train_meta_file", "max_model_len": "row_tokens", "max_packed_sequence_len": "row_tokens",
     "peft_use_dora": "use_dora", "peft_use_rslora": "use_rslora", "init_weights": "init_lora_weights",
     "lorap_lr_ratio": "loraplus_lr_ratio",
-    "pissa_init": "init_lora_weights", "pissa_iter": "init_lora_weights",
+    "adapter_name_or_path": "init_adapter", "adapters": "init_adapter", "adapter": "init_adapter", "lora_model_dir": "init_adapter",
+    "lora_weight_path": "init_adapter", "resume_only_model": "resume", "pissa_init": "init_lora_weights",
+    "pissa_iter": "init_lora_weights",
     "lora_target_linear": "lora_targets", "target_regex": "lora_targets", "vision_tower": "lora_on", "tune_merger": "lora_on",
     "xformers_attention": "attn_implementation", "sdp_attention": "attn_implementation",
     "formatting": "format", "dataset_type": "format", "field_messages": "columns", "field_instruction": "columns",
@@ -173,13 +184,13 @@ REMARKS = {
     "warmup_ratio": "a share of the run, not a number of steps",
     "format": "the name of a form: documented, llava, sharegpt, messages ...; without it each record says so itself",
     "columns": "our word and the key that your records have for it: {question: query, answer: label}",
-    "resume": "true goes on from the newest whole checkpoint in output_dir",
+    "resume": "true goes on from the newest whole checkpoint in output_dir, weights takes its adapter alone",
+    "init_adapter": "the folder of an adapter to train on from",
 }
 FOUR_BIT = (
     "training in 4 or 8 bits is not offered; for less memory lower max_pixels and row_tokens, with gradient_checkpointing: true"
 )
 LORA_ONLY = "this tool trains LoRA, and the merger in full, and nothing else"
-NEW_ADAPTER = "a run begins with a new adapter; resume: true goes on with the one of output_dir"
 NO_HUB = "training uploads nothing; `qwenvl-ft export --push modelscope:ORG/NAME` (or hf:) uploads the merged model"
 NO_STOPPING = "no best step is looked for; eval_steps and save_steps show and keep more of them"
 OWN_RATES = "write it into lora_on: {language: {}, vision: {learning_rate: 2e-5}, merger: {learning_rate: 2e-5}}"
@@ -204,8 +215,8 @@ NOT_NEEDED = {key: why for why, keys in {
         "do_train",
     "`qwenvl-ft eval` scores answers; with eval_meta_file training reports their loss":
         "do_eval do_predict predict_with_generate compute_accuracy max_new_tokens temperature top_p top_k num_beams",
-    NEW_ADAPTER:
-        "adapter_name_or_path adapters adapter lora_model_dir lora_weight_path create_new_adapter",
+    "init_adapter is trained on as it is, and resume goes on with the one of output_dir":
+        "create_new_adapter",
     "a run is never overwritten: name a new output_dir, or delete the old one":
         "overwrite_output_dir",
     "every record is used; for a try write a smaller meta-file, or set max_steps":

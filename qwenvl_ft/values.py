@@ -123,4 +123,13 @@ def _start(value: Any) -> Any:
 
 
 Layers = Annotated[str | list[str], PlainValidator(_layers)]
+
+
+def _resume(value: Any) -> Any:
+    if value is True or value is False or value == "weights":
+        return value
+    raise ValueError("write true, false, or weights")
+
+
+Resume = Annotated[bool | Literal["weights"], PlainValidator(_resume)]
 Start = Annotated[Literal[True] | str, PlainValidator(_start)]

@@ -64,6 +64,9 @@ def read_settings(config: Path | None, overrides: list[str] | None, say: Callabl
             if path and not is_there(path):
                 of = "file of conversations" if key.endswith("file") else "folder of pictures"
                 problems.append(Problem(f"{key}: {path}", "is not there", f"put your {of} there, or set {key} to where it is"))
+    if settings.init_adapter and not settings.init_adapter.is_dir():
+        fix = "give the output_dir of a finished run, or another folder with an adapter"
+        problems.append(Problem(f"init_adapter: {settings.init_adapter}", "is not there", fix))
     try:
         if not problems or read_source(str(settings.model)) is None:  # nothing is downloaded for a run that could not begin
             settings = with_local_model(settings, say)

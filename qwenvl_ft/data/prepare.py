@@ -27,7 +27,8 @@ from qwenvl_ft.data.records import Picture, Video
 from qwenvl_ft.data.table import Scripts, TableWriter
 from qwenvl_ft.data.targets import find_layers, said_of
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.problems import check_model
+from qwenvl_ft.folders.adapter import check_base
+from qwenvl_ft.folders.problems import check_adapter, check_model
 from qwenvl_ft.folders.runs import check_output_dir
 
 MOST_OF_FREE = 0.25  # of the room on a disk that what is kept may take
@@ -246,6 +247,9 @@ def make_ready(config: Config, on_record: OnRecord = lambda done, total: None) -
     """
     check_output_dir(config.output_dir)
     check_model(config.model)
+    if config.init_adapter:
+        check_adapter(config.init_adapter)
+        check_base(config.init_adapter, config.model)
     installed = {"wandb": find_spec("wandb"), "tensorboard": find_spec("tensorboard") or find_spec("tensorboardX")}
     if missing := [name for name in config.report_to if not installed[name]]:
         raise UserError(*(Problem("report_to", f"{name} is not installed", f"pip install {name}") for name in missing))

@@ -30,7 +30,18 @@ from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.targets import MERGERS
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.export.prove import prove
-from qwenvl_ft.folders.adapter import DTYPES, LORA_KEY, MAGNITUDE_KEY, Floats, Stored, as_float32, module_of, read_header, scale_of
+from qwenvl_ft.folders.adapter import (
+    DTYPES,
+    LORA_KEY,
+    MAGNITUDE_KEY,
+    PLAIN_STARTS,
+    Floats,
+    Stored,
+    as_float32,
+    module_of,
+    read_header,
+    scale_of,
+)
 from qwenvl_ft.folders.model import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -60,7 +71,6 @@ NOT_PLAIN = (
     "alora_invocation_tokens", "arrow_config", "layer_replication", "fan_in_fan_out", "trainable_token_indices",
     "target_parameters",
 )  # fmt: skip
-PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # the others, PiSSA among them, change the base
 
 
 def export(

@@ -24,6 +24,7 @@ OLD_KEYS = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes; source: vllm/config/lora.py, MaxLoRARanks
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy knows no bfloat16: its bits
 BASE = "base_model.json"  # in an adapter's folder: the fingerprint of the base that it was trained on
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights; the others, as PiSSA, change the base
 # Settings of PEFT that vLLM refuses, or does not look at.
 BEYOND_VLLM = ("use_dora", "modules_to_save", "lora_bias", "rank_pattern", "alpha_pattern")
 Floats = NDArray[np.float32]

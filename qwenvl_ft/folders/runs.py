@@ -34,6 +34,20 @@ def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def earlier(output_dir: Path) -> list[Path]:
+    """The folders named earlier-N, the first first: what an earlier run left there before another began with its weights."""
+    return sorted(output_dir.glob("earlier-*"), key=lambda path: (len(path.name), path.name))
+
+
+def set_aside(output_dir: Path) -> Path:
+    """Moves the checkpoints into a new earlier-N, the newest last, so that a kill amid them leaves the newest to be found."""
+    folder = output_dir / f"earlier-{len(earlier(output_dir)) + 1}"
+    folder.mkdir()
+    for checkpoint in checkpoints(output_dir):
+        checkpoint.rename(folder / checkpoint.name)
+    return folder
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
     """The folders named checkpoint-N, oldest step first."""
     folders = [path for path in output_dir.glob("checkpoint-*") if NAME.search(path.name)]

@@ -26,6 +26,7 @@ from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.rows import Built, Row
 from qwenvl_ft.data.targets import find_layers
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
+from qwenvl_ft.folders.runs import checkpoints, set_aside
 from qwenvl_ft.folders.whole import short_hash, writing
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
@@ -35,7 +36,7 @@ from qwenvl_ft.train.groups import groups_of
 from qwenvl_ft.train.launch import Signals, alone, check_shared, lost, open_trackers, start
 from qwenvl_ft.train.memory import memory_for, out_of_memory
 from qwenvl_ft.train.output_dir import METRICS, Metrics, was_evaluated, write_results, write_settings
-from qwenvl_ft.train.state import OnSaved, Run, find_resume, fingerprint
+from qwenvl_ft.train.state import OnSaved, Run, find_resume, find_weights, fingerprint
 
 
 class Taught(NamedTuple):
@@ -222,7 +223,8 @@ def run_steps(
         what, fix = "its processes read different records, pictures or settings", "give all machines the same files"
         raise UserError(Problem("launch", what, fix))
     resume = find_resume(config, same, prepared)
-    if len(found := set(gather_object([resume.name if resume else "the beginning"]))) > 1:
+    weights = None if resume else find_weights(config)
+    if len(found := set(gather_object([begins.name if (begins := resume or weights) else "the beginning"]))) > 1:
         what, fix = f"its processes would go on from {' and '.join(sorted(found))}", "give all machines the same checkpoints"
         raise UserError(Problem("launch", what, fix))
     if main:
@@ -244,12 +246,15 @@ def run_steps(
     if config.gradient_checkpointing:  # after peft, whose hooks would run the frozen vision tower backward
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = new_optimizer(groups_of(model, config), config, accelerator)
-    beginning = begin(model, config, accelerator.device, resume)
+    beginning = begin(model, config, accelerator.device, resume, weights)
     sizes = model.get_nb_trainable_parameters()
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(config, accelerator, model, optimizer, prepared, processor, bf16, on_saved, beginning)
     done = run.load(resume) if resume else 0
+    accelerator.wait_for_everyone()  # all have read the checkpoint that may be moved now
     with writing(config.output_dir):
+        if main and config.resume == "weights" and checkpoints(config.output_dir):
+            print_line(f"the checkpoints of the run before are in {set_aside(config.output_dir)} now")
         if main:
             write_settings(config, prepared, processor)
         run.metrics = metrics = Metrics(config.output_dir, resume, config.logging_steps, len(steps)) if main else None
@@ -258,7 +263,7 @@ def run_steps(
         again = config.eval_steps is not None and config.eval_steps < len(steps)
         kept.append(("the held-out rows", run.keep_features(held_out, again)))
     if main:
-        report_start(config, run, sizes, resume)
+        report_start(config, run, sizes, resume, weights)
         for of, said_of in kept:
             if said_of:
                 print_line(f"what the vision tower makes of {of} {said_of}")
@@ -356,7 +361,7 @@ def leave(run: Run, signals: Signals, display: Display, step: int, same: dict[st
     raise SystemExit(128 + stop)
 
 
-def report_start(config: Config, run: Run, sizes: tuple[int, int], resume: Path | None) -> None:
+def report_start(config: Config, run: Run, sizes: tuple[int, int], resume: Path | None, weights: Path | None) -> None:
     """What runs, on what, and how much of it trains."""
     trains, total = sizes
     kind = "bfloat16" if run.bf16 else "float32"
@@ -364,3 +369,5 @@ def report_start(config: Config, run: Run, sizes: tuple[int, int], resume: Path 
                   f"({trains / total:.2%}); attention: {attention_of(run.bare)}")  # fmt: skip
     if resume:
         print_line(f"going on from {resume}")
+    if weights:
+        print_line(f"a new run, which begins with the weights of {weights}")

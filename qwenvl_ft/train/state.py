@@ -28,7 +28,7 @@ from qwenvl_ft.data.kept import code_of
 from qwenvl_ft.data.numbers import blocks
 from qwenvl_ft.data.packed import GONE, FileState
 from qwenvl_ft.data.packing import PackedRows, deal
-from qwenvl_ft.data.prepare import Prepared, no_room, not_kept
+from qwenvl_ft.data.prepare import Prepared, no_room, not_kept, schedule
 from qwenvl_ft.data.rows import FEATURES, MAY_KEEP, Built, Row, Rows, with_features
 from qwenvl_ft.data.table import Scripts
 from qwenvl_ft.data.targets import tower_trains
@@ -36,7 +36,7 @@ from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.adapter import base_fingerprint
 from qwenvl_ft.folders.hashes import TICK_NS, digests
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS, read_model_json
-from qwenvl_ft.folders.runs import PICTURE_HASHES, PROCESSORS, checkpoints, newest, rotate
+from qwenvl_ft.folders.runs import PICTURE_HASHES, PROCESSORS, checkpoints, earlier, newest, rotate
 from qwenvl_ft.folders.whole import short_hash, write_json, write_whole
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import trainable
@@ -52,6 +52,7 @@ STATE = "state.json"  # in a checkpoint: its step, how it was launched, and the 
 OnSaved = Callable[[Path], None]
 CLOCK_NS = 20_000_000  # by which a file system's clock may lag behind
 MADE_BY = ("torch", "transformers", "torchvision", "pillow", "av")  # what of a medium becomes features
+LENGTH = ("num_train_epochs", "max_steps")  # settings that may grow when a run goes on
 FORM = 4  # of a checkpoint: raised with every change to what is in it, or to which rows a step takes
 
 
@@ -276,12 +277,17 @@ def zero_partitions(engine: Any) -> list[torch.Tensor]:
 
 def find_resume(config: Config, same: dict[str, str], prepared: Prepared) -> Path | None:
     """The checkpoint to go on from. Raises UserError if there is one that was not asked for, or that is of another run."""
+    if config.resume == "weights":
+        return None
     if not config.resume:
         if found := checkpoints(config.output_dir):
             raise UserError(Problem(str(config.output_dir), f"already holds {found[-1].name}",
                                     "set resume=true to go on from it, or choose another output_dir"))  # fmt: skip
         return None
     folder, skipped = newest(config.output_dir)
+    if not folder and (before := earlier(config.output_dir)):
+        raise UserError(Problem(str(config.output_dir), f"holds no checkpoint yet, and {before[-1].name} of an earlier run",
+                                "set resume=weights to begin with its weights again"))  # fmt: skip
     for reason in skipped:
         print_line(f"passed over {reason}", "yellow")
     if folder:
@@ -289,10 +295,38 @@ def find_resume(config: Config, same: dict[str, str], prepared: Prepared) -> Pat
         if before.get("form") != FORM:
             what = "was written by another version of this tool, which saved other things and whose steps took other rows"
             raise UserError(Problem(str(folder), what, "finish the run with that version, or choose another output_dir"))
+        if (steps := len(schedule(prepared, config))) > (planned := steps_of(before, prepared, config)):
+            print_line(
+                f"{folder.name} is of a run of {planned:,} steps and this is one of {steps:,}: so is the schedule of its rate"
+            )
+            before["same"] |= {key: same[key] for key in LENGTH}
         if changed := differences(before, same, prepared):
             fix = "set it back, or choose another output_dir"
             raise UserError(*(Problem(str(folder), what, fix) for what in changed))
     return folder
+
+
+def steps_of(state: dict[str, Any], prepared: Prepared, config: Config) -> int:
+    """How many steps the run of a checkpoint was to have."""
+    epochs, most = (None if state["same"][key] == "None" else int(state["same"][key]) for key in LENGTH)
+    return len(schedule(prepared, config.model_copy(update={"num_train_epochs": epochs, "max_steps": most})))
+
+
+def find_weights(config: Config) -> Path | None:
+    """The adapter whose weights a run begins with that goes on from no checkpoint; None for a fresh one.
+
+    Raises UserError for `resume: weights` where no checkpoint is.
+    """
+    if config.resume != "weights":
+        return config.init_adapter
+    for folder in (config.output_dir, *reversed(earlier(config.output_dir))):
+        found, skipped = newest(folder)
+        for reason in skipped:
+            print_line(f"passed over {reason}", "yellow")
+        if found:
+            return found
+    what = "holds no checkpoint to take weights from"
+    raise UserError(Problem(str(config.output_dir), what, "set resume=false, or init_adapter to the folder of an adapter"))
 
 
 def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -> dict[str, str]:
@@ -301,7 +335,7 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
     Hashes pictures and base, each file once. Raises UserError for a file that is gone.
     """
     same = "lora_on lora_targets lora_rank lora_alpha lora_dropout use_rslora use_dora loraplus_lr_ratio "
-    same += "init_lora_weights rows_per_step learning_rate lr_scheduler_type warmup_ratio "
+    same += "init_lora_weights init_adapter rows_per_step learning_rate lr_scheduler_type warmup_ratio "
     same += "weight_decay max_grad_norm seed dtype num_train_epochs max_steps thinking video_fps video_max_frames video_max_pixels"
     settings = {key: str(getattr(config, key)) for key in same.split()}
     seen = [read_model_json(path) for name in PROCESSORS if (path := config.model / name).is_file()]

@@ -297,3 +297,77 @@ def test_adapters_with_and_without_a_merger_share_a_base_and_vllm_wants_the_firs
     assert examine(folders["full"]).facts["vLLM"].startswith("does not take modules_to_save; merge first: qwenvl-ft export")
     with pytest.raises(UserError, match=r"full: vLLM does not take its modules_to_save\n  fix: merge it with `qwenvl-ft export`"):
         start_vllm(TINY, ["tiny"], folders, [], None)
+
+
+def random_lora(folder):
+    """An adapter of PEFT's alone, as another tool leaves it, that does something."""
+    model, _ = by_peft()
+    for parameter in trainable(model).values():
+        nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_is_trained_on_from_as_peft_and_plain_torch_do(settings, tmp_path, capsys):
+    from peft import PeftModel, get_peft_model_state_dict
+
+    from qwenvl_ft.model.load import load_base
+
+    theirs = random_lora(tmp_path / "theirs")
+    trained = run(tmp_path, **settings, init_adapter=theirs)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "from the weights of" in said and f"a new run, which begins with the weights of {theirs}" in said
+    model = PeftModel.from_pretrained(load_base(TINY, "float32", "varlen"), theirs, is_trainable=True).train()
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2, weight_decay=0.0)
+    plain_steps(tmp_path, model, optimizer, **settings)
+    assert difference(get_peft_model_state_dict(model), trained) < 2e-3
+    assert difference(adapter(theirs), trained) > 0.01
+
+
+@pytest.mark.parametrize(("here", "said"), [
+    ({"rank": 2}, r"56 tensors of another rank: .* is \[4, 192\] and here \[2, 192\]\n  fix: set lora_rank, .* says r 4"),
+    ({"alpha": 4}, r"counts 2 times, and 1 times here, .*\n  fix: set lora_alpha and use_rslora to its own: .* says lora_alpha 8"),
+    ({"on": ["vision"]}, r"lacks 16 of the 16 tensors that train here(.|\n)*holds 56 tensors that do not train here"),
+])  # fmt: skip
+def test_an_adapter_that_does_not_fit_is_refused_with_the_key_to_set(here, said, tmp_path):
+    from qwenvl_ft.model.load import add_lora, load_base
+    from qwenvl_ft.train.beginning import begin
+
+    theirs = random_lora(tmp_path / "theirs")
+    towers = {"on": ["language"], "rank": 4, "alpha": 8} | here
+    model = add_lora(load_base(TINY, "float32"), family_of(TINY), *towers.values(), 0.0, 0)
+    with pytest.raises(UserError, match=said):
+        begin(model, config(tmp_path), torch.device("cpu"), None, theirs)
+
+
+def test_a_finished_run_is_extended_or_its_weights_are_taken_for_another(settings, tmp_path, capsys):
+    epochs = settings | {"max_steps": None, "save_steps": 100}
+    longer = run(tmp_path, "longer", **epochs, num_train_epochs=2)
+    first = run(tmp_path, **epochs, num_train_epochs=1)
+    assert not same(first, longer)
+    capsys.readouterr()
+    assert same(longer, run(tmp_path, **epochs, num_train_epochs=2, resume=True))
+    assert re.search(r"is of a run of (\d) steps and this is one of \d: so is the schedule of its rate", capsys.readouterr().out)
+    with pytest.raises(UserError, match="num_train_epochs was 2 and is now 1"):
+        run(tmp_path, **epochs, num_train_epochs=1, resume=True)
+
+    (checkpoint,) = (tmp_path / "longer").glob("checkpoint-*")
+    other = settings | {"learning_rate": 5e-3, "rows_per_step": 2, "max_steps": 1}
+    wanted = run(tmp_path, "other", **other, init_adapter=checkpoint)
+    for _ in range(2):  # the second time as after a kill before the first checkpoint
+        assert same(wanted, run(tmp_path, **other, resume="weights"))
+        out = capsys.readouterr().out
+        assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+        assert f"begins with the weights of {tmp_path / 'run'}" in out and len(metrics(tmp_path / "run")) == 1
+        assert same(wanted, run(tmp_path, **other, resume=True))
+        shutil.rmtree(tmp_path / "run" / "checkpoint-1")
+        with pytest.raises(UserError, match=r"holds no checkpoint yet, and earlier-1 of an earlier run\n  fix: set resume=weights"):
+            run(tmp_path, **other, resume=True)
+    shutil.rmtree(tmp_path / "run" / "earlier-1")
+    with pytest.raises(UserError, match="holds no checkpoint to take weights from"):
+        run(tmp_path, **other, resume="weights")
+
+
+def test_a_rank_that_a_layer_has_not_is_refused_by_pissa(settings, tmp_path):
+    with pytest.raises(UserError, match=r"has \d+ singular values, and its rank is 4000"):
+        run(tmp_path, **settings, init_lora_weights="pissa", lora_rank=4000)
