@@ -77,6 +77,8 @@ class Config(BaseModel):
     eval_steps: Positive | None = None
     save_steps: Positive = 100
     save_total_limit: Positive = 3
+    keep_best: StrictBool = False
+    early_stopping_patience: Positive | None = None
     resume: Resume = False
     report_to: list[Literal["wandb", "tensorboard"]] = []
     run_name: str | None = None
@@ -108,6 +110,14 @@ class Config(BaseModel):
         """PiSSA is a beginning, too."""
         if value and info.data.get("init_lora_weights") is not True:
             raise ValueError("choose one of init_adapter and init_lora_weights: pissa")
+        return value
+
+    @field_validator("keep_best", "early_stopping_patience")
+    @classmethod
+    def there_are_evaluations(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """One at the end says of no step that it is the best."""
+        if value and not (info.data.get("eval_meta_file") and info.data.get("eval_steps")):
+            raise ValueError("set eval_meta_file and eval_steps, which it goes by")
         return value
 
     @field_validator("report_to", mode="before")
@@ -161,6 +171,7 @@ PEERS = {
     "val_set_size": "eval_meta_file", "split_dataset_ratio": "eval_meta_file", "eval_file": "eval_meta_file",
     "dataset_use": "train_meta_file", "max_model_len": "row_tokens", "max_packed_sequence_len": "row_tokens",
     "peft_use_dora": "use_dora", "peft_use_rslora": "use_rslora", "init_weights": "init_lora_weights",
+    "load_best_model_at_end": "keep_best", "early_stopping_steps": "early_stopping_patience",
     "lorap_lr_ratio": "loraplus_lr_ratio",
     "adapter_name_or_path": "init_adapter", "adapters": "init_adapter", "adapter": "init_adapter", "lora_model_dir": "init_adapter",
     "lora_weight_path": "init_adapter", "resume_only_model": "resume", "pissa_init": "init_lora_weights",
@@ -185,6 +196,8 @@ REMARKS = {
     "format": "the name of a form: documented, llava, sharegpt, messages ...; without it each record says so itself",
     "columns": "our word and the key that your records have for it: {question: query, answer: label}",
     "resume": "true goes on from the newest whole checkpoint in output_dir, weights takes its adapter alone",
+    "keep_best": "true keeps the checkpoint with the lowest eval_loss, and names it in the results",
+    "early_stopping_patience": "a number of evaluations without a lower eval_loss",
     "init_adapter": "the folder of an adapter to train on from",
 }
 FOUR_BIT = (
@@ -192,7 +205,6 @@ FOUR_BIT = (
 )
 LORA_ONLY = "this tool trains LoRA, and the merger in full, and nothing else"
 NO_HUB = "training uploads nothing; `qwenvl-ft export --push modelscope:ORG/NAME` (or hf:) uploads the merged model"
-NO_STOPPING = "no best step is looked for; eval_steps and save_steps show and keep more of them"
 OWN_RATES = "write it into lora_on: {language: {}, vision: {learning_rate: 2e-5}, merger: {learning_rate: 2e-5}}"
 ANSWERS_ONLY = 'only assistant turns are taught, but for those with "loss": false in the meta-file'
 # What is not offered, or is so without a key: the keys of peers, and what to know in their place.
@@ -253,8 +265,8 @@ NOT_NEEDED = {key: why for why, keys in {
         "min_lr min_lr_ratio cosine_min_lr_ratio lr_scheduler_kwargs",
     "the loss is the plain one, a mean over the taught tokens":
         "label_smoothing_factor neftune_noise_alpha loss_scale",
-    NO_STOPPING:
-        "load_best_model_at_end metric_for_best_model greater_is_better early_stopping_steps early_stopping_patience",
+    "keep_best and early_stopping_patience go by the loss of evaluation":
+        "metric_for_best_model greater_is_better",
     "a row of evaluation is one of training":
         "per_device_eval_batch_size eval_batch_size eval_accumulation_steps bf16_full_eval",
     "the model's own chat template is used":

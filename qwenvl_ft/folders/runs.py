@@ -71,12 +71,13 @@ def processor_folder(model_dir: Path, adapter: Path | None) -> Path:
     return own if own and holds_processor(own) else model_dir
 
 
-def rotate(output_dir: Path, keep: int) -> None:
-    """Deletes what is older than the `keep` newest whole checkpoints; a damaged one counts for nothing.
+def rotate(output_dir: Path, keep: int, spared: str = "") -> None:
+    """Deletes what is older than the `keep` newest whole checkpoints, but for the one that is `spared`, which does not count, as a
+    damaged one does not.
 
     Every one that counts is read and hashed again: it was whole when it was written, and the others are deleted on its account.
     """
-    found = checkpoints(output_dir)
+    found = [folder for folder in checkpoints(output_dir) if folder.name != spared]
     whole = 0
     while found and whole < keep < whole + len(found):  # else nothing is to go, and nothing need be read
         whole += damage(found.pop()) is None

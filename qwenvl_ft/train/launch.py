@@ -298,13 +298,16 @@ def start(config: Config) -> Accelerator:
     return accelerator
 
 
-def open_trackers(accelerator: Accelerator, config: Config) -> None:
-    """Opens what `report_to` names, before the model is loaded: wandb wants a key and its server."""
+def open_trackers(accelerator: Accelerator, config: Config, wandb_id: str) -> None:
+    """Opens what `report_to` names, before the model is loaded: wandb wants a key and its server. Under the same id it goes on with
+    the same run there."""
     settings = {
         key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.model_dump(mode="json").items()
     }
     try:
-        accelerator.init_trackers("qwenvl_ft", settings, {"wandb": {"name": config.run_name}})
+        project = os.environ.get("WANDB_PROJECT", "") if "wandb" in config.report_to else ""
+        of_wandb = {"name": config.run_name, "id": wandb_id, "resume": "allow"}
+        accelerator.init_trackers(project or "qwenvl_ft", settings, {"wandb": of_wandb})
     except Exception as error:
         if type(error).__module__.split(".")[0] != "wandb":  # which is installed where it is wanted only
             raise

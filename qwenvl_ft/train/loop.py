@@ -5,7 +5,9 @@ of them. Which rows those are, and every random draw, follows from (seed, epoch,
 from what ran before, so a run that goes on from a checkpoint ends where the uninterrupted one does.
 """
 
+import json
 import math
+import secrets
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -32,11 +34,12 @@ from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import Keep, summed_loss
 from qwenvl_ft.train.beginning import begin
+from qwenvl_ft.train.best import Best
 from qwenvl_ft.train.groups import groups_of
 from qwenvl_ft.train.launch import Signals, alone, check_shared, lost, open_trackers, start
 from qwenvl_ft.train.memory import memory_for, out_of_memory
-from qwenvl_ft.train.output_dir import METRICS, Metrics, was_evaluated, write_results, write_settings
-from qwenvl_ft.train.state import OnSaved, Run, find_resume, find_weights, fingerprint
+from qwenvl_ft.train.output_dir import METRICS, Metrics, read_metrics, was_evaluated, write_results, write_settings
+from qwenvl_ft.train.state import STATE, OnSaved, Run, find_resume, find_weights, fingerprint
 
 
 class Taught(NamedTuple):
@@ -231,7 +234,8 @@ def run_steps(
         print_drawing(draw_plan(prepared.summary(config)))
         if prepared.problems:
             print_problems(prepared.problems)
-    open_trackers(accelerator, config)
+    wandb_id = (resume and json.loads((resume / STATE).read_text()).get("wandb")) or secrets.token_hex(4)
+    open_trackers(accelerator, config, wandb_id)
 
     processor = AutoProcessor.from_pretrained(config.model)
     processor.chat_template = prepared.chat.source  # which asks as was taught
@@ -251,6 +255,8 @@ def run_steps(
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(config, accelerator, model, optimizer, prepared, processor, bf16, on_saved, beginning)
     done = run.load(resume) if resume else 0
+    run.wandb_id = wandb_id
+    run.best = best = Best(read_metrics(resume) if resume else [], config.early_stopping_patience)
     accelerator.wait_for_everyone()  # all have read the checkpoint that may be moved now
     with writing(config.output_dir):
         if main and config.resume == "weights" and checkpoints(config.output_dir):
@@ -294,11 +300,13 @@ def run_steps(
                 if (evaluated := score(done, held_out)) is None:
                     leave(run, signals, display, done, None)
                 tell(evaluated.skipped)
+                best.add(done, evaluated.loss)
                 if metrics:
                     metrics.amend(evaluated.loss, evaluated.skipped)
-            rows_to_come = (row for _, rows in steps.since(done) for row in run.mine(rows, prepared))
+            end = done if best.over else len(steps)
+            rows_to_come = (row for _, rows in islice(steps.since(done), end - done) for row in run.mine(rows, prepared))
             with run.built(rows_to_come, prepared) as loader:
-                for step, (epoch, rows) in enumerate(steps.since(done), start=done + 1):
+                for step, (epoch, rows) in enumerate(islice(steps.since(done), end - done), start=done + 1):
                     began = time.monotonic()
                     rate = learning_rate(step, len(steps), config)
                     for group in run.optimizer.param_groups:
@@ -317,17 +325,22 @@ def run_steps(
                     if held_out and is_evaluated(step) and (evaluated := score(step, held_out)):
                         skipped += evaluated.skipped
                         facts["eval_loss"] = evaluated.loss
+                        best.add(step, evaluated.loss)
                     tell(skipped)
                     if metrics:
                         with writing(config.output_dir / METRICS):
                             facts = metrics.add(step, facts, skipped)
                     accelerator.log(facts, step=step)
                     display.step(step, facts)
-                    if is_saved(step):
+                    if saved := is_saved(step) or best.over or (config.keep_best and best.step == step):
                         with writing(config.output_dir):
                             run.save(step, same)
                     if signals.stop(accelerator):
-                        leave(run, signals, display, step, None if is_saved(step) else same)
+                        leave(run, signals, display, step, None if saved else same)
+                    if best.over:
+                        break
+            if best.over:
+                display.say(f"stopped early: no eval_loss below {best.losses[best.step]:.4f} since step {best.step}")
         except UserError as error:
             if not accelerator.is_local_main_process:  # the command line prints the first one's, which knows nothing of this row
                 print_problems(error.problems)

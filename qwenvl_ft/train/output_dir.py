@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line, print_problems
-from qwenvl_ft.data.prepare import Prepared
+from qwenvl_ft.data.prepare import Prepared, schedule
 from qwenvl_ft.errors import Problem
 from qwenvl_ft.folders.adapter import BASE, base_fingerprint
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_lines, write_whole
+from qwenvl_ft.train.best import Best
 from qwenvl_ft.train.curves import draw_losses, mean_loss
 
 METRICS, CURVES = "metrics.jsonl", "loss.svg"
@@ -88,11 +89,20 @@ def write_results(
     skipped = [*(problem.facts for problem in prepared.problems), *broken.values()]
     results = {"steps": len(lines), "train_loss": lines[-1]["run_loss"], "learning_rates": peaks, "eval_losses": evaluations,
                "skipped": skipped}  # fmt: skip
+    best = Best(lines).step if config.keep_best else 0
+    if best:
+        results["best"] = {"step": best, "eval_loss": evaluations[best], "checkpoint": f"checkpoint-{best}"}
+    if len(lines) < (planned := len(schedule(prepared, config))):
+        results["stopped_early"] = {"step": len(lines), "of": planned}
     write_json(out / "all_results.json", results)
     if broken:
         print_line(f"\nSkipped, as on_bad_record says: {len(broken)} records whose pictures break while they are decoded", "yellow")
         print_problems([Problem(**problem) for problem in broken.values()])
     print_next(config)
+    if 0 < best < len(lines):
+        print_line(
+            f"The lowest eval_loss, {evaluations[best]:.4f}, is that of step {best}: for --adapter {out / f'checkpoint-{best}'}"
+        )
 
 
 def print_next(config: Config) -> None:

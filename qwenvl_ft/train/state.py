@@ -42,6 +42,7 @@ from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import trainable
 from qwenvl_ft.model.loss import Keep
 from qwenvl_ft.model.pissa import State, as_plain, plain_settings
+from qwenvl_ft.train.best import Best
 from qwenvl_ft.train.launch import Workers, begin_worker, no_word_of_workers
 from qwenvl_ft.train.output_dir import Metrics
 
@@ -68,6 +69,7 @@ class Run:
         self.beginning = beginning or {}  # of PiSSA
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.metrics: Metrics | None = None  # the main process has them
+        self.best, self.wandb_id = Best([]), ""
         self.features: dict[bool, Features] = {}  # of the rows that train, and of those that are held out
         self.partitions = zero_partitions(model) if self.deepspeed else []
         self.tower_trains = tower_trains(config.lora_on)
@@ -202,6 +204,7 @@ class Run:
             facts = {
                 "form": FORM, "step": step, "processes": self.accelerator.num_processes, "deepspeed": self.deepspeed,
                 "records": self.prepared.num_records, "row_tokens": self.prepared.plan.row_tokens, "same": same,
+                "wandb": self.wandb_id,
             }  # fmt: skip
             (incoming / STATE).write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -216,7 +219,8 @@ class Run:
         if self.accelerator.is_main_process:
             write_whole(folder, write)
             parts.rmdir()
-            rotate(self.config.output_dir, self.config.save_total_limit)
+            spared = f"checkpoint-{self.best.step}" if self.config.keep_best else ""
+            rotate(self.config.output_dir, self.config.save_total_limit, spared)
             if self.on_saved:
                 self.on_saved(folder)
         self.accelerator.wait_for_everyone()

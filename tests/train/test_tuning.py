@@ -371,3 +371,42 @@ def test_a_finished_run_is_extended_or_its_weights_are_taken_for_another(setting
 def test_a_rank_that_a_layer_has_not_is_refused_by_pissa(settings, tmp_path):
     with pytest.raises(UserError, match=r"has \d+ singular values, and its rank is 4000"):
         run(tmp_path, **settings, init_lora_weights="pissa", lora_rank=4000)
+
+
+def test_the_best_checkpoint_is_kept_and_evaluations_without_a_better_one_end_the_run(settings, tmp_path, monkeypatch, capsys):
+    from qwenvl_ft.train import loop
+
+    losses = iter([3.0, 2.0, 2.5, 2.0, 2.2, 2.1, 2.3])
+    monkeypatch.setattr(loop, "evaluate", lambda *of: loop.Taught(next(losses), 1, []))
+    judged = settings | {"eval_meta_file": settings["train_meta_file"], "eval_steps": 1, "save_steps": 100, "save_total_limit": 1}
+
+    def trained(**more):
+        state = run(tmp_path, **judged | {"max_steps": 6, **more})
+        kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+        return state, kept, json.loads((tmp_path / "run" / "all_results.json").read_text())
+
+    stopped, kept, results = trained(keep_best=True, early_stopping_patience=2)
+    assert kept == ["checkpoint-2", "checkpoint-4"] and same(stopped, adapter(tmp_path / "run" / "checkpoint-4"))
+    assert results["best"] == {"step": 2, "eval_loss": 2.0, "checkpoint": "checkpoint-2"}
+    assert results["stopped_early"] == {"step": 4, "of": 6} and results["steps"] == 4
+    out = " ".join(capsys.readouterr().out.split())
+    assert "stopped early: no eval_loss below 2.0000 since step 2" in out
+    assert f"is that of step 2: for --adapter {tmp_path / 'run' / 'checkpoint-2'}" in out
+    monkeypatch.setattr(loop, "train_step", None)  # no step is left to do
+    assert same(stopped, trained(keep_best=True, early_stopping_patience=2, resume=True)[0])
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "evaluate", lambda *of: loop.Taught(next(losses), 1, []))
+    _, kept, results = trained(keep_best=True, early_stopping_patience=4, resume=True)
+    assert kept == ["checkpoint-2", "checkpoint-6"] and results["steps"] == 6
+    assert same(adapter(tmp_path / "run" / "checkpoint-2"), run(tmp_path, "two", **settings))
+
+
+def test_without_these_keys_the_best_goes_with_the_oldest(settings, tmp_path, monkeypatch):
+    from qwenvl_ft.train import loop
+
+    losses = iter([2.0, 3.0, 3.0])
+    monkeypatch.setattr(loop, "evaluate", lambda *of: loop.Taught(next(losses), 1, []))
+    more = {"eval_meta_file": settings["train_meta_file"], "eval_steps": 1, "save_total_limit": 1, "max_steps": 3}
+    run(tmp_path, **settings | more)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text()).keys().isdisjoint({"best", "stopped_early"})
