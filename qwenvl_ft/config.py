@@ -10,96 +10,30 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    StrictBool,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, ValidationInfo, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionStartEvent, ScalarEvent
 
 from qwenvl_ft.errors import Problem, UserError
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):  # which Python takes for 0 and 1
-        raise ValueError("write a number")
-    return value
-
-
-def _area(value: int) -> int:
-    if value < FOUR_TOKENS:  # a side in px or a number of tokens was meant, and no picture would be seen
-        raise ValueError(f"it is an area, height x width in px: write at least {FOUR_TOKENS}, four tokens of 28 x 28 px")
-    return value
-
-
-def _step(value: float) -> float:
-    if value > 1:  # AdamW moves every weight by about so much; from 1e38 on it ends in an OverflowError
-        raise ValueError("write at most 1; 1e-4 is usual")
-    return value
-
-
-FOUR_TOKENS = 4 * 28 * 28
-Number = Annotated[int, BeforeValidator(_number)]
-Positive = Annotated[Number, Field(gt=0)]
-Area = Annotated[Number, AfterValidator(_area)]
-Count = Annotated[Number, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Step = Annotated[Rate, AfterValidator(_step)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-# The forms of records that are told from what a meta-file holds; data/formats reads them.
-Form = Literal["documented", "v1", "llava", "sharegpt", "messages", "openai", "prompt_completion", "query_response", "alpaca",
-               "pairs", "columns"]  # fmt: skip
-Tower = Literal["language", "vision", "merger"]
-
-
-class Part(BaseModel):
-    """One of several meta-files that are mixed: each of its records counts `weight` times."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    file: Path
-    data_dir: Path | None = None
-    weight: Rate = 1
-
-
-def _meta(value: Any) -> Any:
-    """A path, or a list of parts, each of which may be a path alone; complained about as one thing."""
-    if not isinstance(value, list):
-        if not isinstance(value, str | Path):
-            raise ValueError("it should be a path, a text, or a list of {file, data_dir, weight}")
-        return Path(value)
-    parts = []
-    for number, part in enumerate(value):
-        try:
-            parts.append(Part.model_validate({"file": part} if isinstance(part, str | Path) else part))
-        except ValidationError as error:
-            first = error.errors()[0]
-            at, said = ".".join(map(str, [number, *first["loc"]])), first["msg"][0].lower() + first["msg"][1:]
-            raise ValueError(f"write each of the list as {{file, data_dir, weight}}: of {at} {said}") from error
-    if not parts:
-        raise ValueError("list at least one file")
-    return parts
-
-
-Meta = Annotated[Path | list[Part], PlainValidator(_meta)]
-
-
-def _checkpointing(value: Any) -> Any:
-    if value != "auto" and not isinstance(value, bool):
-        raise ValueError("write auto, true or false")
-    return value
-
-
-Checkpointing = Annotated[Literal["auto"] | bool, PlainValidator(_checkpointing)]
+from qwenvl_ft.values import (
+    Area,
+    Checkpointing,
+    Count,
+    Form,
+    Layers,
+    LoraOn,
+    Meta,
+    Number,
+    Own,
+    Positive,
+    Rate,
+    Resume,
+    Share,
+    Start,
+    Step,
+    Tower,
+)
 
 
 class Config(BaseModel):
@@ -130,10 +64,16 @@ class Config(BaseModel):
     on_bad_record: Literal["error", "skip"] = "error"
     dataloader_num_workers: Count = 2
 
-    lora_on: Annotated[list[Tower], Field(min_length=1)] = ["language"]
+    lora_on: LoraOn = ["language"]
+    lora_targets: Layers | None = None
     lora_rank: Positive = 16
     lora_alpha: Rate = 32
     lora_dropout: Share = 0.0
+    use_rslora: StrictBool = False
+    use_dora: StrictBool = False
+    loraplus_lr_ratio: Annotated[Rate, Field(ge=1)] | None = None
+    init_lora_weights: Start = True
+    init_adapter: Path | None = None
 
     num_train_epochs: Positive = 3
     max_steps: Positive | None = None
@@ -154,7 +94,9 @@ class Config(BaseModel):
     eval_steps: Positive | None = None
     save_steps: Positive = 100
     save_total_limit: Positive = 3
-    resume: StrictBool = False
+    keep_best: StrictBool = False
+    early_stopping_patience: Positive | None = None
+    resume: Resume = False
     report_to: list[Literal["wandb", "tensorboard"]] = []
     run_name: str | None = None
 
@@ -166,7 +108,36 @@ class Config(BaseModel):
             raise ValueError(f"set it to at least min_pixels, {info.data['min_pixels']}")
         return value
 
-    @field_validator("lora_on", "report_to", mode="before")
+    @property
+    def own(self) -> dict[Tower, Own]:
+        """What the towers have of their own, where lora_on is an object."""
+        return {tower: Own(**given) for tower, given in self.lora_on.items()} if isinstance(self.lora_on, dict) else {}
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def pissa_is_no_dora(cls, value: Literal[True] | str, info: ValidationInfo) -> Literal[True] | str:
+        """What DoRA makes of the base without its largest values is no adapter of the base with them."""
+        if value is not True and info.data.get("use_dora"):
+            raise ValueError("choose one of PiSSA and use_dora")
+        return value
+
+    @field_validator("init_adapter")
+    @classmethod
+    def one_beginning(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        """PiSSA is a beginning, too."""
+        if value and info.data.get("init_lora_weights") is not True:
+            raise ValueError("choose one of init_adapter and init_lora_weights: pissa")
+        return value
+
+    @field_validator("keep_best", "early_stopping_patience")
+    @classmethod
+    def there_are_evaluations(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """One at the end says of no step that it is the best."""
+        if value and not (info.data.get("eval_meta_file") and info.data.get("eval_steps")):
+            raise ValueError("set eval_meta_file and eval_steps, which it goes by")
+        return value
+
+    @field_validator("report_to", mode="before")
     @classmethod
     def one_is_a_list(cls, value: Any) -> Any:
         """`report_to: wandb` means `report_to: [wandb]`, and none means none."""
@@ -198,7 +169,7 @@ PEERS = {
     "strict": "on_bad_record", "on_bad_sample": "on_bad_record",
     "preprocessing_num_workers": "dataloader_num_workers", "dataset_num_proc": "dataloader_num_workers",
     "lora_r": "lora_rank", "r": "lora_rank", "rank": "lora_rank", "alpha": "lora_alpha",
-    "lora_target": "lora_on", "target_modules": "lora_on", "lora_target_modules": "lora_on", "freeze_vit": "lora_on",
+    "lora_target": "lora_targets", "target_modules": "lora_targets", "lora_target_modules": "lora_targets", "freeze_vit": "lora_on",
     "freeze_vision_tower": "lora_on", "freeze_llm": "lora_on", "freeze_aligner": "lora_on", "freeze_merger": "lora_on",
     "freeze_multi_modal_projector": "lora_on", "vision_lora": "lora_on", "tune_mm_vision": "lora_on", "tune_mm_llm": "lora_on",
     "tune_mm_mlp": "lora_on", "freeze_language_model": "lora_on",
@@ -216,7 +187,13 @@ PEERS = {
     "output_directory": "output_dir", "wandb_name": "run_name", "wandb_run_name": "run_name", "logging_interval": "logging_steps",
     "val_set_size": "eval_meta_file", "split_dataset_ratio": "eval_meta_file", "eval_file": "eval_meta_file",
     "dataset_use": "train_meta_file", "max_model_len": "row_tokens", "max_packed_sequence_len": "row_tokens",
-    "lora_target_linear": "lora_on", "target_regex": "lora_on", "vision_tower": "lora_on", "tune_merger": "lora_on",
+    "peft_use_dora": "use_dora", "peft_use_rslora": "use_rslora", "init_weights": "init_lora_weights",
+    "load_best_model_at_end": "keep_best", "early_stopping_steps": "early_stopping_patience",
+    "lorap_lr_ratio": "loraplus_lr_ratio",
+    "adapter_name_or_path": "init_adapter", "adapters": "init_adapter", "adapter": "init_adapter", "lora_model_dir": "init_adapter",
+    "lora_weight_path": "init_adapter", "resume_only_model": "resume", "pissa_init": "init_lora_weights",
+    "pissa_iter": "init_lora_weights",
+    "lora_target_linear": "lora_targets", "target_regex": "lora_targets", "vision_tower": "lora_on", "tune_merger": "lora_on",
     "xformers_attention": "attn_implementation", "sdp_attention": "attn_implementation",
     "formatting": "format", "dataset_type": "format", "field_messages": "columns", "field_instruction": "columns",
     "video_maxlen": "video_max_frames", "fps_max_frames": "video_max_frames", "fps": "video_fps",
@@ -227,6 +204,8 @@ CLOSE = 0.85  # of two keys that are one misspelt: lower, and a key of another m
 # What has to be known besides the name, by our key.
 REMARKS = {
     "lora_on": "[language] to keep the vision tower and the merger frozen, [language, vision, merger] to train them, too",
+    "lora_targets": "[q_proj, v_proj], names of linear layers, or a regular expression; lora_on says in which towers",
+    "init_lora_weights": "pissa, or pissa_niter_16",
     "rows_per_step": "another number, the rows of one step over all processes together",
     "row_tokens": "records share rows of so many tokens, and a longer one is reported, never cut",
     "eval_meta_file": "a file of held-out records; none are split off",
@@ -234,39 +213,40 @@ REMARKS = {
     "gradient_checkpointing": "auto recomputes only what does not fit into memory, true everything, false nothing",
     "format": "the name of a form: documented, llava, sharegpt, messages ...; without it each record says so itself",
     "columns": "our word and the key that your records have for it: {question: query, answer: label}",
-    "resume": "true goes on from the newest whole checkpoint in output_dir",
+    "resume": "true goes on from the newest whole checkpoint in output_dir, weights takes its adapter alone",
+    "keep_best": "true keeps the checkpoint with the lowest eval_loss, and names it in the results",
+    "early_stopping_patience": "a number of evaluations without a lower eval_loss",
+    "init_adapter": "the folder of an adapter to train on from",
 }
 FOUR_BIT = (
     "training in 4 or 8 bits is not offered; for less memory lower max_pixels and row_tokens, with gradient_checkpointing: true"
 )
-LORA_ONLY = "this tool trains LoRA and nothing else"
-NEW_ADAPTER = "a run begins with a new adapter; resume: true goes on with the one of output_dir"
+LORA_ONLY = "this tool trains LoRA, and the merger in full, and nothing else"
 NO_HUB = "training uploads nothing; `qwenvl-ft export --push modelscope:ORG/NAME` (or hf:) uploads the merged model"
-NO_STOPPING = "no best step is looked for; eval_steps and save_steps show and keep more of them"
-ONE_RATE = "learning_rate is that of all towers; lora_on says which of them train"
+OWN_RATES = "write it into lora_on: {language: {}, vision: {learning_rate: 2e-5}, merger: {learning_rate: 2e-5}}"
 ANSWERS_ONLY = 'only assistant turns are taught, but for those with "loss": false in the meta-file'
 # What is not offered, or is so without a key: the keys of peers, and what to know in their place.
 NOT_NEEDED = {key: why for why, keys in {
     FOUR_BIT:
         "load_in_4bit load_in_8bit quantization_bit quantization_method quant_bits quant_method bits double_quant "
         "quant_type double_quantization bnb_4bit_quant_type bnb_4bit_compute_dtype use_bnb_nested_quant torchao",
-    "DoRA is not offered; for more than LoRA learns raise lora_rank":
-        "use_dora peft_use_dora",
-    "plain LoRA is trained, counted lora_alpha / lora_rank times":
-        "use_rslora peft_use_rslora loraplus_lr_ratio loraplus_lr_embedding pissa_init pissa_iter pissa_convert "
-        "init_weights init_lora_weights lora_bias bias use_galore use_badam use_apollo lora_dtype",
+    "what is saved of a run with init_lora_weights: pissa is plain LoRA already":
+        "pissa_convert",
+    "A and B are trained with AdamW, without a bias; use_rslora, use_dora, loraplus_lr_ratio and init_lora_weights vary that":
+        "loraplus_lr_embedding lora_bias bias use_galore use_badam use_apollo lora_dtype",
     LORA_ONLY:
         "finetuning_type train_type tuner_type lora_enable use_peft use_lora tuner_backend task_type "
-        "freeze_trainable_layers freeze_trainable_modules unfreeze_topk_llm unfreeze_topk_vision modules_to_save "
-        "lora_modules_to_save additional_target",
+        "freeze_trainable_layers freeze_trainable_modules unfreeze_topk_llm unfreeze_topk_vision",
+    "of whole modules only the merger is trained: lora_on: {language: {}, merger: {full: true}}":
+        "modules_to_save lora_modules_to_save additional_target",
     "this tool does supervised fine-tuning and nothing else":
         "stage rlhf_type pref_beta pref_loss beta ref_model reward_model rl loss_type",
     "`qwenvl-ft train` trains":
         "do_train",
     "`qwenvl-ft eval` scores answers; with eval_meta_file training reports their loss":
         "do_eval do_predict predict_with_generate compute_accuracy max_new_tokens temperature top_p top_k num_beams",
-    NEW_ADAPTER:
-        "adapter_name_or_path adapters adapter lora_model_dir lora_weight_path create_new_adapter",
+    "init_adapter is trained on as it is, and resume goes on with the one of output_dir":
+        "create_new_adapter",
     "a run is never overwritten: name a new output_dir, or delete the old one":
         "overwrite_output_dir",
     "every record is used; for a try write a smaller meta-file, or set max_steps":
@@ -293,16 +273,18 @@ NOT_NEEDED = {key: why for why, keys in {
         "wandb_entity wandb_run_id wandb_log_model wandb_watch",
     "only wandb and tensorboard are reported to":
         "swanlab_project use_swanlab use_mlflow use_comet",
-    ONE_RATE:
-        "vision_lr vit_lr merger_lr projector_lr aligner_lr mm_projector_lr vision_tower_lr embedding_learning_rate",
+    OWN_RATES:
+        "vision_lr vit_lr merger_lr projector_lr aligner_lr mm_projector_lr vision_tower_lr",
+    "the embeddings are not trained":
+        "embedding_learning_rate",
     "it is AdamW with its usual constants":
         "optim optimizer optim_args adam_beta1 adam_beta2 adam_epsilon optim_target_modules",
     "the rate ends at zero, or stays with lr_scheduler_type: constant":
         "min_lr min_lr_ratio cosine_min_lr_ratio lr_scheduler_kwargs",
     "the loss is the plain one, a mean over the taught tokens":
         "label_smoothing_factor neftune_noise_alpha loss_scale",
-    NO_STOPPING:
-        "load_best_model_at_end metric_for_best_model greater_is_better early_stopping_steps early_stopping_patience",
+    "keep_best and early_stopping_patience go by the loss of evaluation":
+        "metric_for_best_model greater_is_better",
     "a row of evaluation is one of training":
         "per_device_eval_batch_size eval_batch_size eval_accumulation_steps bf16_full_eval",
     "the model's own chat template is used":

@@ -159,6 +159,7 @@ def draw_plan(summary: dict[str, Any]) -> Table:
         *draw_paid(summary["paid"], tokens["total"]),
         *draw_features(**summary["features"]),
         ("taught", f"{summary['taught_tokens']:,} tokens"),
+        *(("trains", line) for line in summary["trains"]),
         ("rows", f"{summary['rows']:,} of {summary['row_tokens']:,} tokens, {summary['fill']:.1%} full"),
         ("steps", f"{summary['steps']:,} ({summary['steps_per_epoch']:,} an epoch)"),
     ]

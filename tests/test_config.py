@@ -16,10 +16,11 @@ KEYS = """
     model train_meta_file train_data_dir output_dir eval_meta_file eval_data_dir
     min_pixels max_pixels video_fps video_max_frames video_max_pixels
     row_tokens share_prefix cache_features thinking boxes fetch_media format columns on_bad_record dataloader_num_workers
-    lora_on lora_rank lora_alpha lora_dropout
+    lora_on lora_targets lora_rank lora_alpha lora_dropout use_rslora use_dora loraplus_lr_ratio init_lora_weights
+    init_adapter
     num_train_epochs max_steps rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm seed
     dtype attn_implementation gradient_checkpointing ddp_timeout
-    logging_steps eval_steps save_steps save_total_limit resume report_to run_name
+    logging_steps eval_steps save_steps save_total_limit keep_best early_stopping_patience resume report_to run_name
 """
 
 
@@ -60,8 +61,9 @@ def test_numbers_are_read_as_yaml_1_2_has_them(load):
 def test_a_truth_value_is_true_or_false_and_nothing_else(load, complaints):
     assert load("resume: true\ngradient_checkpointing: False\n").resume is True
     for word in ("no", "off", "0", "'false'"):
-        (problem,) = complaints(f"resume: {word}\n")
-        assert problem == ("a.yaml:5", f"resume is {word.strip(chr(39))}", "it should be a valid boolean")
+        assert complaints(f"resume: {word}\n")[0][2] == "write true, false, or weights"
+        (problem,) = complaints(f"fetch_media: {word}\n")
+        assert problem == ("a.yaml:5", f"fetch_media is {word.strip(chr(39))}", "it should be a valid boolean")
 
 
 def test_gradient_checkpointing_is_auto_true_or_false(load, complaints):
@@ -86,6 +88,29 @@ def test_one_word_is_a_list_of_one_and_none_is_no_one(load):
     assert load("report_to: wandb\n").report_to == ["wandb"]
     assert load("report_to: none\n").report_to == []
     assert load("lora_on: vision\n").lora_on == ["vision"]
+
+
+def test_towers_may_have_a_rank_an_alpha_and_a_rate_of_their_own(load, complaints):
+    own = load("lora_on: {language: {}, vision: {rank: 8, learning_rate: 2e-5}}\n").own
+    assert own["language"].rank is None and (own["vision"].rank, own["vision"].learning_rate) == (8, 2e-5)
+    for text, said in {
+        "{vision: {ranks: 8}}": "of vision.ranks extra inputs are not permitted", "{visions: {}}": "list language, vision and merger",
+        "{vision: {rank: 0}}": "of vision.rank it should be greater than 0", "[]": "list language, vision and merger",
+        "{vision: {full: true}}": "{full: true} for the merger only", "{merger: {full: true}}": "add a tower for LoRA",
+        "{language: {}, merger: {full: true, rank: 4}}": "without rank and alpha",
+    }.items():  # fmt: skip
+        ((where, _, fix),) = complaints(f"lora_on: {text}\n")
+        assert where == "a.yaml:5" and said in fix
+    assert load("init_lora_weights: pissa_niter_16\n").init_lora_weights == "pissa_niter_16" and load().init_lora_weights is True
+    assert "write true for a fresh start, pissa" in complaints("init_lora_weights: olora\n")[0][2]
+    assert complaints("use_dora: true\ninit_lora_weights: pissa\n")[0][2] == "choose one of PiSSA and use_dora"
+    assert (
+        complaints("init_adapter: a\ninit_lora_weights: pissa\n")[0][2] == "choose one of init_adapter and init_lora_weights: pissa"
+    )
+    for key in ("keep_best: true", "early_stopping_patience: 2"):
+        assert complaints(f"eval_meta_file: f\n{key}\n")[0][2] == "set eval_meta_file and eval_steps, which it goes by"
+    ((_, _, fix),) = complaints("lora_targets: '(q_proj'\n")
+    assert fix.startswith("write [q_proj, v_proj], or a regular expression of whole names (missing ), unterminated subpattern")
 
 
 def test_all_problems_of_file_and_overrides_come_at_once(complaints):
@@ -195,10 +220,10 @@ def test_every_key_of_a_peer_is_answered_with_ours(complaints):
 
 
 def test_a_peer_s_key_with_another_meaning_is_answered_with_what_to_write(complaints):
-    keys = ["val_size", "freeze_vision_tower", "gradient_accumulation_steps", "max_length", "quantization_bit", "use_dora"]
+    keys = ["val_size", "freeze_vision_tower", "gradient_accumulation_steps", "max_length", "quantization_bit", "pissa_convert"]
     answers = [
         "a file of held-out records", "[language] to keep the vision tower", "the rows of one step over all processes",
-        "a longer one is reported, never cut", "lower max_pixels and row_tokens, with gradient_checkpointing: true", "raise lora_rank",
+        "a longer one is reported, never cut", "lower max_pixels and row_tokens, with gradient_checkpointing: true", "plain LoRA already",
     ]  # fmt: skip
     for (_, _, fix), answer in zip(complaints("".join(f"{key}: 1\n" for key in keys)), answers, strict=True):
         assert answer in fix
@@ -276,15 +301,15 @@ def test_a_learning_rate_that_no_weight_survives_is_refused(rate, complaints):
 
 # Of LLaMA-Factory, ms-swift, TRL, axolotl and Qwen-VL-Series-Finetune: keys that are neither ours nor of ours' meaning.
 OF_PEERS = """
-    max_samples save_only_model overwrite_output_dir adapter_name_or_path vision_lr hub_model_id push_to_hub logging_dir plot_loss
-    load_best_model_at_end metric_for_best_model early_stopping_steps early_stopping_patience use_rslora lora_bias ref_model
+    max_samples save_only_model overwrite_output_dir create_new_adapter vision_lr hub_model_id push_to_hub logging_dir plot_loss
+    metric_for_best_model greater_is_better pissa_convert lora_bias ref_model
     mix_strategy interleave_probs overwrite_cache mask_history streaming tool_format default_system max_new_tokens predict_with_generate do_eval do_predict per_device_eval_batch_size eval_accumulation_steps optim
     adam_beta1 lr_scheduler_kwargs min_lr use_liger_kernel use_unsloth neftune_noise_alpha dataloader_pin_memory dataloader_drop_last
-    save_safetensors auto_find_batch_size projector_lr merger_lr vit_lr aligner_lr lora_weight_path double_quant lazy_preprocess
+    save_safetensors auto_find_batch_size projector_lr merger_lr vit_lr aligner_lr double_quant lazy_preprocess
     nframes dataset_shuffle truncation_strategy loss_scale sequence_parallel_size norm_bbox lora_dtype modules_to_save task_type
     rlhf_type hub_token hub_strategy sample_packing pad_to_sequence_len dataset_prepared_path wandb_entity special_tokens tokenizer_type
     roles_to_train local_rank dataset_text_field eval_packing completion_only_loss eos_token loss_type cache_dir base_model_config
-    packing_strategy chat_template swanlab_project create_checkpoint_symlink logging_first_step data_packing adapter plugins
+    packing_strategy chat_template swanlab_project create_checkpoint_symlink logging_first_step data_packing plugins
 """.split()
 
 
@@ -325,7 +350,7 @@ def test_no_setting_of_transformers_is_guessed_at(complaints):
 
 @pytest.mark.parametrize(("key", "said"), [
     ("max_samples", "write a smaller meta-file, or set max_steps"), ("overwrite_output_dir", "name a new output_dir"),
-    ("adapter_name_or_path", "resume: true goes on with the one of output_dir"), ("vision_lr", "lora_on says which of them train"),
+    ("adapter_name_or_path", "write init_adapter: the folder of an adapter to train on from"), ("vision_lr", "write it into lora_on: {language: {}, vision: {learning_rate: 2e-5}"),
     ("hub_model_id", "`qwenvl-ft export --push modelscope:ORG/NAME`"), ("save_only_model", "holds the adapter and all that resume needs"),
     ("save_only_modle", "delete it, if save_only_model is meant: a checkpoint holds the adapter"),
     ("warmup_steps", "write warmup_ratio: a share of the run, not a number of steps"),

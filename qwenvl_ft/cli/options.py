@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from qwenvl_ft.config import FOUR_TOKENS, Config, Form, Part, load_config
+from qwenvl_ft.config import Config, load_config
 from qwenvl_ft.data.reading import AS_FOUND, Numbers, Reading
 from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.values import FOUR_TOKENS, Form, Part
 
 Meta = Annotated[
     Path,
@@ -63,6 +64,9 @@ def read_settings(config: Path | None, overrides: list[str] | None, say: Callabl
             if path and not is_there(path):
                 of = "file of conversations" if key.endswith("file") else "folder of pictures"
                 problems.append(Problem(f"{key}: {path}", "is not there", f"put your {of} there, or set {key} to where it is"))
+    if settings.init_adapter and not settings.init_adapter.is_dir():
+        fix = "give the output_dir of a finished run, or another folder with an adapter"
+        problems.append(Problem(f"init_adapter: {settings.init_adapter}", "is not there", fix))
     try:
         if not problems or read_source(str(settings.model)) is None:  # nothing is downloaded for a run that could not begin
             settings = with_local_model(settings, say)

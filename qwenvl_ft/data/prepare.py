@@ -25,8 +25,10 @@ from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Video
 from qwenvl_ft.data.table import Scripts, TableWriter
+from qwenvl_ft.data.targets import find_layers, said_of
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.problems import check_model
+from qwenvl_ft.folders.adapter import check_base
+from qwenvl_ft.folders.problems import check_adapter, check_model
 from qwenvl_ft.folders.runs import check_output_dir
 
 MOST_OF_FREE = 0.25  # of the room on a disk that what is kept may take
@@ -111,6 +113,7 @@ class Prepared:
             },
             "features": self.features(config),
             "taught_tokens": taught,
+            "trains": said_of(config),
             "rows": len(self.plan.rows),
             "row_tokens": self.plan.row_tokens,
             "fill": round(self.plan.fill, 4),
@@ -184,6 +187,7 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
     chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking, config.video_max_pixels)
     reading, linear = Reading.of(config), chat.family.linear_attention
+    find_layers(config)
 
     held_out, held_out_dir = None if evaluation else config.eval_meta_file, config.eval_data_dir or config.train_data_dir
 
@@ -249,6 +253,9 @@ def make_ready(config: Config, on_record: OnRecord = lambda done, total: None) -
     """
     check_output_dir(config.output_dir)
     check_model(config.model)
+    if config.init_adapter:
+        check_adapter(config.init_adapter)
+        check_base(config.init_adapter, config.model)
     installed = {"wandb": find_spec("wandb"), "tensorboard": find_spec("tensorboard") or find_spec("tensorboardX")}
     if missing := [name for name in config.report_to if not installed[name]]:
         raise UserError(*(Problem("report_to", f"{name} is not installed", f"pip install {name}") for name in missing))

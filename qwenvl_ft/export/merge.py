@@ -2,11 +2,15 @@
 
     merged = base + (alpha / rank) * B @ A, summed in float32, cast back to the base's dtype, under the base's own key names
 
+and where the adapter is DoRA, each row of that brought to the length that it has learnt. What it holds whole, as of a merger
+that was trained in full, takes the base's place.
+
 The weights are merged in one stream, so that memory does not grow with the model: a merged file has its base's header, byte for
 byte; behind it come the tensors, block by block, changed or copied.
 """
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +27,21 @@ from qwenvl_ft.data.families import family_of
 from qwenvl_ft.data.geometry import VIDEO_PROCESSORS, read_limits, read_video_limits, reading_of, video_settings
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.reading import Reading
+from qwenvl_ft.data.targets import MERGERS
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.export.prove import prove
-from qwenvl_ft.folders.adapter import DTYPES, LORA_KEY, Floats, Stored, as_float32, module_of, read_header
+from qwenvl_ft.folders.adapter import (
+    DTYPES,
+    LORA_KEY,
+    MAGNITUDE_KEY,
+    PLAIN_STARTS,
+    Floats,
+    Stored,
+    as_float32,
+    module_of,
+    read_header,
+    scale_of,
+)
 from qwenvl_ft.folders.model import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -51,11 +67,10 @@ OF_PICTURES = ("min_pixels", "max_pixels", "image_processor_type")  # in a file 
 BLOCK_BYTES = 1 << 19  # a block and its float32 stay in a core's cache
 # Settings of PEFT that make an adapter more than B @ A.
 NOT_PLAIN = (
-    "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "use_qalora", "use_bdlora",
+    "lora_bias", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "arrow_config", "layer_replication", "fan_in_fan_out", "trainable_token_indices",
     "target_parameters",
 )  # fmt: skip
-PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # the others, PiSSA among them, change the base
 
 
 def export(
@@ -189,16 +204,26 @@ class Deltas:
         if more:
             raise UserError(Problem(str(adapter), f"is no plain LoRA adapter ({', '.join(more)})",
                                     "merge it with the tool that trained it"))  # fmt: skip
-        rank = settings["r"]
-        self.scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+        self.settings = settings
         self.pairs: dict[str, dict[str, Stored]] = {}  # of each module its A and B
+        self.magnitudes: dict[str, Stored] = {}  # of DoRA
+        self.whole: dict[str, Stored] = {}  # in place of the base's
         for tensor in read_header(self.where)[1]:
+            name = module_of(tensor.key.removeprefix("base_model.model."))
+            if settings.get("modules_to_save") and re.fullmatch(rf"{MERGERS}\..+", name) and ".lora_" not in name:
+                self.whole[name] = tensor
+                continue
+            if (match := MAGNITUDE_KEY.match(tensor.key)) and settings.get("use_dora") and tensor.dtype in DTYPES:
+                self.magnitudes[module_of(match[1])] = tensor
+                continue
             match = LORA_KEY.match(tensor.key)
             if not match or tensor.dtype not in DTYPES:
                 raise UserError(Problem(f"{self.where}: {tensor.key}", "is not a LoRA tensor that can be merged",
                                         "train it again with this tool"))  # fmt: skip
             self.pairs.setdefault(module_of(match[1]), {})[match[2]] = tensor
-        self.left = set(self.pairs)
+        self.left = {*self.pairs, *self.whole}
+        if settings.get("use_dora") and (unlike := self.pairs.keys() ^ self.magnitudes.keys()):
+            raise UserError(Problem(f"{self.where}: {min(unlike)}", "has no DoRA magnitude with its A and B", "copy it again"))
         tied = base_config.get("tie_word_embeddings") or base_config.get("text_config", {}).get("tie_word_embeddings")
         if tied and "lm_head" in self.pairs:
             raise UserError(Problem(f"{self.where}: lm_head", "changes one side of embeddings that the base ties together",
@@ -220,7 +245,22 @@ class Deltas:
             raise UserError(Problem(f"{self.where}: {module}", f"has shape {found}, the base {shape}",
                                     "give the right base with --model DIR"))  # fmt: skip
         self.left.discard(module)
-        return pair["B"] * np.float32(self.scale), pair["A"]
+        return pair["B"] * np.float32(scale_of(self.settings, module)), pair["A"]
+
+    def in_place_of(self, key: str, shape: list[int]) -> Floats | None:
+        """The tensor that takes the place of a checkpoint's; None if it stays."""
+        if not (stored := self.whole.get(module_of(key))):
+            return None
+        if stored.shape != shape or not np.isfinite(found := stored.read()).all():
+            raise UserError(Problem(f"{self.where}: {stored.key}", f"is no {shape} of finite numbers, as the base has it",
+                                    "take an earlier checkpoint, or give the right base with --model DIR"))  # fmt: skip
+        self.left.discard(module_of(key))
+        return found
+
+    def lengths(self, key: str) -> Floats | None:
+        """Of each row of a checkpoint's weight the length that DoRA gives it; None where it does not."""
+        stored = self.magnitudes.get(module_of(key))
+        return stored.read() if stored else None
 
 
 def merge_files(shards: Sequence[Path], folder: Path, deltas: Deltas, on_bytes: Callable[[int, int], None]) -> dict[str, str]:
@@ -264,10 +304,16 @@ def merge_files(shards: Sequence[Path], folder: Path, deltas: Deltas, on_bytes: 
 
 def _merged(source: IO[bytes], tensor: Stored, deltas: Deltas) -> Iterator[Any]:
     """The bytes of one tensor, some rows at a time, what the adapter adds included."""
-    change = deltas.of(tensor.key, tensor.shape)
-    if change and tensor.dtype not in DTYPES:
+    change, lengths = deltas.of(tensor.key, tensor.shape), deltas.lengths(tensor.key)
+    whole = deltas.in_place_of(tensor.key, tensor.shape)
+    if (change or whole is not None) and tensor.dtype not in DTYPES:
         raise UserError(Problem(f"{source.name}: {tensor.key}", f"is stored as {tensor.dtype}: the base is quantized",
                                 "merge into the base in its full precision, with --model DIR"))  # fmt: skip
+    if whole is not None:
+        block = bytearray(source.read(tensor.num_bytes))
+        store(np.frombuffer(block, DTYPES[tensor.dtype]).reshape(tensor.shape), whole)
+        yield block
+        return
     row_bytes = tensor.num_bytes // tensor.shape[0] if change else 1
     step = max(1, BLOCK_BYTES // row_bytes)
     for row in range(0, tensor.num_bytes // row_bytes, step):
@@ -277,6 +323,8 @@ def _merged(source: IO[bytes], tensor: Stored, deltas: Deltas) -> Iterator[Any]:
             stored = np.frombuffer(block, DTYPES[tensor.dtype]).reshape(-1, tensor.shape[1])
             weight = as_float32(stored)
             weight += left[row : row + step] @ right
+            if lengths is not None:
+                weight *= (lengths[row : row + step] / np.linalg.norm(weight, axis=1))[:, None]
             store(stored, weight)
         yield block
 

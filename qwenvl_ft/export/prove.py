@@ -49,25 +49,41 @@ def prove_weights(merged: Path, base: Path, adapted: Any) -> str:
     Raises UserError where they differ by more than rounding.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
     from safetensors import safe_open
 
     named: dict[str, Any] = {name.removeprefix("base_model.model."): layer for name, layer in adapted.named_modules()}
     layers: dict[str, Any] = {name: layer for name, layer in named.items() if isinstance(layer, LoraLayer)}
-    number, wrong, sizes = len(layers), {}, dict.fromkeys(HALF_ULP, 0)
+    whole = {
+        module_of(f"{name}.{key}"): tensor.cpu()
+        for name, module in named.items() if isinstance(module, ModulesToSaveWrapper)
+        for key, tensor in module.modules_to_save[adapted.active_adapter].state_dict().items()
+    }  # fmt: skip
+    number, wrong, sizes = len(layers) + len(whole), {}, dict.fromkeys(HALF_ULP, 0)
     for path in weight_files(merged):
         for tensor in read_header(path)[1]:
             if tensor.dtype in sizes:
                 sizes[tensor.dtype] += tensor.num_bytes
+            if (copied := whole.pop(module_of(tensor.key), None)) is not None:
+                with safe_open(path, "pt") as after:
+                    stored = after.get_tensor(tensor.key)
+                coarser = min(stored.dtype, copied.dtype, key=lambda dtype: dtype.itemsize)
+                if not stored.to(coarser).equal(copied.to(coarser)):
+                    wrong[tensor.key] = (stored.float() - copied.float()).abs().max().item()
             if not (layer := layers.pop(module_of(tensor.key), None)):
                 continue
             with safe_open(path, "pt") as after, safe_open(base / path.name, "pt") as before:
                 found, start = (file.get_tensor(tensor.key).float() for file in (after, before))
             delta = layer.get_delta_weight(adapted.active_adapter).float().cpu()
-            wanted = start + delta
-            # Beside rounding, sums of products come in another order.
-            bound = 1.01 * HALF_ULP[tensor.dtype] * wanted.abs() + 1e-5 * delta.abs().max() + 1e-7
+            wanted, more = start + delta, 0.0
+            if dora := layer.lora_magnitude_vector:
+                norms, more = dora[adapted.active_adapter].get_weight_norm(start, delta, scaling=1), 2e-6
+                wanted = (dora[adapted.active_adapter].weight.float().cpu() / norms)[:, None] * wanted
+            # Beside rounding, sums of products, and of squares, come in another order.
+            bound = (1.01 * HALF_ULP[tensor.dtype] + more) * wanted.abs() + 1e-5 * delta.abs().max() + 1e-7
             if not ((found - wanted).abs() <= bound).all():
                 wrong[tensor.key] = (found - wanted).abs().max().item()
+    layers |= whole  # those that no file has
     if wrong or layers:
         worst = max(wrong, key=lambda key: wrong[key], default="")
         what = f"{len(wrong) + len(layers)} of {number} weights are not PEFT's sum of base and adapter"

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,17 +12,21 @@ from numpy.typing import NDArray
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.hashes import digests, user_cache
-from qwenvl_ft.folders.model import read_model_json, weight_files
+from qwenvl_ft.folders.model import ADAPTER_CONFIG, read_model_json, weight_files
 from qwenvl_ft.folders.runs import run_folder_of
 from qwenvl_ft.folders.whole import short_hash
 
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight$")
+MAGNITUDE_KEY = re.compile(r"base_model\.model\.(.+)\.lora_magnitude_vector$")  # of DoRA, a number for each row of the weight
 # How transformers before 4.52 named modules, in released Qwen2-VL and Qwen2.5-VL checkpoints, and in adapters behind PEFT's own
 # prefix -> as transformers 5 does. PEFT takes the table as its `key_mapping`.
 OLD_KEYS = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\.)": "model.language_model."}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes; source: vllm/config/lora.py, MaxLoRARanks
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy knows no bfloat16: its bits
 BASE = "base_model.json"  # in an adapter's folder: the fingerprint of the base that it was trained on
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights; the others, as PiSSA, change the base
+# Settings of PEFT that vLLM refuses, or does not look at.
+BEYOND_VLLM = ("use_dora", "modules_to_save", "lora_bias", "rank_pattern", "alpha_pattern")
 Floats = NDArray[np.float32]
 
 
@@ -76,6 +81,18 @@ def as_float32(stored: Any) -> Floats:
     return found
 
 
+def scale_of(settings: Mapping[str, Any], module: str) -> float:
+    """How often an adapter counts B @ A in a module, by its settings: the alpha and the rank there, which patterns may say, as PEFT
+    reads them (its get_pattern_key)."""
+
+    def there(key: str, pattern: str) -> float:
+        values: dict[str, float] = settings.get(pattern) or {}
+        return next((value for name, value in values.items() if re.match(rf"(.*\.)?({name})$", module)), settings[key])
+
+    rank = there("r", "rank_pattern")
+    return there("lora_alpha", "alpha_pattern") / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
 def module_of(key: str) -> str:
     """The module that a checkpoint's key belongs to, as transformers 5 names it."""
     module = key.removesuffix(".weight")
@@ -87,6 +104,12 @@ def module_of(key: str) -> str:
 def vllm_rank(rank: int) -> int | None:
     """The --max-lora-rank that vLLM needs for an adapter of this rank; None if it takes none so large."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def beyond_vllm(folder: Path) -> list[str]:
+    """The settings of an adapter that vLLM does not take."""
+    settings = read_model_json(folder / ADAPTER_CONFIG)
+    return [key for key in BEYOND_VLLM if settings.get(key)]
 
 
 def base_fingerprint(model_dir: Path) -> dict[str, Any]:

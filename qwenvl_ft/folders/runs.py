@@ -34,6 +34,20 @@ def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def earlier(output_dir: Path) -> list[Path]:
+    """The folders named earlier-N, the first first: what an earlier run left there before another began with its weights."""
+    return sorted(output_dir.glob("earlier-*"), key=lambda path: (len(path.name), path.name))
+
+
+def set_aside(output_dir: Path) -> Path:
+    """Moves the checkpoints into a new earlier-N, the newest last, so that a kill amid them leaves the newest to be found."""
+    folder = output_dir / f"earlier-{len(earlier(output_dir)) + 1}"
+    folder.mkdir()
+    for checkpoint in checkpoints(output_dir):
+        checkpoint.rename(folder / checkpoint.name)
+    return folder
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
     """The folders named checkpoint-N, oldest step first."""
     folders = [path for path in output_dir.glob("checkpoint-*") if NAME.search(path.name)]
@@ -57,12 +71,13 @@ def processor_folder(model_dir: Path, adapter: Path | None) -> Path:
     return own if own and holds_processor(own) else model_dir
 
 
-def rotate(output_dir: Path, keep: int) -> None:
-    """Deletes what is older than the `keep` newest whole checkpoints; a damaged one counts for nothing.
+def rotate(output_dir: Path, keep: int, spared: str = "") -> None:
+    """Deletes what is older than the `keep` newest whole checkpoints, but for the one that is `spared`, which does not count, as a
+    damaged one does not.
 
     Every one that counts is read and hashed again: it was whole when it was written, and the others are deleted on its account.
     """
-    found = checkpoints(output_dir)
+    found = [folder for folder in checkpoints(output_dir) if folder.name != spared]
     whole = 0
     while found and whole < keep < whole + len(found):  # else nothing is to go, and nothing need be read
         whole += damage(found.pop()) is None

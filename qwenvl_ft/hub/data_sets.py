@@ -9,12 +9,13 @@ import json
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from qwenvl_ft.config import Config, Meta, Part
+from qwenvl_ft.config import Config
 from qwenvl_ft.data.files.containers import ENDINGS
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import write_json
 from qwenvl_ft.hub.clients import DATA_SET, read_source
 from qwenvl_ft.hub.download import ASIDE, Say, alone, download
+from qwenvl_ft.values import Meta, Part
 
 FOLDER = Path("datasets")
 BROUGHT = f"{ASIDE}/brought.json"  # which patterns of which revision were brought whole, and the sizes of their files

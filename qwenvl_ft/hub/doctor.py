@@ -10,7 +10,18 @@ import numpy as np
 from qwenvl_ft.data.families import family_of
 from qwenvl_ft.data.geometry import read_limits
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import BASE, DTYPES, LORA_KEY, Stored, base_problems, module_of, read_header, vllm_rank
+from qwenvl_ft.folders.adapter import (
+    BASE,
+    BEYOND_VLLM,
+    DTYPES,
+    LORA_KEY,
+    MAGNITUDE_KEY,
+    Stored,
+    base_problems,
+    module_of,
+    read_header,
+    vllm_rank,
+)
 from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_model_json
 from qwenvl_ft.folders.problems import adapter_problems, is_pointer, model_problems, talk_problems, unreadable
 from qwenvl_ft.folders.runs import checkpoints, holds_processor
@@ -24,7 +35,6 @@ HEAD, EMBEDDINGS = "lm_head", "model.language_model.embed_tokens"
 ON_A_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 # Of vLLM's LoRAConfig, which calls it experimental; early versions do not have it, and no version here can be asked.
 TOWERS_TOO = "; or try --enable-tower-connector-lora (experimental), where `vllm serve --help` lists it: older versions do not"
-MORE_THAN_LORA = ("use_dora", "modules_to_save", "lora_bias")
 
 
 def examine(folder: Path) -> Report:
@@ -135,12 +145,15 @@ def _fit(folder: Path, shapes: dict[str, list[int]], base: Path) -> list[Problem
     stored.setdefault(HEAD, stored.get(EMBEDDINGS, []))  # tied: stored once
     unplaced, unlike = [], []
     for key, shape in shapes.items():
-        if _is_old(key) or not (match := LORA_KEY.match(key)):
+        if _is_old(key) or not key.startswith(TOP):
             continue  # told already
-        wanted = stored.get(module_of(match[1]))
+        match = LORA_KEY.match(key) or MAGNITUDE_KEY.match(key)
+        wanted = stored.get(module_of(match[1] if match else key.removeprefix(TOP)))
         if not wanted:
             unplaced.append(key)
-        elif shape[1:] != wanted[1:] if match[2] == "A" else shape[0] != wanted[0]:
+        elif not match:  # a whole tensor, in place of the base's
+            unlike += [key] * (shape != wanted)
+        elif shape[1:] != wanted[1:] if ".lora_A." in key else shape[0] != wanted[0]:
             unlike.append(key)
     where, fix = str(folder / ADAPTER_WEIGHTS), "bring the base that it was trained on, or export with --model DIR"
     problems = []
@@ -180,9 +193,10 @@ def _serving(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]
     """How vLLM can serve it: as it is only if nothing but the language model's linear layers is changed."""
     merge = "; merge first: " + shlex.join(["qwenvl-ft", "export", "--adapter", str(folder), "--out", f"{folder}-merged"])
     beyond = _towers(shapes)
-    if unseen := [tower for tower in beyond if tower in ("vision", "merger")]:
+    refused = [key for key in BEYOND_VLLM if settings.get(key)]
+    if not refused and (unseen := [tower for tower in beyond if tower in ("vision", "merger")]):
         return f"leaves out LoRA on {' and '.join(unseen)}{merge}{TOWERS_TOO}"
-    more = [key for key in MORE_THAN_LORA if settings.get(key)] + [f"LoRA on {tower}" for tower in beyond if tower != "language"]
+    more = refused + [f"LoRA on {tower}" for tower in beyond if tower in (HEAD, "embed_tokens")]
     rank = max((shape[0] for key, shape in shapes.items() if ".lora_A." in key), default=0)
     fitting = vllm_rank(rank)
     if more or not fitting:

@@ -22,7 +22,9 @@ from qwenvl_ft.data.geometry import Limits, reading_of
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Box, Medium, Picture, Record, Turn, Video
 from qwenvl_ft.data.template import Thinking, split_thought
-from qwenvl_ft.folders.adapter import check_base
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.adapter import check_base, read_header
+from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_model_json
 from qwenvl_ft.folders.problems import check_adapter, check_model
 from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.infer.decoding import read_decoding
@@ -236,6 +238,7 @@ def open_beside(model_dir: Path, adapters: Mapping[str, Path], min_pixels: int |
     Whoever runs them must switch the model to `engine.adapter` first, as a Batcher does. Raises UserError.
     """
     check_folders(model_dir, adapters.values())
+    check_mergers(adapters.values())
     from qwenvl_ft.model.load import add_adapter, limited, open_processor
 
     base = Engine.open(model_dir, None, False, min_pixels, max_pixels, thinking, video_max_pixels)
@@ -249,6 +252,16 @@ def open_beside(model_dir: Path, adapters: Mapping[str, Path], min_pixels: int |
         engines[name] = replace(base, processor=processor, chat=chat, adapter=slot, reading=reading)
     model = model.to(base.model.device).eval()
     return {name: replace(engine, model=model) for name, engine in engines.items()}
+
+
+def check_mergers(adapters: Iterable[Path]) -> None:
+    """Raises UserError for an adapter that holds the merger beside one with LoRA on it, which PEFT leaves out without a word."""
+    on_merger = {folder: any(of.key.find("merger") > 0 for of in read_header(folder / ADAPTER_WEIGHTS)[1]) for folder in adapters}
+    hold = {folder: bool(read_model_json(folder / ADAPTER_CONFIG).get("modules_to_save")) for folder in on_merger}
+    holding = [folder for folder in hold if hold[folder]]
+    if holding and (others := [folder for folder, on in on_merger.items() if on and not hold[folder]]):
+        raise UserError(Problem(str(holding[0]), f"holds the merger, of which {others[0]} trains LoRA: PEFT cannot hold both",
+                                "serve them one by one, or export one of them"))  # fmt: skip
 
 
 def check_folders(model_dir: Path, adapters: Iterable[Path]) -> Chat:

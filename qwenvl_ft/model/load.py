@@ -1,12 +1,15 @@
 """Loads a base model and its processor, and hangs LoRA on it: fresh for training, or as an adapter's folder has it."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -16,11 +19,13 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from qwenvl_ft.data.chat import Chat
 from qwenvl_ft.data.families import Family
 from qwenvl_ft.data.reading import Reading
+from qwenvl_ft.data.targets import INSIDE, MERGERS
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import OLD_KEYS
 from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.model.attention import use_varlen
 from qwenvl_ft.model.head import LossHead
+from qwenvl_ft.values import Own, Tower
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -104,13 +109,33 @@ def limited(processor: Any, chat: Chat, reading: Reading | None = None) -> Any:
     return processor
 
 
-def add_lora(model: Any, family: Family, on: Sequence[str], rank: int, alpha: float, dropout: float, seed: int) -> Any:
-    """The model with fresh LoRA weights, drawn from `seed`, on the named towers (language, vision, merger)."""
+def add_lora(model: Any, family: Family, on: Collection[Tower], rank: int, alpha: float, dropout: float, seed: int,
+             own: Mapping[Tower, Own] = MappingProxyType({}), layers: Sequence[str] = (),
+             use_rslora: bool = False, use_dora: bool = False) -> Any:  # fmt: skip
+    """The model with fresh LoRA weights, drawn from `seed`, on the named towers (language, vision, merger): on the family's
+    layers there, or on those that are named. A tower may have a rank and an alpha of its `own`, or be trained in full: then a
+    copy of it, in float32, is part of the adapter.
+    """
     torch.manual_seed(seed)
-    targets = "|".join(f"(?:{getattr(family, tower)})" for tower in on)
-    # PEFT takes an alpha that is a fraction, too.
-    lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
-    return get_peft_model(model, lora)
+    with_lora = [tower for tower in on if not (tower in own and own[tower].full)]
+    copied = [name for name, _ in model.named_modules() if re.fullmatch(MERGERS, name)] if len(with_lora) < len(on) else None
+    ranks = {tower: (tower in own and own[tower].rank) or rank for tower in on}
+    alphas = {tower: (tower in own and own[tower].alpha) or alpha for tower in on}
+    # What stands in the adapter's settings for all is the language model's: so vLLM, which knows no patterns, counts it right.
+    first = min(with_lora, key=list(INSIDE).index)
+    lora = LoraConfig(
+        r=ranks[first], lora_dropout=dropout, use_rslora=use_rslora, use_dora=use_dora, task_type="CAUSAL_LM",
+        lora_alpha=alphas[first],  # type: ignore[arg-type]  # PEFT takes a fraction, too
+        target_modules=list(layers) or "|".join(f"(?:{getattr(family, tower)})" for tower in with_lora),
+        rank_pattern={INSIDE[tower]: ranks[tower] for tower in with_lora if ranks[tower] != ranks[first]},
+        alpha_pattern={INSIDE[tower]: alphas[tower] for tower in with_lora if alphas[tower] != alphas[first]},
+        modules_to_save=copied,
+    )  # fmt: skip
+    adapted = get_peft_model(model, lora)
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()  # a step at these rates is less than bfloat16 can tell apart
+    return adapted
 
 
 def trainable(model: Any) -> dict[str, nn.Parameter]:

@@ -32,7 +32,7 @@ from qwenvl_ft.data.pictures import bounded, opened
 from qwenvl_ft.data.records import CONTROL_TOKEN, Part, Picture, Turn, Video
 from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import vllm_rank
+from qwenvl_ft.folders.adapter import beyond_vllm, vllm_rank
 from qwenvl_ft.folders.model import read_model_json
 from qwenvl_ft.infer.decoding import Decoding, read_decoding
 from qwenvl_ft.infer.engine import check_folders
@@ -226,6 +226,12 @@ def start_vllm(
     Raises UserError for what is wrong with the folders, and where it is not installed or ends.
     """
     check_folders(model, adapters.values())
+    if problems := [
+        Problem(str(folder), f"vLLM does not take its {', '.join(more)}",
+                "merge it with `qwenvl-ft export`, and serve what comes of it")
+        for folder in adapters.values() if (more := beyond_vllm(folder))
+    ]:  # fmt: skip
+        raise UserError(*problems)
     settings = min_pixels, max_pixels, thinking, video_max_pixels
     base = open_chat(model, *settings)
     chats = dict.fromkeys(names, base)

@@ -24,6 +24,7 @@ from torch.utils.data._utils import signal_handling
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
+from qwenvl_ft.data.targets import tower_trains
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import LOCK, held
 
@@ -271,7 +272,7 @@ def start(config: Config) -> Accelerator:
     """The accelerator, in all processes of the run; raises UserError where the launch does not do what was asked."""
     before = dict(os.environ)
     check_gpus()
-    find = bool({"vision", "merger"} & set(config.lora_on))  # a row without pictures leaves the tower unused
+    find = tower_trains(config.lora_on)  # a row without pictures leaves the tower unused
     # accelerate's launcher tells its processes that there is no GPU, torch's leaves it to them; DeepSpeed wants one.
     on_cpu = by_torch(before) and not torch.accelerator.is_available() and before.get("ACCELERATE_USE_DEEPSPEED") != "true"
     waits = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
@@ -298,13 +299,16 @@ def start(config: Config) -> Accelerator:
     return accelerator
 
 
-def open_trackers(accelerator: Accelerator, config: Config) -> None:
-    """Opens what `report_to` names, before the model is loaded: wandb wants a key and its server."""
+def open_trackers(accelerator: Accelerator, config: Config, wandb_id: str) -> None:
+    """Opens what `report_to` names, before the model is loaded: wandb wants a key and its server. Under the same id it goes on with
+    the same run there."""
     settings = {
         key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.model_dump(mode="json").items()
     }
     try:
-        accelerator.init_trackers("qwenvl_ft", settings, {"wandb": {"name": config.run_name}})
+        project = os.environ.get("WANDB_PROJECT", "") if "wandb" in config.report_to else ""
+        of_wandb = {"name": config.run_name, "id": wandb_id, "resume": "allow"}
+        accelerator.init_trackers(project or "qwenvl_ft", settings, {"wandb": of_wandb})
     except Exception as error:
         if type(error).__module__.split(".")[0] != "wandb":  # which is installed where it is wanted only
             raise

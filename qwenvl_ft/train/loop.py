@@ -5,20 +5,20 @@ of them. Which rows those are, and every random draw, follows from (seed, epoch,
 from what ran before, so a run that goes on from a checkpoint ends where the uninterrupted one does.
 """
 
+import json
 import math
+import secrets
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from qwenvl_ft.config import Config
@@ -27,19 +27,23 @@ from qwenvl_ft.data.chat import IGNORE
 from qwenvl_ft.data.prepare import Prepared, Ready, make_ready, schedule
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.rows import Built, Row
+from qwenvl_ft.data.targets import find_layers
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
-from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
+from qwenvl_ft.folders.runs import checkpoints, set_aside
 from qwenvl_ft.folders.whole import short_hash, writing
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.lora import fuse_lora
 from qwenvl_ft.model.loss import Keep, summed_loss
 from qwenvl_ft.train.activations import keep_what_fits, recompute
+from qwenvl_ft.train.beginning import begin
+from qwenvl_ft.train.best import Best
 from qwenvl_ft.train.dtypes import Multiplications
+from qwenvl_ft.train.groups import groups_of
 from qwenvl_ft.train.launch import Signals, alone, check_shared, lost, open_trackers, start
 from qwenvl_ft.train.memory import memory_for, out_of_memory
-from qwenvl_ft.train.output_dir import METRICS, Metrics, was_evaluated, write_results, write_settings
-from qwenvl_ft.train.state import OnSaved, Run, find_resume, fingerprint
+from qwenvl_ft.train.output_dir import METRICS, Metrics, read_metrics, was_evaluated, write_results, write_settings
+from qwenvl_ft.train.state import STATE, OnSaved, Run, find_resume, find_weights, fingerprint
 
 
 class Taught(NamedTuple):
@@ -176,10 +180,10 @@ def draw_seed(seed: int, epoch: int, row: int | None) -> int:
     return hash((seed, epoch, -1 if row is None else row)) % 2**63  # a tuple of integers hashes the same in every process
 
 
-def new_optimizer(parameters: Iterable[torch.nn.Parameter], config: Config, accelerator: Accelerator) -> torch.optim.AdamW:
+def new_optimizer(groups: list[dict[str, Any]], config: Config, accelerator: Accelerator) -> torch.optim.AdamW:
     """AdamW, in one kernel on a GPU; DeepSpeed keeps the state in another form, flat, where there is nothing to gain."""
     fused = accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.DEEPSPEED
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None)
 
 
 def straight_to(accelerator: Accelerator) -> torch.device | None:
@@ -236,14 +240,16 @@ def run_steps(
         what, fix = "its processes read different records, pictures or settings", "give all machines the same files"
         raise UserError(Problem("launch", what, fix))
     resume = find_resume(config, same, prepared)
-    if len(found := set(gather_object([resume.name if resume else "the beginning"]))) > 1:
+    weights = None if resume else find_weights(config)
+    if len(found := set(gather_object([begins.name if (begins := resume or weights) else "the beginning"]))) > 1:
         what, fix = f"its processes would go on from {' and '.join(sorted(found))}", "give all machines the same checkpoints"
         raise UserError(Problem("launch", what, fix))
     if main:
         print_drawing(draw_plan(prepared.summary(config)))
         if prepared.problems:
             print_problems(prepared.problems)
-    open_trackers(accelerator, config)
+    wandb_id = (resume and json.loads((resume / STATE).read_text()).get("wandb")) or secrets.token_hex(4)
+    open_trackers(accelerator, config, wandb_id)
 
     processor = AutoProcessor.from_pretrained(config.model)
     processor.chat_template = prepared.chat.source  # which asks as was taught
@@ -253,19 +259,24 @@ def run_steps(
     model = load_base(config.model, config.dtype, attention, packed=True, device=straight_to(accelerator))
     bf16 = model.dtype == torch.bfloat16
     model = add_lora(
-        model, prepared.chat.family, config.lora_on, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed
-    )
+        model, prepared.chat.family, config.lora_on, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed,
+        config.own, find_layers(config), config.use_rslora, config.use_dora,
+    )  # fmt: skip
     fuse_lora(model)
     if config.gradient_checkpointing:
         recompute(model)
-    optimizer = new_optimizer(trainable(model).values(), config, accelerator)
-    if resume:
-        set_peft_model_state_dict(model, load_file(resume / ADAPTER_WEIGHTS))
+    optimizer = new_optimizer(groups_of(model, config), config, accelerator)
+    beginning = begin(model, config, accelerator.device, resume, weights)
     sizes = model.get_nb_trainable_parameters()
     model, optimizer = accelerator.prepare(model, optimizer)
-    run = Run(config, accelerator, model, optimizer, prepared, processor, bf16, on_saved)
+    run = Run(config, accelerator, model, optimizer, prepared, processor, bf16, on_saved, beginning)
     done = run.load(resume) if resume else 0
+    run.wandb_id = wandb_id
+    run.best = best = Best(read_metrics(resume) if resume else [], config.early_stopping_patience)
+    accelerator.wait_for_everyone()  # all have read the checkpoint that may be moved now
     with writing(config.output_dir):
+        if main and config.resume == "weights" and checkpoints(config.output_dir):
+            print_line(f"the checkpoints of the run before are in {set_aside(config.output_dir)} now")
         if main:
             write_settings(config, prepared, processor)
         run.metrics = metrics = Metrics(config.output_dir, resume, config.logging_steps, len(steps)) if main else None
@@ -275,7 +286,7 @@ def run_steps(
         kept.append(("the held-out rows", run.keep_features(held_out, again)))
     activations = keep_what_fits(run, row_loss) if config.gradient_checkpointing == "auto" else None
     if main:
-        report_start(config, run, sizes, resume)
+        report_start(config, run, sizes, resume, weights)
         if activations:
             print_line(str(activations))
         for of, said_of in kept:
@@ -309,15 +320,17 @@ def run_steps(
                 if (evaluated := score(done, held_out)) is None:
                     leave(run, signals, display, done, None)
                 tell(evaluated.skipped)
+                best.add(done, evaluated.loss)
                 if metrics:
                     metrics.amend(evaluated.loss, evaluated.skipped)
-            rows_to_come = (row for _, rows in steps.since(done) for row in run.mine(rows, prepared))
+            end = done if best.over else len(steps)
+            rows_to_come = (row for _, rows in islice(steps.since(done), end - done) for row in run.mine(rows, prepared))
             with run.built(rows_to_come, prepared) as loader:
-                for step, (epoch, rows) in enumerate(steps.since(done), start=done + 1):
+                for step, (epoch, rows) in enumerate(islice(steps.since(done), end - done), start=done + 1):
                     began = time.monotonic()
                     rate = learning_rate(step, len(steps), config)
                     for group in run.optimizer.param_groups:
-                        group["lr"] = rate
+                        group["lr"] = rate * group["share"]
                     first = run.bf16 and step == done + 1
                     with multiplied if first else nullcontext():
                         taught = train_step(run, epoch, rows, loader, signals)
@@ -329,23 +342,29 @@ def run_steps(
                     tokens = sum(map(prepared.tokens, rows))
                     facts = {
                         "loss": taught.loss, "taught_tokens": taught.tokens, "learning_rate": rate,
+                        **{group["name"]: group["lr"] for group in run.optimizer.param_groups},
                         "epoch": round(step / steps.steps_per_epoch, 4), "tokens_per_s": tokens / seconds,
                         "taught_tokens_per_s": taught.tokens / seconds,
                     }  # fmt: skip
                     if held_out and is_evaluated(step) and (evaluated := score(step, held_out)):
                         skipped += evaluated.skipped
                         facts["eval_loss"] = evaluated.loss
+                        best.add(step, evaluated.loss)
                     tell(skipped)
                     if metrics:
                         with writing(config.output_dir / METRICS):
                             facts = metrics.add(step, facts, skipped)
                     accelerator.log(facts, step=step)
                     display.step(step, facts)
-                    if is_saved(step):
+                    if saved := is_saved(step) or best.over or (config.keep_best and best.step == step):
                         with writing(config.output_dir):
                             run.save(step, same)
                     if signals.stop(accelerator):
-                        leave(run, signals, display, step, None if is_saved(step) else same)
+                        leave(run, signals, display, step, None if saved else same)
+                    if best.over:
+                        break
+            if best.over:
+                display.say(f"stopped early: no eval_loss below {best.losses[best.step]:.4f} since step {best.step}")
         except UserError as error:
             if not accelerator.is_local_main_process:  # the command line prints the first one's, which knows nothing of this row
                 print_problems(error.problems)
@@ -355,11 +374,11 @@ def run_steps(
             if metrics:
                 with writing(config.output_dir / METRICS):  # what is left of a line goes out with it
                     metrics.close()
-        model = accelerator.unwrap_model(run.model)
         state = run.adapter_state()
         if metrics:
             with writing(config.output_dir):
-                write_results(config, prepared, model, state, processor, metrics.lines,
+                peaks = {group["name"]: config.learning_rate * group["share"] for group in run.optimizer.param_groups}
+                write_results(config, prepared, run.adapter_settings(), state, processor, metrics.lines, peaks,
                               activations and activations.facts)  # fmt: skip
         accelerator.wait_for_everyone()
         accelerator.end_training()
@@ -380,13 +399,15 @@ def leave(run: Run, signals: Signals, display: Display, step: int, same: dict[st
     raise SystemExit(128 + stop)
 
 
-def report_start(config: Config, run: Run, sizes: tuple[int, int], resume: Path | None) -> None:
+def report_start(config: Config, run: Run, sizes: tuple[int, int], resume: Path | None, weights: Path | None) -> None:
     """What runs, on what, and how much of it trains."""
     trains, total = sizes
     kind = "bfloat16" if run.bf16 else "float32"
     if config.dtype == "auto" and not run.bf16 and run.accelerator.device.type == "cuda":
         kind += " (this GPU has no bfloat16)"
     print_line(f"{run.accelerator.num_processes} x {run.accelerator.device.type}, {kind}; {trains:,} of {total:,} parameters train "
-                  f"({trains / total:.2%}; LoRA on {', '.join(config.lora_on)}); attention: {attention_of(run.bare)}")  # fmt: skip
+                  f"({trains / total:.2%}); attention: {attention_of(run.bare)}")  # fmt: skip
     if resume:
         print_line(f"going on from {resume}")
+    if weights:
+        print_line(f"a new run, which begins with the weights of {weights}")

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line, print_problems
-from qwenvl_ft.data.prepare import Prepared
+from qwenvl_ft.data.prepare import Prepared, schedule
 from qwenvl_ft.errors import Problem
 from qwenvl_ft.folders.adapter import BASE, base_fingerprint
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_lines, write_whole
+from qwenvl_ft.train.best import Best
 from qwenvl_ft.train.curves import draw_losses, mean_loss
 
 METRICS, CURVES = "metrics.jsonl", "loss.svg"
@@ -63,11 +65,11 @@ def write_aside(out: Path, name: str, write: Callable[[Path], None], but: str = 
 
 
 def write_results(
-    config: Config, prepared: Prepared, model: Any, state: dict[str, torch.Tensor], processor: Any, lines: Sequence[dict[str, Any]],
-    activations: dict[str, int] | None = None,
+    config: Config, prepared: Prepared, lora: LoraConfig, state: dict[str, torch.Tensor], processor: Any,
+    lines: Sequence[dict[str, Any]], peaks: dict[str, float], activations: dict[str, int] | None = None,
 ) -> None:  # fmt: skip
-    """Writes the adapter and the results of the run whose metrics are `lines`; prints what to do next. `activations`: of how many
-    layers they were kept.
+    """Writes the adapter and the results of the run whose metrics are `lines`, with the `peaks` of its learning rates; prints what
+    to do next. `activations`: of how many layers they were kept.
 
     Adapter and processor are written aside, listed in a manifest that goes with them, and moved, the weights last: until
     those are there the folder is no adapter, or one that its manifest refuses.
@@ -75,10 +77,9 @@ def write_results(
     out = config.output_dir
 
     def write(folder: Path) -> None:
-        lora = model.peft_config["default"]
         lora.base_model_name_or_path = str(config.model)
         lora.inference_mode = True
-        lora.save_pretrained(folder)
+        lora.save_pretrained(str(folder))
         save_file(state, folder / ADAPTER_WEIGHTS, {"format": "pt"})
         processor.save_pretrained(folder)
 
@@ -86,12 +87,22 @@ def write_results(
     evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     broken = {problem["where"]: problem for line in lines for problem in line.get("skipped", [])}
     skipped = [*(problem.facts for problem in prepared.problems), *broken.values()]
-    results = {"steps": len(lines), "train_loss": lines[-1]["run_loss"], "eval_losses": evaluations, "skipped": skipped}
+    results = {"steps": len(lines), "train_loss": lines[-1]["run_loss"], "learning_rates": peaks, "eval_losses": evaluations,
+               "skipped": skipped}  # fmt: skip
+    best = Best(lines).step if config.keep_best else 0
+    if best:
+        results["best"] = {"step": best, "eval_loss": evaluations[best], "checkpoint": f"checkpoint-{best}"}
+    if len(lines) < (planned := len(schedule(prepared, config))):
+        results["stopped_early"] = {"step": len(lines), "of": planned}
     write_json(out / "all_results.json", results | ({"activations": activations} if activations else {}))
     if broken:
         print_line(f"\nSkipped, as on_bad_record says: {len(broken)} records whose pictures break while they are decoded", "yellow")
         print_problems([Problem(**problem) for problem in broken.values()])
     print_next(config)
+    if 0 < best < len(lines):
+        print_line(
+            f"The lowest eval_loss, {evaluations[best]:.4f}, is that of step {best}: for --adapter {out / f'checkpoint-{best}'}"
+        )
 
 
 def print_next(config: Config) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
@@ -28,18 +28,21 @@ from qwenvl_ft.data.kept import code_of
 from qwenvl_ft.data.numbers import blocks
 from qwenvl_ft.data.packed import GONE, FileState
 from qwenvl_ft.data.packing import PackedRows, deal
-from qwenvl_ft.data.prepare import Prepared, no_room, not_kept
+from qwenvl_ft.data.prepare import Prepared, no_room, not_kept, schedule
 from qwenvl_ft.data.rows import FEATURES, MAY_KEEP, Built, Row, Rows, with_features
 from qwenvl_ft.data.table import Scripts
+from qwenvl_ft.data.targets import tower_trains
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.adapter import base_fingerprint
 from qwenvl_ft.folders.hashes import TICK_NS, digests
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS, read_model_json
-from qwenvl_ft.folders.runs import PICTURE_HASHES, PROCESSORS, checkpoints, newest, rotate
+from qwenvl_ft.folders.runs import PICTURE_HASHES, PROCESSORS, checkpoints, earlier, newest, rotate
 from qwenvl_ft.folders.whole import short_hash, write_json, write_whole
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import trainable
 from qwenvl_ft.model.loss import Keep
+from qwenvl_ft.model.pissa import State, as_plain, plain_settings
+from qwenvl_ft.train.best import Best
 from qwenvl_ft.train.launch import Workers, begin_worker, no_word_of_workers
 from qwenvl_ft.train.output_dir import Metrics
 
@@ -50,6 +53,7 @@ STATE = "state.json"  # in a checkpoint: its step, how it was launched, and the 
 OnSaved = Callable[[Path], None]
 CLOCK_NS = 20_000_000  # by which a file system's clock may lag behind
 MADE_BY = ("torch", "transformers", "torchvision", "pillow", "av")  # what of a medium becomes features
+LENGTH = ("num_train_epochs", "max_steps")  # settings that may grow when a run goes on
 FORM = 4  # of a checkpoint: raised with every change to what is in it, or to which rows a step takes
 
 
@@ -57,16 +61,19 @@ class Run:
     """What a step, an evaluation and a checkpoint need, together."""
 
     def __init__(self, config: Config, accelerator: Accelerator, model: Any, optimizer: Any, prepared: Prepared,
-                 processor: Any, bf16: bool, on_saved: OnSaved | None = None):  # fmt: skip
+                 processor: Any, bf16: bool, on_saved: OnSaved | None = None,
+                 beginning: State | None = None):  # fmt: skip
         self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
         self.prepared, self.processor, self.bf16, self.on_saved = prepared, processor, bf16, on_saved
         self.bare = accelerator.unwrap_model(model)
+        self.beginning = beginning or {}  # of PiSSA
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.metrics: Metrics | None = None  # the main process has them
         self.keeps_activations = config.gradient_checkpointing is False  # of some layers at least
+        self.best, self.wandb_id = Best([]), ""
         self.features: dict[bool, Features] = {}  # of the rows that train, and of those that are held out
         self.partitions = zero_partitions(model) if self.deepspeed else []
-        self.tower_trains = bool({"vision", "merger"} & set(config.lora_on))
+        self.tower_trains = tower_trains(config.lora_on)
         self.always_look = self.deepspeed and (self.tower_trains or model.zero_optimization_stage() == 3)
         blind = (prepared.media_tokens == 0).nonzero()[0].tolist() if self.always_look else []
         if blind and prepared.chat.family.linear_attention:
@@ -176,7 +183,12 @@ class Run:
                 raise SystemExit(1)  # every process has these weights, and one of them says so
             what = f"{len(broken)} of the adapter's {len(state)} tensors hold NaN or infinity and are not saved, {broken[0]} first"
             raise NonFiniteLoss(Problem(str(self.config.output_dir), what, "lower learning_rate"))
-        return state
+        return as_plain(state, self.beginning)
+
+    def adapter_settings(self) -> LoraConfig:
+        """PEFT's settings that go with it."""
+        lora: LoraConfig = self.bare.peft_config["default"]
+        return plain_settings(lora) if self.beginning else lora
 
     def save(self, step: int, same: dict[str, str]) -> None:
         """Writes checkpoint-N whole, then takes the oldest away."""
@@ -185,7 +197,7 @@ class Run:
 
         def write(incoming: Path) -> None:
             save_file(state, incoming / ADAPTER_WEIGHTS, {"format": "pt"})
-            self.bare.peft_config["default"].save_pretrained(incoming)
+            self.adapter_settings().save_pretrained(str(incoming))
             if self.metrics:
                 self.metrics.save(incoming)
             for part in sorted(parts.iterdir()):
@@ -193,6 +205,7 @@ class Run:
             facts = {
                 "form": FORM, "step": step, "processes": self.accelerator.num_processes, "deepspeed": self.deepspeed,
                 "records": self.prepared.num_records, "row_tokens": self.prepared.plan.row_tokens, "same": same,
+                "wandb": self.wandb_id,
             }  # fmt: skip
             (incoming / STATE).write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -207,7 +220,8 @@ class Run:
         if self.accelerator.is_main_process:
             write_whole(folder, write)
             parts.rmdir()
-            rotate(self.config.output_dir, self.config.save_total_limit)
+            spared = f"checkpoint-{self.best.step}" if self.config.keep_best else ""
+            rotate(self.config.output_dir, self.config.save_total_limit, spared)
             if self.on_saved:
                 self.on_saved(folder)
         self.accelerator.wait_for_everyone()
@@ -268,12 +282,17 @@ def zero_partitions(engine: Any) -> list[torch.Tensor]:
 
 def find_resume(config: Config, same: dict[str, str], prepared: Prepared) -> Path | None:
     """The checkpoint to go on from. Raises UserError if there is one that was not asked for, or that is of another run."""
+    if config.resume == "weights":
+        return None
     if not config.resume:
         if found := checkpoints(config.output_dir):
             raise UserError(Problem(str(config.output_dir), f"already holds {found[-1].name}",
                                     "set resume=true to go on from it, or choose another output_dir"))  # fmt: skip
         return None
     folder, skipped = newest(config.output_dir)
+    if not folder and (before := earlier(config.output_dir)):
+        raise UserError(Problem(str(config.output_dir), f"holds no checkpoint yet, and {before[-1].name} of an earlier run",
+                                "set resume=weights to begin with its weights again"))  # fmt: skip
     for reason in skipped:
         print_line(f"passed over {reason}", "yellow")
     if folder:
@@ -281,10 +300,38 @@ def find_resume(config: Config, same: dict[str, str], prepared: Prepared) -> Pat
         if before.get("form") != FORM:
             what = "was written by another version of this tool, which saved other things and whose steps took other rows"
             raise UserError(Problem(str(folder), what, "finish the run with that version, or choose another output_dir"))
+        if (steps := len(schedule(prepared, config))) > (planned := steps_of(before, prepared, config)):
+            print_line(
+                f"{folder.name} is of a run of {planned:,} steps and this is one of {steps:,}: so is the schedule of its rate"
+            )
+            before["same"] |= {key: same[key] for key in LENGTH}
         if changed := differences(before, same, prepared):
             fix = "set it back, or choose another output_dir"
             raise UserError(*(Problem(str(folder), what, fix) for what in changed))
     return folder
+
+
+def steps_of(state: dict[str, Any], prepared: Prepared, config: Config) -> int:
+    """How many steps the run of a checkpoint was to have."""
+    epochs, most = (None if state["same"][key] == "None" else int(state["same"][key]) for key in LENGTH)
+    return len(schedule(prepared, config.model_copy(update={"num_train_epochs": epochs, "max_steps": most})))
+
+
+def find_weights(config: Config) -> Path | None:
+    """The adapter whose weights a run begins with that goes on from no checkpoint; None for a fresh one.
+
+    Raises UserError for `resume: weights` where no checkpoint is.
+    """
+    if config.resume != "weights":
+        return config.init_adapter
+    for folder in (config.output_dir, *reversed(earlier(config.output_dir))):
+        found, skipped = newest(folder)
+        for reason in skipped:
+            print_line(f"passed over {reason}", "yellow")
+        if found:
+            return found
+    what = "holds no checkpoint to take weights from"
+    raise UserError(Problem(str(config.output_dir), what, "set resume=false, or init_adapter to the folder of an adapter"))
 
 
 def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -> dict[str, str]:
@@ -292,8 +339,9 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
 
     Hashes pictures and base, each file once. Raises UserError for a file that is gone.
     """
-    same = "lora_on lora_rank lora_alpha lora_dropout rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay "
-    same += "max_grad_norm seed dtype num_train_epochs max_steps thinking video_fps video_max_frames video_max_pixels"
+    same = "lora_on lora_targets lora_rank lora_alpha lora_dropout use_rslora use_dora loraplus_lr_ratio "
+    same += "init_lora_weights init_adapter rows_per_step learning_rate lr_scheduler_type warmup_ratio "
+    same += "weight_decay max_grad_norm seed dtype num_train_epochs max_steps thinking video_fps video_max_frames video_max_pixels"
     settings = {key: str(getattr(config, key)) for key in same.split()}
     seen = [read_model_json(path) for name in PROCESSORS if (path := config.model / name).is_file()]
 
@@ -365,7 +413,8 @@ def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared)
 
     Other records have other pictures and rows, too. An evaluation may come, or be left out, but not change.
     """
-    was = before["same"]
+    # A key that came after the checkpoint had its default then.
+    was = {key: str(of.default) for key, of in Config.model_fields.items()} | before["same"]
     changed = [key for key, value in now.items() if key in was and was[key] != value]
     said = [f"{key} was {was[key]} and is now {now[key]}" for key in changed if key in Config.model_fields]
     if "base model" in changed:

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from qwenvl_ft.config import Part
 from qwenvl_ft.data import sources
 from qwenvl_ft.data.files.containers import entries_of, files_of, names_of
 from qwenvl_ft.data.files.entry import Entry
@@ -26,6 +25,7 @@ from qwenvl_ft.data.pictures import PictureChanged, load, opened
 from qwenvl_ft.data.reading import AS_FOUND
 from qwenvl_ft.data.records import InTable, InTar, Record
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.values import Part
 
 NUMBER = 7
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwenvl_ft.config import Form, load_config
+from qwenvl_ft.config import load_config
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.formats import FORMS, form_of, keys, lists, read_entry, rows, turns
 from qwenvl_ft.data.media import Media
@@ -21,6 +21,7 @@ from qwenvl_ft.data.meta_file import Tally, read_records
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Box, Turn
 from qwenvl_ft.errors import alike
+from qwenvl_ft.values import Form
 from tests.conftest import ROOT, TINY
 from tests.data.form_cases import (
     AGAIN,

@@ -307,7 +307,7 @@ SETTINGS = "adapter_config.json"
         (SETTINGS, {"lora_alpha": float("inf")}, "lora_alpha is inf, no scale"),
         (SETTINGS, {"base_model_name_or_path": 5}, "base_model_name_or_path is 5, no name"),
         (SETTINGS, {"init_lora_weights": "pissa"}, "is no plain LoRA adapter .init_lora_weights."),
-        (SETTINGS, {"use_dora": True, "bias": "all"}, "is no plain LoRA adapter .use_dora, bias."),
+        (SETTINGS, {"lora_bias": True, "bias": "all"}, "is no plain LoRA adapter .lora_bias, bias."),
         ("base_model.json", "{", "is not JSON|not valid JSON|base_model.json"),
     ],
 )

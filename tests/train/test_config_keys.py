@@ -11,7 +11,7 @@ from tests.runs import adapter, config, few_records, metrics, run, same
 # Keys that change the trained weights, and a value that does.
 CHANGES_THE_WEIGHTS = {
     "max_pixels": 16 * 28 * 28, "min_pixels": 110 * 28 * 28, "row_tokens": 1400, "lora_on": ["language", "merger"], "lora_rank": 2,
-    "lora_alpha": 4, "lora_dropout": 0.3, "max_steps": 1, "rows_per_step": 1, "learning_rate": 1e-4, "lr_scheduler_type": "constant",
+    "lora_targets": ["q_proj"], "lora_alpha": 4, "lora_dropout": 0.3, "max_steps": 1, "rows_per_step": 1, "learning_rate": 1e-4, "lr_scheduler_type": "constant",
     "warmup_ratio": 0.6, "weight_decay": 20.0, "max_grad_norm": 1e-7, "seed": 7, "dtype": "bfloat16",
     "share_prefix": "off",
 }  # fmt: skip
@@ -19,7 +19,10 @@ CHANGES_THE_WEIGHTS = {
 SHOWS_ELSEWHERE = {
     "model": "test_export", "train_meta_file": "test_training", "train_data_dir": "test_meta", "output_dir": "test_training",
     "cache_features": "test_features", "resume": "test_training", "run_name": "test_training",
-    "ddp_timeout": "test_two_processes", "thinking": "test_thinking", "boxes": "test_boxes", "fetch_media": "test_media", "format": "test_forms", "columns": "test_forms",
+    "ddp_timeout": "test_two_processes",
+    "thinking": "test_thinking", "boxes": "test_boxes", "fetch_media": "test_media", "format": "test_forms", "columns": "test_forms",
+    "use_rslora": "test_tuning", "use_dora": "test_tuning", "loraplus_lr_ratio": "test_tuning", "init_lora_weights": "test_tuning",
+    "init_adapter": "test_tuning", "keep_best": "test_tuning", "early_stopping_patience": "test_tuning",
     "video_fps": "test_videos", "video_max_frames": "test_videos", "video_max_pixels": "test_videos",
 }  # fmt: skip
 

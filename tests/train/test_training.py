@@ -333,7 +333,8 @@ def test_nothing_here_reads_a_pickle():
 def test_the_losses_are_in_wandbs_offline_files(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    run(tmp_path, report_to=["wandb"], run_name="a name")
+    monkeypatch.setenv("WANDB_PROJECT", "a project")
+    run(tmp_path, report_to=["wandb"], run_name="a name", save_steps=2)
     from wandb.proto.wandb_internal_pb2 import Record
 
     def held():
@@ -346,7 +347,13 @@ def test_the_losses_are_in_wandbs_offline_files(tmp_path, monkeypatch):
         float(item.value_json) for record in records for item in record.history.item if "loss" in (item.key, *item.nested_key)
     ]
     assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path / "run")])
-    assert "a name" in [record.run.display_name for record in records]
+    assert ("a name", "a project") in [(record.run.display_name, record.run.project) for record in records]
+    # It goes on as the same run there.
+    (before,) = tmp_path.glob("wandb/offline-run-*")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    run(tmp_path, report_to=["wandb"], run_name="a name", save_steps=2, resume=True)
+    names = {path.name for path in tmp_path.glob("wandb/offline-run-*")}
+    assert len(names) == 2 and {name.rsplit("-", 1)[-1] for name in names} == {before.name.rsplit("-", 1)[-1]}
 
 
 def logged(content):

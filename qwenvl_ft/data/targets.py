@@ -1,0 +1,89 @@
+"""What of a base is trained: its towers by the names of their modules, and the layers that `lora_targets` chooses.
+
+Read from the headers of the base's files, so that what matches nothing is said before torch is imported.
+"""
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from qwenvl_ft.config import Config
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.adapter import module_of, read_header
+from qwenvl_ft.folders.model import weight_files
+from qwenvl_ft.values import Tower
+
+MERGERS = r"model\.visual\.(?:merger|deepstack_merger_list\.\d+)"
+# Regular expressions over whole names of what lies in a tower, as transformers 5 has them.
+INSIDE: dict[Tower, str] = {
+    "language": r"model\.language_model\..+",
+    "vision": r"model\.visual\.(?!merger\.|deepstack_merger_list\.).+",
+    "merger": rf"{MERGERS}\..+",
+}
+TABLES = ("embed_tokens", "pos_embed")  # which have two axes as a linear layer has
+
+
+def tower_of(name: str) -> Tower:
+    """The tower of a parameter or module of the base, which may stand behind a prefix such as PEFT's."""
+    return next(tower for tower, inside in INSIDE.items() if re.fullmatch(rf"(?:.*?\.)??{inside}", name))
+
+
+def tower_trains(on: Collection[Tower]) -> bool:
+    """Whether anything changes what the vision tower hands over."""
+    return not {"vision", "merger"}.isdisjoint(on)
+
+
+def find_layers(config: Config) -> list[str]:
+    """Whole names of the layers that `lora_targets` chooses in the towers that get LoRA; none where it is not set.
+
+    A list holds names, each alone or with modules before it; a text is `all-linear` or a regular expression over whole names: as
+    PEFT has both. Raises UserError for what matches nothing there, or what is no linear layer.
+    """
+    wanted = config.lora_targets
+    if wanted is None:
+        return []
+    on = [tower for tower in config.lora_on if not (tower in config.own and config.own[tower].full)]
+    inside = "|".join(INSIDE[tower] for tower in on)
+    shapes = {
+        module_of(of.key): of.shape for path in weight_files(config.model) for of in read_header(path)[1]
+        if of.key.endswith(".weight")
+    }  # fmt: skip
+    here = {name: len(shape) == 2 and not name.endswith(TABLES) for name, shape in shapes.items() if re.fullmatch(inside, name)}
+    linear = [name for name, is_linear in here.items() if is_linear]
+    if wanted == "all-linear":
+        return linear
+    known = ", ".join(dict.fromkeys(map(_short, linear)))
+    found, problems = dict[str, None](), list[Problem]()
+    for one in [wanted] if isinstance(wanted, str) else wanted:
+        pattern = one if isinstance(wanted, str) else rf"(?:.*\.)?{re.escape(one)}"
+        chosen = [name for name in here if re.fullmatch(pattern, name)]
+        if others := [name for name in chosen if not here[name]]:
+            problems.append(Problem(f"lora_targets: {one}", f"{others[0]} is no linear layer", f"choose among {known}"))
+        elif not chosen:
+            elsewhere = sorted({tower_of(name) for name in shapes if name != "lm_head" and re.fullmatch(pattern, name)})
+            fix = f"add {' and '.join(elsewhere)} to lora_on, or choose among {known}" if elsewhere else f"choose among {known}"
+            problems.append(Problem(f"lora_targets: {one}", f"names no layer of {' and '.join(on)}", fix))
+        found |= dict.fromkeys(chosen)
+    if problems:
+        raise UserError(*problems)
+    return list(found)
+
+
+def _short(name: str) -> str:
+    """The end of a module's name that tells it from others: with the module before it, but for a number."""
+    *_, before, last = name.split(".")
+    return last if before.isdigit() else f"{before}.{last}"
+
+
+def said_of(config: Config) -> list[str]:
+    """What trains, in words: a line for each tower."""
+    lines = []
+    for tower in config.lora_on:
+        given: dict[str, Any] = config.own[tower].model_dump(exclude_none=True) if tower in config.own else {}
+        rate = f"learning rate {given.get('learning_rate', config.learning_rate):g}"
+        if given.get("full"):
+            lines.append(f"{tower} in full, {rate}")
+        else:
+            rank, alpha = given.get("rank", config.lora_rank), given.get("alpha", config.lora_alpha)
+            lines.append(f"LoRA on {tower}, rank {rank}, alpha {alpha:g}, {rate}")
+    return lines + ([f"from the weights of {config.init_adapter} on"] if config.init_adapter else [])
