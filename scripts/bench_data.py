@@ -1,7 +1,7 @@
 """Measures what data cost before a GPU is touched: seconds, CPU seconds and the peak memory of each process, as records grow.
 
     python scripts/bench_data.py [--work /tmp/bench_data] [--records 1000 10000 100000 1000000] [--svg docs/data_growth.svg]
-    python scripts/bench_data.py --records 10000000 --short    # plan and second start, a few tokens each, pictures shared
+    python scripts/bench_data.py --records 1000000 10000000 --short    # plan and second start, a few tokens each, pictures shared
     python scripts/bench_data.py --pictures    # one core: headers against decoding, containers, our pixels against transformers'
 
 Writes JPEG pictures of 640 x 480 px to 12 MP and PNGs, and records over them, to the work folder, then runs the commands as a user
