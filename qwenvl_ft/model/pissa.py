@@ -7,12 +7,14 @@ beginning, too, so that a run that goes on takes the same out of the base again.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import gather_params_ctx
 
 from qwenvl_ft.console import counting
 from qwenvl_ft.errors import Problem, UserError
@@ -25,7 +27,7 @@ def take_out(model: Any, kind: str, device: torch.device) -> State:
     """Begins with the singular values, `pissa` all of them or `pissa_niter_N` about, in place of the fresh LoRA that the model has;
     worked out on `device`. Returns the beginning. Raises UserError for a rank that a layer has not."""
     layers = dict(_layers(model))
-    small = {name: min(layer.get_base_layer().weight.shape) for name, layer in layers.items()}
+    small = {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
     if problems := [
         Problem("init_lora_weights: pissa", f"{name} has {small[name]} singular values, and its rank is {layer.r['default']}",
                 "lower the rank, or choose other layers with lora_targets")
@@ -34,9 +36,8 @@ def take_out(model: Any, kind: str, device: torch.device) -> State:
         raise UserError(*problems[:1])
     with counting("PiSSA: singular values", patience_s=1) as tell:
         for number, layer in enumerate(layers.values()):
-            home = layer.get_base_layer().weight.device
-            layer.to(device).pissa_init("default", kind)
-            layer.to(home)
+            with _whole(layer, device):
+                layer.pissa_init("default", kind)
             tell(number + 1, len(layers))
     return {key: tensor.detach().cpu().clone() for key, tensor in get_peft_model_state_dict(model).items() if key.endswith((A, B))}
 
@@ -51,11 +52,10 @@ def take_out_again(model: Any, saved: State, device: torch.device) -> tuple[Stat
             trained[key], beginning[key] = (part.contiguous() for part in tensor.chunk(2, 1))
             beginning[key] = -beginning[key]
     for name, layer in _layers(model):
-        weight = layer.get_base_layer().weight
-        left, right = (beginning[f"base_model.model.{name}{side}"].to(device) for side in (B, A))
-        # As PEFT's pissa_init sums it, to the bit.
-        rest = weight.data.to(device, torch.float32) - layer.scaling["default"] * left @ right
-        weight.data = rest.to(weight.device, weight.dtype)
+        with _whole(layer, device) as weight:
+            left, right = (beginning[f"base_model.model.{name}{side}"].to(weight.device) for side in (B, A))
+            # As PEFT's pissa_init sums it, to the bit.
+            weight.data = (weight.data.float() - layer.scaling["default"] * left @ right).to(weight.dtype)
     return trained, beginning
 
 
@@ -75,6 +75,19 @@ def plain_settings(lora: LoraConfig) -> LoraConfig:
     plain.rank_pattern = {key: 2 * rank for key, rank in (lora.rank_pattern or {}).items()}
     plain.alpha_pattern = {key: factor * alpha for key, alpha in (lora.alpha_pattern or {}).items()}
     return plain
+
+
+@contextmanager
+def _whole(layer: Any, device: torch.device) -> Iterator[torch.nn.Parameter]:
+    """A layer's weight on `device`, and back where it was afterwards; where ZeRO-3 shares it out, all of it, where it is."""
+    weight = layer.get_base_layer().weight
+    with gather_params_ctx(weight):
+        if hasattr(weight, "ds_id"):
+            yield weight
+            return
+        home = weight.device
+        yield layer.to(device).get_base_layer().weight
+        layer.to(home)
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:
