@@ -222,7 +222,9 @@ def test_machines_that_have_other_output_dirs_are_told_so_before_training(tmp_pa
     """They went on from what only one of them had, after a restart: after hours."""
     (tmp_path / "other").mkdir()
     codes, said = forks.train(tmp_path, fault=("tests.forked", "on_another_machine", 1, tmp_path / "other"), resume=True)
-    assert codes == [1, 1] and "is not the same folder on all machines, from which they would go on" in said, said[-3000:]
+    assert 1 in codes and 0 not in codes and "is not the same folder on all machines, from which they would go on" in said, said[
+        -3000:
+    ]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
