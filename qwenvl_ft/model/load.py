@@ -25,6 +25,7 @@ from qwenvl_ft.folders.adapter import OLD_KEYS
 from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.model.attention import use_varlen
 from qwenvl_ft.model.head import LossHead
+from qwenvl_ft.model.lora import multiply_in_dtype_of_input
 from qwenvl_ft.values import Own, Tower
 
 
@@ -135,6 +136,8 @@ def add_lora(model: Any, family: Family, on: Collection[Tower], rank: int, alpha
     for module in adapted.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.float()  # a step at these rates is less than bfloat16 can tell apart
+            for copy_of in module.modules_to_save.values():
+                multiply_in_dtype_of_input(copy_of)
     return adapted
 
 

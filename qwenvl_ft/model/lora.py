@@ -82,3 +82,14 @@ def fuse_lora(model: Any) -> None:
         if type(layer) is Linear:
             layer.__class__ = FusedLora
             layer.cast_input_dtype_enabled = bool(layer.lora_variant)  # its own products are in the dtype of the frozen weights
+
+
+def multiply_in_dtype_of_input(module: nn.Module) -> None:
+    """Has a module whose weights are float32, so that small steps count, multiply in bfloat16 what comes in it."""
+    plain = module.forward
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=hidden.dtype == torch.bfloat16):
+            return plain(hidden)  # type: ignore[no-any-return]
+
+    module.forward = forward

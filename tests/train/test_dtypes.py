@@ -128,11 +128,22 @@ def test_adapters_that_multiply_in_float32_are_named(tmp_path, forks):
     assert "q_proj.lora_A.default, q_proj.lora_B.default" in said
 
 
+@pytest.mark.parametrize(
+    "how", [{"lora_on": {"language": {}, "merger": {"full": True}}}, {"use_dora": True}], ids=["merger", "dora"]
+)
+def test_what_is_no_plain_lora_multiplies_in_bfloat16_too(how, tmp_path, capsys):
+    """Of a merger that is trained in full the weights are in float32."""
+    run(tmp_path, **SETTINGS | {"max_steps": 1} | how)
+    assert SLOW not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("device", "dtype", "told"), [("cuda", "auto", True), ("cuda", "float32", False), ("cpu", "auto", False)])
 def test_a_gpu_that_has_no_bfloat16_is_said_to_be_why(device, dtype, told, tmp_path, capsys):
     """torch says that it has, and emulates it."""
     accelerator = SimpleNamespace(num_processes=1, device=torch.device(device))
     bare = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
-    loop.report_start(config(tmp_path, dtype=dtype), SimpleNamespace(accelerator=accelerator, bare=bare, bf16=False), (1, 2), None)
+    loop.report_start(
+        config(tmp_path, dtype=dtype), SimpleNamespace(accelerator=accelerator, bare=bare, bf16=False), (1, 2), None, None
+    )
     said = capsys.readouterr().out
     assert f"1 x {device}, float32" in said and ("this GPU has no bfloat16" in said) == told
