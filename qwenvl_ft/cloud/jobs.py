@@ -7,6 +7,7 @@ model, checkpoints                  output channels
 """
 
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,9 @@ def plan_job(
     code: dict[str, Path] = {"config.yaml": config, "train.py": train_script}
     code |= {f"qwenvl_ft/{name}": path for name, path in files_below(package).items() if not name.startswith("shipped/")}
     program = Upload("code", placed(account, "code", code), code)
-    name = f"{re.sub('[^a-zA-Z0-9_-]+', '-', settings.run_name or config.stem)}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = (
+        f"{re.sub('[^a-zA-Z0-9_-]+', '-', settings.run_name or config.stem)}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    )
     given = [override.removeprefix("--").partition("=") for override in overrides]
     bucket, _, key = program.uri.removeprefix("oss://").partition("/")
     location = {"Bucket": bucket, "Key": key, "Endpoint": re.sub("^https?://", "", account.oss_endpoint)}

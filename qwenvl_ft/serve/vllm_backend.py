@@ -213,7 +213,7 @@ def read_usage(usage: Mapping[str, Any]) -> Usage:
     """Token counts; vLLM tells pictures apart only in some versions."""
     details = usage.get("prompt_tokens_details") or {}
     image, video = details.get("image_tokens") or 0, details.get("video_tokens") or 0
-    return Usage(usage["prompt_tokens"], usage["completion_tokens"], image, video)
+    return Usage(usage["prompt_tokens"], usage["completion_tokens"], image, video, details.get("cached_tokens") or 0)
 
 
 def start_vllm(

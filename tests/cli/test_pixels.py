@@ -93,8 +93,8 @@ def test_a_photo_has_the_same_tokens_from_the_plan_to_the_merged_folder(run, pho
         (grid,) = inputs["image_grid_thw"].tolist()
         return tokens_of(tuple(grid), 2)
 
-    seen, inputs = [], Engine.inputs
-    monkeypatch.setattr(Engine, "inputs", lambda self, talks, *how: seen.append(of(got := inputs(self, talks, *how))) or got)
+    seen, inputs = [], Engine.inputs_of
+    monkeypatch.setattr(Engine, "inputs_of", lambda self, scripts: seen.append(of(got := inputs(self, scripts))) or got)
     export(out, photo / "merged", None, 0, lambda done, total: None)
     few = ["--max-new-tokens", "1"]
     base, tuned, merged = ([str(TINY), *like], [str(TINY), "--adapter", str(out)], [str(photo / "merged")])
@@ -113,7 +113,7 @@ def test_a_photo_has_the_same_tokens_from_the_plan_to_the_merged_folder(run, pho
         with serving({name: engine}) as served:
             said = httpx.post(served.url + "/v1/chat/completions", json=body | {"model": name}, timeout=60).json()
         assert said["usage"]["prompt_tokens_details"]["image_tokens"] == trained
-        assert said["usage"]["prompt_tokens"] == len(inputs(engine, [question])["input_ids"][0])
+        assert said["usage"]["prompt_tokens"] == len(engine.inputs([question])["input_ids"][0])
 
 
 def test_limits_that_cross_are_named_wherever_they_are_given(run, photo):

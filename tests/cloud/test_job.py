@@ -235,7 +235,7 @@ def test_a_run_into_a_folder_of_the_users_own_leaves_its_adapter_in_the_jobs_mod
     made = job({"output_dir": str(tmp_path / "mine"), "max_steps": "1"})
     assert inside(made) == 0
     assert same(adapter(tmp_path / "mine"), adapter(made.model)) and not checkpoints(made.checkpoints)
-    assert inside(made, "max_steps=2") == 1  # resume is on, and says what changed
+    assert inside(made, "lora_rank=2") == 1  # resume is on, and says what changed
 
 
 def test_outside_of_a_job_nothing_changes():

@@ -139,7 +139,7 @@ def test_a_hyperparameter_arrives_as_it_was_typed(trip, plane):
 def test_dry_run_prints_what_is_sent_then_and_no_price(trip, plane):
     shown = json.loads(trip.said["pai submit --dry-run"][1])
     sent = plane.jobs[trip.job]["body"]
-    when = re.compile(r"-\d{8}-\d{6}")
+    when = re.compile(r"-\d{8}-\d{6}-[0-9a-f]{4}")
     assert shown["request"].pop("Labels") == []  # which the SDK leaves out where there are none
     assert when.sub("", json.dumps(shown["request"], sort_keys=True)) == when.sub("", json.dumps(sent, sort_keys=True))
     assert shown["estimated_price"] is None

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,6 +156,15 @@ def test_a_damaged_output_is_not_brought(here, plane, monkeypatch):
     job = run("pai", "submit", "--config", "lora.yaml")[1].strip()
     assert run("pai", "logs", job, "--follow")[0] == 0
     assert "weights is damaged" in refused("fetch", job, "--out", "got") and not Path("got").exists()
+
+
+def test_jobs_that_are_sent_in_one_second_have_folders_of_their_own(here, plane, monkeypatch):
+    """The second one wrote into the model of the first."""
+    monkeypatch.setattr("qwenvl_ft.cloud.jobs.COMMAND", "true")
+    monkeypatch.setattr("qwenvl_ft.cloud.jobs.datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 2)))
+    jobs = [run("pai", "submit", "--config", "lora.yaml")[1].strip() for _ in range(2)]
+    outputs = [next(line for line in run("pai", "status", job)[1].splitlines() if "/model/" in line) for job in jobs]
+    assert len(set(jobs)) == len(set(outputs)) == 2
 
 
 def test_long_logs_are_read_page_by_page(here, monkeypatch):

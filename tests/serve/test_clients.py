@@ -175,6 +175,7 @@ def test_openai_is_told_of_an_error_in_the_middle_of_a_stream(breaks, client):
 
 def test_openai_streams_with_usage(client):
     messages = question("read", CHARTS[8])
+    client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)  # both below find it read
     whole = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=24)
     stream = client.chat.completions.create(
         model="tiny", messages=messages, max_tokens=24, stream=True, stream_options={"include_usage": True}

@@ -85,9 +85,9 @@ def test_trees_are_run_by_varlen_and_what_keeps_records_from_them_is_said(tmp_pa
     assert "linear attention" in not_shared(config(tmp_path), FAMILIES["qwen3_5"])
     taken, load = [], loop.load_base
 
-    def note(model, dtype, attention, packed):
+    def note(model, dtype, attention, packed, device):
         taken.append(attention)
-        return load(model, dtype, attention, packed)
+        return load(model, dtype, attention, packed, device)
 
     monkeypatch.setattr(loop, "load_base", note)
     run(tmp_path, max_steps=1)
