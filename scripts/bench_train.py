@@ -317,8 +317,8 @@ def told(runs: list[dict[str, Any]]) -> str:
     """The settings of each toolkit, as it was given them, and how busy the machine was."""
     loads = [one["load"] for one in runs]
     lines = [
-        "### settings", "", f"One thread, float32, gradient checkpointing in all: 2 forward runs. Load of the machine {min(loads):.1f} to"
-        f" {max(loads):.1f}, of which the measured process is about 1. All else is each toolkit's default.", "",
+        "### settings", "", "One thread, float32, gradient checkpointing in all but where the language model ran forward once. Load of"
+        f" the machine {min(loads):.1f} to {max(loads):.1f}, of which the measured process is about 1. All else is each toolkit's default.", "",
     ]  # fmt: skip
     for toolkit, one in {one["toolkit"]: one for one in runs}.items():
         versions = ", ".join(f"{name} {one[name]}" for name in ("torch", "transformers") if name in one)
