@@ -63,7 +63,8 @@ class Spool:
             self.file.flush()
         except OSError as error:
             fix = "make room there, or set TMPDIR to a folder that has some"
-            raise UserError(Problem(tempfile.gettempdir(), f"cannot be written ({error.strerror})", fix)) from error
+            where = tempfile.tempdir or "the folder of temporary files"  # None where there is no such folder
+            raise UserError(Problem(where, f"cannot be written ({error.strerror})", fix)) from error
         self.num_written += self.num_waiting
         self.waiting, self.num_waiting = [], 0
 

@@ -1,6 +1,8 @@
 """Which records share a row: never cut, never lost, the same every time."""
 
 import doctest
+import errno
+import os
 import pickle
 import random
 from collections import Counter
@@ -11,6 +13,7 @@ import pytest
 from qwenvl_ft.data import numbers
 from qwenvl_ft.data import packing as module
 from qwenvl_ft.data.packing import LEAST_SHARED, Alike, Schedule, deal, pack
+from qwenvl_ft.errors import UserError
 
 
 def steps(num_rows, rows_per_step, seed, epoch):
@@ -92,6 +95,19 @@ def test_each_window_of_records_is_packed_by_itself(window, share, in_memory, mo
     assert pickle.loads(pickle.dumps(whole)) == whole
     inside = [length for length in lengths if length <= 1000]
     assert whole.lengths == Counter(inside) and whole.fill == sum(inside) / (len(whole.rows) * 1000)
+
+
+@pytest.mark.parametrize("found", [None, "/tmp/somewhere"])
+def test_where_rows_cannot_be_kept_is_said(found, monkeypatch):
+    def full(*of):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(numbers, "IN_MEMORY", 5)
+    monkeypatch.setattr(numbers.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(numbers.tempfile, "tempdir", found)
+    with pytest.raises(UserError, match=f"{found or 'the folder of temporary files'}: cannot be written .No space left") as caught:
+        pack(LENGTHS[12], 1000)
+    assert "TMPDIR" in caught.value.problems[0].fix
 
 
 def alike(seed, count=300):
