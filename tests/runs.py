@@ -60,6 +60,13 @@ def difference(one: dict, other: dict) -> float:
     return max(((one[key] - other[key]).abs().max() / one[key].abs().max().clamp(min=1e-9)).item() for key in one if one[key].any())
 
 
+def distance(one: dict, other: dict) -> float:
+    """The largest of a weight matrix: the norm of the difference over its norm. AdamW makes of a gradient of about 0 a step of up to
+    the rate, whose sign is rounding: by this one value says little."""
+    assert one.keys() == other.keys()
+    return max(((one[key] - other[key]).norm() / one[key].norm()).item() for key in one if one[key].any())
+
+
 def launch(
     folder: Path, name: str, *launcher: str, script: str = "train.py", env: dict | None = None, wait: bool = True, **settings
 ):

@@ -25,6 +25,7 @@ from qwenvl_ft.folders.adapter import OLD_KEYS
 from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.model.attention import use_varlen
 from qwenvl_ft.model.head import LossHead
+from qwenvl_ft.model.last_layer import LastLayer
 from qwenvl_ft.model.lora import multiply_in_dtype_of_input
 from qwenvl_ft.values import Own, Tower
 
@@ -78,13 +79,14 @@ def load_base(
 
 
 def refit(model: Any, attention: str) -> Any:
-    """A loaded model with this project's own patch embedding, LM head and, where it is varlen, attention."""
+    """A loaded model with this project's own patch embedding, last layer, LM head and, where it is varlen, attention."""
     # cuDNN makes a plan for every size that it has not met, about a second each forward and back, and torch 2.11 prefers it on
     # Hopper; rows and pictures have hundreds of sizes. It gave NaN with some masks, too, before cuDNN 9.26.
     torch.backends.cuda.enable_cudnn_sdp(False)
     patch_embed = model.model.visual.patch_embed
     patch_embed.proj = PatchEmbedding.like(patch_embed.proj)
     model.lm_head = LossHead.like(model.lm_head)
+    LastLayer(model.get_decoder().layers)
     if attention == "varlen":
         use_varlen(model)
     return model

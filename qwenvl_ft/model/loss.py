@@ -61,15 +61,17 @@ def summed_loss(model: Any, bare_model: Any, row: Row, tower_trains: bool, keep:
     see vision_features.
     """
     assert KEYS not in row or attention_of(bare_model) == "varlen", "another attention would lose the trees without a word"
-    taught_at = taught(row["labels"])
+    taught_at = taught(row["labels"])[0].nonzero()[:, 0]  # here a GPU is waited for, once; a mask would wait at each use
     shown = vision_features(bare_model, row, tower_trains, keep)
     not_taken = {"labels", SCALES, FEATURES, SIZES, MAY_KEEP, *(name for names in PIXELS.values() for name in names)}
     inputs = {key: value for key, value in row.items() if key not in not_taken}
     head = bare_model.get_output_embeddings()
-    head.labels = row["labels"][:, 1:][taught_at[:, :-1]]
+    head.labels = row["labels"][0].index_select(0, taught_at + 1)
     try:
         # use_cache=False: with a cache transformers ignores where records begin, without a word (tests/test_packing.py shows it).
-        loss: torch.Tensor = model(**inputs, mm_encoder_outputs=shown, use_cache=False, logits_to_keep=taught_at).logits
+        loss: torch.Tensor = model(
+            **inputs, mm_encoder_outputs=shown, use_cache=False, logits_to_keep=taught_at, taught_at=taught_at
+        ).logits
     finally:
         head.labels = None
     return loss

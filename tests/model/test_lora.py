@@ -39,23 +39,31 @@ def gradients(model, row, autocast=False):
     return loss.item(), {name: parameter.grad for name, parameter in trainable(model).items()}
 
 
+def in_float64(row):
+    """So that what is left of a difference is an error of ours, and no rounding."""
+    return {
+        key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for key, value in row.items()
+    }
+
+
 def flat(found):
     return torch.cat([gradient.flatten() for gradient in found.values()])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_losses_gradients_and_names_are_pefts(family_model, rows, dropout):
-    model = make_model(family_model, dropout)
-    wanted, names = gradients(model, rows[1]), [*model.state_dict()]
+    model, row = make_model(family_model, dropout).double(), in_float64(rows[1])
+    wanted, names = gradients(model, row), [*model.state_dict()]
     adapter = get_peft_model_state_dict(model)
     fuse_lora(model)
     assert [*model.state_dict()] == names and get_peft_model_state_dict(model).keys() == adapter.keys()
-    results = [gradients(model, rows[1])]
+    results = [gradients(model, row)]
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    results.append(gradients(model, rows[1]))
+    results.append(gradients(model, row))
     for loss, found in results:
-        assert loss == pytest.approx(wanted[0], rel=1e-6) and found.keys() == wanted[1].keys()
-        assert (flat(found) - flat(wanted[1])).norm() < 1e-6 * flat(wanted[1]).norm()
+        assert loss == pytest.approx(wanted[0], rel=1e-12) and found.keys() == wanted[1].keys()
+        assert (flat(found) - flat(wanted[1])).norm() < 1e-12 * flat(wanted[1]).norm()
 
 
 def test_in_bfloat16_it_is_as_near_to_float32_as_pefts_with_autocast(family_model, rows):
@@ -151,3 +159,31 @@ def test_what_is_left_to_peft_runs_in_the_dtype_of_the_base():
     with torch.autocast("cpu", enabled=False):
         model(X.bfloat16())
     assert seen == [(torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_last_mlp_runs_on_taught_tokens_alone_and_losses_and_gradients_stay(family_model, rows, recomputed):
+    model, row = make_model(family_model).double(), in_float64(rows[1])
+    if recomputed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    last, seen = model.get_decoder().layers[-1], []
+    last.mlp.register_forward_pre_hook(lambda mlp, inputs: seen.append(inputs[0].shape[1]))
+    found = gradients(model, row)
+    taught = int((row["labels"] != -100).sum())
+    assert seen == [taught] * (1 + recomputed) and taught < row["labels"].shape[1]
+    last.mlp._forward_pre_hooks.clear()
+    last.mlp._forward_hooks.clear()
+    last.mlp.register_forward_pre_hook(lambda mlp, inputs: seen.append(inputs[0].shape[1]))
+    loss, wanted = gradients(model, row)
+    assert seen[-1] == row["labels"].shape[1]
+    assert found[0] == pytest.approx(loss, rel=1e-12) and found[1].keys() == wanted.keys()
+    assert (flat(found[1]) - flat(wanted)).norm() < 1e-12 * flat(wanted).norm()
+
+
+def test_asked_for_logits_a_model_runs_its_last_layer_whole(family_model, rows):
+    """Right behind a row, too."""
+    model = make_model(family_model)
+    inputs = {"input_ids": torch.arange(3, 12)[None]}
+    before = model(**inputs).logits
+    gradients(model, rows[1])
+    assert torch.equal(model(**inputs).logits, before)

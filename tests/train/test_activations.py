@@ -113,6 +113,10 @@ def test_recomputed_kept_or_some_of_each_the_bits_are_the_same_and_as_many_bytes
     del held
 
 
+def hooks_of(model):
+    return [[*module._forward_hooks.values(), *module._forward_pre_hooks.values()] for module in model.modules()]
+
+
 def with_free(monkeypatch, free):
     """So many bytes are free, and all of them may be taken."""
     monkeypatch.setattr(activations, "free_bytes", lambda device, processes: free)
@@ -132,10 +136,10 @@ def measured(small, tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("measured"), []
 
     def watched(of, loss_of, stock=loop.keep_what_fits):
-        state = torch.random.get_rng_state()
+        state, hooks = torch.random.get_rng_state(), hooks_of(of.bare)
         found.append(stock(of, loss_of))
         assert torch.random.get_rng_state().equal(state) and all(parameter.grad is None for parameter in of.bare.parameters())
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in of.bare.modules())
+        assert hooks_of(of.bare) == hooks
         return found[0]
 
     with pytest.MonkeyPatch.context() as patch:
