@@ -134,10 +134,12 @@ def evaluate(
     Example: qwenvl-ft eval data/tiny data/sample/eval.json --data-dir data/sample/images --adapter runs/demo
     """
     from qwenvl_ft.data.geometry import reading_of
+    from qwenvl_ft.evaluate.card import CARD, SCORES, write_card
     from qwenvl_ft.evaluate.metrics import metric_named
     from qwenvl_ft.evaluate.scoring import score
     from qwenvl_ft.evaluate.table import tabulate
     from qwenvl_ft.folders.runs import processor_folder
+    from qwenvl_ft.folders.whole import write_json
     from qwenvl_ft.infer.engine import check_folders
 
     for name in metric or []:
@@ -153,6 +155,10 @@ def evaluate(
     column, limits = asked.of_folder(name, model, adapter, chat_settings, reading, partial(_beside, target))
     scores = score(column.predictions) | limits | {"predictions": str(target)}
     table = tabulate([column], metric or [], seed)
+    if adapter and not out:
+        write_json(adapter / SCORES.format(of), {"meta": meta.name, "table": table})
+        if not write_card(adapter, model):
+            print_note(f"{adapter / CARD} was changed by hand: it is left as it is")
     if as_json:
         print_json(scores | {"table": table})
         return

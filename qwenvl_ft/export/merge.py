@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from qwenvl_ft.config import load_config, read_yaml
+from qwenvl_ft.config import load_config
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.families import family_of
 from qwenvl_ft.data.geometry import VIDEO_PROCESSORS, read_limits, read_video_limits, reading_of, video_settings
@@ -29,6 +29,7 @@ from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.targets import MERGERS
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.evaluate.card import write_card
 from qwenvl_ft.export.prove import prove
 from qwenvl_ft.folders.adapter import (
     DTYPES,
@@ -103,7 +104,7 @@ def export(
         write_json(folder / GENERATION_CONFIG, decoding.file())
         if records:
             proofs.extend(prove(folder, base, adapter, records))
-        (folder / "README.md").write_text(model_card(run, base, proofs), encoding="utf-8")
+        write_card(adapter, base, folder, proofs)
         return digests
 
     write_whole(out, write, replace=False)
@@ -157,36 +158,6 @@ def _sample(run: Path, number: int) -> list[tuple[str, Any]]:
     picture = Image.linear_gradient("L").convert("RGB")
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
     return [("a made-up picture, the training records not being here", [{"role": "user", "content": content}])][:number]
-
-
-def model_card(run: Path, base: Path, proofs: list[dict[str, Any]]) -> str:
-    """README.md of a merged model: what it was trained on, how, to what end, and how exactly it was merged."""
-    origin = base.name
-    if (record := base / ".download" / "manifest.json").is_file():
-        origin = read_model_json(record).get("repo", origin)
-    lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", f"base_model: {origin}", "---", ""]
-    lines += [f"# {origin}, fine-tuned with LoRA and merged", "", "By qwenvl_ft. Loads with `from_pretrained`.", ""]
-    if (run / "plan.json").is_file():
-        plan = read_model_json(run / "plan.json")
-        lines += ["## Data", "", f"{plan['used']:,} of {plan['records']:,} records with {plan['pictures']:,} pictures;"
-                  f" {plan['tokens']['total']:,} tokens, {plan['taught_tokens']:,} of them taught.", ""]  # fmt: skip
-    if (run / "all_results.json").is_file():
-        lines += ["## Results", "", "```json", (run / "all_results.json").read_text(encoding="utf-8").strip(), "```", ""]
-    if (run / "config.yaml").is_file():
-        settings, _ = read_yaml(run / "config.yaml")
-        shown = {
-            key: value
-            for key, value in settings.items()
-            if value is not None and key != "model" and not key.endswith(("_dir", "_file"))
-        }
-        lines += ["## Settings", "", "```yaml", *(f"{key}: {value}" for key, value in shown.items()), "```", ""]
-    lines += ["## Merge", ""]
-    for proof in proofs:
-        lines.append(f"On {proof['where']} its logits differ from base and adapter by at most {proof['difference']:.2g} "
-                     f"(largest logit {proof['largest']:.1f}).")  # fmt: skip
-    if not proofs:
-        lines.append("Not compared with base and adapter.")
-    return "\n".join(lines) + "\n"
 
 
 class Deltas:

@@ -16,6 +16,7 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line, print_problems
 from qwenvl_ft.data.prepare import Prepared, schedule
 from qwenvl_ft.errors import Problem
+from qwenvl_ft.evaluate.card import write_card
 from qwenvl_ft.folders.adapter import BASE, base_fingerprint
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_lines, write_whole
@@ -98,6 +99,7 @@ def write_results(
     if broken:
         print_line(f"\nSkipped, as on_bad_record says: {len(broken)} records whose pictures break while they are decoded", "yellow")
         print_problems([Problem(**problem) for problem in broken.values()])
+    write_card(out, config.model)
     print_next(config)
     if 0 < best < len(lines):
         print_line(

@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwenvl_ft.cli.main import main
 from qwenvl_ft.data.geometry import read_limits
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.records import Turn
 from qwenvl_ft.errors import UserError
+from qwenvl_ft.evaluate.card import card_of
 from qwenvl_ft.export import merge
-from qwenvl_ft.export.merge import Deltas, export, model_card, store
+from qwenvl_ft.export.merge import Deltas, export, store
 from qwenvl_ft.export.merge import _copy_settings as export_settings
 from qwenvl_ft.folders.adapter import as_float32, module_of
 from qwenvl_ft.folders.whole import damage
@@ -172,9 +174,35 @@ def test_the_proof_is_on_training_records(trained, merged, tmp_path):
     assert [proof["where"] for proof in proofs] == ["few.json[0]", "few.json[1]"]
     assert all(proof["difference"] < 1e-3 * proof["largest"] for proof in proofs)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "lora_rank: " in card and "records with" in card and "train_loss" in card and "differ from base and adapter" in card
+    assert (
+        "lora_rank: " in card
+        and "records with" in card
+        and "a taught token over the run" in card
+        and "sha256" in card
+        and "differ from base and adapter" in card
+    )
     assert damage(tmp_path / "out") is None
     assert "Not compared" in (merged / "README.md").read_text()
+
+
+def test_an_evaluation_goes_into_the_card_of_its_adapter_and_of_what_is_merged(trained, tmp_path, capsys):
+    adapter, meta = tmp_path / "adapter", tmp_path / "held.json"
+    shutil.copytree(trained, adapter)
+    before = (adapter / "README.md").read_text()
+    assert "## Training" in before and "## Scores" not in before
+    meta.write_text(json.dumps([{"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "yes"}]}]))
+    arguments = ["eval", str(TINY), str(meta), "--adapter", str(adapter), "--max-new-tokens", "2"]
+    for say in ("changed by hand", ""):
+        if say:
+            (adapter / "README.md").write_text("mine\n")
+        else:
+            (adapter / "README.md").unlink()
+        with pytest.raises(SystemExit) as done:
+            main(arguments)
+        assert not done.value.code and ("changed by hand" in capsys.readouterr().err) == bool(say)
+    export(adapter, tmp_path / "out", None, 0, lambda done, total: None)
+    for folder in (adapter, tmp_path / "out"):
+        assert "## Scores on held.json" in (card := (folder / "README.md").read_text()) and "| hi | yes |" in card
 
 
 def test_a_merge_in_small_blocks_is_the_same(trained, merged, tmp_path, monkeypatch):
@@ -507,4 +535,4 @@ def test_one_side_of_tied_embeddings_is_refused(trained, tmp_path):
 def test_settings_that_are_not_yaml_any_more_are_named_in_place_of_a_model_card(tmp_path):
     (tmp_path / "config.yaml").write_text("a: &a\n  <<: *a\n")
     with pytest.raises(UserError, match=r"config.yaml:2:7: the alias \*a"):
-        model_card(tmp_path, tmp_path, [])
+        card_of(tmp_path, tmp_path, [])
