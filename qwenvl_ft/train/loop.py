@@ -41,7 +41,7 @@ from qwenvl_ft.train.best import Best
 from qwenvl_ft.train.dtypes import Multiplications
 from qwenvl_ft.train.groups import groups_of
 from qwenvl_ft.train.launch import Signals, alone, check_shared, lost, open_trackers, start
-from qwenvl_ft.train.memory import memory_for, out_of_memory
+from qwenvl_ft.train.memory import memory_for, out_of_memory, peak_bytes
 from qwenvl_ft.train.output_dir import METRICS, Metrics, read_metrics, was_evaluated, write_results, write_settings
 from qwenvl_ft.train.state import STATE, OnSaved, Run, find_resume, find_weights, fingerprint
 
@@ -52,6 +52,7 @@ class Taught(NamedTuple):
     summed_loss: float
     tokens: int
     skipped: list[Problem]
+    grad_norm: float = 0.0  # of a step, before it was clipped
 
     @property
     def loss(self) -> float:
@@ -101,9 +102,28 @@ def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Built | U
             raise SystemExit(1)  # every process has this norm, and one of them says so
         raise NonFiniteLoss(Problem(places, f"the gradient's norm is {'nan' if norm < 0 else norm}", "lower learning_rate"))
     if not run.deepspeed:
+        run.untouched = {name: parameter for name, parameter in run.untouched.items() if parameter.grad is None}
         run.optimizer.step()
         run.optimizer.zero_grad()
-    return taught
+    return taught._replace(grad_norm=norm)
+
+
+class Timed(Iterator[Built | UserError]):
+    """Rows as they come, with the seconds that were waited for them since the last look."""
+
+    def __init__(self, rows: Iterator[Built | UserError]):
+        self.rows, self.seconds = rows, 0.0
+
+    def __next__(self) -> Built | UserError:
+        began = time.monotonic()
+        try:
+            return next(self.rows)
+        finally:
+            self.seconds += time.monotonic() - began
+
+    def waited(self) -> float:
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 def raised_here(built: Built | UserError) -> Built:
@@ -325,7 +345,8 @@ def run_steps(
                     metrics.amend(evaluated.loss, evaluated.skipped)
             end = done if best.over else len(steps)
             rows_to_come = (row for _, rows in islice(steps.since(done), end - done) for row in run.mine(rows, prepared))
-            with run.built(rows_to_come, prepared) as loader:
+            with run.built(rows_to_come, prepared) as built:
+                loader = Timed(iter(built))
                 for step, (epoch, rows) in enumerate(islice(steps.since(done), end - done), start=done + 1):
                     began = time.monotonic()
                     rate = learning_rate(step, len(steps), config)
@@ -344,7 +365,8 @@ def run_steps(
                         "loss": taught.loss, "taught_tokens": taught.tokens, "learning_rate": rate,
                         **{group["name"]: group["lr"] for group in run.optimizer.param_groups},
                         "epoch": round(step / steps.steps_per_epoch, 4), "tokens_per_s": tokens / seconds,
-                        "taught_tokens_per_s": taught.tokens / seconds,
+                        "taught_tokens_per_s": taught.tokens / seconds, "grad_norm": taught.grad_norm,
+                        "data_wait_s": loader.waited(), "peak_memory_gib": peak_bytes(accelerator.device) / 2**30,
                     }  # fmt: skip
                     if held_out and is_evaluated(step) and (evaluated := score(step, held_out)):
                         skipped += evaluated.skipped
@@ -363,6 +385,11 @@ def run_steps(
                         leave(run, signals, display, step, None if saved else same)
                     if best.over:
                         break
+            if run.untouched and end > done:
+                named = ", ".join(list(run.untouched)[:3])
+                display.say(
+                    f"{len(run.untouched)} of {len(trainable(run.bare))} trained weights had no gradient in this run: {named} ..."
+                )
             if best.over:
                 display.say(f"stopped early: no eval_loss below {best.losses[best.step]:.4f} since step {best.step}")
         except UserError as error:

@@ -1,5 +1,7 @@
 """How much memory is free, and what is said where a GPU's was not enough: for which records, and which key changes that."""
 
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -81,3 +83,10 @@ def left_by_limits(root: Path, own: Path) -> Iterator[int]:
                 most = int((folder / limit).read_text())
                 facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 yield most - int((folder / usage).read_text()) + int(facts.get(cache, 0))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held so far: of the GPU's memory by tensors, elsewhere of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

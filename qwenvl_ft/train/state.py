@@ -68,6 +68,8 @@ class Run:
         self.bare = accelerator.unwrap_model(model)
         self.beginning = beginning or {}  # of PiSSA
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        # What has had no gradient so far; DeepSpeed's engine keeps them to itself.
+        self.untouched = {} if self.deepspeed else trainable(self.bare)
         self.metrics: Metrics | None = None  # the main process has them
         self.keeps_activations = config.gradient_checkpointing is False  # of some layers at least
         self.best, self.wandb_id = Best([]), ""

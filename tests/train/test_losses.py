@@ -58,7 +58,7 @@ def test_a_run_goes_on_whatever_became_of_its_plan_and_metrics_and_knows_all_los
     path.unlink() if damage is None else path.write_text(damage)
     run(tmp_path, **SETTINGS, resume=True)
     assert same(adapter(runs / "plain"), adapter(tmp_path / "run"))
-    timed = ("tokens_per_s", "taught_tokens_per_s")
+    timed = ("tokens_per_s", "taught_tokens_per_s", "data_wait_s", "peak_memory_gib")
     ours, plain = (
         [{k: v for k, v in line.items() if k not in timed} for line in metrics(of)] for of in (tmp_path / "run", runs / "plain")
     )
@@ -114,3 +114,26 @@ def test_losses_are_looked_at_once_a_step_and_the_row_of_one_that_is_not_finite_
         run(tmp_path, rows_per_step=3, max_steps=1)
     (problem,) = stopped.value.problems
     assert len(ran) == len(taken) == 3 and problem.where == taken[1] and problem.what == "the loss is nan"
+
+
+def test_the_seconds_that_rows_are_waited_for_and_the_most_memory_stand_in_a_steps_line(tmp_path, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    rows = loop.Timed(iter([1, 2, 3]))
+    assert [next(rows), next(rows)] == [1, 2] and rows.waited() == 2 and rows.waited() == 0 and [*rows] == [3]
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "peak_bytes", lambda device: 3 * 2**30 if device.type == "cpu" else 0)
+    run(tmp_path, max_steps=1)
+    (line,) = metrics(tmp_path / "run")
+    assert line["peak_memory_gib"] == 3 and line["data_wait_s"] > 0
+
+
+def test_trained_weights_that_never_had_a_gradient_are_named(tmp_path, capsys):
+    """LoRA on the tower, and no picture in any record."""
+    meta = tmp_path / "texts.json"
+    meta.write_text(json.dumps([{"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "yes"}]}]))
+    run(tmp_path, max_steps=1, train_meta_file=meta, lora_on=["language", "vision"])
+    said = capsys.readouterr().out
+    assert re.search(r"(\d+) of \d+ trained weights had no gradient in this run: .*visual", said)
+    run(tmp_path, "seen", max_steps=1, lora_on=["language", "vision"])
+    assert "no gradient" not in capsys.readouterr().out

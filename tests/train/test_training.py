@@ -53,10 +53,12 @@ def test_a_step_divides_once_by_the_tokens_taught_in_all_rows(tmp_path):
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=settings.learning_rate, weight_decay=0.0)
     loss = sum(summed_loss(model, model, rows[row], False) for row in step) / sum(counts)
     loss.backward()
+    norm = torch.stack([of.grad.norm() for of in trainable(model).values()]).norm().item()
     optimizer.step()
 
     trained = run(tmp_path, max_steps=1, max_grad_norm=1e9, lr_scheduler_type="constant", warmup_ratio=0.0)
-    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    (line,) = metrics(tmp_path / "run")
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-6) and line["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert difference(get_peft_model_state_dict(model), trained) < 1e-4
 
 
