@@ -1,6 +1,6 @@
 """Measures what sharing a picture's tokens between its questions does to learning: the same records and epochs, with and without.
 
-    python scripts/learn_shared.py [--seeds 1 2 3] [--epochs 4]
+    python scripts/learn_shared.py [--sets sample single] [--seeds 1 2 3] [--epochs 4]
 
 Two sets: data/sample, whose records have several turns, and every question about its training charts as a record of its own,
 which makes seven or more records a picture. Trains configs/demo.yaml on each with share_prefix off and auto, and asks the sample's
@@ -51,6 +51,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", nargs="+", choices=("sample", "single"), default=["sample", "single"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=4)
     options = parser.parse_args()
@@ -59,7 +60,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         single = Path(folder, "single.json")
         write_single_questions(single)
-        for name, meta in (("the sample", "data/sample/train.json"), ("a record a question", str(single))):
+        known = {"sample": ("the sample", "data/sample/train.json"), "single": ("a record a question", str(single))}
+        for name, meta in (known[which] for which in options.sets):
             unshared = 0
             for share, as_many_steps in (("off", False), ("auto", False), ("auto", True)):
                 settings = [f"train_meta_file={meta}", f"share_prefix={share}", f"num_train_epochs={options.epochs}"]
