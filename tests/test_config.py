@@ -1,6 +1,7 @@
 """Settings: YAML 1.2, every complaint at once with its line, and the right key for every wrong one."""
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -358,3 +359,16 @@ def test_no_setting_of_transformers_is_guessed_at(complaints):
 def test_what_a_peer_offers_otherwise_is_answered_with_what_there_is(key, said, complaints):
     ((_, _, fix),) = complaints(f"{key}: 1\n")
     assert said in fix
+
+
+def test_a_learning_rate_by_the_models_width(load, tmp_path):
+    """The published value for 7B is 4.8e-4."""
+    for settings in ({"hidden_size": 3584}, {"text_config": {"hidden_size": 3584}}):
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        assert load("", f"model={tmp_path}", "learning_rate=auto").learning_rate == pytest.approx(4.8e-4, rel=0.01)
+    (tmp_path / "config.json").write_text('{"hidden_size": 192}')
+    assert load("", f"model={tmp_path}", "learning_rate=auto").learning_rate > 5.9e-4
+    for content in ("[]", "{", '{"hidden_size": 0}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match="auto goes by the hidden_size"):
+            load("", f"model={tmp_path}", "learning_rate=auto")
