@@ -127,7 +127,7 @@ class Config(BaseModel):
     @field_validator("quantization")
     @classmethod
     def pissa_is_not_quantized(cls, value: Quantization, info: ValidationInfo) -> Quantization:
-        """What PiSSA leaves of a weight is rounded otherwise than the weight, so its adapter would be one of no base that there is."""
+        """What PiSSA leaves of a weight is rounded otherwise than the weight: its adapter would belong to no base that there is."""
         if value != "none" and info.data.get("init_lora_weights", True) is not True:
             raise ValueError("choose one of quantization and PiSSA")
         return value

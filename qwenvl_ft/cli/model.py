@@ -81,6 +81,7 @@ def export(
     if push:
         check_adapter(adapter)  # no repository is made for one that is not there
         hubs.pushable(push)  # what is wrong with it is said before the merge
+    from qwenvl_ft.evaluate.card import proven
     from qwenvl_ft.export.merge import export as run
 
     with counting("merging bytes") as on_bytes:
@@ -92,8 +93,7 @@ def export(
         return
     print_line(f"merged into {out}" + (f" and pushed to {push}" if push else ""))
     for proof in proofs:
-        print_line(f"on {proof['where']} its logits differ by at most {proof['difference']:.2g} "
-                   f"(largest logit {proof['largest']:.1f})")  # fmt: skip
+        print_line(proven(proof))
 
 
 def ask(

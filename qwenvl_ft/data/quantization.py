@@ -29,13 +29,18 @@ def is_quantized(family: Family, module: str) -> bool:
     return bool(re.fullmatch(family.language, module))
 
 
+def not_installed(where: str) -> Iterator[Problem]:
+    """A problem where bitsandbytes, which comes with the extra quantization, is not there."""
+    if not find_spec("bitsandbytes"):
+        yield Problem(where, "bitsandbytes is not installed", "pip install bitsandbytes")
+
+
 def quantization_problems(config: Config) -> Iterator[Problem]:
     """What keeps a run from having its base quantized, known without torch."""
     if config.quantization == "none":
         return
     where, base = f"quantization: {config.quantization}", read_config(config.model)
-    if not find_spec("bitsandbytes"):
-        yield Problem(where, "bitsandbytes is not installed", "pip install 'qwenvl-ft[quantization]', or pip install bitsandbytes")
+    yield from not_installed(where)
     if "quantization_config" in base:
         fix = "give the same model in its full precision, or set quantization: none"
         yield Problem(where, f"{config.model} is quantized already", fix)

@@ -50,6 +50,11 @@ class PatchEmbedding(nn.Conv3d):
         return cast(PatchEmbedding, same)
 
 
+def dtype_here() -> str:
+    """bfloat16 where a GPU has it, float32 elsewhere."""
+    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+
+
 def load_base(
     model_dir: Path, dtype: str, attention: str = "auto", packed: bool = False, device: torch.device | None = None,
     quantization: Quantization = "none",
@@ -60,11 +65,10 @@ def load_base(
     varlen for rows that are `packed`, else sdpa. With `quantization` its layers are quantized as they are read, and what is left
     is in `dtype`, as is what they multiply. Raises UserError for an attention that is not installed.
     """
-    gpu = torch.cuda.is_available()
     if dtype == "auto":
-        dtype = "bfloat16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        dtype = dtype_here()
     if attention == "auto":
-        flash = gpu and dtype == "bfloat16" and is_flash_attn_2_available()
+        flash = torch.cuda.is_available() and dtype == "bfloat16" and is_flash_attn_2_available()
         attention = "flash_attention_2" if flash else "varlen" if packed else "sdpa"
     if is_deepspeed_zero3_enabled():  # shares weights out as they are read, and in the dtype that its own settings name
         deepspeed_config().update(bf16={"enabled": dtype == "bfloat16"})

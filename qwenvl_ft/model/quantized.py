@@ -2,11 +2,12 @@
 
     y = x W' + b,   W = dequantized(Q(W16)) in the dtype of x, written out for the product, forward and back, and let go
 
-bitsandbytes' own layers multiply otherwise: Linear8bitLt rounds x to 8 bits, too, on a GPU always and on a CPU unless it trains, and
-keeps x where neither recomputing nor the count of what is kept (train/activations.py) knows of it. Here what trains is what its
-weights say, so it can be written down: `dequantized`, in 16 bits, is the base that was trained on.
+bitsandbytes' own layers multiply otherwise: Linear8bitLt rounds x to 8 bits, too, on a GPU always and on a CPU unless it trains,
+and keeps x where neither recomputing nor the count of what is kept (train/activations.py) knows of it. Here the base that trains
+is what its weights say and nothing else, so that it can be written down in 16 bits: a merge does (`rounded`).
 """
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional
 from transformers import BitsAndBytesConfig
 
 from qwenvl_ft.data.families import Family
+from qwenvl_ft.folders.adapter import Floats
 from qwenvl_ft.values import Quantization
 
 
@@ -42,8 +44,32 @@ class QuantizedLinear(nn.Linear):
 
         weight: Any = self.weight
         if weight.dtype == torch.int8:
-            return bits.int8_vectorwise_dequant(weight.data, weight.SCB).to(dtype)
-        return bits.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+            return from_int8(weight.data, weight.SCB, dtype)
+        state = copy(weight.quant_state)
+        state.dtype = dtype
+        found: torch.Tensor = bits.dequantize_4bit(weight.data, state)
+        return found
+
+
+def from_int8(stored: torch.Tensor, most: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(O, I) in 8 bits, of which 127 stands for the largest number of its row, `most` (O,): as bitsandbytes counts it, on a CPU."""
+    return stored.to(dtype).mul_((most * (1 / 127))[:, None])
+
+
+def rounded(weight: Floats, quantization: Quantization, dtype: torch.dtype) -> Floats:
+    """The numbers that a layer's weight (O, I) stands for once it is read in `dtype` and quantized; on a GPU where there is one."""
+    from bitsandbytes import functional as bits
+
+    here = torch.from_numpy(weight).to("cuda" if torch.cuda.is_available() else "cpu", dtype)
+    if quantization == "int8":
+        stored, most, _ = bits.int8_vectorwise_quant(here.half())
+        found = from_int8(stored, most, torch.float32)
+    else:
+        packed, state = bits.quantize_4bit(here, compress_statistics=True, quant_type="nf4")
+        state.dtype = torch.float32
+        found = bits.dequantize_4bit(packed, state)
+    numbers: Floats = found.cpu().numpy()
+    return numbers
 
 
 class _Product(torch.autograd.Function):
