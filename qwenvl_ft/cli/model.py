@@ -21,6 +21,7 @@ from qwenvl_ft.cli.options import (
     Overrides,
     SettingsOf,
     ThinkingOption,
+    note_quantized,
     read_chat_settings,
     read_reading,
     read_settings,
@@ -128,6 +129,7 @@ def ask(
     from qwenvl_ft.infer.engine import check_folders
 
     check_folders(model, [adapter] if adapter else [])
+    note_quantized([adapter] if adapter else [])
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
     if questions and out:
         from qwenvl_ft.infer.batch_file import answer_file, read_answers, read_questions, who_answers
