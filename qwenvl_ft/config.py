@@ -253,7 +253,7 @@ REMARKS = {
     "keep_best": "true keeps the checkpoint with the lowest eval_loss, and names it in the results",
     "early_stopping_patience": "a number of evaluations without a lower eval_loss",
     "init_adapter": "the folder of an adapter to train on from",
-    "quantization": "nf4 (4 bits) or int8 holds the language model's frozen weights by bitsandbytes, none as they are",
+    "quantization": "nf4 for 4 bits or int8 for 8, by bitsandbytes; none leaves the base as it is",
 }
 BITS = "quantization: nf4 quantizes its scales, too, and multiplies in dtype, both by bitsandbytes"
 LORA_ONLY = "this tool trains LoRA, and the merger in full, and nothing else"

@@ -147,9 +147,9 @@ def row(few, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("more", [{"lora_dropout": 0.3}, {"use_dora": True}, {"target_modules": ["q_proj"]}], ids=str)
+@pytest.mark.parametrize("more", [{"lora_dropout": 0.3, "target_modules": ["q_proj", "up_proj"]}, {"use_dora": True}], ids=str)
 def test_losses_and_gradients_are_those_of_pefts_own_layers_on_bitsandbytes_own(kind, more, row):
-    """One layer of LoRA in two has gradients for both weights; those without LoRA pass theirs on."""
+    """With dropout, recomputed, and through layers without LoRA; and what is left to PEFT."""
     found = []
     for ours in (False, True):
         base = load_base(TINY, "float32", "varlen", quantization=kind) if ours else refit(theirs(TINY, kind), "varlen")
