@@ -84,6 +84,12 @@ class _Product(torch.autograd.Function):
         return dy @ ctx.layer.dequantized(dy.dtype), None
 
 
+def written_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """What the largest of these weights takes while it is written out."""
+    sizes = [of.in_features * of.out_features for of in model.modules() if isinstance(of, QuantizedLinear)]
+    return max([0, *sizes]) * dtype.itemsize
+
+
 def multiply_dequantized(model: nn.Module) -> None:
     """Has the layers of a model that bitsandbytes has quantized run so, in place; PEFT takes them for linear layers."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.data import quantization
@@ -25,7 +26,7 @@ from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.model.load import limited, load_base, refit, trainable
 from qwenvl_ft.model.lora import fuse_lora
 from qwenvl_ft.model.loss import summed_loss
-from qwenvl_ft.model.quantized import QuantizedLinear, settings_of
+from qwenvl_ft.model.quantized import QuantizedLinear, settings_of, written_bytes
 from qwenvl_ft.train import launch
 from qwenvl_ft.train.activations import recompute
 from tests.conftest import SAMPLE, TINY
@@ -185,6 +186,16 @@ def test_no_weight_that_is_written_out_stays_for_the_backward_pass(row):
         return alive.now() * bool(held.requires_grad)
 
     assert bytes_that_stay("nf4") == bytes_that_stay("int8") == bytes_that_stay("none") > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_largest_weight_takes_what_is_counted_for_it_while_it_is_written_out(kind):
+    model = load_base(TINY, "float32", quantization=kind)
+    layer = model.get_submodule("model.language_model.layers.0.mlp.up_proj")
+    with Alive([], peak=True) as alive:
+        layer.dequantized(torch.float32)
+    assert written_bytes(model, torch.float32) <= alive.peak < 1.3 * written_bytes(model, torch.float32)
+    assert written_bytes(nn.Linear(2, 2), torch.float32) == 0
 
 
 def test_recomputed_or_kept_and_with_features_that_are_kept_the_bits_are_the_same(few, tmp_path):
