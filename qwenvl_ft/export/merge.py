@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 
 from qwenvl_ft.config import load_config
 from qwenvl_ft.data.chat import open_chat
-from qwenvl_ft.data.families import FAMILIES, family_of
+from qwenvl_ft.data.families import Family, family_of
 from qwenvl_ft.data.geometry import VIDEO_PROCESSORS, read_limits, read_video_limits, reading_of, video_settings
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.quantization import is_quantized, not_installed
@@ -102,7 +102,7 @@ def export(
         raise UserError(*problems)
     decoding = read_decoding(base, check_folders(base, [adapter]).tokenizer)
     run = run_folder_of(adapter)
-    deltas = Deltas(adapter, config, quantization)
+    deltas = Deltas(adapter, config, quantization, family_of(base))
     records = _sample(run, verify)
     proofs: list[dict[str, Any]] = []
 
@@ -174,9 +174,9 @@ class Deltas:
     Raises UserError for an adapter that is more than LoRA, or that changes one side of tied embeddings.
     """
 
-    def __init__(self, adapter: Path, base_config: dict[str, Any], quantization: Quantization = "none"):
-        self.where, self.quantization = adapter / ADAPTER_WEIGHTS, quantization
-        self.family = FAMILIES.get(base_config.get("model_type", ""))
+    def __init__(self, adapter: Path, base_config: dict[str, Any], quantization: Quantization = "none",
+                 family: Family | None = None):  # fmt: skip
+        self.where, self.quantization, self.family = adapter / ADAPTER_WEIGHTS, quantization, family
         settings = read_model_json(adapter / ADAPTER_CONFIG)
         more = [key for key in NOT_PLAIN if settings.get(key)]
         more += ["bias"] if settings.get("bias", "none") != "none" else []
