@@ -244,7 +244,7 @@ def test_what_the_adapter_was_trained_on_is_said_where_it_answers_and_merged_onl
         in said("ask", str(TINY), "hi", "--max-new-tokens", "1")[1]
     )
     assert examine(tmp_path / "run").facts["trained"].startswith("on its base in int8")
-    assert "as they trained, those of the adapter on the base in 16 bits by" in said("export", "--out", str(tmp_path / "merged"))[0]
+    assert "), those of the adapter on the base as it is by" in said("export", "--out", str(tmp_path / "merged"))[0]
     assert "held in int8 while it trained" in (tmp_path / "merged" / "README.md").read_text()
     with pytest.raises(UserError, match="quantization was int8 and is now none"):
         run(tmp_path, **settings, resume=True)
