@@ -228,7 +228,8 @@ class Deltas:
         return pair["B"] * np.float32(scale_of(self.settings, module)), pair["A"]
 
     def rounded(self, tensor: Stored) -> Floats | None:
-        """What a tensor of a checkpoint stood for beside the adapter; None where that was itself."""
+        """What a tensor of a checkpoint stood for beside the adapter, all of it, over which its scales are quantized, too; None
+        where that was itself."""
         if self.quantization == "none" or not self.family or not is_quantized(self.family, module_of(tensor.key)):
             return None
         import torch
