@@ -28,6 +28,7 @@ from qwenvl_ft.values import (
     Number,
     Own,
     Positive,
+    Quantization,
     Rate,
     Resume,
     Share,
@@ -87,6 +88,7 @@ class Config(BaseModel):
     seed: Number = 42
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    quantization: Quantization = "none"
     attn_implementation: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: Checkpointing = "auto"
     ddp_timeout: Positive = 600
@@ -120,6 +122,14 @@ class Config(BaseModel):
         """What DoRA makes of the base without its largest values is no adapter of the base with them."""
         if value is not True and info.data.get("use_dora"):
             raise ValueError("choose one of PiSSA and use_dora")
+        return value
+
+    @field_validator("quantization")
+    @classmethod
+    def pissa_is_not_quantized(cls, value: Quantization, info: ValidationInfo) -> Quantization:
+        """What PiSSA leaves of a weight is rounded otherwise than the weight: its adapter would belong to no base that there is."""
+        if value != "none" and info.data.get("init_lora_weights", True) is not True:
+            raise ValueError("choose one of quantization and PiSSA")
         return value
 
     @field_validator("init_adapter")
@@ -215,6 +225,9 @@ PEERS = {
     "adapter_name_or_path": "init_adapter", "adapters": "init_adapter", "adapter": "init_adapter", "lora_model_dir": "init_adapter",
     "lora_weight_path": "init_adapter", "resume_only_model": "resume", "pissa_init": "init_lora_weights",
     "pissa_iter": "init_lora_weights",
+    "load_in_4bit": "quantization", "load_in_8bit": "quantization", "quantization_bit": "quantization", "bits": "quantization",
+    "quantization_method": "quantization", "quant_method": "quantization", "quant_bits": "quantization",
+    "bnb_4bit_quant_type": "quantization", "quant_type": "quantization",
     "lora_target_linear": "lora_targets", "target_regex": "lora_targets", "vision_tower": "lora_on", "tune_merger": "lora_on",
     "xformers_attention": "attn_implementation", "sdp_attention": "attn_implementation",
     "formatting": "format", "dataset_type": "format", "field_messages": "columns", "field_instruction": "columns",
@@ -240,19 +253,18 @@ REMARKS = {
     "keep_best": "true keeps the checkpoint with the lowest eval_loss, and names it in the results",
     "early_stopping_patience": "a number of evaluations without a lower eval_loss",
     "init_adapter": "the folder of an adapter to train on from",
+    "quantization": "nf4 for 4 bits or int8 for 8, by bitsandbytes; none leaves the base as it is",
 }
-FOUR_BIT = (
-    "training in 4 or 8 bits is not offered; for less memory lower max_pixels and row_tokens, with gradient_checkpointing: true"
-)
+BITS = "quantization: nf4 quantizes its scales, too, and multiplies in dtype, both by bitsandbytes"
 LORA_ONLY = "this tool trains LoRA, and the merger in full, and nothing else"
 NO_HUB = "training uploads nothing; `qwenvl-ft export --push modelscope:ORG/NAME` (or hf:) uploads the merged model"
 OWN_RATES = "write it into lora_on: {language: {}, vision: {learning_rate: 2e-5}, merger: {learning_rate: 2e-5}}"
 ANSWERS_ONLY = 'only assistant turns are taught, but for those with "loss": false in the meta-file'
 # What is not offered, or is so without a key: the keys of peers, and what to know in their place.
 NOT_NEEDED = {key: why for why, keys in {
-    FOUR_BIT:
-        "load_in_4bit load_in_8bit quantization_bit quantization_method quant_bits quant_method bits double_quant "
-        "quant_type double_quantization bnb_4bit_quant_type bnb_4bit_compute_dtype use_bnb_nested_quant torchao",
+    BITS:
+        "double_quant double_quantization bnb_4bit_use_double_quant bnb_4bit_compute_dtype use_bnb_nested_quant torchao "
+        "bnb_4bit_quant_storage",
     "what is saved of a run with init_lora_weights: pissa is plain LoRA already":
         "pissa_convert",
     "A and B are trained with AdamW, without a bias; use_rslora, use_dora, loraplus_lr_ratio and init_lora_weights vary that":

@@ -37,6 +37,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Form = Literal["documented", "v1", "llava", "sharegpt", "messages", "openai", "prompt_completion", "query_response", "alpaca",
                "pairs", "columns"]  # fmt: skip
 Tower = Literal["language", "vision", "merger"]
+Quantization = Literal["none", "nf4", "int8"]
 
 
 class Part(BaseModel):

@@ -20,7 +20,7 @@ KEYS = """
     lora_on lora_targets lora_rank lora_alpha lora_dropout use_rslora use_dora loraplus_lr_ratio init_lora_weights
     init_adapter
     num_train_epochs max_steps rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm seed
-    dtype attn_implementation gradient_checkpointing ddp_timeout
+    dtype quantization attn_implementation gradient_checkpointing ddp_timeout
     logging_steps eval_steps save_steps save_total_limit keep_best early_stopping_patience resume report_to run_name
 """
 
@@ -224,7 +224,7 @@ def test_a_peer_s_key_with_another_meaning_is_answered_with_what_to_write(compla
     keys = ["val_size", "freeze_vision_tower", "gradient_accumulation_steps", "max_length", "quantization_bit", "pissa_convert"]
     answers = [
         "a file of held-out records", "[language] to keep the vision tower", "the rows of one step over all processes",
-        "a longer one is reported, never cut", "lower max_pixels and row_tokens, with gradient_checkpointing: true", "plain LoRA already",
+        "a longer one is reported, never cut", "nf4 for 4 bits or int8 for 8, by bitsandbytes", "plain LoRA already",
     ]  # fmt: skip
     for (_, _, fix), answer in zip(complaints("".join(f"{key}: 1\n" for key in keys)), answers, strict=True):
         assert answer in fix

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -84,9 +85,10 @@ def lighten(folder: Path) -> Path:
     return folder
 
 
-def make_family(model_type: str, folder: Path) -> Path:
-    """Writes a random model of the family, its processor and the real tokenizer to `folder`."""
-    tokenizer = Qwen2Tokenizer(
+def make_family(model_type: str, folder: Path, light: bool = False) -> Path:
+    """Writes a random model of the family, its processor and the real tokenizer to `folder`; `light`: the one of data/tiny, whose
+    few tokens make a run of seconds one of a second."""
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent.parent / "data" / "tiny") if light else Qwen2Tokenizer(
         tokenizer_object=real_tokenizer(), unk_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=CONTROL_TOKENS[1:],
     )  # fmt: skip
@@ -96,7 +98,7 @@ def make_family(model_type: str, folder: Path) -> Path:
         "vision_start_token_id": token("<|vision_start|>"), "vision_end_token_id": token("<|vision_end|>"),
     }  # fmt: skip
     text = {
-        "vocab_size": 151680, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "vocab_size": 1024 if light else 151680, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 4096, "eos_token_id": token("<|im_end|>"),
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
     }  # fmt: skip

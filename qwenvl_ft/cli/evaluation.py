@@ -23,6 +23,7 @@ from qwenvl_ft.cli.options import (
     SettingsOf,
     ThinkingOption,
     local_meta,
+    note_quantized,
     read_chat_settings,
     read_reading,
 )
@@ -70,6 +71,7 @@ class Asked(NamedTuple):
 
         for control in ("", *self.controls):
             read_answers(out(control))  # what is wrong with it is said before the model is loaded
+        note_quantized([adapter] if adapter else [])
         engine = Engine.open(model, adapter, False, *settings)
         limits = engine.limits("image")
         how = [vars(limits), vars(engine.chat.video_limits), reading.video_fps, reading.video_max_frames, engine.chat.source]

@@ -3,6 +3,7 @@
 Exit code 0: fine. 1: problems, each printed with where, what and fix. 2: wrong usage.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     """The console script `qwenvl-ft`, and under that name what scripts start."""
     # Of transformers, about names that peft and we call it by: nothing that a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # Of bitsandbytes, which peft imports: that one more package would answer quicker on this CPU, by what is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(arguments, prog_name="qwenvl-ft")
     except UserError as error:

@@ -21,6 +21,7 @@ from qwenvl_ft.cli.options import (
     Overrides,
     SettingsOf,
     ThinkingOption,
+    note_quantized,
     read_chat_settings,
     read_reading,
     read_settings,
@@ -81,6 +82,7 @@ def export(
     if push:
         check_adapter(adapter)  # no repository is made for one that is not there
         hubs.pushable(push)  # what is wrong with it is said before the merge
+    from qwenvl_ft.evaluate.card import proven
     from qwenvl_ft.export.merge import export as run
 
     with counting("merging bytes") as on_bytes:
@@ -92,8 +94,7 @@ def export(
         return
     print_line(f"merged into {out}" + (f" and pushed to {push}" if push else ""))
     for proof in proofs:
-        print_line(f"on {proof['where']} its logits differ by at most {proof['difference']:.2g} "
-                   f"(largest logit {proof['largest']:.1f})")  # fmt: skip
+        print_line(proven(proof))
 
 
 def ask(
@@ -128,6 +129,7 @@ def ask(
     from qwenvl_ft.infer.engine import check_folders
 
     check_folders(model, [adapter] if adapter else [])
+    note_quantized([adapter] if adapter else [])
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
     if questions and out:
         from qwenvl_ft.infer.batch_file import answer_file, read_answers, read_questions, who_answers

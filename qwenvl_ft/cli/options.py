@@ -1,6 +1,6 @@
 """The arguments that several commands take, and the settings that plan and train read from theirs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 from qwenvl_ft.config import Config, load_config
+from qwenvl_ft.console import print_note
 from qwenvl_ft.data.reading import AS_FOUND, Numbers, Reading
 from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.adapter import quantization_of
 from qwenvl_ft.values import FOUR_TOKENS, Form, Part
 
 Meta = Annotated[
@@ -48,6 +50,14 @@ ThinkingOption = Annotated[
 ]
 
 LORA_YAML = Path("lora.yaml")  # what --config is where it is not given
+
+
+def note_quantized(adapters: Iterable[Path]) -> None:
+    """Says of each adapter that trained beside quantized layers that it answers beside others."""
+    for adapter in adapters:
+        if (held := quantization_of(adapter)) != "none":
+            print_note(f"{adapter} was trained on its base in {held} and answers here on the base as it is, which is not quite the "
+                       "same: `qwenvl-ft export` writes the model that was trained")  # fmt: skip
 
 
 def read_settings(config: Path | None, overrides: list[str] | None, say: Callable[[str], None], job: Sequence[str] = ()) -> Config:

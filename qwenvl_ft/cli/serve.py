@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qwenvl_ft.cli.options import MaxPixels, MinPixels, SettingsOf, ThinkingOption, read_chat_settings
+from qwenvl_ft.cli.options import MaxPixels, MinPixels, SettingsOf, ThinkingOption, note_quantized, read_chat_settings
 from qwenvl_ft.console import print_line
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.serve.api import Backend, Bounds
@@ -96,6 +96,7 @@ def serve(
 
         named = dict.fromkeys(names, engines[None]) | {name: engines[name] for name in folders}
         backend = TransformersBackend(named, opener, max_batch, prefix_mib << 20)
+    note_quantized(folders.values())
     from qwenvl_ft.serve.app import make_app
 
     max_requests, prefix = max_batch + max_waiting, f"/{root_path.strip('/')}".rstrip("/")

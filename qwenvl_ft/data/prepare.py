@@ -22,6 +22,7 @@ from qwenvl_ft.data.numbers import Indices, blocks
 from qwenvl_ft.data.packed import PackedMedium, read_medium
 from qwenvl_ft.data.packing import LEAST_SHARED, Alike, Plan, Schedule, pack
 from qwenvl_ft.data.parts import parts_of
+from qwenvl_ft.data.quantization import quantization_problems
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Video
 from qwenvl_ft.data.table import Scripts, TableWriter
@@ -256,6 +257,8 @@ def make_ready(config: Config, on_record: OnRecord = lambda done, total: None) -
     if config.init_adapter:
         check_adapter(config.init_adapter)
         check_base(config.init_adapter, config.model)
+    if problems := [*quantization_problems(config)]:
+        raise UserError(*problems)
     installed = {"wandb": find_spec("wandb"), "tensorboard": find_spec("tensorboard") or find_spec("tensorboardX")}
     if missing := [name for name in config.report_to if not installed[name]]:
         raise UserError(*(Problem("report_to", f"{name} is not installed", f"pip install {name}") for name in missing))

@@ -86,4 +86,6 @@ def said_of(config: Config) -> list[str]:
         else:
             rank, alpha = given.get("rank", config.lora_rank), given.get("alpha", config.lora_alpha)
             lines.append(f"LoRA on {tower}, rank {rank}, alpha {alpha:g}, {rate}")
+    if config.quantization != "none":
+        lines.append(f"the language model's attention and MLP are held in {config.quantization}")
     return lines + ([f"from the weights of {config.init_adapter} on"] if config.init_adapter else [])

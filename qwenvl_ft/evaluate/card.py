@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 from qwenvl_ft.config import read_yaml
 from qwenvl_ft.evaluate.table import markdown
+from qwenvl_ft.folders.adapter import quantization_of
 from qwenvl_ft.folders.model import read_model_json
 from qwenvl_ft.folders.runs import run_folder_of
 from qwenvl_ft.folders.whole import sha256
@@ -55,7 +56,7 @@ def card_of(adapter: Path, base: Path, proofs: Sequence[dict[str, Any]] | None) 
     ]
     for name, of in scores.items():
         parts += [_scored(of), _examples(adapter / f"predictions-{name}.jsonl")]
-    parts += [_training(run), _merge(proofs) if proofs is not None else ""]
+    parts += [_training(run), _merge(proofs, quantization_of(adapter)) if proofs is not None else ""]
     return "\n".join(part for part in parts if part)
 
 
@@ -186,10 +187,19 @@ def _settings(run: Path) -> dict[str, Any]:
     return read_yaml(run / "config.yaml")[0] if (run / "config.yaml").is_file() else {}
 
 
-def _merge(proofs: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        f"On {of['where']} its logits differ from base and adapter by at most {of['difference']:.2g} "
-        f"(largest logit {of['largest']:.1f})."
-        for of in proofs
-    ]
-    return "\n".join(["## Merge\n", *(lines or ["Not compared with base and adapter."]), ""])
+def proven(proof: dict[str, Any]) -> str:
+    """What the proof of a merge found on a record, in words; where the base was quantized in training, also what it was not merged
+    into."""
+    said = f"on {proof['where']} its logits differ from base and adapter"
+    said += (
+        f"{' as they trained' * ('unrounded' in proof)} by at most {proof['difference']:.2g} (largest logit {proof['largest']:.1f})"
+    )
+    return said + (f", those of the adapter on the base as it is by {proof['unrounded']:.2g}" if "unrounded" in proof else "")
+
+
+def _merge(proofs: Sequence[dict[str, Any]], quantization: str) -> str:
+    lines = [f"{said[0].upper()}{said[1:]}." for said in map(proven, proofs)] or ["Not compared with base and adapter."]
+    if quantization != "none":
+        held = f"Attention and MLP of the language model were held in {quantization} while it trained"
+        lines = [f"{held}; here they are what they stood for then, with the adapter, in the base's own dtype.", "", *lines]
+    return "\n".join(["## Merge\n", *lines, ""])

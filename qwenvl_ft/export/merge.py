@@ -3,7 +3,8 @@
     merged = base + (alpha / rank) * B @ A, summed in float32, cast back to the base's dtype, under the base's own key names
 
 and where the adapter is DoRA, each row of that brought to the length that it has learnt. What it holds whole, as of a merger
-that was trained in full, takes the base's place.
+that was trained in full, takes the base's place. Where the adapter trained beside quantized layers, their base is what they stood
+for, dequantized(Q(base)): that is the model that was trained, and the adapter has learnt to make up for the difference.
 
 The weights are merged in one stream, so that memory does not grow with the model: a merged file has its base's header, byte for
 byte; behind it come the tensors, block by block, changed or copied.
@@ -23,9 +24,10 @@ from threadpoolctl import threadpool_limits
 
 from qwenvl_ft.config import load_config
 from qwenvl_ft.data.chat import open_chat
-from qwenvl_ft.data.families import family_of
+from qwenvl_ft.data.families import Family, family_of
 from qwenvl_ft.data.geometry import VIDEO_PROCESSORS, read_limits, read_video_limits, reading_of, video_settings
 from qwenvl_ft.data.meta_file import read_records
+from qwenvl_ft.data.quantization import is_quantized, not_installed
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.targets import MERGERS
 from qwenvl_ft.errors import Problem, UserError
@@ -40,6 +42,7 @@ from qwenvl_ft.folders.adapter import (
     Stored,
     as_float32,
     module_of,
+    quantization_of,
     read_header,
     scale_of,
 )
@@ -57,6 +60,7 @@ from qwenvl_ft.folders.runs import PROCESSORS, holds_processor, run_folder_of
 from qwenvl_ft.folders.whole import write_json, write_whole
 from qwenvl_ft.infer.decoding import GENERATION_CONFIG, read_decoding
 from qwenvl_ft.infer.engine import check_folders
+from qwenvl_ft.values import Quantization
 
 COPIED = (
     "config.json", "configuration.json", INDEX, "tokenizer.json", "tokenizer_config.json",
@@ -79,7 +83,8 @@ def export(
 ) -> list[dict[str, Any]]:
     """Writes the merged model to `out`: whole and proven, or not at all.
 
-    Returns, for each of `verify` training records, `where`, `difference` (the largest of a logit) and `largest` (logit).
+    Returns, for each of `verify` training records, `where`, `difference` (the largest of a logit) and `largest` (logit); where the
+    base was quantized in training, `unrounded`, too, the difference that the adapter on the base as it is makes.
     `model_dir` defaults to the base that the adapter names. Raises UserError if the base is quantized or not the one that
     was trained on, if an adapter tensor has no module in it, or if the merged model differs by more than rounding explains.
     """
@@ -92,9 +97,12 @@ def export(
     config = read_config(base)
     if "quantization_config" in config:
         raise UserError(Problem(str(base), "is quantized", "merge into the same model in its full precision, with --model DIR"))
+    quantization = quantization_of(adapter)
+    if quantization != "none" and (problems := [*not_installed(f"{adapter}, which trained beside layers in {quantization}")]):
+        raise UserError(*problems)
     decoding = read_decoding(base, check_folders(base, [adapter]).tokenizer)
     run = run_folder_of(adapter)
-    deltas = Deltas(adapter, config)
+    deltas = Deltas(adapter, config, quantization, family_of(base))
     records = _sample(run, verify)
     proofs: list[dict[str, Any]] = []
 
@@ -103,7 +111,7 @@ def export(
         _copy_settings(folder, run, base)
         write_json(folder / GENERATION_CONFIG, decoding.file())
         if records:
-            proofs.extend(prove(folder, base, adapter, records))
+            proofs.extend(prove(folder, base, adapter, records, quantization))
         write_card(adapter, base, folder, proofs)
         return digests
 
@@ -166,8 +174,9 @@ class Deltas:
     Raises UserError for an adapter that is more than LoRA, or that changes one side of tied embeddings.
     """
 
-    def __init__(self, adapter: Path, base_config: dict[str, Any]):
-        self.where = adapter / ADAPTER_WEIGHTS
+    def __init__(self, adapter: Path, base_config: dict[str, Any], quantization: Quantization = "none",
+                 family: Family | None = None):  # fmt: skip
+        self.where, self.quantization, self.family = adapter / ADAPTER_WEIGHTS, quantization, family
         settings = read_model_json(adapter / ADAPTER_CONFIG)
         more = [key for key in NOT_PLAIN if settings.get(key)]
         more += ["bias"] if settings.get("bias", "none") != "none" else []
@@ -217,6 +226,18 @@ class Deltas:
                                     "give the right base with --model DIR"))  # fmt: skip
         self.left.discard(module)
         return pair["B"] * np.float32(scale_of(self.settings, module)), pair["A"]
+
+    def rounded(self, tensor: Stored) -> Floats | None:
+        """What a tensor of a checkpoint stood for beside the adapter, all of it, over which its scales are quantized, too; None
+        where that was itself."""
+        if self.quantization == "none" or not self.family or not is_quantized(self.family, module_of(tensor.key)):
+            return None
+        import torch
+
+        from qwenvl_ft.model.load import dtype_here
+        from qwenvl_ft.model.quantized import rounded
+
+        return rounded(tensor.read(), self.quantization, getattr(torch, dtype_here()))
 
     def in_place_of(self, key: str, shape: list[int]) -> Floats | None:
         """The tensor that takes the place of a checkpoint's; None if it stays."""
@@ -276,7 +297,7 @@ def merge_files(shards: Sequence[Path], folder: Path, deltas: Deltas, on_bytes: 
 def _merged(source: IO[bytes], tensor: Stored, deltas: Deltas) -> Iterator[Any]:
     """The bytes of one tensor, some rows at a time, what the adapter adds included."""
     change, lengths = deltas.of(tensor.key, tensor.shape), deltas.lengths(tensor.key)
-    whole = deltas.in_place_of(tensor.key, tensor.shape)
+    whole, rounded = deltas.in_place_of(tensor.key, tensor.shape), deltas.rounded(tensor)
     if (change or whole is not None) and tensor.dtype not in DTYPES:
         raise UserError(Problem(f"{source.name}: {tensor.key}", f"is stored as {tensor.dtype}: the base is quantized",
                                 "merge into the base in its full precision, with --model DIR"))  # fmt: skip
@@ -285,15 +306,16 @@ def _merged(source: IO[bytes], tensor: Stored, deltas: Deltas) -> Iterator[Any]:
         store(np.frombuffer(block, DTYPES[tensor.dtype]).reshape(tensor.shape), whole)
         yield block
         return
-    row_bytes = tensor.num_bytes // tensor.shape[0] if change else 1
+    row_bytes = tensor.num_bytes // tensor.shape[0] if change or rounded is not None else 1
     step = max(1, BLOCK_BYTES // row_bytes)
     for row in range(0, tensor.num_bytes // row_bytes, step):
         block = bytearray(source.read(min(step * row_bytes, tensor.num_bytes - row * row_bytes)))
-        if change:
-            left, right = change
+        if change or rounded is not None:
             stored = np.frombuffer(block, DTYPES[tensor.dtype]).reshape(-1, tensor.shape[1])
-            weight = as_float32(stored)
-            weight += left[row : row + step] @ right
+            weight = as_float32(stored) if rounded is None else rounded[row : row + step]
+            if change:
+                left, right = change
+                weight += left[row : row + step] @ right
             if lengths is not None:
                 weight *= (lengths[row : row + step] / np.linalg.norm(weight, axis=1))[:, None]
             store(stored, weight)

@@ -8,14 +8,18 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import module_of, read_header
 from qwenvl_ft.folders.model import weight_files
 from qwenvl_ft.infer.engine import Engine
+from qwenvl_ft.values import Quantization
 
 HALF_ULP = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # of a number: what storing it may change
 REPORT = "nothing was written; report this with the adapter's adapter_config.json"
 LIMIT = {"F32": 1e-3, "F16": 0.02, "BF16": 0.1}  # of the largest logit: what rounding every weight can explain
 
 
-def prove(merged: Path, base: Path, adapter: Path, records: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
-    """For each conversation `where`, `difference` (largest of a logit) and `largest` (logit) between merged and base + adapter.
+def prove(
+    merged: Path, base: Path, adapter: Path, records: Sequence[tuple[str, Any]], quantization: Quantization = "none"
+) -> list[dict[str, Any]]:
+    """For each conversation `where`, `difference` (largest of a logit) and `largest` (logit) between merged and base + adapter; the
+    base quantized as in training, and then `unrounded`, too, the difference of base + adapter without that.
 
     Raises UserError if a weight or a logit differs by more than rounding to the stored dtype can explain.
     """
@@ -23,18 +27,21 @@ def prove(merged: Path, base: Path, adapter: Path, records: Sequence[tuple[str, 
     def logits(engine: Engine) -> list[Any]:
         return [engine.model(**engine.inputs([talk])).logits.detach().float().cpu() for _, talk in records]
 
-    adapted = Engine.open(base, adapter)
+    unrounded = logits(Engine.open(base, adapter)) if quantization != "none" else None
+    adapted = Engine.open(base, adapter, quantization=quantization)
     dtype = prove_weights(merged, base, adapted.model)
     wanted = logits(adapted)
     del adapted  # one model in memory at a time
     proofs, problems = [], []
-    for (where, _), left, right in zip(records, wanted, logits(Engine.open(merged)), strict=True):
+    for number, ((where, _), left, right) in enumerate(zip(records, wanted, logits(Engine.open(merged)), strict=True)):
         if left.shape != right.shape:
             what = f"reads {right.shape[1]} tokens where base and adapter read {left.shape[1]}"
             problems.append(Problem(f"the merged model on {where}", what, REPORT))
             continue
         difference, largest = (left - right).abs().max().item(), left.abs().max().item()
         proofs.append({"where": where, "difference": difference, "largest": largest})
+        if unrounded:
+            proofs[-1]["unrounded"] = (left - unrounded[number]).abs().max().item()
         if not difference <= LIMIT[dtype] * largest:
             what = f"differs from base and adapter by {difference:.3g} (largest logit {largest:.3g})"
             problems.append(Problem(f"the merged model on {where}", what, REPORT))
@@ -48,12 +55,18 @@ def prove_weights(merged: Path, base: Path, adapted: Any) -> str:
 
     Raises UserError where they differ by more than rounding.
     """
+    import torch
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
     from safetensors import safe_open
 
+    from qwenvl_ft.model.quantized import QuantizedLinear
+
     named: dict[str, Any] = {name.removeprefix("base_model.model."): layer for name, layer in adapted.named_modules()}
-    layers: dict[str, Any] = {name: layer for name, layer in named.items() if isinstance(layer, LoraLayer)}
+    layers: dict[str, Any] = {
+        name: layer for name, layer in named.items()
+        if isinstance(layer, LoraLayer) or (isinstance(layer, QuantizedLinear) and not name.endswith(".base_layer"))
+    }  # fmt: skip
     whole = {
         module_of(f"{name}.{key}"): tensor.cpu()
         for name, module in named.items() if isinstance(module, ModulesToSaveWrapper)
@@ -74,9 +87,12 @@ def prove_weights(merged: Path, base: Path, adapted: Any) -> str:
                 continue
             with safe_open(path, "pt") as after, safe_open(base / path.name, "pt") as before:
                 found, start = (file.get_tensor(tensor.key).float() for file in (after, before))
-            delta = layer.get_delta_weight(adapted.active_adapter).float().cpu()
+            lora = isinstance(layer, LoraLayer)
+            if isinstance(held := layer.get_base_layer() if lora else layer, QuantizedLinear):
+                start = held.dequantized(torch.float32).cpu()
+            delta = layer.get_delta_weight(adapted.active_adapter).float().cpu() if lora else torch.zeros_like(start)
             wanted, more = start + delta, 0.0
-            if dora := layer.lora_magnitude_vector:
+            if lora and (dora := layer.lora_magnitude_vector):
                 norms, more = dora[adapted.active_adapter].get_weight_norm(start, delta, scaling=1), 2e-6
                 wanted = (dora[adapted.active_adapter].weight.float().cpu() / norms)[:, None] * wanted
             # Beside rounding, sums of products, and of squares, come in another order.

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from qwenvl_ft.folders.hashes import digests, user_cache
 from qwenvl_ft.folders.model import ADAPTER_CONFIG, read_model_json, weight_files
 from qwenvl_ft.folders.runs import run_folder_of
 from qwenvl_ft.folders.whole import short_hash
+from qwenvl_ft.values import Quantization
 
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight$")
 MAGNITUDE_KEY = re.compile(r"base_model\.model\.(.+)\.lora_magnitude_vector$")  # of DoRA, a number for each row of the weight
@@ -24,6 +25,7 @@ OLD_KEYS = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes; source: vllm/config/lora.py, MaxLoRARanks
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy knows no bfloat16: its bits
 BASE = "base_model.json"  # in an adapter's folder: the fingerprint of the base that it was trained on
+QUANTIZATION = "quantization"  # in that file: how it was held then, if not as it is
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights; the others, as PiSSA, change the base
 # Settings of PEFT that vLLM refuses, or does not look at.
 BEYOND_VLLM = ("use_dora", "modules_to_save", "lora_bias", "rank_pattern", "alpha_pattern")
@@ -123,12 +125,20 @@ def base_fingerprint(model_dir: Path) -> dict[str, Any]:
     return {"config": short_hash(config), "sha256": {path.name: digest for path, digest in found.items()}}
 
 
+def quantization_of(adapter: Path) -> Quantization:
+    """How the base was quantized while this adapter trained, as its run has written down."""
+    said = run_folder_of(adapter) / BASE
+    recorded = read_model_json(said) if said.is_file() else {}
+    return cast(Quantization, recorded.get(QUANTIZATION, "none"))
+
+
 def base_problems(adapter: Path, model_dir: Path) -> list[Problem]:
     """A problem if the adapter says that it was trained on another base, or says it in a way that proves nothing."""
     said = run_folder_of(adapter) / BASE
     if not said.is_file():
         return []
     recorded = read_model_json(said)
+    recorded.pop(QUANTIZATION, None)  # the base's files are the same
     if "sha256" not in recorded:
         what = "names the base by samples of its weights, as older versions did, and a sample proves nothing"
         return [Problem(str(said), what, f"if {model_dir} is the base that it was trained on, delete this file")]

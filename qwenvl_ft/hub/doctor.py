@@ -16,6 +16,7 @@ from qwenvl_ft.folders.adapter import (
     DTYPES,
     LORA_KEY,
     MAGNITUDE_KEY,
+    QUANTIZATION,
     Stored,
     base_problems,
     module_of,
@@ -91,6 +92,8 @@ def _adapter(folder: Path) -> Report:
     facts: dict[str, Any] = {"is": "an adapter", "base": base, "tensors": len(shapes)}
     if base and not base_is_here:
         facts["base"] = f"{base}, which is not here" + ("" if base_problems else ": taken for a hub's name, and not looked at")
+    if held := _json(folder / BASE).get(QUANTIZATION):
+        facts["trained"] = f"on its base in {held}; export merges it into what that stood for"
     if shapes:
         facts["on"] = ", ".join(_towers(shapes))
         facts["vLLM"] = _serving(folder, settings, shapes, base)

@@ -11,7 +11,8 @@ from packaging.requirements import Requirement
 
 from qwenvl_ft.errors import Problem
 
-PACKAGES = ["torch", "transformers", "peft", "accelerate", "deepspeed", "flash-attn", "vllm", "modelscope", "huggingface-hub"]
+PACKAGES = ["torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "flash-attn", "vllm",
+            "modelscope", "huggingface-hub"]  # fmt: skip
 SHM = Path("/dev/shm")
 BF16_CAPABILITY = 8.0  # Ampere
 MIN_SHM, MIN_DISK = 1 << 30, 5 << 30  # a worker holds a few rows of pictures; a merge writes as much as the base has

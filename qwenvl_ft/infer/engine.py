@@ -30,6 +30,7 @@ from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.infer.decoding import read_decoding
 from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.messages import read_messages
+from qwenvl_ft.values import Quantization
 
 MAX_NEW_TOKENS = 512
 Conversation = str | Record | Sequence[Turn | dict[str, Any]]
@@ -62,10 +63,12 @@ class Engine:
     def open(
         cls, model_dir: Path | str, adapter: Path | str | None = None, blank: bool = False, min_pixels: int | None = None,
         max_pixels: int | None = None, thinking: Thinking | None = None, video_max_pixels: int | None = None,
+        quantization: Quantization = "none",
     ) -> "Engine":  # fmt: skip
         """Loads model and adapter, onto the GPU if there is one. Pictures and videos are seen within the limits of the adapter's
         own processor, which are training's, else of the model's, and prompts end as training's did; the bounds and `thinking`
-        replace that. Raises UserError for what is wrong with either folder.
+        replace that. `quantization` holds the model's layers as training with that setting does. Raises UserError for what is wrong
+        with either folder.
         """
         model_dir, adapter = Path(model_dir), Path(adapter) if adapter else None
         check_folders(model_dir, [adapter] if adapter else [])
@@ -76,12 +79,14 @@ class Engine:
         from qwenvl_ft.model.load import add_adapter, limited, load_base, open_processor
 
         processor = limited(open_processor(model_dir, adapter), chat)
-        model = load_base(model_dir, "auto")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        quantized = quantization != "none"  # whose scales do not move any more
+        model = load_base(model_dir, "auto", device=device if quantized else None, quantization=quantization)
         # In place of what the folder's file made of it, so that nothing else of that file has a say.
         model.generation_config = GenerationConfig(**read_decoding(model_dir, chat.tokenizer).settings())
         if adapter:
             model = add_adapter(model, adapter, "default", model_dir)
-        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor, chat, blank,
+        return cls((model if quantized else model.to(device)).eval(), processor, chat, blank,
                    reading=reading_of(processor_folder(model_dir, adapter)))  # fmt: skip
 
     def limits(self, kind: str) -> Limits:

@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_z
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qwenvl_ft.data.chat import Chat
-from qwenvl_ft.data.families import Family
+from qwenvl_ft.data.families import Family, family_of
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.targets import INSIDE, MERGERS
 from qwenvl_ft.errors import Problem, UserError
@@ -27,7 +27,8 @@ from qwenvl_ft.model.attention import use_varlen
 from qwenvl_ft.model.head import LossHead
 from qwenvl_ft.model.last_layer import LastLayer
 from qwenvl_ft.model.lora import multiply_in_dtype_of_input
-from qwenvl_ft.values import Own, Tower
+from qwenvl_ft.model.quantized import multiply_dequantized, settings_of
+from qwenvl_ft.values import Own, Quantization, Tower
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -49,32 +50,44 @@ class PatchEmbedding(nn.Conv3d):
         return cast(PatchEmbedding, same)
 
 
+def dtype_here() -> str:
+    """bfloat16 where a GPU has it, float32 elsewhere."""
+    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+
+
 def load_base(
-    model_dir: Path, dtype: str, attention: str = "auto", packed: bool = False, device: torch.device | None = None
-) -> Any:
+    model_dir: Path, dtype: str, attention: str = "auto", packed: bool = False, device: torch.device | None = None,
+    quantization: Quantization = "none",
+) -> Any:  # fmt: skip
     """The model of any family, in `dtype` (auto, bfloat16, float32), on the CPU or read straight to a device.
 
     auto is bfloat16 where a GPU has it and float32 elsewhere; attention auto is flash_attention_2 where it is installed, else
-    varlen for rows that are `packed`, else sdpa. Raises UserError for an attention that is not installed.
+    varlen for rows that are `packed`, else sdpa. With `quantization` its layers are quantized as they are read, and what is left
+    is in `dtype`, as is what they multiply. Raises UserError for an attention that is not installed.
     """
-    gpu = torch.cuda.is_available()
     if dtype == "auto":
-        dtype = "bfloat16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        dtype = dtype_here()
     if attention == "auto":
-        flash = gpu and dtype == "bfloat16" and is_flash_attn_2_available()
+        flash = torch.cuda.is_available() and dtype == "bfloat16" and is_flash_attn_2_available()
         attention = "flash_attention_2" if flash else "varlen" if packed else "sdpa"
     if is_deepspeed_zero3_enabled():  # shares weights out as they are read, and in the dtype that its own settings name
         deepspeed_config().update(bf16={"enabled": dtype == "bfloat16"})
+    bits = settings_of(quantization, family_of(model_dir)) if quantization != "none" else None
+    if bits:
+        device = device or torch.device("cpu")  # left to itself it takes a GPU
     try:
         # Of generation_config.json counts what infer/decoding.py reads; transformers warns of the temperature 0 that is vLLM's.
         model = AutoModelForImageTextToText.from_pretrained(
             model_dir, dtype=getattr(torch, dtype), generation_config=GenerationConfig(),
             attn_implementation="sdpa" if attention == "varlen" else attention, device_map={"": device} if device else None,
+            quantization_config=bits,
         )  # fmt: skip
     except ImportError as error:  # raised before the weights are read
         what = str(error).strip().splitlines()[0]
         fix = "set attn_implementation=auto, which takes what is installed"
         raise UserError(Problem(f"attn_implementation: {attention}", f"cannot run here: {what}", fix)) from error
+    if bits:
+        multiply_dequantized(model)
     return refit(model, attention)
 
 

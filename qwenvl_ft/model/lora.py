@@ -15,6 +15,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from qwenvl_ft.model.quantized import QuantizedLinear
+
 # Axes: T = tokens, I and O = the layer's inputs and outputs, R = the rank. What is thin lies (R, T): a CPU's matmuls with few
 # columns are up to twelve times slower than those with few rows.
 
@@ -27,10 +29,10 @@ class FusedLora(Linear):
         base, name = self.base_layer, self.active_adapters[0]
         if not self.is_plain(name):
             # Here, since an engine around the model may have switched it off.
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=base.weight.dtype == torch.bfloat16):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
                 return super().forward(x)
         a, b, dropped = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_dropout[name](x)
-        return _LoraLinear.apply(x, None if dropped is x else dropped, base.weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-any-return]
+        return _LoraLinear.apply(x, None if dropped is x else dropped, base, a, b, self.scaling[name])  # type: ignore[no-any-return]
 
     def is_plain(self, name: str) -> bool:
         """Whether this adapter, and it alone, adds a product of two matrices; and whether the weights are there without calling the
@@ -39,23 +41,26 @@ class FusedLora(Linear):
         if not plain or len(self.active_adapters) > 1 or self.disable_adapters or self.merged:
             return False
         parts = (self.base_layer, self.lora_A[name], self.lora_B[name])
-        return all(type(part) is nn.Linear and not part._forward_pre_hooks and not part._forward_hooks for part in parts)
+        known = type(self.base_layer) in (nn.Linear, QuantizedLinear) and {*map(type, parts[1:])} == {nn.Linear}
+        return known and not any(part._forward_pre_hooks or part._forward_hooks for part in parts)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, dropped: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
-        a: torch.Tensor, b: torch.Tensor, scaling: float,
+        ctx: Any, x: torch.Tensor, dropped: torch.Tensor | None, base: nn.Linear, a: torch.Tensor, b: torch.Tensor, scaling: float
     ) -> torch.Tensor:  # fmt: skip
         """`dropped` is what the adapter sees, x itself where it is None. Products are summed in float32 by the matmul; in 16 bits
-        rounded are x A', y once without the adapter and once with it."""
+        rounded are x A', y once without the adapter and once with it. A weight that is quantized is written out here, and again
+        on the way back, for these products alone."""
         seen = (x if dropped is None else dropped).flatten(0, -2)
         low_RT = a.to(x.dtype) @ seen.T
-        y = functional.linear(x, weight, bias)
+        quantized = base if isinstance(base, QuantizedLinear) else None
+        weight = quantized.dequantized(x.dtype) if quantized else base.weight
+        y = functional.linear(x, weight, base.bias)
         y.view(-1, y.shape[-1]).addmm_(low_RT.T, b.to(x.dtype).T, alpha=scaling)
-        ctx.save_for_backward(seen, low_RT, weight, a, b)
-        ctx.scaling, ctx.drops = scaling, dropped is not None
+        ctx.save_for_backward(seen, low_RT, None if quantized else weight, a, b)
+        ctx.scaling, ctx.drops, ctx.quantized = scaling, dropped is not None, quantized
         return y
 
     @staticmethod
@@ -69,12 +74,12 @@ class _LoraLinear(torch.autograd.Function):
         d_b = (low_RT @ dy_TO).T.to(b.dtype).mul_(ctx.scaling)
         d_x = d_dropped = None
         if ctx.needs_input_grad[0]:
-            d_x = dy @ weight
+            d_x = dy @ (ctx.quantized.dequantized(dy.dtype) if ctx.quantized else weight)
             if not ctx.drops:
                 d_x.view(-1, d_x.shape[-1]).addmm_(d_low_RT.T, a.to(dy.dtype), alpha=ctx.scaling)
         if ctx.needs_input_grad[1]:
             d_dropped = (d_low_RT.T @ a.to(dy.dtype)).mul_(ctx.scaling).view(*dy.shape[:-1], -1)
-        return d_x, d_dropped, None, None, d_a, d_b, None
+        return d_x, d_dropped, None, d_a, d_b, None
 
 
 def fuse_lora(model: Any) -> None:

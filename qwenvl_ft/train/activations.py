@@ -21,6 +21,7 @@ from qwenvl_ft.console import counting
 from qwenvl_ft.data.rows import Row
 from qwenvl_ft.model.head import logits_bytes
 from qwenvl_ft.model.load import trainable
+from qwenvl_ft.model.quantized import written_bytes
 from qwenvl_ft.train.memory import free_bytes, memory_for
 from qwenvl_ft.train.state import Run
 
@@ -89,6 +90,7 @@ def keep_what_fits(run: Run, loss_of: Callable[[Run, Row], torch.Tensor]) -> Kep
     usable = None if free is None else int(USABLE[device.type] * free)
     sizes = {layer: size for layer, size in sizes.items() if size}  # a frozen tower keeps nothing
     beside += STATE_BYTES * sum(parameter.numel() for parameter in trainable(run.bare).values())
+    beside += written_bytes(run.bare, torch.bfloat16 if run.bf16 else torch.float32)
     # The gradients within the layer that goes backward, which are no more than it keeps; the logits are gone by then.
     beside += max([*sizes.values(), logits_bytes(run.bare)])
     left = (usable or 0) - beside

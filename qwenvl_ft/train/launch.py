@@ -290,6 +290,10 @@ def start(config: Config) -> Accelerator:
     if problem := launch_problem(accelerator, before):
         raise UserError(problem)
     if plugin := accelerator.state.deepspeed_plugin:
+        if plugin.zero_stage == 3 and config.quantization != "none":
+            what = "ZeRO-3 shares out weights, and would leave the scales of quantized ones whole where it takes them apart"
+            fix = "start with configs/ddp.yaml: the base in so few bits fits on each GPU, or set quantization: none"
+            raise UserError(Problem(f"quantization: {config.quantization}", what, fix))
         rows = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": config.max_grad_norm}
         plugin.deepspeed_config.update(rows)
     try:

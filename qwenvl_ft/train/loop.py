@@ -206,10 +206,11 @@ def new_optimizer(groups: list[dict[str, Any]], config: Config, accelerator: Acc
     return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None)
 
 
-def straight_to(accelerator: Accelerator) -> torch.device | None:
-    """Where the base is read to, past the CPU, whose memory would hold it once a process; DeepSpeed places it by itself."""
-    straight = accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.DEEPSPEED
-    return accelerator.device if straight else None
+def straight_to(accelerator: Accelerator, quantized: bool = False) -> torch.device | None:
+    """Where the base is read to, past the CPU, whose memory would hold it once a process; DeepSpeed places it by itself, but not
+    the scales of what is quantized."""
+    by_itself = accelerator.distributed_type == DistributedType.DEEPSPEED and not quantized
+    return accelerator.device if accelerator.device.type == "cuda" and not by_itself else None
 
 
 def learning_rate(step: int, total: int, config: Config) -> float:
@@ -276,7 +277,8 @@ def run_steps(
     limited(processor, prepared.chat, Reading(video_fps=config.video_fps, video_max_frames=config.video_max_frames))
     trees = prepared.shares or (held_out and held_out.shares)  # which flash_attention_2 does not run, and auto could take
     attention = "varlen" if trees else config.attn_implementation
-    model = load_base(config.model, config.dtype, attention, packed=True, device=straight_to(accelerator))
+    straight = straight_to(accelerator, config.quantization != "none")
+    model = load_base(config.model, config.dtype, attention, packed=True, device=straight, quantization=config.quantization)
     bf16 = model.dtype == torch.bfloat16
     model = add_lora(
         model, prepared.chat.family, config.lora_on, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed,
@@ -432,6 +434,8 @@ def report_start(config: Config, run: Run, sizes: tuple[int, int], resume: Path 
     kind = "bfloat16" if run.bf16 else "float32"
     if config.dtype == "auto" and not run.bf16 and run.accelerator.device.type == "cuda":
         kind += " (this GPU has no bfloat16)"
+    if config.quantization != "none":
+        kind += f", attention and MLP in {config.quantization}"
     print_line(f"{run.accelerator.num_processes} x {run.accelerator.device.type}, {kind}; {trains:,} of {total:,} parameters train "
                   f"({trains / total:.2%}); attention: {attention_of(run.bare)}")  # fmt: skip
     if resume:

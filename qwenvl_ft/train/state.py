@@ -343,7 +343,8 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
     """
     same = "lora_on lora_targets lora_rank lora_alpha lora_dropout use_rslora use_dora loraplus_lr_ratio "
     same += "init_lora_weights init_adapter rows_per_step learning_rate lr_scheduler_type warmup_ratio "
-    same += "weight_decay max_grad_norm seed dtype num_train_epochs max_steps thinking video_fps video_max_frames video_max_pixels"
+    same += "weight_decay max_grad_norm seed dtype quantization num_train_epochs max_steps thinking "
+    same += "video_fps video_max_frames video_max_pixels"
     settings = {key: str(getattr(config, key)) for key in same.split()}
     seen = [read_model_json(path) for name in PROCESSORS if (path := config.model / name).is_file()]
 

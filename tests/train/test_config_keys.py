@@ -23,6 +23,7 @@ SHOWS_ELSEWHERE = {
     "thinking": "test_thinking", "boxes": "test_boxes", "fetch_media": "test_media", "format": "test_forms", "columns": "test_forms",
     "use_rslora": "test_tuning", "use_dora": "test_tuning", "loraplus_lr_ratio": "test_tuning", "init_lora_weights": "test_tuning",
     "init_adapter": "test_tuning", "keep_best": "test_tuning", "early_stopping_patience": "test_tuning",
+    "quantization": "test_quantization",
     "video_fps": "test_videos", "video_max_frames": "test_videos", "video_max_pixels": "test_videos",
 }  # fmt: skip
 
@@ -85,9 +86,9 @@ def test_trees_are_run_by_varlen_and_what_keeps_records_from_them_is_said(tmp_pa
     assert "linear attention" in not_shared(config(tmp_path), FAMILIES["qwen3_5"])
     taken, load = [], loop.load_base
 
-    def note(model, dtype, attention, packed, device):
+    def note(model, dtype, attention, packed, device, quantization):
         taken.append(attention)
-        return load(model, dtype, attention, packed, device)
+        return load(model, dtype, attention, packed, device, quantization)
 
     monkeypatch.setattr(loop, "load_base", note)
     run(tmp_path, max_steps=1)

@@ -168,8 +168,8 @@ def plain_steps(folder, model, optimizer, **settings):
     return model
 
 
-def by_peft(**settings):
-    """The tiny base with LoRA on its language model, by PEFT alone, and its optimizer."""
+def by_peft(base=None, **settings):
+    """The tiny base with LoRA on its language model, by PEFT alone, and its optimizer; or another `base`."""
     from peft import LoraConfig, get_peft_model
     from peft.optimizers import create_loraplus_optimizer
 
@@ -181,7 +181,7 @@ def by_peft(**settings):
     torch.manual_seed(42)
     targets = family_of(TINY).language
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **settings)
-    model = get_peft_model(load_base(TINY, "float32", "varlen"), lora).train()
+    model = get_peft_model(base or load_base(TINY, "float32", "varlen"), lora).train()
     if ratio:
         return model, create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=ratio)
     rates = {name: towers.get(tower_of(name), {}).get("learning_rate", 1e-2) for name in trainable(model)}
