@@ -21,7 +21,9 @@ lock: $(UV)
 	$(UV) lock
 
 .venv/ready: $(UV) pyproject.toml uv.lock
-	$(UV) sync --frozen --all-extras
+	$(UV) sync --frozen --all-extras --no-extra quantization
+	$(UV) export --frozen --quiet --extra quantization --no-hashes --no-emit-project | grep ^bitsandbytes \
+	  | $(UV) pip install --quiet --no-deps --target .venv/quantization -r -  # apart: tests/train/test_quantization.py says why
 	touch $@
 
 $(UV):

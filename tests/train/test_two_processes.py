@@ -17,7 +17,7 @@ from qwenvl_ft.train import launch as launching
 from qwenvl_ft.train import loop
 from qwenvl_ft.train.state import Run
 from tests.forked import train_two
-from tests.runs import ROOT, adapter, config, difference, distance, launch, metrics, run, same
+from tests.runs import ROOT, adapter, config, difference, distance, launch, metrics, same
 from tests.train.conftest import SETTINGS
 
 
@@ -119,17 +119,6 @@ def test_under_deepspeed_too_a_run_goes_on_to_the_same_bits_and_no_pickle_is_in_
     assert states == {"optimizer-0.safetensors", "optimizer-1.safetensors"}
     train_two(forks, tmp_path, zero_stage, **SETTINGS, resume=True)
     assert same(whole, adapter(tmp_path / "run"))
-
-
-def test_two_processes_beside_a_quantized_base_end_where_one_does(tmp_path, forks):
-    """Each holds all of it. ZeRO-2 takes nothing of it apart, either."""
-    pytest.importorskip("bitsandbytes")
-    settings = {"quantization": "nf4", "max_steps": 2, "save_steps": 2, "max_grad_norm": 1e9}
-    run(tmp_path, **settings)
-    for stage in (0, 2):
-        (tmp_path / str(stage)).mkdir()
-        train_two(forks, tmp_path / str(stage), stage, **settings)
-        assert difference(adapter(tmp_path / "run"), adapter(tmp_path / str(stage) / "run")) < 1e-3
 
 
 def test_processes_recompute_what_the_one_with_the_least_memory_has_to(two, tmp_path, forks):
