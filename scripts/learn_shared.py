@@ -4,8 +4,7 @@
 
 Two sets: data/sample, whose records have several turns, and every question about its training charts as a record of its own,
 which makes seven or more records a picture. Trains configs/demo.yaml on each with share_prefix off and auto, and asks the sample's
-held-out questions. With auto fewer rows hold the same records, so a step of as many rows takes more of them: the last line of a
-set has rows_per_step lowered until an epoch has as many steps as without sharing. Prints a Markdown table.
+held-out questions. Prints a Markdown table.
 """
 
 import argparse
@@ -62,19 +61,10 @@ def main() -> None:
         write_single_questions(single)
         known = {"sample": ("the sample", "data/sample/train.json"), "single": ("a record a question", str(single))}
         for name, meta in (known[which] for which in options.sets):
-            unshared = 0
-            for share, as_many_steps in (("off", False), ("auto", False), ("auto", True)):
+            for share in ("off", "auto"):
                 settings = [f"train_meta_file={meta}", f"share_prefix={share}", f"num_train_epochs={options.epochs}"]
                 plan = planned(settings)
-                unshared = unshared or plan["steps_per_epoch"]
-                if as_many_steps:
-                    if plan["steps_per_epoch"] > 0.9 * unshared:
-                        continue
-                    settings.append(f"rows_per_step={max(1, round(plan['rows'] / unshared))}")
-                    plan = planned(settings)
-                learnt = [
-                    trained(Path(folder, f"{share}-{seed}-{as_many_steps}"), [*settings, f"seed={seed}"]) for seed in options.seeds
-                ]
+                learnt = [trained(Path(folder, f"{share}-{seed}"), [*settings, f"seed={seed}"]) for seed in options.seeds]
                 losses, exact, seconds, counts = zip(*learnt, strict=True)
                 low, high = wilson(fmean(exact), counts[0])
                 print(f"| {name} | {share} | {plan['paid']['tokens']:,} | {plan['steps']} | {fmean(seconds):.0f} "

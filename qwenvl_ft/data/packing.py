@@ -289,13 +289,18 @@ class Schedule(Sequence[tuple[int, list[int]]]):
     Its steps are as few as `rows_per_step` allows and take equally many rows, to within one: a step of the few rows that are
     left would take a full step's stride on them, and its loss would look like a jump. `max_steps` goes before `epochs`.
 
+    Where records share beginnings, rows are fewer than the `unshared` ones that these would fill each for itself, and hold more
+    of them: there are as many steps as of those, or the same epochs would take fewer steps, and teach less.
+
     >>> [(epoch, len(rows)) for epoch, rows in Schedule(9, rows_per_step=8, seed=42, epochs=2)]
     [(0, 5), (0, 4), (1, 5), (1, 4)]
     """
 
-    def __init__(self, num_rows: int, rows_per_step: int, seed: int, epochs: int = 1, max_steps: int | None = None):
+    def __init__(
+        self, num_rows: int, rows_per_step: int, seed: int, epochs: int = 1, max_steps: int | None = None, unshared: int = 0
+    ):
         self.num_rows, self.seed = num_rows, seed
-        self.steps_per_epoch = -(-num_rows // rows_per_step)
+        self.steps_per_epoch = min(num_rows, -(-max(num_rows, unshared) // rows_per_step))
         self.num_steps = (max_steps or epochs * self.steps_per_epoch) if num_rows else 0
         self.drawn: tuple[int, array[int]] = (-1, array("i"))  # the epoch that was asked for last, and its order
 

@@ -121,7 +121,7 @@ class Prepared:
             "steps_per_epoch": steps.steps_per_epoch,
             "steps": len(steps),
             "checks": facts["checks"],
-            "notes": notes(len(self.plan.rows), len(steps), config) + self._unshared(config) + facts["notes"],
+            "notes": notes(len(self.plan.rows), len(steps), config) + self._shared(steps, config) + facts["notes"],
         }
 
     def features(self, config: Config) -> dict[str, Any]:
@@ -130,8 +130,12 @@ class Prepared:
         steps = schedule(self, config)
         return {"bytes": num_bytes, "not_kept": not_kept(config, len(steps) > steps.steps_per_epoch) or no_room(num_bytes)}
 
-    def _unshared(self, config: Config) -> list[str]:
-        """A note, where records share a beginning that rows do not."""
+    def _shared(self, steps: Schedule, config: Config) -> list[str]:
+        """A note, where a step takes fewer rows than it may since they share beginnings, or where records share one that rows do
+        not."""
+        if (fewer := -(-steps.num_rows // max(1, steps.steps_per_epoch))) < min(config.rows_per_step, steps.num_rows) / 1.5:
+            more = f"; for more rows of the same records lower row_tokens, now {config.row_tokens}"
+            return [f"a step takes {fewer} rows, which teach what {config.rows_per_step} would that share no beginnings" + more]
         why = not_shared(config, self.chat.family)
         shared = why and any((block >= LEAST_SHARED).any() for _, block in blocks(self.scripts.shared))
         return [f"records that share their beginning pay for it each: {why}"] if shared else []
@@ -330,4 +334,6 @@ class Few:
 
 def schedule(prepared: Prepared, config: Config) -> Schedule:
     """(epoch, rows) of every optimizer step of the run, the same whatever the number of processes."""
-    return Schedule(len(prepared.plan.rows), config.rows_per_step, config.seed, config.num_train_epochs, config.max_steps)
+    plan = prepared.plan
+    unshared = -(-sum(length * count for length, count in plan.lengths.items()) // plan.row_tokens)
+    return Schedule(len(plan.rows), config.rows_per_step, config.seed, config.num_train_epochs, config.max_steps, unshared)
