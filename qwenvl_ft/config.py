@@ -91,6 +91,7 @@ class Config(BaseModel):
     quantization: Quantization = "none"
     attn_implementation: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: Checkpointing = "auto"
+    fit: Annotated[Rate, Field(gt=1)] | None = None
     ddp_timeout: Positive = 600
 
     logging_steps: Positive = 10

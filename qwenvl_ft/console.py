@@ -167,6 +167,21 @@ def draw_plan(summary: dict[str, Any]) -> Table:
     return draw_counts("Plan", facts + [("note", note) for note in summary["notes"]])
 
 
+def draw_memory(memory: dict[str, Any]) -> Table:
+    """What `qwenvl-ft plan` forecasts for a card."""
+    facts = [(name, f"{gib:6.2f} GiB") for name, gib in memory["parts_gib"].items() if gib]
+    verdict = "fits" if memory["fits"] else "does not fit"
+    facts.append(("in all", f"{memory['gib']:6.2f} GiB of {memory['card_gib']:.1f}: {verdict}"))
+    kept = f"activations of {memory['kept']} of {memory['layers']} layers"
+    if memory["kept"] != memory["auto_keeps"]:
+        kept += f"; gradient_checkpointing: auto would keep those of {memory['auto_keeps']}"
+    facts.append(("kept", kept))
+    if memory["minutes_an_epoch"]:
+        facts.append(("time", f"about {memory['minutes_an_epoch']:,.1f} minutes an epoch at {memory['assumed']}, which is assumed"))
+    facts += [("fix", memory["advice"])] if memory["advice"] else []
+    return draw_counts(f"Memory on {memory['card']}, simulated: the heaviest row, of {memory['row_tokens']:,} tokens", facts)
+
+
 class Display:
     """A run's progress: a bar where there is a terminal, a line where one is due everywhere. Quiet on other processes."""
 

@@ -26,7 +26,15 @@ from tests.conftest import ROOT, SAMPLE, TINY
 from tests.runs import write_film
 from tests.serving import data_url
 
-TOPICS = ["data", "training", "ask", "serve", "download", "pai"]  # in the order in which their commands run, after those of README
+TOPICS = [
+    "data",
+    "training",
+    "memory",
+    "ask",
+    "serve",
+    "download",
+    "pai",
+]  # in the order in which their commands run, after those of README
 PAGES = {  # of each language
     "en": {"README": "README.md", **{topic: f"docs/{topic}.md" for topic in TOPICS}},
     "zh": {"README": "README_zh.md", **{topic: f"docs/zh/{topic}.md" for topic in TOPICS}},
@@ -85,6 +93,7 @@ def checkout(tmp_path_factory):
         "README": ["download", "cp", "validate-meta", "show", "plan", "train", "eval", "export", "ask"],
         "data": ["convert", "validate-meta", "show"],
         "training": ["plan"],
+        "memory": ["plan"],
         "ask": ["ask", "compare"],
         "serve": ["serve", "serve", "serve"],
         "download": ["doctor"],

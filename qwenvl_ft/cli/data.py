@@ -1,5 +1,6 @@
 """Commands for before the GPU: what is in a meta-file, what the model sees of it, what a run would do. None imports torch."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +31,7 @@ from qwenvl_ft.console import (
     draw_checks,
     draw_counts,
     draw_files,
+    draw_memory,
     draw_plan,
     print_drawing,
     print_json,
@@ -41,9 +43,12 @@ from qwenvl_ft.console import (
 from qwenvl_ft.errors import MOST_ALONE, Problem, UserError, alike
 
 if TYPE_CHECKING:
+    from qwenvl_ft.config import Config
     from qwenvl_ft.data.chat import Chat
+    from qwenvl_ft.data.prepare import Prepared
     from qwenvl_ft.data.reading import Reading
     from qwenvl_ft.data.records import Record
+    from qwenvl_ft.train.cards import Card
 
 
 def validate_meta(
@@ -249,22 +254,51 @@ def convert(
     print_line(f"{out}: {count}, read as {draw_files(tally.facts)[-1][1]}")
 
 
-def plan(overrides: Overrides = None, config: ConfigFile = LORA_YAML, as_json: Json = False) -> None:
-    """Show what a training run would do: records, packed rows and how full they are, what is left out and why, steps.
+def plan(
+    overrides: Overrides = None,
+    config: ConfigFile = LORA_YAML,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help='The card to forecast memory for: its name ("RTX 4090") or its GiB (24).')
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a training run would do: records, packed rows and how full they are, what is left out and why, steps; and for the
+    GPU that is here, or is named, what memory it takes and what to change where that is too much.
 
-    Example: qwenvl-ft plan --config configs/demo.yaml
+    Example: qwenvl-ft plan --config configs/demo.yaml --gpu 24
     """
     from qwenvl_ft.data.prepare import prepare
     from qwenvl_ft.folders.runs import check_output_dir
+    from qwenvl_ft.train.cards import card_of, sold_with
 
+    card = card_of(gpu) if gpu else None
     settings = read_settings(config, overrides, (lambda line: None) if as_json else print_line)
     check_output_dir(settings.output_dir)
     with counting("reading records") as on_record:
         prepared = prepare(settings, on_record=on_record)
     summary = prepared.summary(settings)
-    if as_json:
-        print_json(summary)
-    else:
+    if not as_json:
         print_drawing(draw_plan(summary))
         if prepared.problems:
             print_problems(prepared.problems)
+    card = card or (sold_with(settings.fit) if settings.fit else None)
+    memory = _memory(settings, prepared, card) if card or shutil.which("nvidia-smi") else None
+    if as_json:
+        print_json(summary | ({"memory": memory} if memory else {}))
+    elif memory:
+        print_drawing(draw_memory(memory))
+
+
+def _memory(settings: "Config", prepared: "Prepared", card: "Card | None") -> dict[str, Any] | None:
+    """The forecast for a card, or for the one that is here; None if there is none, or no forecast, which is said."""
+    with counting("simulating the heaviest row") as tell:
+        tell(0, None)  # torch and transformers take seconds to be imported
+        from qwenvl_ft.train.forecast import memory_of, present_card
+
+        if not (card := card or present_card()):
+            return None
+        try:
+            return memory_of(settings, prepared, card)
+        except (RuntimeError, ValueError, UserError) as error:  # what a model's code does with values that are not there
+            print_note(f"no forecast of memory: {settings.model} cannot be simulated ({str(error).splitlines()[0]})")
+            return None

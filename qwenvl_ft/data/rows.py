@@ -294,8 +294,12 @@ class Rows:
 
     def untaught(self, script: Script) -> Row:
         """The example of a record whose media cannot be shown: as long as it was planned, nothing of it taught."""
-        text, kinds = self.text(script), [medium.kind for medium in script.media]
-        return text | {"labels": torch.full_like(text["labels"], IGNORE)} | self.blank_media(kinds, script.grids)
+        example = self.unshown(script)
+        return example | {"labels": torch.full_like(example["labels"], IGNORE)}
+
+    def unshown(self, script: Script) -> Row:
+        """The example of a record with grey media of the planned sizes."""
+        return self.text(script) | self.blank_media([medium.kind for medium in script.media], script.grids)
 
     def text(self, script: Script) -> Row:
         """What of an example follows from its text and the sizes of its media."""

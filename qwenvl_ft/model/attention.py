@@ -66,7 +66,7 @@ def attention(
         cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q  # the same tensor: torch looks at that for its choice of a kernel
     else:
         states = (query, Gathered.apply(key, key_places), Gathered.apply(value, key_places))
-    if query.is_cuda and query.dtype in HALF:
+    if query.device.type in ("cuda", "meta") and query.dtype in HALF:  # of meta are shapes alone, such as a forecast has
         bounds = (cu_seq_lens_q, cu_seq_lens_k)
         most = (int(max_length_q or cu_seq_lens_q.diff().max()), int(max_length_k or cu_seq_lens_k.diff().max()))
         return by_kernel(*states, bounds, most, scaling, causal), None

@@ -22,7 +22,8 @@ from qwenvl_ft.data.rows import Row
 from qwenvl_ft.model.head import logits_bytes
 from qwenvl_ft.model.load import trainable
 from qwenvl_ft.model.quantized import written_bytes
-from qwenvl_ft.train.memory import free_bytes, memory_for
+from qwenvl_ft.train.cards import sold_with
+from qwenvl_ft.train.memory import free_bytes, left_of, memory_for
 from qwenvl_ft.train.state import Run
 
 # Of what is free: an allocator's memory is in pieces. On a CPU a process was seen to grow by three times what its tensors hold, and
@@ -69,37 +70,67 @@ def keep_what_fits(run: Run, loss_of: Callable[[Run, Row], torch.Tensor]) -> Kep
     """
     device, prepared = run.accelerator.device, run.prepared
     rows = prepared.heaviest(run.tower_trains)
-    sizes = {module: 0 for module in run.bare.modules() if isinstance(module, GradientCheckpointingLayer)}
-    for layer in sizes:
-        layer.gradient_checkpointing = False
-    beside = 0
+    needs = Needs(run.bare, written_bytes(run.bare, torch.bfloat16 if run.bf16 else torch.float32))
     run.model.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), counting("measuring activations") as tell:
         for number, row in enumerate(rows):
             if run.accelerator.is_local_main_process:
                 tell(number, len(rows))
-            saved = Saved(run.bare, [*sizes])
             tensors, _ = run.rows_of(prepared).build(row)
-            with run.exchange(last=False), memory_for(run, prepared, row), saved.counted():
+            with run.exchange(last=False), memory_for(run, prepared, row), needs.of_row():
                 loss = loss_of(run, tensors)
-                beside = max(beside, saved.beside())
             del loss
-            sizes = {layer: max(size, saved.layers[layer]) for layer, size in sizes.items()}
     run.accelerator.wait_for_everyone()  # others may have been loading their model
     free = free_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", run.accelerator.num_processes)))
+    if free is not None and run.config.fit:
+        free = min(free, left_of(sold_with(run.config.fit).gib, run.bare))
     usable = None if free is None else int(USABLE[device.type] * free)
-    sizes = {layer: size for layer, size in sizes.items() if size}  # a frozen tower keeps nothing
-    beside += STATE_BYTES * sum(parameter.numel() for parameter in trainable(run.bare).values())
-    beside += written_bytes(run.bare, torch.bfloat16 if run.bf16 else torch.float32)
-    # The gradients within the layer that goes backward, which are no more than it keeps; the logits are gone by then.
-    beside += max([*sizes.values(), logits_bytes(run.bare)])
-    left = (usable or 0) - beside
-    kept = sum(taken <= left for taken in accumulate(reversed(sizes.values())))
-    kept = min(gather_object([kept]))
+    kept = min(gather_object([needs.num_kept(usable or 0)]))
     run.keeps_activations = kept > 0
-    for layer in [*sizes][: len(sizes) - kept]:
-        layer.gradient_checkpointing = True
-    return Kept(len(sizes), kept, max(map(prepared.tokens, rows)), beside + sum(sizes.values()), usable)
+    needs.keep(kept)
+    return Kept(len(needs.sizes), kept, max(map(prepared.tokens, rows)), needs.beside + sum(needs.sizes.values()), usable)
+
+
+class Needs:
+    """What rows take, the most of any: in bytes the activations of each layer that trains, and what there is beside them whichever
+    layers are recomputed. `written`: what a weight takes that is quantized and written out for its product."""
+
+    def __init__(self, model: Any, written: int = 0):
+        self.model, self.written = model, written
+        self.layers = {module: 0 for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
+        self.saved_beside = 0
+        for layer in self.layers:
+            layer.gradient_checkpointing = False
+
+    @contextmanager
+    def of_row(self) -> Iterator[None]:
+        """Around the forward pass of a row, whose loss is held until the end."""
+        saved = Saved(self.model, [*self.layers])
+        with saved.counted():
+            yield
+            self.saved_beside = max(self.saved_beside, saved.beside())
+        self.layers = {layer: max(size, saved.layers[layer]) for layer, size in self.layers.items()}
+
+    @property
+    def sizes(self) -> dict[Any, int]:
+        """Of the layers that keep something: a frozen tower's keep nothing."""
+        return {layer: size for layer, size in self.layers.items() if size}
+
+    @property
+    def beside(self) -> int:
+        """The gradients within the layer that goes backward are no more than it keeps; the logits are gone by then."""
+        state = STATE_BYTES * sum(parameter.numel() for parameter in trainable(self.model).values())
+        return self.saved_beside + state + self.written + max([*self.layers.values(), logits_bytes(self.model)])
+
+    def num_kept(self, usable: int) -> int:
+        """Of how many layers, from the last one on, the activations fit."""
+        left = usable - self.beside
+        return sum(taken <= left for taken in accumulate(reversed(self.sizes.values())))
+
+    def keep(self, number: int) -> None:
+        """Recomputes all layers but so many."""
+        for at, layer in enumerate(self.sizes):
+            layer.gradient_checkpointing = at < len(self.sizes) - number
 
 
 class Saved:
@@ -148,8 +179,8 @@ class Saved:
         storage, layer = tensor.untyped_storage(), self.inside
         known = StorageWeakRef(storage)  # held, it stands for this storage alone, though its memory may be another's by now
         # Asked each time: ZeRO-3 gathers a weight for its layer, into memory of its own.
-        weights = {of.untyped_storage().data_ptr() for of in (layer or self.model).parameters()}
-        if storage.data_ptr() not in weights and known not in self.seen:
+        weights = {StorageWeakRef(of.untyped_storage()) for of in (layer or self.model).parameters()}
+        if known not in weights and known not in self.seen:
             self.seen.add(known)
             if layer is None:
                 self.outside[known] = storage.nbytes()

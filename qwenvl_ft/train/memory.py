@@ -2,19 +2,25 @@
 
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qwenvl_ft.config import Config
+from qwenvl_ft.data.families import Family
 from qwenvl_ft.data.prepare import Prepared
+from qwenvl_ft.data.quantization import bytes_per_weight, is_quantized
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.runs import checkpoints
 from qwenvl_ft.train.state import Run
+from qwenvl_ft.values import Quantization
 
 MEMINFO, CGROUPS, OWN_CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+Stored = Callable[[str, torch.nn.Parameter], int]  # the bytes that a weight takes on a card, by its name
+CONTEXT = int(0.6 * 2**30)  # of a card: CUDA's own, and the workspaces of its libraries; an assumption
 # By the folder of a version's groups: the files of the limit and of what is used, and the cache in memory.stat that would go.
 CGROUP_FILES = {
     "": ("memory.max", "memory.current", "inactive_file"),
@@ -49,7 +55,8 @@ def out_of_memory(
     else:
         lower = f"lower row_tokens (now {config.row_tokens}) or max_pixels (now {config.max_pixels})"
         lower += ", or set share_prefix: off" * shares
-        fix = f"{lower}, and choose another output_dir, since they make it another run; or set {pieces}: {go_on}"
+        fix = f"{lower}, and choose another output_dir, since they make it another run (`qwenvl-ft plan` forecasts what fits); "
+        fix += f"or set {pieces}: {go_on}"
     return Problem(where, f"{what}, does not fit, with {peak:.1f} GiB of tensors at the peak: {seen}", fix)
 
 
@@ -63,6 +70,28 @@ def free_bytes(device: torch.device, processes: int) -> int | None:
         return None
     (available,) = (int(line.split()[1]) * 1024 for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
     return min([available, *left_by_limits(CGROUPS, OWN_CGROUP)]) // processes
+
+
+def as_loaded(name: str, weight: torch.nn.Parameter) -> int:
+    """A weight in its own dtype."""
+    return weight.untyped_storage().nbytes()
+
+
+def held_in(quantization: Quantization, family: Family) -> Stored:
+    """For a model that is not quantized as yet."""
+
+    def stored(name: str, weight: torch.nn.Parameter) -> int:
+        module = name.removeprefix("base_model.model.").replace(".base_layer.", ".").removesuffix(".weight")
+        if not name.endswith(".weight") or not is_quantized(family, module):
+            return as_loaded(name, weight)
+        return int(weight.numel() * bytes_per_weight(quantization, weight.element_size()))
+
+    return stored
+
+
+def left_of(gib: float, model: Any, stored: Stored = as_loaded) -> int:
+    """What a model's weights leave of so many GiB of a card."""
+    return int(gib * 2**30) - CONTEXT - sum(stored(name, weight) for name, weight in model.named_parameters())
 
 
 def left_by_limits(root: Path, own: Path) -> Iterator[int]:

@@ -196,6 +196,12 @@ def test_the_heaviest_rows_are_those_of_most_tokens_of_most_keys_and_of_most_pic
     assert len(set(by)) > 1
 
 
+def test_no_more_is_kept_than_a_card_of_fit_would_hold(small, measured, tmp_path, capsys):
+    """Of 1.6 GiB the driver keeps one, and CUDA the rest."""
+    assert same(run(tmp_path, gradient_checkpointing="auto", fit=1.6, **small), measured[1])
+    assert "0 of 6 layers are kept, 6 recomputed" in capsys.readouterr().out
+
+
 GIB = 2**30
 LIMITS = {  # the lines of /proc/self/cgroup, the files of groups by their folder, and what is left
     "version 2": ("0::/a/b", {"a": ("max", 9 * GIB, 0), "a/b": (8 * GIB, 5 * GIB, GIB)}, [4 * GIB]),
