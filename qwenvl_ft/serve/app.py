@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from qwenvl_ft.serve import dashscope_api, openai_api
-from qwenvl_ft.serve.api import ApiError, Backend, Bounds, ChatRequest, Usage, read_json, unknown_model
+from qwenvl_ft.serve.api import ApiError, Backend, Bounds, ChatRequest, Piece, Usage, read_json, unknown_model
 from qwenvl_ft.serve.middleware import HEALTH, SPARE_CONNECTIONS, UPLOAD, AccessMiddleware, error_response, host_of, json_response
 from qwenvl_ft.serve.open_request import Opener
 from qwenvl_ft.serve.uploads import read_form
@@ -86,27 +86,28 @@ class ChatEndpoint:
             state.held_bytes -= size
 
     def _read(self, body: bytes, request: Request) -> ChatRequest:
-        value, most = read_json(body), self.state.bounds.answer_tokens
+        value, most, passes = read_json(body), self.state.bounds.answer_tokens, self.state.backend.passes
         if self.dialect is dashscope_api:
-            chat = dashscope_api.read_generation(value, most, request.headers.get("x-dashscope-sse") == "enable")
+            chat = dashscope_api.read_generation(value, most, request.headers.get("x-dashscope-sse") == "enable", passes)
         else:
-            chat = openai_api.read_chat(value, most)
+            chat = openai_api.read_chat(value, most, passes)
         return chat if chat.model else replace(chat, model=self.state.backend.names[0])
 
     async def _answer(self, chat: ChatRequest, scope: Any, receive: Any, send: Any, until: float) -> None:
         """Sends what the backend says; until the first piece of a stream an error has a status, later it is an event."""
         state, request_id, began, begun = self.state, scope["request_id"], time.monotonic(), False
-        writer, said, usage = self.dialect.EventWriter(chat, request_id), [], Usage()
+        writer, said, usage = self.dialect.EventWriter(chat, request_id), list[Piece](), Usage()
         try:
             async with asyncio.timeout(until - began), aclosing(state.backend.answer(chat, request_id, until)) as pieces:
-                async for text, finish, usage in pieces:
+                async for piece in pieces:
+                    usage = piece.usage
                     if not chat.stream:
-                        said.append(text)
+                        said.append(piece)
                         continue
                     if not begun:
                         await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
                         begun = True
-                    await send_events(send, writer.piece(text, finish, usage))
+                    await send_events(send, writer.piece(*piece))
         except (ApiError, TimeoutError) as broken:
             late = "the answer takes longer than a request may take here: ask for fewer tokens"
             error = broken if isinstance(broken, ApiError) else ApiError(504, "timeout", late)
@@ -118,7 +119,7 @@ class ChatEndpoint:
         if chat.stream:
             await send_events(send, (), last=True)
         else:
-            response = json_response(self.dialect.write_answer(chat, request_id, "".join(said), finish, usage))
+            response = json_response(self.dialect.write_whole(chat, request_id, said))
             await response(scope, receive, send)
         state.count_answer(time.monotonic() - began, usage)
 

@@ -12,7 +12,7 @@ from qwenvl_ft.data.records import Picture, Turn
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.infer.prefixes import PREFIX_BYTES, shown_hash
-from qwenvl_ft.serve.api import ApiError, ChatRequest, Pieces, Usage, model_failed, no_thoughts, unknown_model
+from qwenvl_ft.serve.api import ApiError, ChatRequest, Piece, Pieces, Usage, model_failed, no_thoughts, unknown_model
 from qwenvl_ft.serve.batching import Batcher, Request
 from qwenvl_ft.serve.open_request import Opener, invalid_messages
 
@@ -25,6 +25,7 @@ class TransformersBackend:
     def __init__(self, engines: Mapping[str, Engine], opener: Opener, max_batch: int, prefix_bytes: int = PREFIX_BYTES):
         self.engines, self.opener, self.bounds = engines, opener, opener.bounds
         self.names = list(engines)
+        self.passes = frozenset[str]()
         self.batcher = Batcher(next(iter(engines.values())), max_batch, prefix_bytes)
         self.processing = threading.Lock()  # a processor's tokenizer is not for two threads
         self.opened = asyncio.Semaphore(max_batch + AHEAD)
@@ -53,7 +54,7 @@ class TransformersBackend:
                     text, finish, so_far = await pieces.get()
                     if finish == "error":
                         raise model_failed()
-                    yield text, finish, so_far
+                    yield Piece(text, finish, so_far)
             finally:
                 request.cancel()
 

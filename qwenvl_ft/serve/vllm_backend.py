@@ -1,12 +1,10 @@
 """Answers requests with another server that speaks OpenAI's dialect, vLLM above all: by its URL, or started beside this one.
 
-Pictures are opened here, within our bounds, and go on as PNG: upright, on white, as training saw them.
+Pictures are opened here, within our bounds; what vLLM does beyond our own engine is passed on.
 """
 
 import asyncio
 import atexit
-import base64
-import json
 import logging
 import os
 import shutil
@@ -15,29 +13,28 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx
-from PIL import Image
+from jinja2 import Template
 
 from qwenvl_ft.data.chat import Chat, open_chat
-from qwenvl_ft.data.geometry import Limits, read_limits, resized
-from qwenvl_ft.data.pictures import bounded, opened
-from qwenvl_ft.data.records import CONTROL_TOKEN, Part, Picture, Turn, Video
-from qwenvl_ft.data.template import Thinking
+from qwenvl_ft.data.geometry import Limits, read_limits
+from qwenvl_ft.data.records import Turn
+from qwenvl_ft.data.template import Thinking, knows_tools, render
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import beyond_vllm, vllm_rank
 from qwenvl_ft.folders.model import read_model_json
 from qwenvl_ft.infer.decoding import Decoding, read_decoding
 from qwenvl_ft.infer.engine import check_folders
-from qwenvl_ft.serve.api import ApiError, ChatRequest, Pieces, Usage, model_failed, no_thoughts, unknown_model
-from qwenvl_ft.serve.open_request import Opener, invalid_messages
+from qwenvl_ft.serve.api import FORMS, WORDS, ApiError, ChatRequest, Piece, Pieces, Usage, model_failed, no_thoughts, unknown_model
+from qwenvl_ft.serve.open_request import Opener
+from qwenvl_ft.serve.vllm_request import read_events, read_pieces, read_usage, sized, with_calls, write_message, write_request
 
 log = logging.getLogger("qwenvl_ft.serve")
 Process = subprocess.Popen[bytes]
@@ -51,6 +48,8 @@ class VllmBackend:
     `chats`, where they are known, say what each model's pictures are seen within and how it is asked, `own` are the limits of the
     base's processor, which is all that vLLM knows; `decoding` is the base's. Raises UserError where it does not answer.
     """
+
+    passes = WORDS | FORMS
 
     def __init__(self, url: str, opener: Opener, process: Process | None = None, chats: Mapping[str, Chat] | None = None,
                  own: Limits | None = None, decoding: Decoding | None = None):  # fmt: skip
@@ -76,8 +75,9 @@ class VllmBackend:
                 raise no_thoughts()
             if chat.thinking is None and known.thinks:
                 chat = replace(chat, thinking={"on": True, "off": False}.get(known.thinking))
-        body = write_request(chat, await self.opener.open(chat, until, partial(self._write, chat.model)), self.decoding)
-        usage, finish = Usage(), None
+        messages = await self.opener.open(chat, until, partial(self._write, chat), tools=True)
+        body = write_request(chat, messages, self.decoding)
+        usage, ends = Usage(), list[Piece]()
         self.active += 1
         try:
             async with self.client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response:  # left, vLLM stops
@@ -86,19 +86,19 @@ class VllmBackend:
                     log.warning("%s: the engine said %s: %.500r", request_id, status, await response.aread())
                     status = status if status in (400, 404, 413, 422, 429) else 503
                     what = f"the engine behind this server refused the request (status {status})"
-                    raise ApiError(status, "engine_refused", what)
-                async for event in read_events(response.aiter_bytes()):
-                    if "error" in event:
-                        raise ValueError(event["error"])
-                    for choice in event.get("choices", []):
-                        finish = choice.get("finish_reason") or finish
-                        if text := choice.get("delta", {}).get("content"):
-                            yield text, None, usage
+                    raise ApiError(status, "engine_refused", f"{what}{why_refused(response) if status in (400, 422) else ''}")
+                async for event in read_events(response):
+                    for piece in read_pieces(event, usage):
+                        if piece.text or piece.delta or piece.logprobs:
+                            yield piece._replace(finish=None)
+                        if piece.finish:
+                            ends.append(piece)
                     if event.get("usage"):
                         usage = read_usage(event["usage"])
-            if not finish:
+            if len(ends) != chat.more.get("n", 1):
                 raise ValueError("the answer has no end")
-            yield "", "length" if finish == "length" else "stop", usage
+            for end in ends:
+                yield Piece("", end.finish, usage, end.number)
         except httpx.HTTPError:
             raise ApiError(503, "unavailable", "the engine behind this server does not answer") from None
         except (ValueError, AttributeError, TypeError, KeyError) as error:  # it failed, or speaks another dialect
@@ -107,10 +107,17 @@ class VllmBackend:
         finally:
             self.active -= 1
 
-    def _write(self, model: str, messages: Sequence[Turn]) -> list[dict[str, Any]]:
-        limits = self.chats[model].limits if model in self.chats else None
+    def _write(self, chat: ChatRequest, messages: Sequence[Turn]) -> list[dict[str, Any]]:
+        known = self.chats.get(chat.model)
+        limits = known.limits if known else None
         fitting = (replace(message, parts=tuple(sized(part, limits, self.own) for part in message.parts)) for message in messages)
-        return [*map(write_message, fitting)]
+        written = [with_calls(write_message(message), sent) for message, sent in zip(fitting, chat.messages, strict=True)]
+        told = "tools" in chat.more or any(message["role"] == "tool" or "tool_calls" in message for message in written)
+        if told and known and not knows_tools(known.template):
+            raise ApiError(
+                400, "unsupported_parameter", "tools: this model's chat template writes none, so the model would not know them"
+            )
+        return written
 
     async def close(self) -> None:
         """Ends the connections, and the engine if it was started here."""
@@ -123,97 +130,6 @@ class VllmBackend:
     def status(self) -> dict[str, float]:
         """Requests under way there, from here."""
         return {"active": self.active, "alive": self.process is None or self.process.poll() is None}
-
-
-def write_request(chat: ChatRequest, messages: Sequence[dict[str, Any]], decoding: Decoding | None) -> dict[str, Any]:
-    """The request in OpenAI's dialect, with vLLM's additions.
-
-    It names every setting for which vLLM would look into the model's generation_config.json; the ends and the penalty, where the
-    folder is not known here, are left to that.
-    """
-    how = chat.sampling
-    penalty = decoding.repetition_penalty if decoding and how.repetition_penalty is None else how.repetition_penalty
-    body = {
-        "model": chat.model, "messages": messages,
-        "stream": True, "stream_options": {"include_usage": True},
-        "max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p, "min_p": 0,
-        "top_k": how.top_k if how.top_k > 0 else -1, "seed": how.seed, "stop": list(how.stop) or None,
-        "repetition_penalty": penalty, "stop_token_ids": list(decoding.ends) if decoding else None,
-        "chat_template_kwargs": None if chat.thinking is None else {"enable_thinking": chat.thinking},
-    }  # fmt: skip
-    return {key: value for key, value in body.items() if value is not None}
-
-
-def write_message(message: Turn) -> dict[str, Any]:
-    """A message in OpenAI's form, its control tokens plain text, its pictures PNG, a video vLLM's frames in one URL."""
-    parts: list[dict[str, Any]] = []
-    for part in message.parts:
-        if isinstance(part, str):
-            parts.append({"type": "text", "text": as_letters(part)})
-        elif isinstance(part, Picture):
-            parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(opened(part))}"}})
-        elif isinstance(part, Video):
-            frames = ",".join(map(_png, part.images))
-            rate = part.fps * len(part.images) / part.num_frames
-            # jpeg is vLLM's only word for a list of frames; it reads what a frame is from its bytes, and PNG loses nothing.
-            parts.append({"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}, "fps": rate})
-    if message.role != "user":  # some templates want these turns as one text
-        return {"role": message.role, "content": "".join(part["text"] for part in parts)}
-    return {"role": message.role, "content": parts}
-
-
-def as_letters(text: str) -> str:
-    """The text with a space of no width in its control tokens: vLLM reads a text's tokens itself, and they would act there."""
-    return CONTROL_TOKEN.sub(lambda token: f"<\u200b{token[0][1:]}", text)
-
-
-def sized(part: Part, limits: Limits | None, base: Limits | None) -> Part:
-    """A picture at the size that its own bounds or its adapter's training give it: vLLM knows those of its base only.
-
-    Raises ApiError for bounds where `limits` are not known, for a video's, and for a size that vLLM would change again.
-    """
-    if not isinstance(part, Picture | Video):
-        return part
-    bounds = bool(part.min_pixels or part.max_pixels)
-    if bounds and (limits is None or isinstance(part, Video)):
-        raise ApiError(
-            400, "invalid_messages", f"this engine takes no min_pixels and max_pixels for {part.kind}s: send them smaller"
-        )
-    if isinstance(part, Video) or not limits or not (bounds or limits != base):
-        return part
-    own = replace(part, min_pixels=part.min_pixels or limits.min_pixels, max_pixels=part.max_pixels or limits.max_pixels)
-    try:
-        fitting = bounded(own, limits)
-    except UserError as error:
-        raise invalid_messages(error) from error
-    if isinstance(fitting, Picture) and base and resized(fitting.height, fitting.width, base) != (fitting.height, fitting.width):
-        what = f"is seen at {fitting.width} x {fitting.height} px, and the engine's own limits would change that"
-        fix = "the adapter was trained with others than its base has: export it, and serve the merged folder"
-        raise ApiError(400, "invalid_messages", f"a picture {what}: {fix}")
-    return fitting
-
-
-def _png(image: Image.Image) -> str:
-    file = BytesIO()
-    image.save(file, "PNG", compress_level=1)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-async def read_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of each `data:` line but [DONE]. Raises ValueError for what is none."""
-    rest = b""
-    async for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:") and (data := line[5:].strip()) != b"[DONE]":
-                yield json.loads(data)
-
-
-def read_usage(usage: Mapping[str, Any]) -> Usage:
-    """Token counts; vLLM tells pictures apart only in some versions."""
-    details = usage.get("prompt_tokens_details") or {}
-    image, video = details.get("image_tokens") or 0, details.get("video_tokens") or 0
-    return Usage(usage["prompt_tokens"], usage["completion_tokens"], image, video, details.get("cached_tokens") or 0)
 
 
 def start_vllm(
@@ -254,6 +170,8 @@ def start_vllm(
         with open(handle, "w", encoding="utf-8") as file:
             file.write(base.source)
         command += ["--chat-template", template]
+    if knows_tools(base.template):
+        command += ["--enable-auto-tool-choice", "--tool-call-parser", tool_parser(base.template)]
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one; the server has its own SIGTERM once it runs
             signal.signal(number, _stop)
@@ -267,6 +185,22 @@ def start_vllm(
                 return VllmBackend(url, opener, process, chats, read_limits(model), read_decoding(model, base.tokenizer))
         time.sleep(0.5)
     raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))
+
+
+def tool_parser(template: Template) -> str:
+    """vLLM's name of the way in which a template writes calls of tools: as JSON, or as tags for each argument."""
+    call = {"type": "function", "function": {"name": "probed_call", "arguments": {"a": "b"}}}
+    talk: list[dict[str, Any]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return "qwen3_coder" if "<function=probed_call>" in render(template, talk, answer_next=False) else "hermes"
+
+
+def why_refused(response: httpx.Response) -> str:
+    """What the engine says of the caller's own mistake, such as a schema that it does not take."""
+    try:
+        told = response.json()
+        return f": {(told.get('error') or told)['message']}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ""
 
 
 def end(process: Process) -> None:
