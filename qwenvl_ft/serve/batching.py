@@ -23,6 +23,7 @@ from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.infer.prefixes import PREFIX_BYTES, Prefixes, Prompt
 from qwenvl_ft.serve.api import Sampling
+from qwenvl_ft.serve.schema import Grammar
 
 log = logging.getLogger("qwenvl_ft.serve")
 
@@ -32,7 +33,7 @@ class Request:
     """One answer under way. `on_piece(text, finish)` is called in the batch's thread: finish is None until the last piece.
 
     finish: stop, length, or error. `ids` grows by a token at a time, the end's own left out. `shown` names the media,
-    so that what was read of the same is used; None: it is not.
+    so that what was read of the same is used; None: it is not. `grammar` says which words may come.
     """
 
     inputs: Any
@@ -41,6 +42,7 @@ class Request:
     on_piece: Callable[[str, str | None], None]
     name: str = ""
     shown: str | None = None
+    grammar: Grammar | None = None
     cached: int = 0  # tokens of the prompt that were not read again
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)
@@ -265,6 +267,14 @@ class Batcher:
         if request.prompt_S is not None:  # of the prompt and the answer so far, as transformers' generate does
             ids_S = torch.cat([request.prompt_S, request.prompt_S.new_tensor(request.ids)])
             scores = RepetitionPenaltyLogitsProcessor(self._penalty(request))(ids_S[None], scores)
+        if request.grammar:
+            scores = request.grammar.mask(scores)
+        token = self._draw(request, how, scores)
+        if request.grammar:
+            request.grammar.take(token)
+        return token
+
+    def _draw(self, request: Request, how: Sampling, scores: torch.Tensor) -> int:
         if how.temperature <= 0:
             return int(scores.argmax())
         scores = scores / max(how.temperature, 1e-4)
@@ -290,6 +300,9 @@ class Batcher:
             end, finish = int(cut), "stop"
         elif finish is None:  # the beginning of a word that may stop it is held back
             end -= max((n for word in how.stop for n in range(1, len(word)) if request.text.endswith(word[:n])), default=0)
+        if request.grammar and request.grammar.failed:
+            log.warning("%s: the grammar failed: %s", request.name, request.grammar.failed)
+            finish = "error"
         if end > request.sent or finish:
             new, request.sent = request.text[request.sent : end], end
             request.on_piece(new, finish)

@@ -15,6 +15,7 @@ from qwenvl_ft.infer.prefixes import PREFIX_BYTES, shown_hash
 from qwenvl_ft.serve.api import ApiError, ChatRequest, Piece, Pieces, Usage, model_failed, no_thoughts, unknown_model
 from qwenvl_ft.serve.batching import Batcher, Request
 from qwenvl_ft.serve.open_request import Opener, invalid_messages
+from qwenvl_ft.serve.schema import Grammar, Grammars, schema_of
 
 AHEAD = 4  # requests opened while others are answered; more would only hold pictures in memory
 
@@ -25,8 +26,10 @@ class TransformersBackend:
     def __init__(self, engines: Mapping[str, Engine], opener: Opener, max_batch: int, prefix_bytes: int = PREFIX_BYTES):
         self.engines, self.opener, self.bounds = engines, opener, opener.bounds
         self.names = list(engines)
-        self.passes = frozenset[str]()
+        self.passes = frozenset({"response_format"})
         self.batcher = Batcher(next(iter(engines.values())), max_batch, prefix_bytes)
+        first, ends = self.batcher.chat, sorted(self.batcher.ends)
+        self.grammars = Grammars(first, ends, self.batcher.model.config.get_text_config().vocab_size)
         self.processing = threading.Lock()  # a processor's tokenizer is not for two threads
         self.opened = asyncio.Semaphore(max_batch + AHEAD)
 
@@ -37,7 +40,7 @@ class TransformersBackend:
         if not self.batcher.alive:
             raise ApiError(503, "unavailable", "the model has stopped")
         async with self.opened:
-            inputs, shown, usage = await self.opener.open(chat, until, partial(self._inputs, engine, chat.thinking), engine.reading)
+            inputs, shown, usage, grammar = await self.opener.open(chat, until, partial(self._inputs, engine, chat), engine.reading)
             loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[str, str | None, Usage]]()
 
             def on_piece(text: str, finish: str | None) -> None:
@@ -45,7 +48,7 @@ class TransformersBackend:
                     pieces.put_nowait, (text, finish, replace(usage, output=len(request.ids), cached=request.cached))
                 )
 
-            request = Request(inputs, engine.adapter, chat.sampling, on_piece, request_id, shown)
+            request = Request(inputs, engine.adapter, chat.sampling, on_piece, request_id, shown, grammar)
             del inputs  # the request lets go of its pixels early
             self.batcher.submit(request)
             try:
@@ -58,13 +61,15 @@ class TransformersBackend:
             finally:
                 request.cancel()
 
-    def _inputs(self, engine: Engine, thinking: bool | None, messages: Sequence[Turn]) -> tuple[Any, str, Usage]:
-        if thinking and not engine.chat.thinks:
+    def _inputs(self, engine: Engine, chat: ChatRequest, messages: Sequence[Turn]) -> tuple[Any, str, Usage, Grammar | None]:
+        if chat.thinking and not engine.chat.thinks:
             raise no_thoughts()
+        schema = schema_of(chat.more["response_format"]) if chat.more else None
+        grammar = None if schema is None else self.grammars.grammar(schema)
         try:
             self._check_pictures(messages, engine.limits("image"))
             with self.processing:
-                scripts = engine.scripts([messages], thinking)
+                scripts = engine.scripts([messages], chat.thinking)
                 inputs = engine.inputs_of(scripts)
         except ValueError as error:
             raise ApiError(400, "invalid_messages", "the model's processor refuses these messages") from error
@@ -75,7 +80,9 @@ class TransformersBackend:
         if usage.input > self.bounds.prompt_tokens:
             what = f"the prompt has {usage.input} tokens, {usage.image + usage.video} of them of pictures"
             raise ApiError(400, "prompt_too_long", f"{what}; at most {self.bounds.prompt_tokens} are taken")
-        return inputs, shown_hash(scripts[0]), usage
+        if grammar and engine.chat.opens_thought(scripts[0].ids):
+            raise ApiError(400, "unsupported_parameter", "response_format: a thought comes first here: send enable_thinking false")
+        return inputs, shown_hash(scripts[0]), usage, grammar
 
     def _check_pictures(self, messages: Sequence[Turn], limits: Limits) -> None:
         """Raises ApiError for more tokens of pictures than a prompt may have, before gigabytes are made of them."""
