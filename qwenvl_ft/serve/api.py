@@ -60,7 +60,7 @@ class ChatRequest:
 
     `increments`: the events of a stream hold pieces, not the text so far. `min_pixels` and `max_pixels` are for pictures that
     have no bounds of their own. `thinking` replaces what the model's chat template does by itself. `more` are keys of OpenAI's
-    that the backend `passes`, as they were sent.
+    that the backend `passes`, as they were sent; `echo` is what the answer repeats.
     """
 
     model: str
@@ -73,6 +73,7 @@ class ChatRequest:
     max_pixels: int | None = None
     thinking: bool | None = None
     more: dict[str, Any] = field(default_factory=dict)
+    echo: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

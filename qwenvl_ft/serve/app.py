@@ -22,13 +22,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from qwenvl_ft.serve import dashscope_api, openai_api
+from qwenvl_ft.serve import dashscope_api, openai_api, responses_api
 from qwenvl_ft.serve.api import ApiError, Backend, Bounds, ChatRequest, Piece, Usage, read_json, unknown_model
 from qwenvl_ft.serve.middleware import HEALTH, SPARE_CONNECTIONS, UPLOAD, AccessMiddleware, error_response, host_of, json_response
 from qwenvl_ft.serve.open_request import Opener
 from qwenvl_ft.serve.uploads import read_form
 
 CHAT = ("/", "/v1/chat/completions", "/compatible-mode/v1/chat/completions")
+RESPONSES = ("/v1/responses", "/compatible-mode/v1/responses")
 MODELS = ("/v1/models", "/compatible-mode/v1/models")
 PERMIT = "/api/v1/uploads"
 GENERATION = "/api/v1/services/aigc/multimodal-generation/generation"
@@ -90,7 +91,7 @@ class ChatEndpoint:
         if self.dialect is dashscope_api:
             chat = dashscope_api.read_generation(value, most, request.headers.get("x-dashscope-sse") == "enable", passes)
         else:
-            chat = openai_api.read_chat(value, most, passes)
+            chat = self.dialect.read_chat(value, most, passes)
         return chat if chat.model else replace(chat, model=self.state.backend.names[0])
 
     async def _answer(self, chat: ChatRequest, scope: Any, receive: Any, send: Any, until: float) -> None:
@@ -216,6 +217,8 @@ def make_app(
 
     openai, dashscope = ChatEndpoint(state, openai_api), ChatEndpoint(state, dashscope_api)
     routes = [Route(path, openai, methods=["POST"]) for path in CHAT]
+    responses = ChatEndpoint(state, responses_api)
+    routes += [Route(path, responses, methods=["POST"]) for path in RESPONSES]
     routes += [Route(path, health) for path in HEALTH] + [Route(path, models) for path in MODELS]
     routes += [Route(f"{path}/{{name:path}}", model) for path in MODELS] + [Route("/metrics", metrics)]
     routes += [Route(GENERATION, dashscope, methods=["POST"]), Route(PERMIT, permit), Route(UPLOAD, upload, methods=["POST"])]
