@@ -4,8 +4,10 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import typer
 
@@ -35,6 +37,10 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(metavar="HOST", help="Pictures are fetched from its URLs; several times. Default: none.")
     ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Pages of it, such as https://example.com, may ask from a browser; several times."),
+    ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests answered at a time.")] = 16,
     prefix_mib: Annotated[
         int, typer.Option(min=0, help="Memory for what was read last; a question that begins like it, picture included, reads on.")
@@ -46,7 +52,9 @@ def serve(
         int, typer.Option(min=1, help="Of one picture, before it is resized; all of a request may have twice as many.")
     ] = Bounds.picture_pixels // 1_000_000,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a question, pictures included.")] = Bounds.prompt_tokens,
-    max_answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a request may ask for.")] = Bounds.answer_tokens,
+    max_answer_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of an answer; a request for more is capped, and told.")
+    ] = Bounds.answer_tokens,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for a request, waiting included.")] = Bounds.seconds,
     root_path: Annotated[str, typer.Option(help="Answer below this path, too: /api/predict/NAME behind a gateway.")] = "",
     public_url: Annotated[str, typer.Option(help="Where clients reach the server, for DashScope's uploads.")] = "",
@@ -64,6 +72,7 @@ def serve(
     Example: qwenvl-ft serve data/tiny --adapter demo=runs/demo --port 8000
     """
     key = _key(api_key_env, host)
+    origins = [*map(partial(_origin, key), allowed_origin or [])]
     listening = context.with_resource(_bind(host, port))  # closed at the command's end, however it comes
     bounds = Bounds(max_body_mib << 20, max_pictures, max_megapixels * 1_000_000, max_prompt_tokens, max_answer_tokens, timeout)
     from qwenvl_ft.serve.open_request import Opener
@@ -100,7 +109,7 @@ def serve(
     from qwenvl_ft.serve.app import make_app
 
     max_requests, prefix = max_batch + max_waiting, f"/{root_path.strip('/')}".rstrip("/")
-    app = make_app(backend, opener, max_requests, key, prefix, public_url)
+    app = make_app(backend, opener, max_requests, key, prefix, public_url, origins)
     _run(app, listening, timeout, backend.names, max_requests)
 
 
@@ -139,6 +148,21 @@ def _key(variable: str | None, host: str) -> str | None:
         what = "would answer everyone who reaches this machine, without a key"
         raise UserError(Problem(f"--host {host}", what, "put a key into the environment and name it with --api-key-env VAR"))
     return key or None
+
+
+def _origin(key: str | None, text: str) -> str:
+    """An origin as browsers send it. Raises UserError for what is none, and for any page at all where there is no key."""
+    origin = text.lower()
+    if origin == "*" and not key:
+        raise UserError(
+            Problem("--allowed-origin *", "would answer every page on the web, without a key", "name the page's origin")
+        )
+    parts = urlsplit(origin)
+    if origin != "*" and (not parts.scheme or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
+        raise UserError(
+            Problem(f"--allowed-origin {text}", "is no origin", "write https://example.com, with the port if it has one")
+        )
+    return origin
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+MOST_TOKENS = 1 << 20  # that anybody asks for in earnest
 DEFAULT_TOKENS = 1024  # of an answer whose request names no bound
 MESSAGE_CHARS = 1000  # of an error's message; a caller's own text may be part of it
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -43,7 +44,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn. A temperature of 0 takes the likeliest token; no `repetition_penalty`: the model's own."""
+    """How an answer is drawn. A temperature of 0 takes the likeliest token; no `repetition_penalty`: the model's own.
+
+    `capped`: more tokens were asked for than an answer may have.
+    """
 
     max_new_tokens: int = DEFAULT_TOKENS
     temperature: float = 0.0
@@ -52,6 +56,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     repetition_penalty: float | None = None
+    capped: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,21 +207,23 @@ def read_more(values: dict[str, Any], passes: frozenset[str]) -> dict[str, Any]:
 
 
 def read_sampling(values: dict[str, Any], max_tokens_keys: tuple[str, ...], most: int) -> Sampling:
-    """Sampling from a request's parameters, of at most `most` tokens; raises ApiError naming the one that is wrong."""
-    tokens = [read_number(values, key, 1, most, whole=True) for key in max_tokens_keys]
+    """Sampling from a request's parameters, of at most `most` tokens, whatever is asked; raises ApiError naming what is wrong."""
+    tokens = [read_number(values, key, 1, max(most, MOST_TOKENS), whole=True) for key in max_tokens_keys]
+    wanted = next((number for number in tokens if number), min(DEFAULT_TOKENS, most))
     stop = values.get("stop")
     words = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(words, list) or len(words) > 16 or not all(isinstance(word, str) and 0 < len(word) <= 256 for word in words):
         raise ApiError(400, "invalid_parameter", "stop must be a string or a list of at most 16 strings")
     top_p = read_number(values, "top_p", 0, 1)
     return Sampling(
-        max_new_tokens=next((number for number in tokens if number), min(DEFAULT_TOKENS, most)),
+        max_new_tokens=min(wanted, most),
         temperature=read_number(values, "temperature", 0, 2) or 0.0,
         top_p=1.0 if top_p is None else top_p,
         top_k=read_number(values, "top_k", -1, 1 << 20, whole=True) or 0,
         seed=read_number(values, "seed", -(1 << 63), (1 << 63) - 1, whole=True),
         stop=tuple(words),
         repetition_penalty=read_number(values, "repetition_penalty", 0.01, 100),
+        capped=wanted > most,
     )
 
 

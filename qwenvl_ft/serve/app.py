@@ -8,7 +8,7 @@ A request is let in (429 if too many are here), read, answered and forgotten; a 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,16 @@ from starlette.routing import Route
 
 from qwenvl_ft.serve import dashscope_api, openai_api, responses_api
 from qwenvl_ft.serve.api import ApiError, Backend, Bounds, ChatRequest, Piece, Usage, read_json, unknown_model
-from qwenvl_ft.serve.middleware import HEALTH, SPARE_CONNECTIONS, UPLOAD, AccessMiddleware, error_response, host_of, json_response
+from qwenvl_ft.serve.middleware import (
+    CAPPED,
+    HEALTH,
+    SPARE_CONNECTIONS,
+    UPLOAD,
+    AccessMiddleware,
+    error_response,
+    host_of,
+    json_response,
+)
 from qwenvl_ft.serve.open_request import Opener
 from qwenvl_ft.serve.uploads import read_form
 
@@ -97,6 +106,7 @@ class ChatEndpoint:
     async def _answer(self, chat: ChatRequest, scope: Any, receive: Any, send: Any, until: float) -> None:
         """Sends what the backend says; until the first piece of a stream an error has a status, later it is an event."""
         state, request_id, began, begun = self.state, scope["request_id"], time.monotonic(), False
+        told = {CAPPED: str(chat.sampling.max_new_tokens)} if chat.sampling.capped else {}
         writer, said, usage = self.dialect.EventWriter(chat, request_id), list[Piece](), Usage()
         try:
             async with asyncio.timeout(until - began), aclosing(state.backend.answer(chat, request_id, until)) as pieces:
@@ -106,7 +116,7 @@ class ChatEndpoint:
                         said.append(piece)
                         continue
                     if not begun:
-                        await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
+                        await send({"type": "http.response.start", "status": 200, "headers": [*EVENTS, *raw(told)]})
                         begun = True
                     await send_events(send, writer.piece(*piece))
         except (ApiError, TimeoutError) as broken:
@@ -121,8 +131,14 @@ class ChatEndpoint:
             await send_events(send, (), last=True)
         else:
             response = json_response(self.dialect.write_whole(chat, request_id, said))
+            response.headers.update(told)
             await response(scope, receive, send)
         state.count_answer(time.monotonic() - began, usage)
+
+
+def raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    """Headers as ASGI has them."""
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
 async def send_events(send: Any, events: Iterable[str], last: bool = False) -> None:
@@ -172,12 +188,13 @@ async def read_body(request: Request, state: State) -> bytes:
 
 
 def make_app(
-    backend: Backend, opener: Opener, max_requests: int, key: str | None = None, prefix: str = "", public_url: str = ""
-) -> AccessMiddleware:
+    backend: Backend, opener: Opener, max_requests: int, key: str | None = None, prefix: str = "", public_url: str = "",
+    origins: Sequence[str] = (),
+) -> AccessMiddleware:  # fmt: skip
     """The application; it holds `max_requests` at a time, each within the opener's bounds, as the backend does.
 
     Its routes answer below `prefix`, too, as behind a gateway that does not strip it. `public_url` is where clients reach it,
-    if not where they say they do. It needs uvicorn with the TimeoutProtocol.
+    if not where they say they do; pages of `origins` may ask. It needs uvicorn with the TimeoutProtocol.
     """
     state, uploads = State(backend, opener.bounds, max_requests), opener.uploads
 
@@ -232,7 +249,7 @@ def make_app(
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False  # it would lead to whatever the client calls its Host
     most, host = max_requests + SPARE_CONNECTIONS, host_of(public_url)
-    return AccessMiddleware(app, key, prefix, host, most, state.requests)
+    return AccessMiddleware(app, key, prefix, host, most, state.requests, origins)
 
 
 async def _refuse(request: Request, error: Any) -> Response:

@@ -2,6 +2,7 @@
 
 Without a key only pages of this server may ask: a browser names the site of the page that asks as Origin; a page of another site,
 whose name is turned to 127.0.0.1 once it is loaded, still says its own name as Host. Clients that are no browsers send no Origin.
+Pages of the allowed origins may ask, too, and their browsers are told so before they ask (CORS); a key is asked of them as of all.
 """
 
 import asyncio
@@ -11,13 +12,14 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from prometheus_client import Counter
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from qwenvl_ft.serve import dashscope_api, openai_api
@@ -27,6 +29,7 @@ DRAIN_BYTES, DRAIN_SECONDS = 256 << 20, 10
 SPARE_CONNECTIONS = 400  # more than there are requests: with twice as many, all of them fit into the usual limit of 1024 files
 HEALTH, UPLOAD = ("/", "/health"), "/api/v1/uploads/files"
 FREE = {*((method, path) for method in ("GET", "HEAD") for path in HEALTH), ("POST", UPLOAD)}  # an upload shows its permit
+CAPPED = "x-max-tokens-capped"  # on an answer whose request asked for more tokens than an answer may have: how many it may
 PATH_CHARS = 200  # of a path in the log
 log = logging.getLogger("qwenvl_ft.serve")
 
@@ -76,7 +79,7 @@ def host_of(url: str) -> str:
 @dataclass
 class AccessMiddleware:
     """ASGI middleware. A path loses its `prefix`; `host` is what others may call a server without a key, beside localhost;
-    `connections` as many as may be open; `requests` counts by dialect and status.
+    `connections` as many as may be open; `requests` counts by dialect and status; `origins` are those of the pages that may ask.
     """
 
     app: Callable[[Any, Any, Any], Awaitable[None]]
@@ -85,6 +88,15 @@ class AccessMiddleware:
     host: str
     connections: int
     requests: Counter
+    origins: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.door: Callable[[Any, Any, Any], Awaitable[None]] = self.let_in
+        if self.origins:  # before the key is asked for: a browser asks for leave without it
+            self.door = CORSMiddleware(
+                self.let_in, allow_origins=self.origins, allow_methods=("GET", "POST"), allow_headers=("*",),
+                expose_headers=("x-request-id", CAPPED, "retry-after"), allow_private_network=True,
+            )  # fmt: skip
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -123,8 +135,12 @@ class AccessMiddleware:
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
+        await self.door(scope, watched_receive, watched_send)
+
+    async def let_in(self, scope: Any, receive: Any, send: Any) -> None:
+        """Hands a request on, or refuses it."""
         error = self.refusal(scope)
-        await (error_response(error, scope) if error else self.app)(scope, watched_receive, watched_send)
+        await (error_response(error, scope) if error else self.app)(scope, receive, send)
 
     def refusal(self, scope: Any) -> ApiError | None:
         """Why a request does not get in."""
@@ -143,10 +159,15 @@ class AccessMiddleware:
             what = "this server asks for no key and is called localhost only"
             return ApiError(403, "wrong_host", f"{what}: start it with --public-url for another name, or with --api-key-env")
         # The port counts: other pages of this machine are other people's, too. Behind a gateway Host may be another name.
-        if origin is None or origin.lower().partition("://")[2] == called.lower() or (self.host and host_of(origin) == self.host):
+        if (
+            origin is None
+            or origin.lower() in self.origins
+            or origin.lower().partition("://")[2] == called.lower()
+            or (self.host and host_of(origin) == self.host)
+        ):
             return None
         what = "this server asks for no key and answers no page of another site"
-        return ApiError(403, "wrong_origin", f"{what}: start it with --api-key-env, and ask with the key")
+        return ApiError(403, "wrong_origin", f"{what}: start it with --allowed-origin, or with --api-key-env and ask with the key")
 
 
 async def drain(scope: Any, receive: Any) -> None:

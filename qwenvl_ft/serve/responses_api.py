@@ -52,10 +52,10 @@ def read_chat(body: Any, most_tokens: int, passes: frozenset[str] = frozenset())
         "tools": body.get("tools") or [],
         "tool_choice": body.get("tool_choice") or "auto",
     }
-    return replace(
-        openai_api.read_chat(chat, most_tokens, passes),
-        echo=echo | {"parallel_tool_calls": body.get("parallel_tool_calls") is not False},
-    )
+    read = openai_api.read_chat(chat, most_tokens, passes)
+    if read.sampling.capped:
+        echo["max_output_tokens"] = read.sampling.max_new_tokens
+    return replace(read, echo=echo | {"parallel_tool_calls": body.get("parallel_tool_calls") is not False})
 
 
 def write_whole(chat: ChatRequest, request_id: str, pieces: Sequence[Piece]) -> dict[str, Any]:
