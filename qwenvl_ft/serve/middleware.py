@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +26,8 @@ from qwenvl_ft.serve import dashscope_api, openai_api
 from qwenvl_ft.serve.api import ApiError
 
 DRAIN_BYTES, DRAIN_SECONDS = 256 << 20, 10
+REFUSALS = 50  # a second: who is refused more often than that waits for it, or those who are answered would wait for them
+REFUSAL_SECONDS = 5  # that a refusal waits at most
 SPARE_CONNECTIONS = 400  # more than there are requests: with twice as many, all of them fit into the usual limit of 1024 files
 HEALTH, UPLOAD = ("/", "/health"), "/api/v1/uploads/files"
 FREE = {*((method, path) for method in ("GET", "HEAD") for path in HEALTH), ("POST", UPLOAD)}  # an upload shows its permit
@@ -76,6 +78,21 @@ def host_of(url: str) -> str:
         return ""
 
 
+class Pace:
+    """Lets `REFUSALS` by in a second, the first of them at once. A client that is refused asks again at once, and a refusal with
+    its connection takes a millisecond of the one thread that answers.
+    """
+
+    def __init__(self) -> None:
+        self.next = 0.0  # time of the next one, of the monotonic clock
+
+    async def turn(self) -> None:
+        now = time.monotonic()
+        self.next = min(max(self.next, now - 1) + 1 / REFUSALS, now + REFUSAL_SECONDS)
+        if self.next > now:
+            await asyncio.sleep(self.next - now)
+
+
 @dataclass
 class AccessMiddleware:
     """ASGI middleware. A path loses its `prefix`; `host` is what others may call a server without a key, beside localhost;
@@ -89,6 +106,7 @@ class AccessMiddleware:
     connections: int
     requests: Counter
     origins: Sequence[str] = ()
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
         self.door: Callable[[Any, Any, Any], Awaitable[None]] = self.let_in
@@ -121,7 +139,8 @@ class AccessMiddleware:
         async def watched_send(message: Any) -> None:
             nonlocal unread
             if message["type"] == "http.response.start":
-                status = message["status"]
+                if (status := message["status"]) == 429:
+                    await self.pace.turn()
                 self.requests.labels(dialect_of(scope["path"]), status).inc()
                 path = scope["raw_path"][:PATH_CHARS].decode("latin-1")  # as it was sent: %0a in it begins no line of the log
                 log.info("%s %s %s %d %.3f s", scope["request_id"], scope["method"], path, status, time.monotonic() - began)
@@ -139,7 +158,8 @@ class AccessMiddleware:
 
     async def let_in(self, scope: Any, receive: Any, send: Any) -> None:
         """Hands a request on, or refuses it."""
-        error = self.refusal(scope)
+        if error := self.refusal(scope):
+            await self.pace.turn()
         await (error_response(error, scope) if error else self.app)(scope, receive, send)
 
     def refusal(self, scope: Any) -> ApiError | None:
