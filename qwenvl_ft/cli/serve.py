@@ -62,8 +62,8 @@ def serve(
         Literal["transformers", "vllm"], typer.Option(help="vllm starts `vllm serve`, as installed, behind this server.")
     ] = "transformers",
     engine_url: Annotated[
-        str | None,
-        typer.Option(help="Answer with the models of a vLLM that runs already, such as http://127.0.0.1:8001; no MODEL."),
+        list[str] | None,
+        typer.Option(help="A vLLM that runs already, such as http://127.0.0.1:8001, in place of MODEL; several serve the same."),
     ] = None,
     engine_arg: Annotated[list[str] | None, typer.Option(help="An argument for `vllm serve`; several times.")] = None,
 ) -> None:
@@ -79,7 +79,7 @@ def serve(
 
     opener = Opener(bounds, map(str.lower, allow_host or []))
     folders = dict(map(_adapter, adapter or []))
-    if (model is None) == (engine_url is None):
+    if (model is None) == (not engine_url):
         raise typer.BadParameter("give the model's folder, or --engine-url", param_hint="MODEL")
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
     if engine_url and (adapter or name or engine_arg or any(chat_settings)):
@@ -96,7 +96,8 @@ def serve(
         if model:
             backend = start_vllm(model, names, folders, engine_arg or [], opener, *chat_settings)
         else:
-            backend = VllmBackend(engine_url or "", opener)
+            first, *others = engine_url or [""]
+            backend = VllmBackend(first, opener, others=others)
     else:
         from qwenvl_ft.infer.engine import open_beside
 

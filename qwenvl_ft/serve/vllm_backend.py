@@ -14,8 +14,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,34 @@ log = logging.getLogger("qwenvl_ft.serve")
 Process = subprocess.Popen[bytes]
 START_SECONDS = 1800  # a large model is read from a slow disk
 STOP_SECONDS = 15
+REST_SECONDS = 5  # that a replica which failed is asked only where no other is left
+
+
+@dataclass(eq=False)
+class Replica:
+    """A server among several that serve the same."""
+
+    url: str
+    active: int = 0  # requests under way there
+    rests_until: float = 0.0  # of the monotonic clock
+
+    @property
+    def rests(self) -> bool:
+        return time.monotonic() < self.rests_until
+
+
+class ReplicaError(Exception):
+    """A replica failed, or is full; `refusal` is what is said where no other answers either."""
+
+    def __init__(self, refusal: ApiError):
+        super().__init__(refusal.message)
+        self.refusal = refusal
 
 
 class VllmBackend:
-    """The models of the server at `url`, by their names there.
+    """The models of the server at `url`, by their names there; `others` are URLs of servers that serve the same.
 
+    A request goes to the least busy of them, and to another where that fails before the first piece of its answer.
     `chats`, where they are known, say what each model's pictures are seen within and how it is asked, `own` are the limits of the
     base's processor, which is all that vLLM knows; `decoding` is the base's. Raises UserError where it does not answer.
     """
@@ -52,19 +75,18 @@ class VllmBackend:
     passes = WORDS | FORMS
 
     def __init__(self, url: str, opener: Opener, process: Process | None = None, chats: Mapping[str, Chat] | None = None,
-                 own: Limits | None = None, decoding: Decoding | None = None):  # fmt: skip
-        self.url, self.opener, self.process, self.chats = url.rstrip("/"), opener, process, chats or {}
-        self.own, self.decoding = own, decoding
-        try:
-            # Not by a proxy that the environment names for the internet, here as below.
-            listed = httpx.get(f"{self.url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()
-            self.names = [model["id"] for model in listed["data"]]
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-            fix = "start it first: vllm serve MODEL --port 8001"
-            raise UserError(Problem(f"{url}/v1/models", "does not list models", fix)) from error
+                 own: Limits | None = None, decoding: Decoding | None = None, others: Sequence[str] = ()):  # fmt: skip
+        self.opener, self.process, self.chats, self.own, self.decoding = opener, process, chats or {}, own, decoding
+        self.replicas = [Replica(one.rstrip("/")) for one in (url, *others)]
+        self.names, *others_names = [names_at(replica.url) for replica in self.replicas]
+        for replica, names in zip(self.replicas[1:], others_names, strict=True):
+            if set(names) != set(self.names):
+                what = f"serves {', '.join(names)}, and {url} serves {', '.join(self.names)}"
+                raise UserError(
+                    Problem(replica.url, what, "give replicas of one server, started with the same --served-model-name")
+                )
         timeout, unlimited = httpx.Timeout(opener.bounds.seconds, connect=5), httpx.Limits(max_connections=None)
         self.client = httpx.AsyncClient(timeout=timeout, limits=unlimited, trust_env=False)
-        self.active = 0
 
     async def answer(self, chat: ChatRequest, request_id: str, until: float) -> Pieces:
         """Opens the pictures, asks the other server and hands on what it says; the last piece once the usage is known."""
@@ -77,16 +99,36 @@ class VllmBackend:
                 chat = replace(chat, thinking={"on": True, "off": False}.get(known.thinking))
         messages = await self.opener.open(chat, until, partial(self._write, chat), tools=True)
         body = write_request(chat, messages, self.decoding)
+        del messages
+        left, begun = [*self.replicas], False
+        while True:
+            replica = min(left, key=lambda one: (one.rests, one.active))
+            left.remove(replica)
+            try:
+                async with aclosing(self._ask(replica, body, chat.more.get("n", 1), request_id)) as pieces:
+                    async for piece in pieces:
+                        begun = True
+                        yield piece
+                return
+            except ReplicaError as failed:
+                if begun or not left:
+                    raise failed.refusal from None
+                log.warning("%s: %s failed and another is asked: %s", request_id, replica.url, failed)
+
+    async def _ask(self, replica: Replica, body: Any, num_answers: int, request_id: str) -> Pieces:
+        """What one replica says. Raises ReplicaError where another may do better, ApiError for the caller's mistake."""
         usage, ends = Usage(), list[Piece]()
-        self.active += 1
+        replica.active += 1
         try:
-            async with self.client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response:  # left, vLLM stops
-                del body
+            async with self.client.stream("POST", f"{replica.url}/v1/chat/completions", json=body) as response:  # left, vLLM stops
                 if (status := response.status_code) != 200:  # why is for our own log only
                     log.warning("%s: the engine said %s: %.500r", request_id, status, await response.aread())
                     status = status if status in (400, 404, 413, 422, 429) else 503
                     what = f"the engine behind this server refused the request (status {status})"
-                    raise ApiError(status, "engine_refused", f"{what}{why_refused(response) if status in (400, 422) else ''}")
+                    refusal = ApiError(status, "engine_refused", f"{what}{why_refused(response) if status in (400, 422) else ''}")
+                    if status in (429, 503):
+                        raise ReplicaError(refusal)
+                    raise refusal
                 async for event in read_events(response):
                     for piece in read_pieces(event, usage):
                         if piece.text or piece.delta or piece.logprobs:
@@ -95,17 +137,22 @@ class VllmBackend:
                             ends.append(piece)
                     if event.get("usage"):
                         usage = read_usage(event["usage"])
-            if len(ends) != chat.more.get("n", 1):
+            if len(ends) != num_answers:
                 raise ValueError("the answer has no end")
             for end in ends:
                 yield Piece("", end.finish, usage, end.number)
         except httpx.HTTPError:
-            raise ApiError(503, "unavailable", "the engine behind this server does not answer") from None
+            self._rest(replica)
+            raise ReplicaError(ApiError(503, "unavailable", "the engine behind this server does not answer")) from None
         except (ValueError, AttributeError, TypeError, KeyError) as error:  # it failed, or speaks another dialect
             log.warning("%s: the engine's answer broke off: %.500r", request_id, error)
-            raise model_failed() from None
+            self._rest(replica)
+            raise ReplicaError(model_failed()) from None
         finally:
-            self.active -= 1
+            replica.active -= 1
+
+    def _rest(self, replica: Replica) -> None:
+        replica.rests_until = time.monotonic() + REST_SECONDS
 
     def _write(self, chat: ChatRequest, messages: Sequence[Turn]) -> list[dict[str, Any]]:
         known = self.chats.get(chat.model)
@@ -128,8 +175,25 @@ class VllmBackend:
             atexit.unregister(end)
 
     def status(self) -> dict[str, float]:
-        """Requests under way there, from here."""
-        return {"active": self.active, "alive": self.process is None or self.process.poll() is None}
+        """Requests under way there, from here; how many replicas answer, as far as requests have shown."""
+        awake = sum(not replica.rests for replica in self.replicas)
+        alive = self.process is None or self.process.poll() is None
+        return {
+            "active": sum(replica.active for replica in self.replicas),
+            "replicas": awake,
+            "alive": alive and (awake > 0 or len(self.replicas) == 1),
+        }
+
+
+def names_at(url: str) -> list[str]:
+    """The models that a server lists. Raises UserError where it does not."""
+    try:
+        # Not by a proxy that the environment names for the internet, here as below.
+        listed = httpx.get(f"{url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()
+        return [model["id"] for model in listed["data"]]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        fix = "start it first: vllm serve MODEL --port 8001"
+        raise UserError(Problem(f"{url}/v1/models", "does not list models", fix)) from error
 
 
 def start_vllm(

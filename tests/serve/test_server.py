@@ -405,8 +405,8 @@ def test_whoever_is_refused_has_a_turn_and_nobody_else(engines, monkeypatch):
 
     monkeypatch.setattr(Pace, "turn", turn)
     with serving(engines, key="secret", max_batch=1, max_waiting=-1) as served:
-        headers = {"Authorization": "secret"}
-        for path, headers, status in ((CHAT, headers, 429), (CHAT, {}, 401), ("/nowhere", headers, 404), ("/health", {}, 200)):
+        right = {"Authorization": "secret"}
+        for path, headers, status in ((CHAT, right, 429), (CHAT, {}, 401), ("/nowhere", right, 404), ("/health", {}, 200)):
             assert httpx.request("GET" if path == "/health" else "POST", served.url + path, headers=headers).status_code == status
     assert len(turns) == 2
 
