@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import typer
@@ -16,6 +16,9 @@ from qwenvl_ft.console import print_line
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.serve.api import Backend, Bounds
 from qwenvl_ft.serve.middleware import SPARE_CONNECTIONS, is_loopback
+
+if TYPE_CHECKING:
+    from qwenvl_ft.infer.engine import Engine
 
 
 def serve(
@@ -34,6 +37,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Where to listen; anywhere but on this machine needs --api-key-env.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="LISTENING_PORT", min=0, max=65535, help="0: any that is free.")] = 8000,
     api_key_env: Annotated[str | None, typer.Option(metavar="VAR", help="The environment variable that holds the key.")] = None,
+    admin_key_env: Annotated[
+        str | None, typer.Option(metavar="VAR", help="Its key adds and takes away adapters (/v1/load_lora_adapter) while it runs.")
+    ] = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(metavar="HOST", help="Pictures are fetched from its URLs; several times. Default: none.")
     ] = None,
@@ -71,7 +77,7 @@ def serve(
 
     Example: qwenvl-ft serve data/tiny --adapter demo=runs/demo --port 8000
     """
-    key = _key(api_key_env, host)
+    key, admin_key = _key(api_key_env, host), _key_of("--admin-key-env", admin_key_env)
     origins = [*map(partial(_origin, key), allowed_origin or [])]
     listening = context.with_resource(_bind(host, port))  # closed at the command's end, however it comes
     bounds = Bounds(max_body_mib << 20, max_pictures, max_megapixels * 1_000_000, max_prompt_tokens, max_answer_tokens, timeout)
@@ -94,23 +100,29 @@ def serve(
         from qwenvl_ft.serve.vllm_backend import VllmBackend, start_vllm
 
         if model:
-            backend = start_vllm(model, names, folders, engine_arg or [], opener, *chat_settings)
+            backend = start_vllm(model, names, folders, engine_arg or [], opener, *chat_settings, changes=admin_key is not None)
         else:
             first, *others = engine_url or [""]
             backend = VllmBackend(first, opener, others=others)
     else:
-        from qwenvl_ft.infer.engine import open_beside
+        from qwenvl_ft.infer.engine import check_folders, open_adapter, open_beside
 
         engines = open_beside(model, folders, *chat_settings)
         from qwenvl_ft.serve.transformers_backend import TransformersBackend
 
         named = dict.fromkeys(names, engines[None]) | {name: engines[name] for name in folders}
-        backend = TransformersBackend(named, opener, max_batch, prefix_mib << 20)
+        base: Path = model
+
+        def opens(beside: "Engine", folder: Path, slot: str) -> "Engine":
+            check_folders(base, [folder])
+            return open_adapter(beside, base, folder, slot, *chat_settings)
+
+        backend = TransformersBackend(named, opener, max_batch, prefix_mib << 20, opens, folders)
     note_quantized(folders.values())
     from qwenvl_ft.serve.app import make_app
 
     max_requests, prefix = max_batch + max_waiting, f"/{root_path.strip('/')}".rstrip("/")
-    app = make_app(backend, opener, max_requests, key, prefix, public_url, origins)
+    app = make_app(backend, opener, max_requests, key, prefix, public_url, origins, admin_key)
     _run(app, listening, timeout, backend.names, max_requests)
 
 
@@ -137,18 +149,24 @@ def _adapter(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def _key(variable: str | None, host: str) -> str | None:
-    """The key that callers must have. Raises UserError where one is needed and there is none."""
+def _key_of(flag: str, variable: str | None) -> str | None:
+    """The key in a variable. Raises UserError where it holds none."""
     key = os.environ.get(variable, "").strip() if variable else ""
     if variable and not key:
-        raise UserError(Problem(f"--api-key-env {variable}", "is not set, or empty", f"export {variable}=... first"))
+        raise UserError(Problem(f"{flag} {variable}", "is not set, or empty", f"export {variable}=... first"))
     if not (key.isascii() and key.isprintable()):
         what = "has letters that no header can carry"
-        raise UserError(Problem(f"--api-key-env {variable}", what, "use printable ASCII, such as `openssl rand -hex 32`"))
+        raise UserError(Problem(f"{flag} {variable}", what, "use printable ASCII, such as `openssl rand -hex 32`"))
+    return key or None
+
+
+def _key(variable: str | None, host: str) -> str | None:
+    """The key that callers must have. Raises UserError where one is needed and there is none."""
+    key = _key_of("--api-key-env", variable)
     if not key and not is_loopback(host):
         what = "would answer everyone who reaches this machine, without a key"
         raise UserError(Problem(f"--host {host}", what, "put a key into the environment and name it with --api-key-env VAR"))
-    return key or None
+    return key
 
 
 def _origin(key: str | None, text: str) -> str:

@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from qwenvl_ft.errors import UserError
+
 MOST_TOKENS = 1 << 20  # that anybody asks for in earnest
 DEFAULT_TOKENS = 1024  # of an answer whose request names no bound
 MESSAGE_CHARS = 1000  # of an error's message; a caller's own text may be part of it
@@ -127,6 +129,12 @@ class Backend(Protocol):
         monotonic clock; no picture is opened later.
         """
 
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Serves one more adapter. Raises ApiError."""
+
+    async def unload_adapter(self, name: str) -> None:
+        """Ends serving an adapter, once what was asked of it is answered. Raises ApiError."""
+
     async def close(self) -> None:
         """Finishes what has begun."""
 
@@ -157,6 +165,13 @@ class ApiError(Exception):
 def unknown_model(names: Sequence[str]) -> ApiError:
     """What is said to whoever asks for a model that is not here."""
     return ApiError(404, "model_not_found", f"no model of this name is served here, but {', '.join(names)}")
+
+
+def invalid_adapter(error: UserError) -> ApiError:
+    """What is wrong with an adapter's folder, as whoever has the admin key gets it."""
+    return ApiError(
+        400, "invalid_adapter", "; ".join(f"{problem.where}: {problem.what}: {problem.fix}" for problem in error.problems)
+    )
 
 
 def no_thoughts() -> ApiError:

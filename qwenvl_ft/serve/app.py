@@ -25,6 +25,7 @@ from starlette.routing import Route
 from qwenvl_ft.serve import dashscope_api, openai_api, responses_api
 from qwenvl_ft.serve.api import ApiError, Backend, Bounds, ChatRequest, Piece, Usage, read_json, unknown_model
 from qwenvl_ft.serve.middleware import (
+    ADMIN,
     CAPPED,
     HEALTH,
     SPARE_CONNECTIONS,
@@ -189,12 +190,13 @@ async def read_body(request: Request, state: State) -> bytes:
 
 def make_app(
     backend: Backend, opener: Opener, max_requests: int, key: str | None = None, prefix: str = "", public_url: str = "",
-    origins: Sequence[str] = (),
+    origins: Sequence[str] = (), admin_key: str | None = None,
 ) -> AccessMiddleware:  # fmt: skip
     """The application; it holds `max_requests` at a time, each within the opener's bounds, as the backend does.
 
     Its routes answer below `prefix`, too, as behind a gateway that does not strip it. `public_url` is where clients reach it,
-    if not where they say they do; pages of `origins` may ask. It needs uvicorn with the TimeoutProtocol.
+    if not where they say they do; pages of `origins` may ask. Adapters can be added and taken away with the
+    `admin_key` where there is one. It needs uvicorn with the TimeoutProtocol.
     """
     state, uploads = State(backend, opener.bounds, max_requests), opener.uploads
 
@@ -232,6 +234,18 @@ def make_app(
             state.held_bytes -= len(body)
         return Response(status_code=200)
 
+    async def change_adapters(request: Request) -> Response:
+        body = await read_body(request, state)
+        state.held_bytes -= len(body)
+        asked, loads = read_json(body), request.scope["path"] == ADMIN[0]
+        wanted = ("lora_name", "lora_path")[: 1 + loads]
+        given: list[Any] = [asked.get(key) if isinstance(asked, dict) else None for key in wanted]
+        if not all(isinstance(value, str) and value for value in given):
+            raise ApiError(400, "invalid_request", f"the body must have {' and '.join(wanted)}")
+        await (backend.load_adapter if loads else backend.unload_adapter)(*given)
+        log.info("%s %s %s", request.scope["request_id"], "added" if loads else "took away", given[0])
+        return json_response({"status": "ok", "models": backend.names})
+
     openai, dashscope = ChatEndpoint(state, openai_api), ChatEndpoint(state, dashscope_api)
     routes = [Route(path, openai, methods=["POST"]) for path in CHAT]
     responses = ChatEndpoint(state, responses_api)
@@ -239,6 +253,9 @@ def make_app(
     routes += [Route(path, health) for path in HEALTH] + [Route(path, models) for path in MODELS]
     routes += [Route(f"{path}/{{name:path}}", model) for path in MODELS] + [Route("/metrics", metrics)]
     routes += [Route(GENERATION, dashscope, methods=["POST"]), Route(PERMIT, permit), Route(UPLOAD, upload, methods=["POST"])]
+
+    if admin_key:
+        routes += [Route(path, change_adapters, methods=["POST"]) for path in ADMIN]
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -249,7 +266,7 @@ def make_app(
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False  # it would lead to whatever the client calls its Host
     most, host = max_requests + SPARE_CONNECTIONS, host_of(public_url)
-    return AccessMiddleware(app, key, prefix, host, most, state.requests, origins)
+    return AccessMiddleware(app, key, prefix, host, most, state.requests, origins, admin_key)
 
 
 async def _refuse(request: Request, error: Any) -> Response:

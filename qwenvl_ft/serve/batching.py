@@ -8,17 +8,19 @@ One thread owns the model. Base and adapters share its weights; each has a batch
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import Empty, Queue
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 from torch.nn import functional
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.infer.prefixes import PREFIX_BYTES, Prefixes, Prompt
@@ -26,6 +28,7 @@ from qwenvl_ft.serve.api import Sampling
 from qwenvl_ft.serve.schema import Grammar
 
 log = logging.getLogger("qwenvl_ft.serve")
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -119,6 +122,7 @@ class Batcher:
         # Nor can it be cut to what two prompts have in common.
         self.prefixes = Prefixes(0 if engine.chat.family.linear_attention else prefix_bytes)
         self.waiting: Queue[Request | None] = Queue()
+        self.jobs: Queue[tuple[Callable[[], Any], Future[Any]]] = Queue()
         self.batches: dict[str | None, _Batch] = {}
         self.chat = engine.chat
         self.ends = set(self.model.generation_config.eos_token_id)
@@ -136,6 +140,26 @@ class Batcher:
         """Requests under way."""
         return sum(len(batch.requests) for batch in list(self.batches.values()))
 
+    def call(self, act: Callable[[], T]) -> "Future[T]":
+        """Does something with the model between two tokens; what it makes of it is there once it is done."""
+        future: Future[T] = Future()
+        self.jobs.put((act, future))
+        self.submit(Request(None, None, Sampling(), lambda *_: None, cancelled=True))  # wakes the thread
+        return future
+
+    def _do_jobs(self) -> None:
+        while not self.jobs.empty():
+            act, future = self.jobs.get()
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    future.set_result(act())
+            except (UserError, RuntimeError, ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+                future.set_exception(error)
+            except BaseException as error:  # it ends the thread, and whoever waits is told
+                future.set_exception(error)
+                raise
+            self.adapter = ""  # whatever was switched on
+
     def submit(self, request: Request) -> None:
         """Queues a request; its pieces come to its `on_piece`."""
         self.waiting.put(request)
@@ -151,6 +175,7 @@ class Batcher:
     def _run(self) -> None:
         try:
             while not (self.closed and not self.active):
+                self._do_jobs()
                 self._admit()
                 for name, batch in list(self.batches.items()):
                     batch.keep([row for row, request in enumerate(batch.requests) if not request.cancelled])
@@ -167,7 +192,7 @@ class Batcher:
 
     def _admit(self) -> None:
         """Takes waiting requests in; sleeps while there is nothing to do."""
-        while not self.closed and self.active < self.max_batch:
+        while not self.closed and self.active < self.max_batch and self.jobs.empty():
             try:
                 request = self.waiting.get(block=not self.active)
             except Empty:

@@ -30,6 +30,7 @@ REFUSALS = 50  # a second: who is refused more often than that waits for it, or 
 REFUSAL_SECONDS = 5  # that a refusal waits at most
 SPARE_CONNECTIONS = 400  # more than there are requests: with twice as many, all of them fit into the usual limit of 1024 files
 HEALTH, UPLOAD = ("/", "/health"), "/api/v1/uploads/files"
+ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # vLLM's names; with the admin key, and only where there is one
 FREE = {*((method, path) for method in ("GET", "HEAD") for path in HEALTH), ("POST", UPLOAD)}  # an upload shows its permit
 CAPPED = "x-max-tokens-capped"  # on an answer whose request asked for more tokens than an answer may have: how many it may
 PATH_CHARS = 200  # of a path in the log
@@ -106,6 +107,7 @@ class AccessMiddleware:
     connections: int
     requests: Counter
     origins: Sequence[str] = ()
+    admin_key: str | None = None
     pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
@@ -169,8 +171,9 @@ class AccessMiddleware:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         if len(scope["state"]["connections"]) > self.connections:
             return ApiError(503, "too_many_connections", "too many clients are connected: try again later")
-        if self.key is not None:
-            if is_allowed(headers.get("authorization"), self.key):
+        key = self.admin_key if scope["path"] in ADMIN and self.admin_key else self.key
+        if key is not None:
+            if is_allowed(headers.get("authorization"), key):
                 return None
             return ApiError(401, "invalid_api_key", "the key is wrong or missing: send it as Authorization")
         called = headers.get("host", "")

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +32,19 @@ from qwenvl_ft.folders.adapter import beyond_vllm, vllm_rank
 from qwenvl_ft.folders.model import read_model_json
 from qwenvl_ft.infer.decoding import Decoding, read_decoding
 from qwenvl_ft.infer.engine import check_folders
-from qwenvl_ft.serve.api import FORMS, WORDS, ApiError, ChatRequest, Piece, Pieces, Usage, model_failed, no_thoughts, unknown_model
+from qwenvl_ft.serve.api import (
+    FORMS,
+    WORDS,
+    ApiError,
+    ChatRequest,
+    Piece,
+    Pieces,
+    Usage,
+    invalid_adapter,
+    model_failed,
+    no_thoughts,
+    unknown_model,
+)
 from qwenvl_ft.serve.open_request import Opener
 from qwenvl_ft.serve.vllm_request import read_events, read_pieces, read_usage, sized, with_calls, write_message, write_request
 
@@ -67,7 +79,8 @@ class ReplicaError(Exception):
 class VllmBackend:
     """The models of the server at `url`, by their names there; `others` are URLs of servers that serve the same.
 
-    A request goes to the least busy of them, and to another where that fails before the first piece of its answer.
+    A request goes to the least busy of them, and to another where that fails before the first piece of its answer. `opens` says how
+    one more adapter is asked, and what is wrong with it.
     `chats`, where they are known, say what each model's pictures are seen within and how it is asked, `own` are the limits of the
     base's processor, which is all that vLLM knows; `decoding` is the base's. Raises UserError where it does not answer.
     """
@@ -75,8 +88,10 @@ class VllmBackend:
     passes = WORDS | FORMS
 
     def __init__(self, url: str, opener: Opener, process: Process | None = None, chats: Mapping[str, Chat] | None = None,
-                 own: Limits | None = None, decoding: Decoding | None = None, others: Sequence[str] = ()):  # fmt: skip
-        self.opener, self.process, self.chats, self.own, self.decoding = opener, process, chats or {}, own, decoding
+                 own: Limits | None = None, decoding: Decoding | None = None, others: Sequence[str] = (),
+                 opens: Callable[[Path], Chat] | None = None):  # fmt: skip
+        self.opener, self.process, self.chats, self.own, self.decoding = opener, process, dict(chats or {}), own, decoding
+        self.opens = opens
         self.replicas = [Replica(one.rstrip("/")) for one in (url, *others)]
         self.names, *others_names = [names_at(replica.url) for replica in self.replicas]
         for replica, names in zip(self.replicas[1:], others_names, strict=True):
@@ -166,6 +181,44 @@ class VllmBackend:
             )
         return written
 
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Has every replica serve one more adapter; those that did give it up again where one refuses. Raises ApiError."""
+        if name in self.names:
+            raise ApiError(400, "exists", f"{name} is served already: take it away first")
+        try:
+            chat = await asyncio.to_thread(self.opens, Path(folder)) if self.opens else None
+        except UserError as error:
+            raise invalid_adapter(error) from error
+        for number, replica in enumerate(self.replicas):
+            try:
+                await self._change(replica, "load", {"lora_name": name, "lora_path": folder})
+            except ApiError:
+                for earlier in self.replicas[:number]:
+                    await self._change(earlier, "unload", {"lora_name": name})
+                raise
+        self.names.append(name)
+        self.chats |= {name: chat} if chat else {}
+
+    async def unload_adapter(self, name: str) -> None:
+        """Has every replica end serving an adapter. Raises ApiError."""
+        for replica in self.replicas:
+            await self._change(replica, "unload", {"lora_name": name})
+        self.names.remove(name)
+        self.chats.pop(name, None)
+
+    async def _change(self, replica: Replica, what: str, body: dict[str, str]) -> None:
+        try:
+            response = await self.client.post(f"{replica.url}/v1/{what}_lora_adapter", json=body)
+        except httpx.HTTPError:
+            raise ApiError(503, "unavailable", f"the engine at {replica.url} does not answer") from None
+        if response.status_code == 404 and "lora" not in response.text.lower():
+            what = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve ... --enable-lora"
+            raise ApiError(400, "unsupported_parameter", f"the engine at {replica.url} changes no adapters: start it as {what}")
+        if response.status_code != 200:
+            raise ApiError(
+                400 if response.status_code < 500 else 503, "engine_refused", f"the engine refused it{why_refused(response)}"
+            )
+
     async def close(self) -> None:
         """Ends the connections, and the engine if it was started here."""
         await self.client.aclose()
@@ -199,19 +252,14 @@ def names_at(url: str) -> list[str]:
 def start_vllm(
     model: Path, names: Sequence[str], adapters: Mapping[str, Path], arguments: Sequence[str], opener: Opener,
     min_pixels: int | None = None, max_pixels: int | None = None, thinking: Thinking | None = None,
-    video_max_pixels: int | None = None,
+    video_max_pixels: int | None = None, changes: bool = False,
 ) -> VllmBackend:  # fmt: skip
     """Starts `vllm serve` on loopback and waits until it is up. It ends with this process, however that ends but by SIGKILL.
 
-    Raises UserError for what is wrong with the folders, and where it is not installed or ends.
+    With `changes` adapters can be added and taken away while it runs. Raises UserError for what is wrong with the folders, and
+    where it is not installed or ends.
     """
-    check_folders(model, adapters.values())
-    if problems := [
-        Problem(str(folder), f"vLLM does not take its {', '.join(more)}",
-                "merge it with `qwenvl-ft export`, and serve what comes of it")
-        for folder in adapters.values() if (more := beyond_vllm(folder))
-    ]:  # fmt: skip
-        raise UserError(*problems)
+    check_vllm(model, adapters.values())
     settings = min_pixels, max_pixels, thinking, video_max_pixels
     base = open_chat(model, *settings)
     chats = dict.fromkeys(names, base)
@@ -224,6 +272,8 @@ def start_vllm(
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", *names]
+    if changes and not adapters:
+        command += ["--enable-lora"]
     if adapters:
         rank = max(int(read_model_json(folder / "adapter_config.json")["r"]) for folder in adapters.values())
         command += ["--enable-lora", "--max-lora-rank", str(vllm_rank(rank) or rank)]
@@ -240,15 +290,34 @@ def start_vllm(
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one; the server has its own SIGTERM once it runs
             signal.signal(number, _stop)
     # In a session of its own Ctrl-C does not end it before the answers that have begun.
-    process = subprocess.Popen([*command, *arguments], start_new_session=True)
+    environment = os.environ | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if changes else {})
+    process = subprocess.Popen([*command, *arguments], start_new_session=True, env=environment)
     atexit.register(end, process)
     until = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < until:
         with suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
-                return VllmBackend(url, opener, process, chats, read_limits(model), read_decoding(model, base.tokenizer))
+                limits, decoding = read_limits(model), read_decoding(model, base.tokenizer)
+
+                def opens(folder: Path) -> Chat:
+                    check_vllm(model, [folder])
+                    return open_chat(model, *settings, folder)
+
+                return VllmBackend(url, opener, process, chats, limits, decoding, opens=opens)
         time.sleep(0.5)
     raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))
+
+
+def check_vllm(model: Path, adapters: Iterable[Path]) -> None:
+    """Raises UserError for what is wrong with the folders, and for what vLLM does not take of an adapter."""
+    adapters = [*adapters]
+    check_folders(model, adapters)
+    if problems := [
+        Problem(str(folder), f"vLLM does not take its {', '.join(more)}",
+                "merge it with `qwenvl-ft export`, and serve what comes of it")
+        for folder in adapters if (more := beyond_vllm(folder))
+    ]:  # fmt: skip
+        raise UserError(*problems)
 
 
 def tool_parser(template: Template) -> str:
