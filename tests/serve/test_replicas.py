@@ -33,13 +33,15 @@ class Behind:
         self.backend.client = httpx.AsyncClient(transport=httpx.MockTransport(self.answer))
         self.asked, self.does = Counter(), {}
         self.most = Counter()  # at a time
+        self.waits_for = 0  # requests that must be here before any is answered
 
     async def answer(self, request: httpx.Request) -> httpx.Response:
         host = request.url.host
         self.asked[host] += 1
         here = next(replica for replica in self.backend.replicas if replica.url == f"http://{host}")
         self.most[host] = max(self.most[host], here.active)
-        await asyncio.sleep(0.001)
+        while self.asked.total() < self.waits_for:
+            await asyncio.sleep(0.001)
         does = self.does.get(host, 200)
         if isinstance(does, Exception):
             raise does
@@ -61,6 +63,7 @@ def behind(monkeypatch):
 
 
 def test_the_least_busy_is_asked(behind):
+    behind.waits_for = 30
     assert behind.together(30) == ["ok"] * 30
     assert behind.asked == {"a": 10, "b": 10, "c": 10} and set(behind.most.values()) == {10}
     assert behind.backend.status() == {"active": 0, "replicas": 3, "alive": True}
