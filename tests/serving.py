@@ -76,11 +76,13 @@ class Served:
 
 
 @contextmanager
-def serving(engines, key=None, bounds=BOUNDS, max_batch=16, max_waiting=64, hosts=(), prefix="", public_url="") -> Iterator[Served]:
+def serving(
+    engines, key=None, bounds=BOUNDS, max_batch=16, max_waiting=64, hosts=(), prefix="", public_url="", origins=()
+) -> Iterator[Served]:
     """A server over these engines, stopped at the end."""
     opener = Opener(bounds, hosts)
     backend = TransformersBackend(engines, opener, max_batch)
-    served = Served(make_app(backend, opener, max_batch + max_waiting, key, prefix, public_url), backend)
+    served = Served(make_app(backend, opener, max_batch + max_waiting, key, prefix, public_url, origins), backend)
     try:
         yield served
     finally:

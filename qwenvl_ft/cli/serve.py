@@ -4,8 +4,10 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import typer
 
@@ -14,6 +16,9 @@ from qwenvl_ft.console import print_line
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.serve.api import Backend, Bounds
 from qwenvl_ft.serve.middleware import SPARE_CONNECTIONS, is_loopback
+
+if TYPE_CHECKING:
+    from qwenvl_ft.infer.engine import Engine
 
 
 def serve(
@@ -32,8 +37,15 @@ def serve(
     host: Annotated[str, typer.Option(help="Where to listen; anywhere but on this machine needs --api-key-env.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="LISTENING_PORT", min=0, max=65535, help="0: any that is free.")] = 8000,
     api_key_env: Annotated[str | None, typer.Option(metavar="VAR", help="The environment variable that holds the key.")] = None,
+    admin_key_env: Annotated[
+        str | None, typer.Option(metavar="VAR", help="Its key adds and takes away adapters (/v1/load_lora_adapter) while it runs.")
+    ] = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(metavar="HOST", help="Pictures are fetched from its URLs; several times. Default: none.")
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Pages of it, such as https://example.com, may ask from a browser; several times."),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests answered at a time.")] = 16,
     prefix_mib: Annotated[
@@ -46,7 +58,9 @@ def serve(
         int, typer.Option(min=1, help="Of one picture, before it is resized; all of a request may have twice as many.")
     ] = Bounds.picture_pixels // 1_000_000,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a question, pictures included.")] = Bounds.prompt_tokens,
-    max_answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a request may ask for.")] = Bounds.answer_tokens,
+    max_answer_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of an answer; a request for more is capped, and told.")
+    ] = Bounds.answer_tokens,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for a request, waiting included.")] = Bounds.seconds,
     root_path: Annotated[str, typer.Option(help="Answer below this path, too: /api/predict/NAME behind a gateway.")] = "",
     public_url: Annotated[str, typer.Option(help="Where clients reach the server, for DashScope's uploads.")] = "",
@@ -54,8 +68,8 @@ def serve(
         Literal["transformers", "vllm"], typer.Option(help="vllm starts `vllm serve`, as installed, behind this server.")
     ] = "transformers",
     engine_url: Annotated[
-        str | None,
-        typer.Option(help="Answer with the models of a vLLM that runs already, such as http://127.0.0.1:8001; no MODEL."),
+        list[str] | None,
+        typer.Option(help="A vLLM that runs already, such as http://127.0.0.1:8001, in place of MODEL; several serve the same."),
     ] = None,
     engine_arg: Annotated[list[str] | None, typer.Option(help="An argument for `vllm serve`; several times.")] = None,
 ) -> None:
@@ -63,14 +77,15 @@ def serve(
 
     Example: qwenvl-ft serve data/tiny --adapter demo=runs/demo --port 8000
     """
-    key = _key(api_key_env, host)
+    key, admin_key = _key(api_key_env, host), _key_of("--admin-key-env", admin_key_env)
+    origins = [*map(partial(_origin, key), allowed_origin or [])]
     listening = context.with_resource(_bind(host, port))  # closed at the command's end, however it comes
     bounds = Bounds(max_body_mib << 20, max_pictures, max_megapixels * 1_000_000, max_prompt_tokens, max_answer_tokens, timeout)
     from qwenvl_ft.serve.open_request import Opener
 
     opener = Opener(bounds, map(str.lower, allow_host or []))
     folders = dict(map(_adapter, adapter or []))
-    if (model is None) == (engine_url is None):
+    if (model is None) == (not engine_url):
         raise typer.BadParameter("give the model's folder, or --engine-url", param_hint="MODEL")
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
     if engine_url and (adapter or name or engine_arg or any(chat_settings)):
@@ -85,22 +100,29 @@ def serve(
         from qwenvl_ft.serve.vllm_backend import VllmBackend, start_vllm
 
         if model:
-            backend = start_vllm(model, names, folders, engine_arg or [], opener, *chat_settings)
+            backend = start_vllm(model, names, folders, engine_arg or [], opener, *chat_settings, changes=admin_key is not None)
         else:
-            backend = VllmBackend(engine_url or "", opener)
+            first, *others = engine_url or [""]
+            backend = VllmBackend(first, opener, others=others)
     else:
-        from qwenvl_ft.infer.engine import open_beside
+        from qwenvl_ft.infer.engine import check_folders, open_adapter, open_beside
 
         engines = open_beside(model, folders, *chat_settings)
         from qwenvl_ft.serve.transformers_backend import TransformersBackend
 
         named = dict.fromkeys(names, engines[None]) | {name: engines[name] for name in folders}
-        backend = TransformersBackend(named, opener, max_batch, prefix_mib << 20)
+        base: Path = model
+
+        def opens(beside: "Engine", folder: Path, slot: str) -> "Engine":
+            check_folders(base, [folder])
+            return open_adapter(beside, base, folder, slot, *chat_settings)
+
+        backend = TransformersBackend(named, opener, max_batch, prefix_mib << 20, opens, folders)
     note_quantized(folders.values())
     from qwenvl_ft.serve.app import make_app
 
     max_requests, prefix = max_batch + max_waiting, f"/{root_path.strip('/')}".rstrip("/")
-    app = make_app(backend, opener, max_requests, key, prefix, public_url)
+    app = make_app(backend, opener, max_requests, key, prefix, public_url, origins, admin_key)
     _run(app, listening, timeout, backend.names, max_requests)
 
 
@@ -127,18 +149,39 @@ def _adapter(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def _key(variable: str | None, host: str) -> str | None:
-    """The key that callers must have. Raises UserError where one is needed and there is none."""
+def _key_of(flag: str, variable: str | None) -> str | None:
+    """The key in a variable. Raises UserError where it holds none."""
     key = os.environ.get(variable, "").strip() if variable else ""
     if variable and not key:
-        raise UserError(Problem(f"--api-key-env {variable}", "is not set, or empty", f"export {variable}=... first"))
+        raise UserError(Problem(f"{flag} {variable}", "is not set, or empty", f"export {variable}=... first"))
     if not (key.isascii() and key.isprintable()):
         what = "has letters that no header can carry"
-        raise UserError(Problem(f"--api-key-env {variable}", what, "use printable ASCII, such as `openssl rand -hex 32`"))
+        raise UserError(Problem(f"{flag} {variable}", what, "use printable ASCII, such as `openssl rand -hex 32`"))
+    return key or None
+
+
+def _key(variable: str | None, host: str) -> str | None:
+    """The key that callers must have. Raises UserError where one is needed and there is none."""
+    key = _key_of("--api-key-env", variable)
     if not key and not is_loopback(host):
         what = "would answer everyone who reaches this machine, without a key"
         raise UserError(Problem(f"--host {host}", what, "put a key into the environment and name it with --api-key-env VAR"))
-    return key or None
+    return key
+
+
+def _origin(key: str | None, text: str) -> str:
+    """An origin as browsers send it. Raises UserError for what is none, and for any page at all where there is no key."""
+    origin = text.lower()
+    if origin == "*" and not key:
+        raise UserError(
+            Problem("--allowed-origin *", "would answer every page on the web, without a key", "name the page's origin")
+        )
+    parts = urlsplit(origin)
+    if origin != "*" and (not parts.scheme or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
+        raise UserError(
+            Problem(f"--allowed-origin {text}", "is no origin", "write https://example.com, with the port if it has one")
+        )
+    return origin
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -244,19 +244,26 @@ def open_beside(model_dir: Path, adapters: Mapping[str, Path], min_pixels: int |
     """
     check_folders(model_dir, adapters.values())
     check_mergers(adapters.values())
-    from qwenvl_ft.model.load import add_adapter, limited, open_processor
-
-    base = Engine.open(model_dir, None, False, min_pixels, max_pixels, thinking, video_max_pixels)
-    model = base.model
+    base = last = Engine.open(model_dir, None, False, min_pixels, max_pixels, thinking, video_max_pixels)
     engines: dict[str | None, Engine] = {None: base}
     for number, (name, folder) in enumerate(adapters.items()):
-        slot = f"adapter_{number}"  # PEFT takes no name with a dot
-        model = add_adapter(model, folder, slot, model_dir)
-        chat = open_chat(model_dir, min_pixels, max_pixels, thinking, video_max_pixels, folder)
-        processor, reading = limited(open_processor(model_dir, folder), chat), reading_of(processor_folder(model_dir, folder))
-        engines[name] = replace(base, processor=processor, chat=chat, adapter=slot, reading=reading)
-    model = model.to(base.model.device).eval()
-    return {name: replace(engine, model=model) for name, engine in engines.items()}
+        last = open_adapter(
+            last, model_dir, folder, f"adapter_{number}", min_pixels, max_pixels, thinking, video_max_pixels
+        )  # PEFT takes no name with a dot
+        engines[name] = last
+    return {name: replace(engine, model=last.model) for name, engine in engines.items()}
+
+
+def open_adapter(beside: Engine, model_dir: Path, folder: Path, slot: str, min_pixels: int | None = None,
+                 max_pixels: int | None = None, thinking: Thinking | None = None,
+                 video_max_pixels: int | None = None) -> Engine:  # fmt: skip
+    """One more adapter on the weights of an engine, as `slot`; the model is wrapped where it was the first. Raises UserError."""
+    from qwenvl_ft.model.load import add_adapter, limited, open_processor
+
+    model = add_adapter(beside.model, folder, slot, model_dir).to(beside.model.device).eval()
+    chat = open_chat(model_dir, min_pixels, max_pixels, thinking, video_max_pixels, folder)
+    processor, reading = limited(open_processor(model_dir, folder), chat), reading_of(processor_folder(model_dir, folder))
+    return replace(beside, model=model, processor=processor, chat=chat, adapter=slot, reading=reading)
 
 
 def check_mergers(adapters: Iterable[Path]) -> None:

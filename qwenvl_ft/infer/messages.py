@@ -40,9 +40,10 @@ def open_anywhere(source: str) -> bytes:
 
 
 def read_messages(messages: Sequence[Any], open_source: Fetch = open_anywhere, allowance: Allowance | None = None,
-                  reading: Reading = AS_FOUND) -> list[Turn]:  # fmt: skip
+                  reading: Reading = AS_FOUND, tools: bool = False, goes_on: bool = False) -> list[Turn]:  # fmt: skip
     """The messages with their pictures and videos open. `open_source` brings what is not a data: URL; `reading` says how videos
-    are drawn that do not say it themselves.
+    are drawn that do not say it themselves. With `tools` there may be their answers, and calls, which the caller keeps; with
+    `goes_on` the assistant's text at the end is what an answer begins with.
 
     Raises UserError with the problems of all messages.
     """
@@ -57,10 +58,10 @@ def read_messages(messages: Sequence[Any], open_source: Fetch = open_anywhere, a
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
+        if role not in ROLES and not (tools and role == "tool"):
             problems.append(Problem(f"{where}.role", f"is {str(role)[:40]!r}", f"write one of {', '.join(ROLES)}"))
             continue
-        if message.get("tool_calls"):
+        if message.get("tool_calls") and not tools:
             problems.append(Problem(f"{where}.tool_calls", "are not read", "ask with a Record of its turns and tools"))
             continue
         try:
@@ -73,8 +74,14 @@ def read_messages(messages: Sequence[Any], open_source: Fetch = open_anywhere, a
         found.append(Turn(role, parts))
     if problems:
         raise UserError(*problems)
-    if found[-1].role == "assistant":
-        raise UserError(Problem("messages", "end with the assistant", "end with a message of the user"))
+    if (found[-1].role == "assistant") != goes_on:
+        what, fix = ("end with the assistant", "end with a message of the user")
+        if goes_on:
+            what, fix = (
+                "do not end with the assistant",
+                "end with what the answer is to begin with, or leave continue_final_message out",
+            )
+        raise UserError(Problem("messages", what, fix))
     return found
 
 

@@ -6,26 +6,50 @@ Nothing here opens a picture or knows a model.
 import json
 import re
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
+from qwenvl_ft.errors import UserError
+
+MOST_TOKENS = 1 << 20  # that anybody asks for in earnest
 DEFAULT_TOKENS = 1024  # of an answer whose request names no bound
 MESSAGE_CHARS = 1000  # of an error's message; a caller's own text may be part of it
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 JSON_VALUES = 200_000  # a body of millions of [] keeps every other request waiting for seconds while it is read
-# What would change an answer and is not done here, with the values that ask for nothing.
+# What would change an answer and only some backends do, with the values that ask for nothing.
 UNSUPPORTED = {
     "n": (None, 1), "tools": (None, []), "functions": (None, []), "response_format": (None, {"type": "text"}),
+    "continue_final_message": (None, False),
     "logit_bias": (None, {}), "logprobs": (None, False), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
     "min_p": (None, 0), "stop_token_ids": (None, []), "guided_json": (None,),
     "tool_choice": (None, "none", "auto"), "modalities": (None, ["text"]), "top_logprobs": (None, 0), "echo": (None, False),
     "vl_high_resolution_images": (None, False),
 }  # fmt: skip
+# Of these, what says which words may come, and what gives an answer another form than one text.
+WORDS = frozenset({"response_format", "logit_bias", "presence_penalty", "frequency_penalty", "min_p", "stop_token_ids"})
+FORMS = frozenset({"n", "tools", "tool_choice", "logprobs", "top_logprobs", "continue_final_message"})
+RANGES = {  # of those that are numbers: from, to, whether whole
+    "n": (1, 16, True), "top_logprobs": (0, 20, True), "min_p": (0, 1, False),
+    "presence_penalty": (-2, 2, False), "frequency_penalty": (-2, 2, False),
+}  # fmt: skip
+
+
+KINDS = {
+    "tools": list,
+    "stop_token_ids": list,
+    "response_format": dict,
+    "logit_bias": dict,
+    "logprobs": bool,
+    "continue_final_message": bool,
+}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn. A temperature of 0 takes the likeliest token; no `repetition_penalty`: the model's own."""
+    """How an answer is drawn. A temperature of 0 takes the likeliest token; no `repetition_penalty`: the model's own.
+
+    `capped`: more tokens were asked for than an answer may have.
+    """
 
     max_new_tokens: int = DEFAULT_TOKENS
     temperature: float = 0.0
@@ -34,6 +58,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     repetition_penalty: float | None = None
+    capped: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +66,8 @@ class ChatRequest:
     """A request. `messages` are as they were sent, nothing in them opened; no model named: the first that is served.
 
     `increments`: the events of a stream hold pieces, not the text so far. `min_pixels` and `max_pixels` are for pictures that
-    have no bounds of their own. `thinking` replaces what the model's chat template does by itself.
+    have no bounds of their own. `thinking` replaces what the model's chat template does by itself. `more` are keys of OpenAI's
+    that the backend `passes`, as they were sent; `echo` is what the answer repeats.
     """
 
     model: str
@@ -53,6 +79,8 @@ class ChatRequest:
     min_pixels: int | None = None
     max_pixels: int | None = None
     thinking: bool | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+    echo: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,20 +99,41 @@ class Usage:
         return {"text_tokens": self.input - self.image - self.video, "image_tokens": self.image, "video_tokens": self.video}
 
 
-Pieces = AsyncGenerator[tuple[str, str | None, Usage], None]
+class Piece(NamedTuple):
+    """A piece of the answer `number` of `n`, with the tokens so far; its last has a finish: stop, length or tool_calls.
+
+    `delta` is what OpenAI's message has beside its text, `logprobs` as OpenAI writes them.
+    """
+
+    text: str
+    finish: str | None
+    usage: Usage
+    number: int = 0
+    delta: dict[str, Any] = {}  # noqa: RUF012  nobody writes into it
+    logprobs: Any = None
+
+
+Pieces = AsyncGenerator[Piece, None]
 
 
 class Backend(Protocol):
     """Something that answers: the models of this process, or another server."""
 
     names: list[str]  # of its models
+    passes: frozenset[str]  # of the keys in UNSUPPORTED, those that it does
 
     def answer(self, chat: ChatRequest, request_id: str, until: float) -> Pieces:
-        """Pieces of text, each with the tokens so far; only the last has a finish: stop or length. Closing it stops the model.
+        """Pieces of the answer, or of its `n` answers; nothing follows the last one's finish. Closing it stops the model.
 
         Raises ApiError for what is wrong with the question, and where the model fails. Whoever asks ends it at `until`, of the
         monotonic clock; no picture is opened later.
         """
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Serves one more adapter. Raises ApiError."""
+
+    async def unload_adapter(self, name: str) -> None:
+        """Ends serving an adapter, once what was asked of it is answered. Raises ApiError."""
 
     async def close(self) -> None:
         """Finishes what has begun."""
@@ -116,6 +165,13 @@ class ApiError(Exception):
 def unknown_model(names: Sequence[str]) -> ApiError:
     """What is said to whoever asks for a model that is not here."""
     return ApiError(404, "model_not_found", f"no model of this name is served here, but {', '.join(names)}")
+
+
+def invalid_adapter(error: UserError) -> ApiError:
+    """What is wrong with an adapter's folder, as whoever has the admin key gets it."""
+    return ApiError(
+        400, "invalid_adapter", "; ".join(f"{problem.where}: {problem.what}: {problem.fix}" for problem in error.problems)
+    )
 
 
 def no_thoughts() -> ApiError:
@@ -152,25 +208,37 @@ def read_thinking(values: dict[str, Any]) -> bool | None:
     return asked[0] if asked else None
 
 
+def read_more(values: dict[str, Any], passes: frozenset[str]) -> dict[str, Any]:
+    """What a request asks for beyond Sampling, of the keys that are passed on; raises ApiError for another and a wrong number."""
+    asked = {key for key, idle in UNSUPPORTED.items() if values.get(key) not in idle}
+    if refused := asked - passes:
+        raise ApiError(400, "unsupported_parameter", f"{', '.join(sorted(refused))} is not supported here: leave it out")
+    if "tools" in asked:  # which alone give these a meaning
+        asked |= {key for key in ("tool_choice", "parallel_tool_calls") if values.get(key) is not None}
+    if wrong := [key for key in sorted(asked & KINDS.keys()) if not isinstance(values[key], KINDS[key])]:
+        raise ApiError(400, "invalid_parameter", f"{wrong[0]} is of a wrong kind")
+    numbers = {key: read_number(values, key, *RANGES[key]) for key in asked & RANGES.keys()}
+    return {key: numbers.get(key, values[key]) for key in sorted(asked)}
+
+
 def read_sampling(values: dict[str, Any], max_tokens_keys: tuple[str, ...], most: int) -> Sampling:
-    """Sampling from a request's parameters, of at most `most` tokens; raises ApiError naming the one that is wrong."""
-    for key, idle in UNSUPPORTED.items():
-        if values.get(key) not in idle:
-            raise ApiError(400, "unsupported_parameter", f"{key} is not supported here: leave it out")
-    tokens = [read_number(values, key, 1, most, whole=True) for key in max_tokens_keys]
+    """Sampling from a request's parameters, of at most `most` tokens, whatever is asked; raises ApiError naming what is wrong."""
+    tokens = [read_number(values, key, 1, max(most, MOST_TOKENS), whole=True) for key in max_tokens_keys]
+    wanted = next((number for number in tokens if number), min(DEFAULT_TOKENS, most))
     stop = values.get("stop")
     words = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(words, list) or len(words) > 16 or not all(isinstance(word, str) and 0 < len(word) <= 256 for word in words):
         raise ApiError(400, "invalid_parameter", "stop must be a string or a list of at most 16 strings")
     top_p = read_number(values, "top_p", 0, 1)
     return Sampling(
-        max_new_tokens=next((number for number in tokens if number), min(DEFAULT_TOKENS, most)),
+        max_new_tokens=min(wanted, most),
         temperature=read_number(values, "temperature", 0, 2) or 0.0,
         top_p=1.0 if top_p is None else top_p,
         top_k=read_number(values, "top_k", -1, 1 << 20, whole=True) or 0,
         seed=read_number(values, "seed", -(1 << 63), (1 << 63) - 1, whole=True),
         stop=tuple(words),
         repetition_penalty=read_number(values, "repetition_penalty", 0.01, 100),
+        capped=wanted > most,
     )
 
 

@@ -8,7 +8,7 @@ A request is let in (429 if too many are here), read, answered and forgotten; a 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,13 +22,24 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from qwenvl_ft.serve import dashscope_api, openai_api
-from qwenvl_ft.serve.api import ApiError, Backend, Bounds, ChatRequest, Usage, read_json, unknown_model
-from qwenvl_ft.serve.middleware import HEALTH, SPARE_CONNECTIONS, UPLOAD, AccessMiddleware, error_response, host_of, json_response
+from qwenvl_ft.serve import dashscope_api, openai_api, responses_api
+from qwenvl_ft.serve.api import ApiError, Backend, Bounds, ChatRequest, Piece, Usage, read_json, unknown_model
+from qwenvl_ft.serve.middleware import (
+    ADMIN,
+    CAPPED,
+    HEALTH,
+    SPARE_CONNECTIONS,
+    UPLOAD,
+    AccessMiddleware,
+    error_response,
+    host_of,
+    json_response,
+)
 from qwenvl_ft.serve.open_request import Opener
 from qwenvl_ft.serve.uploads import read_form
 
 CHAT = ("/", "/v1/chat/completions", "/compatible-mode/v1/chat/completions")
+RESPONSES = ("/v1/responses", "/compatible-mode/v1/responses")
 MODELS = ("/v1/models", "/compatible-mode/v1/models")
 PERMIT = "/api/v1/uploads"
 GENERATION = "/api/v1/services/aigc/multimodal-generation/generation"
@@ -86,27 +97,29 @@ class ChatEndpoint:
             state.held_bytes -= size
 
     def _read(self, body: bytes, request: Request) -> ChatRequest:
-        value, most = read_json(body), self.state.bounds.answer_tokens
+        value, most, passes = read_json(body), self.state.bounds.answer_tokens, self.state.backend.passes
         if self.dialect is dashscope_api:
-            chat = dashscope_api.read_generation(value, most, request.headers.get("x-dashscope-sse") == "enable")
+            chat = dashscope_api.read_generation(value, most, request.headers.get("x-dashscope-sse") == "enable", passes)
         else:
-            chat = openai_api.read_chat(value, most)
+            chat = self.dialect.read_chat(value, most, passes)
         return chat if chat.model else replace(chat, model=self.state.backend.names[0])
 
     async def _answer(self, chat: ChatRequest, scope: Any, receive: Any, send: Any, until: float) -> None:
         """Sends what the backend says; until the first piece of a stream an error has a status, later it is an event."""
         state, request_id, began, begun = self.state, scope["request_id"], time.monotonic(), False
-        writer, said, usage = self.dialect.EventWriter(chat, request_id), [], Usage()
+        told = {CAPPED: str(chat.sampling.max_new_tokens)} if chat.sampling.capped else {}
+        writer, said, usage = self.dialect.EventWriter(chat, request_id), list[Piece](), Usage()
         try:
             async with asyncio.timeout(until - began), aclosing(state.backend.answer(chat, request_id, until)) as pieces:
-                async for text, finish, usage in pieces:
+                async for piece in pieces:
+                    usage = piece.usage
                     if not chat.stream:
-                        said.append(text)
+                        said.append(piece)
                         continue
                     if not begun:
-                        await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
+                        await send({"type": "http.response.start", "status": 200, "headers": [*EVENTS, *raw(told)]})
                         begun = True
-                    await send_events(send, writer.piece(text, finish, usage))
+                    await send_events(send, writer.piece(*piece))
         except (ApiError, TimeoutError) as broken:
             late = "the answer takes longer than a request may take here: ask for fewer tokens"
             error = broken if isinstance(broken, ApiError) else ApiError(504, "timeout", late)
@@ -118,9 +131,15 @@ class ChatEndpoint:
         if chat.stream:
             await send_events(send, (), last=True)
         else:
-            response = json_response(self.dialect.write_answer(chat, request_id, "".join(said), finish, usage))
+            response = json_response(self.dialect.write_whole(chat, request_id, said))
+            response.headers.update(told)
             await response(scope, receive, send)
         state.count_answer(time.monotonic() - began, usage)
+
+
+def raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    """Headers as ASGI has them."""
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
 async def send_events(send: Any, events: Iterable[str], last: bool = False) -> None:
@@ -170,12 +189,14 @@ async def read_body(request: Request, state: State) -> bytes:
 
 
 def make_app(
-    backend: Backend, opener: Opener, max_requests: int, key: str | None = None, prefix: str = "", public_url: str = ""
-) -> AccessMiddleware:
+    backend: Backend, opener: Opener, max_requests: int, key: str | None = None, prefix: str = "", public_url: str = "",
+    origins: Sequence[str] = (), admin_key: str | None = None,
+) -> AccessMiddleware:  # fmt: skip
     """The application; it holds `max_requests` at a time, each within the opener's bounds, as the backend does.
 
     Its routes answer below `prefix`, too, as behind a gateway that does not strip it. `public_url` is where clients reach it,
-    if not where they say they do. It needs uvicorn with the TimeoutProtocol.
+    if not where they say they do; pages of `origins` may ask. Adapters can be added and taken away with the
+    `admin_key` where there is one. It needs uvicorn with the TimeoutProtocol.
     """
     state, uploads = State(backend, opener.bounds, max_requests), opener.uploads
 
@@ -213,11 +234,28 @@ def make_app(
             state.held_bytes -= len(body)
         return Response(status_code=200)
 
+    async def change_adapters(request: Request) -> Response:
+        body = await read_body(request, state)
+        state.held_bytes -= len(body)
+        asked, loads = read_json(body), request.scope["path"] == ADMIN[0]
+        wanted = ("lora_name", "lora_path")[: 1 + loads]
+        given: list[Any] = [asked.get(key) if isinstance(asked, dict) else None for key in wanted]
+        if not all(isinstance(value, str) and value for value in given):
+            raise ApiError(400, "invalid_request", f"the body must have {' and '.join(wanted)}")
+        await (backend.load_adapter if loads else backend.unload_adapter)(*given)
+        log.info("%s %s %s", request.scope["request_id"], "added" if loads else "took away", given[0])
+        return json_response({"status": "ok", "models": backend.names})
+
     openai, dashscope = ChatEndpoint(state, openai_api), ChatEndpoint(state, dashscope_api)
     routes = [Route(path, openai, methods=["POST"]) for path in CHAT]
+    responses = ChatEndpoint(state, responses_api)
+    routes += [Route(path, responses, methods=["POST"]) for path in RESPONSES]
     routes += [Route(path, health) for path in HEALTH] + [Route(path, models) for path in MODELS]
     routes += [Route(f"{path}/{{name:path}}", model) for path in MODELS] + [Route("/metrics", metrics)]
     routes += [Route(GENERATION, dashscope, methods=["POST"]), Route(PERMIT, permit), Route(UPLOAD, upload, methods=["POST"])]
+
+    if admin_key:
+        routes += [Route(path, change_adapters, methods=["POST"]) for path in ADMIN]
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -228,7 +266,7 @@ def make_app(
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False  # it would lead to whatever the client calls its Host
     most, host = max_requests + SPARE_CONNECTIONS, host_of(public_url)
-    return AccessMiddleware(app, key, prefix, host, most, state.requests)
+    return AccessMiddleware(app, key, prefix, host, most, state.requests, origins, admin_key)
 
 
 async def _refuse(request: Request, error: Any) -> Response:

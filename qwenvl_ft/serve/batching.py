@@ -8,23 +8,27 @@ One thread owns the model. Base and adapters share its weights; each has a batch
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import Empty, Queue
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 from torch.nn import functional
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.infer.prefixes import PREFIX_BYTES, Prefixes, Prompt
 from qwenvl_ft.serve.api import Sampling
+from qwenvl_ft.serve.schema import Grammar
 
 log = logging.getLogger("qwenvl_ft.serve")
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -32,7 +36,7 @@ class Request:
     """One answer under way. `on_piece(text, finish)` is called in the batch's thread: finish is None until the last piece.
 
     finish: stop, length, or error. `ids` grows by a token at a time, the end's own left out. `shown` names the media,
-    so that what was read of the same is used; None: it is not.
+    so that what was read of the same is used; None: it is not. `grammar` says which words may come.
     """
 
     inputs: Any
@@ -41,6 +45,7 @@ class Request:
     on_piece: Callable[[str, str | None], None]
     name: str = ""
     shown: str | None = None
+    grammar: Grammar | None = None
     cached: int = 0  # tokens of the prompt that were not read again
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)
@@ -117,6 +122,7 @@ class Batcher:
         # Nor can it be cut to what two prompts have in common.
         self.prefixes = Prefixes(0 if engine.chat.family.linear_attention else prefix_bytes)
         self.waiting: Queue[Request | None] = Queue()
+        self.jobs: Queue[tuple[Callable[[], Any], Future[Any]]] = Queue()
         self.batches: dict[str | None, _Batch] = {}
         self.chat = engine.chat
         self.ends = set(self.model.generation_config.eos_token_id)
@@ -134,6 +140,26 @@ class Batcher:
         """Requests under way."""
         return sum(len(batch.requests) for batch in list(self.batches.values()))
 
+    def call(self, act: Callable[[], T]) -> "Future[T]":
+        """Does something with the model between two tokens; what it makes of it is there once it is done."""
+        future: Future[T] = Future()
+        self.jobs.put((act, future))
+        self.submit(Request(None, None, Sampling(), lambda *_: None, cancelled=True))  # wakes the thread
+        return future
+
+    def _do_jobs(self) -> None:
+        while not self.jobs.empty():
+            act, future = self.jobs.get()
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    future.set_result(act())
+            except (UserError, RuntimeError, ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+                future.set_exception(error)
+            except BaseException as error:  # it ends the thread, and whoever waits is told
+                future.set_exception(error)
+                raise
+            self.adapter = ""  # whatever was switched on
+
     def submit(self, request: Request) -> None:
         """Queues a request; its pieces come to its `on_piece`."""
         self.waiting.put(request)
@@ -149,6 +175,7 @@ class Batcher:
     def _run(self) -> None:
         try:
             while not (self.closed and not self.active):
+                self._do_jobs()
                 self._admit()
                 for name, batch in list(self.batches.items()):
                     batch.keep([row for row, request in enumerate(batch.requests) if not request.cancelled])
@@ -165,7 +192,7 @@ class Batcher:
 
     def _admit(self) -> None:
         """Takes waiting requests in; sleeps while there is nothing to do."""
-        while not self.closed and self.active < self.max_batch:
+        while not self.closed and self.active < self.max_batch and self.jobs.empty():
             try:
                 request = self.waiting.get(block=not self.active)
             except Empty:
@@ -265,6 +292,14 @@ class Batcher:
         if request.prompt_S is not None:  # of the prompt and the answer so far, as transformers' generate does
             ids_S = torch.cat([request.prompt_S, request.prompt_S.new_tensor(request.ids)])
             scores = RepetitionPenaltyLogitsProcessor(self._penalty(request))(ids_S[None], scores)
+        if request.grammar:
+            scores = request.grammar.mask(scores)
+        token = self._draw(request, how, scores)
+        if request.grammar:
+            request.grammar.take(token)
+        return token
+
+    def _draw(self, request: Request, how: Sampling, scores: torch.Tensor) -> int:
         if how.temperature <= 0:
             return int(scores.argmax())
         scores = scores / max(how.temperature, 1e-4)
@@ -290,6 +325,9 @@ class Batcher:
             end, finish = int(cut), "stop"
         elif finish is None:  # the beginning of a word that may stop it is held back
             end -= max((n for word in how.stop for n in range(1, len(word)) if request.text.endswith(word[:n])), default=0)
+        if request.grammar and request.grammar.failed:
+            log.warning("%s: the grammar failed: %s", request.name, request.grammar.failed)
+            finish = "error"
         if end > request.sent or finish:
             new, request.sent = request.text[request.sent : end], end
             request.on_piece(new, finish)

@@ -4,10 +4,10 @@ Whether to stream is a header. Pieces hold the text so far unless `incremental_o
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qwenvl_ft.serve.api import ApiError, ChatRequest, Usage, read_sampling, read_thinking
+from qwenvl_ft.serve.api import WORDS, ApiError, ChatRequest, Piece, Usage, read_more, read_sampling, read_thinking
 
 CODES: dict[int | str, str] = {  # by status, and where that says too little by our own code
     400: "InvalidParameter", 401: "InvalidApiKey", 403: "AccessDenied", 404: "ModelNotFound", 408: "RequestTimeOut",
@@ -15,8 +15,8 @@ CODES: dict[int | str, str] = {  # by status, and where that says too little by 
 }  # fmt: skip
 
 
-def read_generation(body: Any, most_tokens: int, stream: bool) -> ChatRequest:
-    """The request; raises ApiError."""
+def read_generation(body: Any, most_tokens: int, stream: bool, passes: frozenset[str] = frozenset()) -> ChatRequest:
+    """The request; raises ApiError. Of what the backend `passes`, that which leaves an answer one text."""
     if not isinstance(body, dict) or not isinstance(body.get("input"), dict) or not isinstance(body.get("model"), str):
         raise ApiError(400, "invalid_request", 'the body must be {"model": "...", "input": {"messages": [...]}}')
     parameters = {} if body.get("parameters") is None else body["parameters"]
@@ -31,6 +31,7 @@ def read_generation(body: Any, most_tokens: int, stream: bool) -> ChatRequest:
         stream=stream,
         increments=increments is True,
         thinking=read_thinking(parameters),
+        more=read_more(parameters, passes & WORDS),
     )
 
 
@@ -46,6 +47,11 @@ def write_answer(chat: ChatRequest, request_id: str, text: str, finish: str, usa
     }
 
 
+def write_whole(chat: ChatRequest, request_id: str, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """The body of an answer that is not streamed."""
+    return write_answer(chat, request_id, "".join(piece.text for piece in pieces), pieces[-1].finish or "stop", pieces[-1].usage)
+
+
 class EventWriter:
     """Server-sent events of one answer, one JSON each."""
 
@@ -53,8 +59,8 @@ class EventWriter:
         self.chat, self.request_id = chat, request_id
         self.text, self.number = "", 0
 
-    def piece(self, text: str, finish: str | None, usage: Usage) -> Iterator[str]:
-        """A piece of the answer; the last has a `finish`."""
+    def piece(self, text: str, finish: str | None, usage: Usage, *_: Any) -> Iterator[str]:
+        """A Piece of the answer."""
         if text or finish:
             self.text, self.number = self.text + text, self.number + 1
             said = text if self.chat.increments else self.text

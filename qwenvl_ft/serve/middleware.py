@@ -2,6 +2,7 @@
 
 Without a key only pages of this server may ask: a browser names the site of the page that asks as Origin; a page of another site,
 whose name is turned to 127.0.0.1 once it is loaded, still says its own name as Host. Clients that are no browsers send no Origin.
+Pages of the allowed origins may ask, too, and their browsers are told so before they ask (CORS); a key is asked of them as of all.
 """
 
 import asyncio
@@ -11,22 +12,27 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 from prometheus_client import Counter
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from qwenvl_ft.serve import dashscope_api, openai_api
 from qwenvl_ft.serve.api import ApiError
 
 DRAIN_BYTES, DRAIN_SECONDS = 256 << 20, 10
+REFUSALS = 50  # a second: who is refused more often than that waits for it, or those who are answered would wait for them
+REFUSAL_SECONDS = 5  # that a refusal waits at most
 SPARE_CONNECTIONS = 400  # more than there are requests: with twice as many, all of them fit into the usual limit of 1024 files
 HEALTH, UPLOAD = ("/", "/health"), "/api/v1/uploads/files"
+ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # vLLM's names; with the admin key, and only where there is one
 FREE = {*((method, path) for method in ("GET", "HEAD") for path in HEALTH), ("POST", UPLOAD)}  # an upload shows its permit
+CAPPED = "x-max-tokens-capped"  # on an answer whose request asked for more tokens than an answer may have: how many it may
 PATH_CHARS = 200  # of a path in the log
 log = logging.getLogger("qwenvl_ft.serve")
 
@@ -73,10 +79,25 @@ def host_of(url: str) -> str:
         return ""
 
 
+class Pace:
+    """Lets `REFUSALS` by in a second, the first of them at once. A client that is refused asks again at once, and a refusal with
+    its connection takes a millisecond of the one thread that answers.
+    """
+
+    def __init__(self) -> None:
+        self.next = 0.0  # time of the next one, of the monotonic clock
+
+    async def turn(self) -> None:
+        now = time.monotonic()
+        self.next = min(max(self.next, now - 1) + 1 / REFUSALS, now + REFUSAL_SECONDS)
+        if self.next > now:
+            await asyncio.sleep(self.next - now)
+
+
 @dataclass
 class AccessMiddleware:
     """ASGI middleware. A path loses its `prefix`; `host` is what others may call a server without a key, beside localhost;
-    `connections` as many as may be open; `requests` counts by dialect and status.
+    `connections` as many as may be open; `requests` counts by dialect and status; `origins` are those of the pages that may ask.
     """
 
     app: Callable[[Any, Any, Any], Awaitable[None]]
@@ -85,6 +106,17 @@ class AccessMiddleware:
     host: str
     connections: int
     requests: Counter
+    origins: Sequence[str] = ()
+    admin_key: str | None = None
+    pace: Pace = field(default_factory=Pace)
+
+    def __post_init__(self) -> None:
+        self.door: Callable[[Any, Any, Any], Awaitable[None]] = self.let_in
+        if self.origins:  # before the key is asked for: a browser asks for leave without it
+            self.door = CORSMiddleware(
+                self.let_in, allow_origins=self.origins, allow_methods=("GET", "POST"), allow_headers=("*",),
+                expose_headers=("x-request-id", CAPPED, "retry-after"), allow_private_network=True,
+            )  # fmt: skip
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -109,7 +141,8 @@ class AccessMiddleware:
         async def watched_send(message: Any) -> None:
             nonlocal unread
             if message["type"] == "http.response.start":
-                status = message["status"]
+                if (status := message["status"]) == 429:
+                    await self.pace.turn()
                 self.requests.labels(dialect_of(scope["path"]), status).inc()
                 path = scope["raw_path"][:PATH_CHARS].decode("latin-1")  # as it was sent: %0a in it begins no line of the log
                 log.info("%s %s %s %d %.3f s", scope["request_id"], scope["method"], path, status, time.monotonic() - began)
@@ -123,8 +156,13 @@ class AccessMiddleware:
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
-        error = self.refusal(scope)
-        await (error_response(error, scope) if error else self.app)(scope, watched_receive, watched_send)
+        await self.door(scope, watched_receive, watched_send)
+
+    async def let_in(self, scope: Any, receive: Any, send: Any) -> None:
+        """Hands a request on, or refuses it."""
+        if error := self.refusal(scope):
+            await self.pace.turn()
+        await (error_response(error, scope) if error else self.app)(scope, receive, send)
 
     def refusal(self, scope: Any) -> ApiError | None:
         """Why a request does not get in."""
@@ -133,8 +171,9 @@ class AccessMiddleware:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         if len(scope["state"]["connections"]) > self.connections:
             return ApiError(503, "too_many_connections", "too many clients are connected: try again later")
-        if self.key is not None:
-            if is_allowed(headers.get("authorization"), self.key):
+        key = self.admin_key if scope["path"] in ADMIN and self.admin_key else self.key
+        if key is not None:
+            if is_allowed(headers.get("authorization"), key):
                 return None
             return ApiError(401, "invalid_api_key", "the key is wrong or missing: send it as Authorization")
         called = headers.get("host", "")
@@ -143,10 +182,15 @@ class AccessMiddleware:
             what = "this server asks for no key and is called localhost only"
             return ApiError(403, "wrong_host", f"{what}: start it with --public-url for another name, or with --api-key-env")
         # The port counts: other pages of this machine are other people's, too. Behind a gateway Host may be another name.
-        if origin is None or origin.lower().partition("://")[2] == called.lower() or (self.host and host_of(origin) == self.host):
+        if (
+            origin is None
+            or origin.lower() in self.origins
+            or origin.lower().partition("://")[2] == called.lower()
+            or (self.host and host_of(origin) == self.host)
+        ):
             return None
         what = "this server asks for no key and answers no page of another site"
-        return ApiError(403, "wrong_origin", f"{what}: start it with --api-key-env, and ask with the key")
+        return ApiError(403, "wrong_origin", f"{what}: start it with --allowed-origin, or with --api-key-env and ask with the key")
 
 
 async def drain(scope: Any, receive: Any) -> None:

@@ -31,22 +31,23 @@ class Opener:
         self.bounds, self.uploads, self.hosts = bounds, Uploads(), frozenset(hosts)
         self.threads = ThreadPoolExecutor(THREADS, "opener")
 
-    async def open(self, chat: ChatRequest, until: float, then: Callable[[list[Turn]], T], reading: Reading = AS_FOUND) -> T:
-        """What `then` makes of the messages once their pictures are open, in the same thread; `reading` says how videos are drawn.
-        Raises ApiError."""
+    async def open(self, chat: ChatRequest, until: float, then: Callable[[list[Turn]], T], reading: Reading = AS_FOUND,
+                   tools: bool = False) -> T:  # fmt: skip
+        """What `then` makes of the messages once their pictures are open, in the same thread; `reading` says how videos are drawn,
+        `tools` whether there may be calls of them and answers. Raises ApiError."""
         queued = [chat]
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.threads, lambda: then(self._messages(queued.pop(), until, reading)))
+            return await loop.run_in_executor(self.threads, lambda: then(self._messages(queued.pop(), until, reading, tools)))
         except BaseException:
             queued.clear()  # the threads' queue keeps what it was given, also where nobody waits any more
             raise
 
-    def _messages(self, chat: ChatRequest, until: float, reading: Reading) -> list[Turn]:
-        bounds = self.bounds
+    def _messages(self, chat: ChatRequest, until: float, reading: Reading, tools: bool) -> list[Turn]:
+        bounds, goes_on = self.bounds, "continue_final_message" in chat.more
         try:
             allowance = Allowance(bounds.pictures, bounds.picture_pixels, 2 * bounds.picture_pixels, until)
-            messages = read_messages(chat.messages, self._read, allowance, reading)
+            messages = read_messages(chat.messages, self._read, allowance, reading, tools, goes_on)
         except UserError as error:
             raise invalid_messages(error) from error
         letters = sum(len(message.text) for message in messages)

@@ -1,12 +1,10 @@
 """Answers requests with another server that speaks OpenAI's dialect, vLLM above all: by its URL, or started beside this one.
 
-Pictures are opened here, within our bounds, and go on as PNG: upright, on white, as training saw them.
+Pictures are opened here, within our bounds; what vLLM does beyond our own engine is passed on.
 """
 
 import asyncio
 import atexit
-import base64
-import json
 import logging
 import os
 import shutil
@@ -15,57 +13,95 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx
-from PIL import Image
+from jinja2 import Template
 
 from qwenvl_ft.data.chat import Chat, open_chat
-from qwenvl_ft.data.geometry import Limits, read_limits, resized
-from qwenvl_ft.data.pictures import bounded, opened
-from qwenvl_ft.data.records import CONTROL_TOKEN, Part, Picture, Turn, Video
-from qwenvl_ft.data.template import Thinking
+from qwenvl_ft.data.geometry import Limits, read_limits
+from qwenvl_ft.data.records import Turn
+from qwenvl_ft.data.template import Thinking, knows_tools, render
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import beyond_vllm, vllm_rank
 from qwenvl_ft.folders.model import read_model_json
 from qwenvl_ft.infer.decoding import Decoding, read_decoding
 from qwenvl_ft.infer.engine import check_folders
-from qwenvl_ft.serve.api import ApiError, ChatRequest, Pieces, Usage, model_failed, no_thoughts, unknown_model
-from qwenvl_ft.serve.open_request import Opener, invalid_messages
+from qwenvl_ft.serve.api import (
+    FORMS,
+    WORDS,
+    ApiError,
+    ChatRequest,
+    Piece,
+    Pieces,
+    Usage,
+    invalid_adapter,
+    model_failed,
+    no_thoughts,
+    unknown_model,
+)
+from qwenvl_ft.serve.open_request import Opener
+from qwenvl_ft.serve.vllm_request import read_events, read_pieces, read_usage, sized, with_calls, write_message, write_request
 
 log = logging.getLogger("qwenvl_ft.serve")
 Process = subprocess.Popen[bytes]
 START_SECONDS = 1800  # a large model is read from a slow disk
 STOP_SECONDS = 15
+REST_SECONDS = 5  # that a replica which failed is asked only where no other is left
+
+
+@dataclass(eq=False)
+class Replica:
+    """A server among several that serve the same."""
+
+    url: str
+    active: int = 0  # requests under way there
+    rests_until: float = 0.0  # of the monotonic clock
+
+    @property
+    def rests(self) -> bool:
+        return time.monotonic() < self.rests_until
+
+
+class ReplicaError(Exception):
+    """A replica failed, or is full; `refusal` is what is said where no other answers either."""
+
+    def __init__(self, refusal: ApiError):
+        super().__init__(refusal.message)
+        self.refusal = refusal
 
 
 class VllmBackend:
-    """The models of the server at `url`, by their names there.
+    """The models of the server at `url`, by their names there; `others` are URLs of servers that serve the same.
 
+    A request goes to the least busy of them, and to another where that fails before the first piece of its answer. `opens` says how
+    one more adapter is asked, and what is wrong with it.
     `chats`, where they are known, say what each model's pictures are seen within and how it is asked, `own` are the limits of the
     base's processor, which is all that vLLM knows; `decoding` is the base's. Raises UserError where it does not answer.
     """
 
+    passes = WORDS | FORMS
+
     def __init__(self, url: str, opener: Opener, process: Process | None = None, chats: Mapping[str, Chat] | None = None,
-                 own: Limits | None = None, decoding: Decoding | None = None):  # fmt: skip
-        self.url, self.opener, self.process, self.chats = url.rstrip("/"), opener, process, chats or {}
-        self.own, self.decoding = own, decoding
-        try:
-            # Not by a proxy that the environment names for the internet, here as below.
-            listed = httpx.get(f"{self.url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()
-            self.names = [model["id"] for model in listed["data"]]
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-            fix = "start it first: vllm serve MODEL --port 8001"
-            raise UserError(Problem(f"{url}/v1/models", "does not list models", fix)) from error
+                 own: Limits | None = None, decoding: Decoding | None = None, others: Sequence[str] = (),
+                 opens: Callable[[Path], Chat] | None = None):  # fmt: skip
+        self.opener, self.process, self.chats, self.own, self.decoding = opener, process, dict(chats or {}), own, decoding
+        self.opens = opens
+        self.replicas = [Replica(one.rstrip("/")) for one in (url, *others)]
+        self.names, *others_names = [names_at(replica.url) for replica in self.replicas]
+        for replica, names in zip(self.replicas[1:], others_names, strict=True):
+            if set(names) != set(self.names):
+                what = f"serves {', '.join(names)}, and {url} serves {', '.join(self.names)}"
+                raise UserError(
+                    Problem(replica.url, what, "give replicas of one server, started with the same --served-model-name")
+                )
         timeout, unlimited = httpx.Timeout(opener.bounds.seconds, connect=5), httpx.Limits(max_connections=None)
         self.client = httpx.AsyncClient(timeout=timeout, limits=unlimited, trust_env=False)
-        self.active = 0
 
     async def answer(self, chat: ChatRequest, request_id: str, until: float) -> Pieces:
         """Opens the pictures, asks the other server and hands on what it says; the last piece once the usage is known."""
@@ -76,41 +112,112 @@ class VllmBackend:
                 raise no_thoughts()
             if chat.thinking is None and known.thinks:
                 chat = replace(chat, thinking={"on": True, "off": False}.get(known.thinking))
-        body = write_request(chat, await self.opener.open(chat, until, partial(self._write, chat.model)), self.decoding)
-        usage, finish = Usage(), None
-        self.active += 1
+        messages = await self.opener.open(chat, until, partial(self._write, chat), tools=True)
+        body = write_request(chat, messages, self.decoding)
+        del messages
+        left, begun = [*self.replicas], False
+        while True:
+            replica = min(left, key=lambda one: (one.rests, one.active))
+            left.remove(replica)
+            try:
+                async with aclosing(self._ask(replica, body, chat.more.get("n", 1), request_id)) as pieces:
+                    async for piece in pieces:
+                        begun = True
+                        yield piece
+                return
+            except ReplicaError as failed:
+                if begun or not left:
+                    raise failed.refusal from None
+                log.warning("%s: %s failed and another is asked: %s", request_id, replica.url, failed)
+
+    async def _ask(self, replica: Replica, body: Any, num_answers: int, request_id: str) -> Pieces:
+        """What one replica says. Raises ReplicaError where another may do better, ApiError for the caller's mistake."""
+        usage, ends = Usage(), list[Piece]()
+        replica.active += 1
         try:
-            async with self.client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response:  # left, vLLM stops
-                del body
+            async with self.client.stream("POST", f"{replica.url}/v1/chat/completions", json=body) as response:  # left, vLLM stops
                 if (status := response.status_code) != 200:  # why is for our own log only
                     log.warning("%s: the engine said %s: %.500r", request_id, status, await response.aread())
                     status = status if status in (400, 404, 413, 422, 429) else 503
                     what = f"the engine behind this server refused the request (status {status})"
-                    raise ApiError(status, "engine_refused", what)
-                async for event in read_events(response.aiter_bytes()):
-                    if "error" in event:
-                        raise ValueError(event["error"])
-                    for choice in event.get("choices", []):
-                        finish = choice.get("finish_reason") or finish
-                        if text := choice.get("delta", {}).get("content"):
-                            yield text, None, usage
+                    refusal = ApiError(status, "engine_refused", f"{what}{why_refused(response) if status in (400, 422) else ''}")
+                    if status in (429, 503):
+                        raise ReplicaError(refusal)
+                    raise refusal
+                async for event in read_events(response):
+                    for piece in read_pieces(event, usage):
+                        if piece.text or piece.delta or piece.logprobs:
+                            yield piece._replace(finish=None)
+                        if piece.finish:
+                            ends.append(piece)
                     if event.get("usage"):
                         usage = read_usage(event["usage"])
-            if not finish:
+            if len(ends) != num_answers:
                 raise ValueError("the answer has no end")
-            yield "", "length" if finish == "length" else "stop", usage
+            for end in ends:
+                yield Piece("", end.finish, usage, end.number)
         except httpx.HTTPError:
-            raise ApiError(503, "unavailable", "the engine behind this server does not answer") from None
+            self._rest(replica)
+            raise ReplicaError(ApiError(503, "unavailable", "the engine behind this server does not answer")) from None
         except (ValueError, AttributeError, TypeError, KeyError) as error:  # it failed, or speaks another dialect
             log.warning("%s: the engine's answer broke off: %.500r", request_id, error)
-            raise model_failed() from None
+            self._rest(replica)
+            raise ReplicaError(model_failed()) from None
         finally:
-            self.active -= 1
+            replica.active -= 1
 
-    def _write(self, model: str, messages: Sequence[Turn]) -> list[dict[str, Any]]:
-        limits = self.chats[model].limits if model in self.chats else None
+    def _rest(self, replica: Replica) -> None:
+        replica.rests_until = time.monotonic() + REST_SECONDS
+
+    def _write(self, chat: ChatRequest, messages: Sequence[Turn]) -> list[dict[str, Any]]:
+        known = self.chats.get(chat.model)
+        limits = known.limits if known else None
         fitting = (replace(message, parts=tuple(sized(part, limits, self.own) for part in message.parts)) for message in messages)
-        return [*map(write_message, fitting)]
+        written = [with_calls(write_message(message), sent) for message, sent in zip(fitting, chat.messages, strict=True)]
+        told = "tools" in chat.more or any(message["role"] == "tool" or "tool_calls" in message for message in written)
+        if told and known and not knows_tools(known.template):
+            raise ApiError(
+                400, "unsupported_parameter", "tools: this model's chat template writes none, so the model would not know them"
+            )
+        return written
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Has every replica serve one more adapter; those that did give it up again where one refuses. Raises ApiError."""
+        if name in self.names:
+            raise ApiError(400, "exists", f"{name} is served already: take it away first")
+        try:
+            chat = await asyncio.to_thread(self.opens, Path(folder)) if self.opens else None
+        except UserError as error:
+            raise invalid_adapter(error) from error
+        for number, replica in enumerate(self.replicas):
+            try:
+                await self._change(replica, "load", {"lora_name": name, "lora_path": folder})
+            except ApiError:
+                for earlier in self.replicas[:number]:
+                    await self._change(earlier, "unload", {"lora_name": name})
+                raise
+        self.names.append(name)
+        self.chats |= {name: chat} if chat else {}
+
+    async def unload_adapter(self, name: str) -> None:
+        """Has every replica end serving an adapter. Raises ApiError."""
+        for replica in self.replicas:
+            await self._change(replica, "unload", {"lora_name": name})
+        self.names.remove(name)
+        self.chats.pop(name, None)
+
+    async def _change(self, replica: Replica, what: str, body: dict[str, str]) -> None:
+        try:
+            response = await self.client.post(f"{replica.url}/v1/{what}_lora_adapter", json=body)
+        except httpx.HTTPError:
+            raise ApiError(503, "unavailable", f"the engine at {replica.url} does not answer") from None
+        if response.status_code == 404 and "lora" not in response.text.lower():
+            what = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve ... --enable-lora"
+            raise ApiError(400, "unsupported_parameter", f"the engine at {replica.url} changes no adapters: start it as {what}")
+        if response.status_code != 200:
+            raise ApiError(
+                400 if response.status_code < 500 else 503, "engine_refused", f"the engine refused it{why_refused(response)}"
+            )
 
     async def close(self) -> None:
         """Ends the connections, and the engine if it was started here."""
@@ -121,117 +228,38 @@ class VllmBackend:
             atexit.unregister(end)
 
     def status(self) -> dict[str, float]:
-        """Requests under way there, from here."""
-        return {"active": self.active, "alive": self.process is None or self.process.poll() is None}
+        """Requests under way there, from here; how many replicas answer, as far as requests have shown."""
+        awake = sum(not replica.rests for replica in self.replicas)
+        alive = self.process is None or self.process.poll() is None
+        return {
+            "active": sum(replica.active for replica in self.replicas),
+            "replicas": awake,
+            "alive": alive and (awake > 0 or len(self.replicas) == 1),
+        }
 
 
-def write_request(chat: ChatRequest, messages: Sequence[dict[str, Any]], decoding: Decoding | None) -> dict[str, Any]:
-    """The request in OpenAI's dialect, with vLLM's additions.
-
-    It names every setting for which vLLM would look into the model's generation_config.json; the ends and the penalty, where the
-    folder is not known here, are left to that.
-    """
-    how = chat.sampling
-    penalty = decoding.repetition_penalty if decoding and how.repetition_penalty is None else how.repetition_penalty
-    body = {
-        "model": chat.model, "messages": messages,
-        "stream": True, "stream_options": {"include_usage": True},
-        "max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p, "min_p": 0,
-        "top_k": how.top_k if how.top_k > 0 else -1, "seed": how.seed, "stop": list(how.stop) or None,
-        "repetition_penalty": penalty, "stop_token_ids": list(decoding.ends) if decoding else None,
-        "chat_template_kwargs": None if chat.thinking is None else {"enable_thinking": chat.thinking},
-    }  # fmt: skip
-    return {key: value for key, value in body.items() if value is not None}
-
-
-def write_message(message: Turn) -> dict[str, Any]:
-    """A message in OpenAI's form, its control tokens plain text, its pictures PNG, a video vLLM's frames in one URL."""
-    parts: list[dict[str, Any]] = []
-    for part in message.parts:
-        if isinstance(part, str):
-            parts.append({"type": "text", "text": as_letters(part)})
-        elif isinstance(part, Picture):
-            parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(opened(part))}"}})
-        elif isinstance(part, Video):
-            frames = ",".join(map(_png, part.images))
-            rate = part.fps * len(part.images) / part.num_frames
-            # jpeg is vLLM's only word for a list of frames; it reads what a frame is from its bytes, and PNG loses nothing.
-            parts.append({"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}, "fps": rate})
-    if message.role != "user":  # some templates want these turns as one text
-        return {"role": message.role, "content": "".join(part["text"] for part in parts)}
-    return {"role": message.role, "content": parts}
-
-
-def as_letters(text: str) -> str:
-    """The text with a space of no width in its control tokens: vLLM reads a text's tokens itself, and they would act there."""
-    return CONTROL_TOKEN.sub(lambda token: f"<\u200b{token[0][1:]}", text)
-
-
-def sized(part: Part, limits: Limits | None, base: Limits | None) -> Part:
-    """A picture at the size that its own bounds or its adapter's training give it: vLLM knows those of its base only.
-
-    Raises ApiError for bounds where `limits` are not known, for a video's, and for a size that vLLM would change again.
-    """
-    if not isinstance(part, Picture | Video):
-        return part
-    bounds = bool(part.min_pixels or part.max_pixels)
-    if bounds and (limits is None or isinstance(part, Video)):
-        raise ApiError(
-            400, "invalid_messages", f"this engine takes no min_pixels and max_pixels for {part.kind}s: send them smaller"
-        )
-    if isinstance(part, Video) or not limits or not (bounds or limits != base):
-        return part
-    own = replace(part, min_pixels=part.min_pixels or limits.min_pixels, max_pixels=part.max_pixels or limits.max_pixels)
+def names_at(url: str) -> list[str]:
+    """The models that a server lists. Raises UserError where it does not."""
     try:
-        fitting = bounded(own, limits)
-    except UserError as error:
-        raise invalid_messages(error) from error
-    if isinstance(fitting, Picture) and base and resized(fitting.height, fitting.width, base) != (fitting.height, fitting.width):
-        what = f"is seen at {fitting.width} x {fitting.height} px, and the engine's own limits would change that"
-        fix = "the adapter was trained with others than its base has: export it, and serve the merged folder"
-        raise ApiError(400, "invalid_messages", f"a picture {what}: {fix}")
-    return fitting
-
-
-def _png(image: Image.Image) -> str:
-    file = BytesIO()
-    image.save(file, "PNG", compress_level=1)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-async def read_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of each `data:` line but [DONE]. Raises ValueError for what is none."""
-    rest = b""
-    async for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:") and (data := line[5:].strip()) != b"[DONE]":
-                yield json.loads(data)
-
-
-def read_usage(usage: Mapping[str, Any]) -> Usage:
-    """Token counts; vLLM tells pictures apart only in some versions."""
-    details = usage.get("prompt_tokens_details") or {}
-    image, video = details.get("image_tokens") or 0, details.get("video_tokens") or 0
-    return Usage(usage["prompt_tokens"], usage["completion_tokens"], image, video, details.get("cached_tokens") or 0)
+        # Not by a proxy that the environment names for the internet, here as below.
+        listed = httpx.get(f"{url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()
+        return [model["id"] for model in listed["data"]]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        fix = "start it first: vllm serve MODEL --port 8001"
+        raise UserError(Problem(f"{url}/v1/models", "does not list models", fix)) from error
 
 
 def start_vllm(
     model: Path, names: Sequence[str], adapters: Mapping[str, Path], arguments: Sequence[str], opener: Opener,
     min_pixels: int | None = None, max_pixels: int | None = None, thinking: Thinking | None = None,
-    video_max_pixels: int | None = None,
+    video_max_pixels: int | None = None, changes: bool = False,
 ) -> VllmBackend:  # fmt: skip
     """Starts `vllm serve` on loopback and waits until it is up. It ends with this process, however that ends but by SIGKILL.
 
-    Raises UserError for what is wrong with the folders, and where it is not installed or ends.
+    With `changes` adapters can be added and taken away while it runs. Raises UserError for what is wrong with the folders, and
+    where it is not installed or ends.
     """
-    check_folders(model, adapters.values())
-    if problems := [
-        Problem(str(folder), f"vLLM does not take its {', '.join(more)}",
-                "merge it with `qwenvl-ft export`, and serve what comes of it")
-        for folder in adapters.values() if (more := beyond_vllm(folder))
-    ]:  # fmt: skip
-        raise UserError(*problems)
+    check_vllm(model, adapters.values())
     settings = min_pixels, max_pixels, thinking, video_max_pixels
     base = open_chat(model, *settings)
     chats = dict.fromkeys(names, base)
@@ -244,6 +272,8 @@ def start_vllm(
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", *names]
+    if changes and not adapters:
+        command += ["--enable-lora"]
     if adapters:
         rank = max(int(read_model_json(folder / "adapter_config.json")["r"]) for folder in adapters.values())
         command += ["--enable-lora", "--max-lora-rank", str(vllm_rank(rank) or rank)]
@@ -254,19 +284,56 @@ def start_vllm(
         with open(handle, "w", encoding="utf-8") as file:
             file.write(base.source)
         command += ["--chat-template", template]
+    if knows_tools(base.template):
+        command += ["--enable-auto-tool-choice", "--tool-call-parser", tool_parser(base.template)]
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one; the server has its own SIGTERM once it runs
             signal.signal(number, _stop)
     # In a session of its own Ctrl-C does not end it before the answers that have begun.
-    process = subprocess.Popen([*command, *arguments], start_new_session=True)
+    environment = os.environ | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if changes else {})
+    process = subprocess.Popen([*command, *arguments], start_new_session=True, env=environment)
     atexit.register(end, process)
     until = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < until:
         with suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
-                return VllmBackend(url, opener, process, chats, read_limits(model), read_decoding(model, base.tokenizer))
+                limits, decoding = read_limits(model), read_decoding(model, base.tokenizer)
+
+                def opens(folder: Path) -> Chat:
+                    check_vllm(model, [folder])
+                    return open_chat(model, *settings, folder)
+
+                return VllmBackend(url, opener, process, chats, limits, decoding, opens=opens)
         time.sleep(0.5)
     raise UserError(Problem(" ".join(command), "did not start", "read what it printed above"))
+
+
+def check_vllm(model: Path, adapters: Iterable[Path]) -> None:
+    """Raises UserError for what is wrong with the folders, and for what vLLM does not take of an adapter."""
+    adapters = [*adapters]
+    check_folders(model, adapters)
+    if problems := [
+        Problem(str(folder), f"vLLM does not take its {', '.join(more)}",
+                "merge it with `qwenvl-ft export`, and serve what comes of it")
+        for folder in adapters if (more := beyond_vllm(folder))
+    ]:  # fmt: skip
+        raise UserError(*problems)
+
+
+def tool_parser(template: Template) -> str:
+    """vLLM's name of the way in which a template writes calls of tools: as JSON, or as tags for each argument."""
+    call = {"type": "function", "function": {"name": "probed_call", "arguments": {"a": "b"}}}
+    talk: list[dict[str, Any]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return "qwen3_coder" if "<function=probed_call>" in render(template, talk, answer_next=False) else "hermes"
+
+
+def why_refused(response: httpx.Response) -> str:
+    """What the engine says of the caller's own mistake, such as a schema that it does not take."""
+    try:
+        told = response.json()
+        return f": {(told.get('error') or told)['message']}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ""
 
 
 def end(process: Process) -> None:

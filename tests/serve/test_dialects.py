@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from qwenvl_ft.serve import dashscope_api, openai_api
+from qwenvl_ft.serve import dashscope_api, openai_api, responses_api
 from qwenvl_ft.serve.api import JSON_VALUES, ApiError, Bounds, ChatRequest, Sampling, Usage, read_json, unknown_model
 from qwenvl_ft.serve.app import State
 from qwenvl_ft.serve.middleware import is_allowed
@@ -62,7 +62,7 @@ def test_dashscope_is_read():
 
 
 @pytest.mark.parametrize("key, value", [
-    ("max_tokens", 0), ("max_tokens", 101), ("max_tokens", True), ("max_tokens", 1.5), ("temperature", -1), ("temperature", "1"),
+    ("max_tokens", 0), ("max_tokens", (1 << 20) + 1), ("max_tokens", True), ("max_tokens", 1.5), ("temperature", -1), ("temperature", "1"),
     ("temperature", float("nan")), ("top_p", 1.1), ("top_k", 0.5), ("seed", 1 << 63), ("stop", 1), ("stop", [""]), ("stop", [1]),
     ("n", 2), ("tools", [{}]), ("logprobs", True), ("presence_penalty", 0.1), ("repetition_penalty", 0), ("logit_bias", {"1": 2}),
     ("min_p", 0.1), ("stop_token_ids", [5]), ("guided_json", {"type": "object"}), ("tool_choice", "required"), ("modalities", ["audio"]),
@@ -82,7 +82,17 @@ def test_what_asks_for_nothing_and_whole_numbers_with_a_point_are_taken():
     assert openai_api.read_chat({"messages": MESSAGES, "max_tokens": 5.0, **idle}, 100).sampling == Sampling(5)
     body = {"model": "tiny", "input": {"messages": MESSAGES}, "parameters": {"max_tokens": 5.0, **idle}}
     assert dashscope_api.read_generation(body, 100, False).sampling == Sampling(5)
-    assert "from 1 to 100" in refusal(lambda: openai_api.read_chat({"messages": MESSAGES, "max_tokens": 101}, 100)).message
+    assert "from 1 to 1048576" in refusal(lambda: openai_api.read_chat({"messages": MESSAGES, "max_tokens": 1 << 21}, 100)).message
+
+
+def test_more_tokens_than_an_answer_may_have_are_capped():
+    """They were refused, and clients that ask for 100,000 by default got no answer at all."""
+    for asked, sampling in ((100, Sampling(100)), (101, Sampling(100, capped=True)), (1 << 20, Sampling(100, capped=True))):
+        assert openai_api.read_chat({"messages": MESSAGES, "max_tokens": asked}, 100).sampling == sampling
+        body = {"model": "tiny", "input": {"messages": MESSAGES}, "parameters": {"max_tokens": asked}}
+        assert dashscope_api.read_generation(body, 100, False).sampling == sampling
+    read = responses_api.read_chat({"input": "hi", "max_output_tokens": 500}, 100)
+    assert read.sampling == Sampling(100, capped=True) and read.echo["max_output_tokens"] == 100
 
 
 @pytest.mark.parametrize("value", [1, 0, "true", []])

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from qwenvl_ft.serve.api import Bounds
+from qwenvl_ft.serve.middleware import REFUSAL_SECONDS, REFUSALS, Pace
 from tests.serving import CHARTS, data_url, events, question, serving, tiny_engines, wait_for
 
 GENERATION = "/api/v1/services/aigc/multimodal-generation/generation"
@@ -345,6 +346,78 @@ def test_a_server_without_a_key_answers_no_page_of_another_origin(engines):
             assert answer.status_code in (403, 405) and not [name for name in answer.headers if name.startswith("access-control")]
     with serving(engines, key="secret") as served:
         assert status(served, "https://evil.example", Authorization="secret") == 200
+
+
+def test_pages_of_an_allowed_origin_may_ask_from_a_browser(engines):
+    """A browser asks for leave first, without the key, and shows the page an answer only with leave."""
+    page, body = "https://page.example", {"messages": question("hi"), "max_tokens": 2}
+    asking = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+
+    def leave(answer) -> str | None:
+        return answer.headers.get("access-control-allow-origin")
+
+    for key in (None, "secret"):
+        with serving(engines, key=key, origins=[page]) as served:
+            headers = {"Authorization": key} if key else {}
+            before = httpx.options(served.url + CHAT, headers={"Origin": page, **asking})
+            assert before.status_code == 200 and leave(before) == page and before.headers["x-request-id"]
+            assert "authorization" in before.headers["access-control-allow-headers"].lower()
+            answer = httpx.post(served.url + CHAT, json=body, headers={"Origin": page, **headers}, timeout=60)
+            assert answer.status_code == 200 and leave(answer) == page
+            assert "x-request-id" in answer.headers["access-control-expose-headers"]
+            other = {"Origin": "https://evil.example"}
+            assert leave(httpx.options(served.url + CHAT, headers=other | asking)) is None
+            refused = httpx.post(served.url + CHAT, json=body, headers=other | headers, timeout=60)
+            assert leave(refused) is None and refused.status_code == (200 if key else 403)
+            if key:
+                wrong = httpx.post(served.url + CHAT, json=body, headers={"Origin": page})
+                assert wrong.status_code == 401 and leave(wrong) == page, "the page may read why"
+            else:
+                assert httpx.get(served.url + "/v1/models", headers={"Origin": page, "Host": "evil.example"}).status_code == 403
+
+
+def test_many_refusals_wait_for_each_other(monkeypatch):
+    """200 clients that asked again at once took 70 % of the answers from those who were let in."""
+    waited = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr("qwenvl_ft.serve.middleware.asyncio.sleep", sleep)
+    monkeypatch.setattr("qwenvl_ft.serve.middleware.time.monotonic", lambda: 1000.0)
+    pace = Pace()
+
+    async def storm() -> None:
+        for _ in range(1000):
+            await pace.turn()
+
+    asyncio.run(storm())
+    assert len(waited) == 1000 - REFUSALS, "the first have no need to"
+    assert waited == sorted(waited) and waited[-1] == REFUSAL_SECONDS
+    assert sum(1 < seconds <= 2 for seconds in waited) == REFUSALS
+
+
+def test_whoever_is_refused_has_a_turn_and_nobody_else(engines, monkeypatch):
+    turns = []
+
+    async def turn(pace) -> None:
+        turns.append(pace)
+
+    monkeypatch.setattr(Pace, "turn", turn)
+    with serving(engines, key="secret", max_batch=1, max_waiting=-1) as served:
+        right = {"Authorization": "secret"}
+        for path, headers, status in ((CHAT, right, 429), (CHAT, {}, 401), ("/nowhere", right, 404), ("/health", {}, 200)):
+            assert httpx.request("GET" if path == "/health" else "POST", served.url + path, headers=headers).status_code == status
+    assert len(turns) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_says_that_its_tokens_were_capped(engines, stream):
+    with serving(engines, bounds=Bounds(answer_tokens=3)) as served:
+        served.backend.batcher.ends = set()
+        more, fitting = (ask(served, question("hi"), max_tokens=number, stream=stream) for number in (4, 3))
+        assert more.headers["x-max-tokens-capped"] == "3" and "x-max-tokens-capped" not in fitting.headers
+        assert "length" in more.text
 
 
 def test_a_part_is_what_its_type_says_and_null_beside_it_is_nothing(served):
