@@ -133,6 +133,14 @@ class Config(BaseModel):
             raise ValueError("choose one of quantization and PiSSA")
         return value
 
+    @field_validator("lora_dropout", "use_dora", "init_lora_weights")
+    @classmethod
+    def experts_are_plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """PEFT's LoRA on a fused tensor has no input to drop, no rows to measure, and no singular values."""
+        if "experts" in info.data.get("lora_on", ()) and (value is not True if info.field_name == "init_lora_weights" else value):
+            raise ValueError("leave it at its default, or experts out of lora_on: PEFT trains them with plain LoRA only")
+        return value
+
     @field_validator("init_adapter")
     @classmethod
     def one_beginning(cls, value: Path | None, info: ValidationInfo) -> Path | None:
@@ -229,6 +237,7 @@ PEERS = {
     "load_in_4bit": "quantization", "load_in_8bit": "quantization", "quantization_bit": "quantization", "bits": "quantization",
     "quantization_method": "quantization", "quant_method": "quantization", "quant_bits": "quantization",
     "bnb_4bit_quant_type": "quantization", "quant_type": "quantization",
+    "target_parameters": "lora_on", "lora_target_parameters": "lora_on",
     "lora_target_linear": "lora_targets", "target_regex": "lora_targets", "vision_tower": "lora_on", "tune_merger": "lora_on",
     "xformers_attention": "attn_implementation", "sdp_attention": "attn_implementation",
     "formatting": "format", "dataset_type": "format", "field_messages": "columns", "field_instruction": "columns",
@@ -239,7 +248,7 @@ PEERS = {
 CLOSE = 0.85  # of two keys that are one misspelt: lower, and a key of another meaning is near enough
 # What has to be known besides the name, by our key.
 REMARKS = {
-    "lora_on": "[language] to keep the vision tower and the merger frozen, [language, vision, merger] to train them, too",
+    "lora_on": "[language] keeps vision tower and merger frozen, [language, vision, merger] trains them, too; or experts",
     "lora_targets": "[q_proj, v_proj], names of linear layers, or a regular expression; lora_on says in which towers",
     "init_lora_weights": "pissa, or pissa_niter_16",
     "rows_per_step": "another number, the rows of one step over all processes together",

@@ -15,6 +15,7 @@ ATTENTION = r"self_attn\.(?:q_proj|k_proj|v_proj|o_proj)"
 # it was resized.
 BoxForm = Literal["tokens", "thousand", "pixels"]
 GATED_MLP = r"mlp\.(?:gate_proj|up_proj|down_proj)"
+SHARED_MLP = r"mlp\.(?:shared_expert\.)?(?:gate_proj|up_proj|down_proj)"  # which every token passes
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Family:
 
     `linear_attention`: some layers keep a state in place of keys and values. It leaks from record to record of a row without a
     word unless flash-linear-attention is installed, so a row gets one record, and it cannot be padded.
+    `experts`: some layers hold a mixture of experts, of which a token passes a few; the targets leave them and their router out.
     `clock`: how the model knows when a step of a video is shown: its steps follow each other on the time axis by ones, or by
     seconds, or the seconds are written before each.
     """
@@ -32,11 +34,16 @@ class Family:
     merger: str
     boxes: BoxForm
     linear_attention: bool = False
+    experts: bool = False
     clock: Literal["steps", "seconds", "written"] = "steps"
 
 
 LANGUAGE = rf"model\.language_model\.layers\.\d+\.(?:{ATTENTION}|{GATED_MLP})"
+LINEAR_ATTENTION = r"linear_attn\.(?:in_proj_qkv|in_proj_z|out_proj)"
+QWEN3_5_LANGUAGE = rf"model\.language_model\.layers\.\d+\.(?:{ATTENTION}|{SHARED_MLP}|{LINEAR_ATTENTION})"
+QWEN3_5_MERGER = r"model\.visual\.merger\.linear_fc[12]"
 QWEN3_VISION = r"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.linear_fc[12])"
+QWEN3_MERGER = r"model\.visual\.(?:merger|deepstack_merger_list\.\d+)\.linear_fc[12]"
 QWEN2_MERGER = r"model\.visual\.merger\.mlp\.[02]"
 
 FAMILIES = {
@@ -44,19 +51,15 @@ FAMILIES = {
     "qwen2_5_vl": Family(
         LANGUAGE, rf"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|{GATED_MLP})", QWEN2_MERGER, "pixels", clock="seconds"
     ),
-    "qwen3_vl": Family(
-        LANGUAGE, QWEN3_VISION, r"model\.visual\.(?:merger|deepstack_merger_list\.\d+)\.linear_fc[12]", "thousand", clock="written"
-    ),
-    "qwen3_5": Family(
-        rf"model\.language_model\.layers\.\d+\.(?:{ATTENTION}|{GATED_MLP}|linear_attn\.(?:in_proj_qkv|in_proj_z|out_proj))",
-        QWEN3_VISION,
-        r"model\.visual\.merger\.linear_fc[12]",
-        "thousand",
-        linear_attention=True,
-        clock="written",
+    "qwen3_vl": Family(LANGUAGE, QWEN3_VISION, QWEN3_MERGER, "thousand", clock="written"),
+    "qwen3_vl_moe": Family(LANGUAGE, QWEN3_VISION, QWEN3_MERGER, "thousand", experts=True, clock="written"),
+    "qwen3_5": Family(QWEN3_5_LANGUAGE, QWEN3_VISION, QWEN3_5_MERGER, "thousand", linear_attention=True, clock="written"),
+    "qwen3_5_moe": Family(
+        QWEN3_5_LANGUAGE, QWEN3_VISION, QWEN3_5_MERGER, "thousand", linear_attention=True, experts=True, clock="written"
     ),
 }
-NAMES = ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3.5")  # as people call these
+# As people call these; Qwen3.6 and Qwen3.8 are of the last two types.
+NAMES = ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3-VL-MoE", "Qwen3.5", "Qwen3.5-MoE")
 
 
 def family_of(model_dir: Path) -> Family:
@@ -64,10 +67,7 @@ def family_of(model_dir: Path) -> Family:
     model_type = read_config(model_dir).get("model_type")
     if model_type not in FAMILIES:
         what = f"model_type {model_type!r} is not one of {', '.join(FAMILIES)}"
-        fix = f"use a model of {', '.join(NAMES)}"
-        if str(model_type).endswith("_moe"):
-            fix = f"mixtures of experts are not trained here yet: {fix}, in a size without experts (without -A3B and the like)"
-        raise UserError(Problem(str(model_dir / "config.json"), what, fix))
+        raise UserError(Problem(str(model_dir / "config.json"), what, f"use a model of {', '.join(NAMES)}"))
     return FAMILIES[model_type]
 
 

@@ -8,19 +8,22 @@ from collections.abc import Collection
 from typing import Any
 
 from qwenvl_ft.config import Config
+from qwenvl_ft.data.families import family_of
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import module_of, read_header
 from qwenvl_ft.folders.model import weight_files
 from qwenvl_ft.values import Tower
 
 MERGERS = r"model\.visual\.(?:merger|deepstack_merger_list\.\d+)"
+EXPERTS = r"layers\.\d+\.mlp\.experts\."
 # Regular expressions over whole names of what lies in a tower, as transformers 5 has them.
 INSIDE: dict[Tower, str] = {
-    "language": r"model\.language_model\..+",
+    "experts": rf"model\.language_model\.{EXPERTS}.+",
+    "language": rf"model\.language_model\.(?!{EXPERTS}).+",
     "vision": r"model\.visual\.(?!merger\.|deepstack_merger_list\.).+",
     "merger": rf"{MERGERS}\..+",
 }
-TABLES = ("embed_tokens", "pos_embed")  # which have two axes as a linear layer has
+TABLES = ("embed_tokens", "pos_embed", ".mlp.gate")  # which have two axes as a linear layer has; the last one chooses experts
 
 
 def tower_of(name: str) -> Tower:
@@ -37,12 +40,14 @@ def find_layers(config: Config) -> list[str]:
     """Whole names of the layers that `lora_targets` chooses in the towers that get LoRA; none where it is not set.
 
     A list holds names, each alone or with modules before it; a text is `all-linear` or a regular expression over whole names: as
-    PEFT has both. Raises UserError for what matches nothing there, or what is no linear layer.
+    PEFT has both. Raises UserError for what matches nothing there, or what is no linear layer, and for experts that are not there.
     """
     wanted = config.lora_targets
+    if "experts" in config.lora_on and not family_of(config.model).experts:
+        raise UserError(Problem("lora_on: experts", f"{config.model} is no mixture of experts", "leave experts out"))
     if wanted is None:
         return []
-    on = [tower for tower in config.lora_on if not (tower in config.own and config.own[tower].full)]
+    on = [tower for tower in config.lora_on if tower != "experts" and not (tower in config.own and config.own[tower].full)]
     inside = "|".join(INSIDE[tower] for tower in on)
     shapes = {
         module_of(of.key): of.shape for path in weight_files(config.model) for of in read_header(path)[1]

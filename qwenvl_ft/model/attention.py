@@ -40,7 +40,8 @@ def attention(
     scaling: float | None = None, is_causal: bool | None = None, cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None, sliding_window: int | None = None, cu_seq_lens_k: torch.Tensor | None = None,
     max_length_k: int | None = None, position_ids: torch.Tensor | None = None, use_cache: bool = False,
-    output_attentions: bool | None = None, output_hidden_states: bool | None = None, key_places: torch.Tensor | None = None,
+    output_attentions: bool | None = None, output_hidden_states: bool | None = None, output_router_logits: bool | None = None,
+    key_places: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """(1, S, H, D) of queries (1, H, S, D) and of keys and values, which may have fewer heads. Without bounds all is one segment;
     where it is causal no token sees a later one. With `key_places` (K), segments see the keys that lie there, cut by their
