@@ -22,8 +22,8 @@ SHARED_MLP = r"mlp\.(?:shared_expert\.)?(?:gate_proj|up_proj|down_proj)"  # whic
 class Family:
     """One row of the table. The LoRA targets are regular expressions over whole module names; `boxes` is how it writes boxes.
 
-    `linear_attention`: some layers keep a state in place of keys and values. It leaks from record to record of a row without a
-    word unless flash-linear-attention is installed, so a row gets one record, and it cannot be padded.
+    `linear_attention`: some layers keep a state in place of keys and values, which can be neither padded nor cut: questions are
+    answered one by one.
     `experts`: some layers hold a mixture of experts, of which a token passes a few; the targets leave them and their router out.
     `clock`: how the model knows when a step of a video is shown: its steps follow each other on the time axis by ones, or by
     seconds, or the seconds are written before each.

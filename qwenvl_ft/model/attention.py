@@ -75,7 +75,7 @@ def attention(
     parted = (of.split_with_sizes(sizes, dim=2) for of, sizes in zip(states, (queries, keys, keys), strict=True))
     segments = list(zip(*parted, strict=True))
     attended: list[torch.Tensor] = [query] * len(segments)
-    for places in _by_length(list(zip(queries, keys, strict=True))):
+    for places in by_length(list(zip(queries, keys, strict=True))):
         together = dense(*map(torch.cat, zip(*(segments[place] for place in places), strict=True)))
         for place, one in zip(places, together.unbind(), strict=True):
             attended[place] = one
@@ -119,7 +119,7 @@ def by_kernel(
     return cast(torch.Tensor, found)[None]
 
 
-def _by_length(lengths: Sequence[tuple[int, int]]) -> list[list[int]]:
+def by_length(lengths: Sequence[tuple[int, int]]) -> list[list[int]]:
     """The places of the segments, those of one number of queries and of keys together."""
     places: dict[tuple[int, int], list[int]] = {}
     for place, length in enumerate(lengths):

@@ -26,6 +26,7 @@ from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.model.attention import use_varlen
 from qwenvl_ft.model.head import LossHead
 from qwenvl_ft.model.last_layer import LastLayer
+from qwenvl_ft.model.linear_attention import keep_apart
 from qwenvl_ft.model.lora import multiply_in_dtype_of_input
 from qwenvl_ft.model.quantized import multiply_dequantized, settings_of
 from qwenvl_ft.values import Own, Quantization, Tower
@@ -100,6 +101,7 @@ def refit(model: Any, attention: str) -> Any:
     patch_embed.proj = PatchEmbedding.like(patch_embed.proj)
     model.lm_head = LossHead.like(model.lm_head)
     LastLayer(model.get_decoder().layers)
+    keep_apart(model)
     if attention == "varlen":
         use_varlen(model)
     return model
