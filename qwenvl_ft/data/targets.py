@@ -8,10 +8,8 @@ from collections.abc import Collection
 from typing import Any
 
 from qwenvl_ft.config import Config
-from qwenvl_ft.data.families import family_of
+from qwenvl_ft.data.families import family_of, layers_of
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import module_of, read_header
-from qwenvl_ft.folders.model import weight_files
 from qwenvl_ft.values import Tower
 
 MERGERS = r"model\.visual\.(?:merger|deepstack_merger_list\.\d+)"
@@ -23,7 +21,6 @@ INSIDE: dict[Tower, str] = {
     "vision": r"model\.visual\.(?!merger\.|deepstack_merger_list\.).+",
     "merger": rf"{MERGERS}\..+",
 }
-TABLES = ("embed_tokens", "pos_embed", ".mlp.gate")  # which have two axes as a linear layer has; the last one chooses experts
 
 
 def tower_of(name: str) -> Tower:
@@ -49,11 +46,8 @@ def find_layers(config: Config) -> list[str]:
         return []
     on = [tower for tower in config.lora_on if tower != "experts" and not (tower in config.own and config.own[tower].full)]
     inside = "|".join(INSIDE[tower] for tower in on)
-    shapes = {
-        module_of(of.key): of.shape for path in weight_files(config.model) for of in read_header(path)[1]
-        if of.key.endswith(".weight")
-    }  # fmt: skip
-    here = {name: len(shape) == 2 and not name.endswith(TABLES) for name, shape in shapes.items() if re.fullmatch(inside, name)}
+    everywhere = layers_of(config.model)
+    here = {name: is_linear for name, is_linear in everywhere.items() if re.fullmatch(inside, name)}
     linear = [name for name, is_linear in here.items() if is_linear]
     if wanted == "all-linear":
         return linear
@@ -65,7 +59,7 @@ def find_layers(config: Config) -> list[str]:
         if others := [name for name in chosen if not here[name]]:
             problems.append(Problem(f"lora_targets: {one}", f"{others[0]} is no linear layer", f"choose among {known}"))
         elif not chosen:
-            elsewhere = sorted({tower_of(name) for name in shapes if name != "lm_head" and re.fullmatch(pattern, name)})
+            elsewhere = sorted({tower_of(name) for name in everywhere if name != "lm_head" and re.fullmatch(pattern, name)})
             fix = f"add {' and '.join(elsewhere)} to lora_on, or choose among {known}" if elsewhere else f"choose among {known}"
             problems.append(Problem(f"lora_targets: {one}", f"names no layer of {' and '.join(on)}", fix))
         found |= dict.fromkeys(chosen)

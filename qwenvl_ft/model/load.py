@@ -8,11 +8,12 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -22,6 +23,7 @@ from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.targets import INSIDE, MERGERS
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import FUSED, OLD_KEYS
+from qwenvl_ft.folders.model import read_config
 from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.model.attention import use_varlen
 from qwenvl_ft.model.head import LossHead
@@ -66,6 +68,9 @@ def load_base(
     varlen for rows that are `packed`, else sdpa. With `quantization` its layers are quantized as they are read, and what is left
     is in `dtype`, as is what they multiply. Raises UserError for an attention that is not installed.
     """
+    if (model_type := read_config(model_dir).get("model_type")) not in CONFIG_MAPPING:  # its layers may be known here all the same
+        what = f"model_type {model_type!r} is not known to transformers {transformers.__version__}"
+        raise UserError(Problem(str(model_dir / "config.json"), what, "install the version that its makers name"))
     if dtype == "auto":
         dtype = dtype_here()
     if attention == "auto":

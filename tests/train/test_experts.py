@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from qwenvl_ft.data.families import family_of
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.export.merge import export
@@ -16,6 +17,7 @@ from qwenvl_ft.infer.engine import Engine
 from tests.conftest import SAMPLE
 from tests.runs import metrics, run, same
 from tests.tiny import lighten, make_family
+from tests.train.test_alike import another
 from tests.train.test_tuning import loaded, merges_as_pefts
 
 ON = {"language": {"rank": 4}, "experts": {"rank": 2, "alpha": 6, "learning_rate": 2e-2}}
@@ -97,6 +99,11 @@ def test_an_adapter_of_one_of_the_two_parameters_is_the_one_that_it_names(mixtur
     assert not report.problems and report.facts["on"] == "experts"
     assert "does not take target_parameters; merge first" in report.facts["vLLM"]
     merges_as_pefts(tmp_path / name, tmp_path / "merged", mixture)
+
+
+def test_a_mixture_is_taken_for_no_other_family(mixture, tmp_path):
+    another(mixture, tmp_path)
+    assert family_of(tmp_path).like == mixture.name
 
 
 def test_an_adapter_on_something_else_than_experts_is_no_plain_one(mixture, trained, tmp_path):
