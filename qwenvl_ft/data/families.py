@@ -79,10 +79,11 @@ def family_of(model_dir: Path) -> Family:
 
     Raises UserError where there is none, or it has a layer that no known family has.
     """
-    model_type = read_config(model_dir).get("model_type")
+    config = read_config(model_dir)
+    model_type = config.get("model_type")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    layers = layers_of(model_dir)
+    layers = layers_of(model_dir) if {"vision_config", "image_token_id"} <= config.keys() else {}
     beyond = {name: [*_beyond(layers, family)] for name, family in FAMILIES.items()} if layers else {}
     like = min(beyond, key=lambda name: len(beyond[name]), default="")
     if like and not beyond[like]:
@@ -109,7 +110,11 @@ def _beyond(layers: Mapping[str, bool], family: Family) -> Iterator[str]:
         found = [name for name in layers if mark in name]
         if has != bool(found):
             yield found[0] if found else f"the lack of {mark.strip('.')}"
-    yield from (f"the lack of {tower} layers" for tower, of in towers.items() if not any(re.fullmatch(of, name) for name in layers))
+    yield from (
+        f"the lack of {tower} layers"
+        for tower, of in towers.items()
+        if not any(re.fullmatch(of, name) for name in layers if layers[name])
+    )
     yield from (
         name for name, linear in layers.items()
         if linear and name != "lm_head" and not name.endswith(SMALL) and not re.fullmatch("|".join(towers.values()), name)

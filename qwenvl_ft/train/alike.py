@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
+from qwenvl_ft.console import print_line
 from qwenvl_ft.data.chat import IGNORE
 from qwenvl_ft.data.families import NAMES
 from qwenvl_ft.data.records import Part, Picture, Record, Turn, Video
@@ -25,9 +26,13 @@ CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of a loss: what another o
 def check_alike(run: Run, loss_of: Callable[[Run, Row], torch.Tensor]) -> None:
     """Raises UserError with the property that a model of an unknown type lacks. `loss_of` is the forward pass of a row."""
     family, where = run.prepared.chat.family, f"{run.config.model}/config.json"
-    if family.like and (lacking := next(_lacking(run, loss_of), None)):
+    if not family.like:
+        return
+    if lacking := next(_lacking(run, loss_of), None):
         what = f"its model_type is not known, its layers are those of {family.like}, but {lacking}"
         raise UserError(Problem(where, what, f"use a model of {', '.join(NAMES)}"))
+    if run.accelerator.is_main_process:
+        print_line(f"{where}: its model_type is not known, its layers are those of {family.like}, and it proved to be alike")
 
 
 def records() -> list[Record]:

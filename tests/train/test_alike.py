@@ -62,11 +62,12 @@ def another(model, folder):
     (folder / "model.safetensors").symlink_to(model / "model.safetensors")
 
 
-def test_a_copy_under_another_name_is_its_family_and_trains_and_merges(tmp_path):
+def test_a_copy_under_another_name_is_its_family_and_trains_and_merges(tmp_path, capsys):
     model = renamed(tmp_path / "model", "copy_of_qwen3_5_moe", "qwen3_5_moe")
     assert family_of(model).like == "qwen3_5_moe"
     trained = run(tmp_path, model=model, lora_on=["language", "experts"], max_steps=1, max_pixels=16 * 32 * 32)
     assert any(".experts." in name for name in trained)
+    assert "its layers are those of qwen3_5_moe, and it proved to be alike" in " ".join(capsys.readouterr().out.split())
     merges_as_pefts(tmp_path / "run", tmp_path / "merged", model)
 
 
