@@ -77,16 +77,17 @@ def _by_turn(before: Sequence[int | None]) -> list[int]:
 
 
 def attend(net: Any, hidden: torch.Tensor, pieces: Pieces) -> torch.Tensor:
-    """What Qwen3.5's gated delta net makes of each piece of (1, S, hidden), its linear layers run once for all of them."""
-    mixed = convolved(net, net.in_proj_qkv(hidden), pieces)
+    """What Qwen3.5's gated delta net makes of each piece of (1, S, hidden), its linear layers run once for all of them, and in the
+    order in which transformers runs them for a row of one record: processes that share them out by ZeRO-3 wait for each other."""
+    mixed, gate = net.in_proj_qkv(hidden), net.in_proj_z(hidden).reshape(-1, net.head_v_dim)
+    rate, step = net.in_proj_b(hidden).sigmoid(), net.in_proj_a(hidden)
+    mixed = convolved(net, mixed, pieces)
     sizes, widths = (net.key_dim, net.key_dim, net.value_dim), (net.head_k_dim, net.head_k_dim, net.head_v_dim)
     query, key, value = (
         of.reshape(*of.shape[:2], -1, width) for of, width in zip(mixed.split_with_sizes(sizes, -1), widths, strict=True)
     )
-    decay = -net.A_log.float().exp() * functional.softplus(net.in_proj_a(hidden).float() + net.dt_bias)
-    states = (query, key, value, decay, net.in_proj_b(hidden).sigmoid())
-    attended = recalled(states, pieces).reshape(-1, net.head_v_dim)
-    gate = net.in_proj_z(hidden).reshape(-1, net.head_v_dim)
+    decay = -net.A_log.float().exp() * functional.softplus(step.float() + net.dt_bias)
+    attended = recalled((query, key, value, decay, rate), pieces).reshape(-1, net.head_v_dim)
     return net.out_proj(net.norm(attended, gate).reshape(*hidden.shape[:2], -1))  # type: ignore[no-any-return]
 
 

@@ -104,6 +104,19 @@ def test_what_a_record_says_and_shows_changes_nothing_of_the_others(job, family_
         assert after[0] == pytest.approx(before[0], rel=1e-6) and abs(after[1] - before[1]) > 1e-5 * before[1], changed
 
 
+def test_a_row_of_several_records_runs_the_modules_that_a_row_of_one_does_in_their_order(job):
+    """Under ZeRO-3 each that runs is a wait for the others: in Qwen3.5 two processes, one of them with one record, never came back."""
+    model, rows = job
+    ran, hooks = [], [module.register_forward_pre_hook(lambda module, _: ran.append(module)) for module in model.modules()]
+    for number in (0, 2):
+        ran.append(None)
+        summed_loss(model, model, rows[number], False)
+    for hook in hooks:
+        hook.remove()
+    second = ran.index(None, 1)
+    assert ran[1:second] == ran[second + 1 :] and len(ran) > 20
+
+
 @pytest.mark.parametrize("torch_2_11", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_kernel_for_a_gpu_is_asked_for_what_is_computed_without_one(causal, torch_2_11, monkeypatch):
