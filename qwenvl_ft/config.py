@@ -248,7 +248,8 @@ PEERS = {
 CLOSE = 0.85  # of two keys that are one misspelt: lower, and a key of another meaning is near enough
 # What has to be known besides the name, by our key.
 REMARKS = {
-    "lora_on": "[language] keeps vision tower and merger frozen, [language, vision, merger] trains them, too; or experts",
+    "lora_on": "[language] to keep the vision tower and the merger frozen, [language, vision, merger] to train them, too; "
+    "experts, where there are, are named as well",
     "lora_targets": "[q_proj, v_proj], names of linear layers, or a regular expression; lora_on says in which towers",
     "init_lora_weights": "pissa, or pissa_niter_16",
     "rows_per_step": "another number, the rows of one step over all processes together",

@@ -4,8 +4,8 @@
 
 and where the adapter is DoRA, each row of that brought to the length that it has learnt. What it holds whole, as of a merger
 that was trained in full, takes the base's place. Experts have a B and an A each; a base has them fused, its axes either way
-round, or one by one. Where the adapter trained beside quantized layers, their base is what they stood for, dequantized(Q(base)): that
-is the model that was trained, and the adapter has learnt to make up for the difference.
+round, or one by one. Where the adapter trained beside quantized layers, their base is what they stood for, dequantized(Q(base)):
+that is the model that was trained, and the adapter has learnt to make up for the difference.
 
 The weights are merged in one stream, so that memory does not grow with the model: a merged file has its base's header, byte for
 byte; behind it come the tensors, block by block, changed or copied.

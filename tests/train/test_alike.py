@@ -16,7 +16,7 @@ from transformers import (
 from qwenvl_ft.data.families import family_of
 from qwenvl_ft.errors import UserError
 from tests.runs import run
-from tests.tiny import lighten, make_family
+from tests.tiny import make_family
 from tests.train.test_tuning import merges_as_pefts
 
 
@@ -50,7 +50,7 @@ for of_config, of_model in ((CopyConfig, Copy), (LeakyConfig, Leaky)):
 
 def renamed(folder, model_type, like):
     """A tiny model of the family `like`, that says another type."""
-    config = json.loads((lighten(make_family(like, folder, 1024)) / "config.json").read_text())
+    config = json.loads((make_family(like, folder, light=True) / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
     return folder
 

@@ -16,7 +16,7 @@ from qwenvl_ft.hub.doctor import examine
 from qwenvl_ft.infer.engine import Engine
 from tests.conftest import SAMPLE
 from tests.runs import metrics, run, same
-from tests.tiny import lighten, make_family
+from tests.tiny import make_family
 from tests.train.test_alike import another
 from tests.train.test_tuning import loaded, merges_as_pefts
 
@@ -26,7 +26,7 @@ ON = {"language": {"rank": 4}, "experts": {"rank": 2, "alpha": 6, "learning_rate
 @pytest.fixture(scope="module", params=["qwen3_vl_moe", "qwen3_5_moe"])
 def mixture(request, tmp_path_factory):
     """The folder of a random model with experts: fused with their axes turned round, as released, or one by one."""
-    return lighten(make_family(request.param, tmp_path_factory.mktemp("mixture") / request.param, 1024))
+    return make_family(request.param, tmp_path_factory.mktemp("mixture") / request.param, light=True)
 
 
 @pytest.fixture(scope="module")
