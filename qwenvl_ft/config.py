@@ -133,6 +133,14 @@ class Config(BaseModel):
             raise ValueError("choose one of quantization and PiSSA")
         return value
 
+    @field_validator("lora_dropout", "use_dora", "init_lora_weights")
+    @classmethod
+    def experts_are_plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """PEFT's LoRA on a fused tensor has no input to drop, no rows to measure, and no singular values."""
+        if "experts" in info.data.get("lora_on", ()) and (value is not True if info.field_name == "init_lora_weights" else value):
+            raise ValueError("leave it at its default, or experts out of lora_on: PEFT trains them with plain LoRA only")
+        return value
+
     @field_validator("init_adapter")
     @classmethod
     def one_beginning(cls, value: Path | None, info: ValidationInfo) -> Path | None:
@@ -225,7 +233,7 @@ PEERS = {
     "lorap_lr_ratio": "loraplus_lr_ratio",
     "adapter_name_or_path": "init_adapter", "adapters": "init_adapter", "adapter": "init_adapter", "lora_model_dir": "init_adapter",
     "lora_weight_path": "init_adapter", "resume_only_model": "resume", "pissa_init": "init_lora_weights",
-    "pissa_iter": "init_lora_weights",
+    "pissa_iter": "init_lora_weights", "target_parameters": "lora_on", "lora_target_parameters": "lora_on",
     "load_in_4bit": "quantization", "load_in_8bit": "quantization", "quantization_bit": "quantization", "bits": "quantization",
     "quantization_method": "quantization", "quant_method": "quantization", "quant_bits": "quantization",
     "bnb_4bit_quant_type": "quantization", "quant_type": "quantization",
@@ -239,7 +247,8 @@ PEERS = {
 CLOSE = 0.85  # of two keys that are one misspelt: lower, and a key of another meaning is near enough
 # What has to be known besides the name, by our key.
 REMARKS = {
-    "lora_on": "[language] to keep the vision tower and the merger frozen, [language, vision, merger] to train them, too",
+    "lora_on": "[language] to keep the vision tower and the merger frozen, [language, vision, merger] to train them, too; "
+    "experts, where there are, are named as well",
     "lora_targets": "[q_proj, v_proj], names of linear layers, or a regular expression; lora_on says in which towers",
     "init_lora_weights": "pissa, or pissa_niter_16",
     "rows_per_step": "another number, the rows of one step over all processes together",

@@ -36,7 +36,9 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 # The forms of records that are told from what a meta-file holds; data/formats reads them.
 Form = Literal["documented", "v1", "llava", "sharegpt", "messages", "openai", "prompt_completion", "query_response", "alpaca",
                "pairs", "columns"]  # fmt: skip
-Tower = Literal["language", "vision", "merger"]
+Tower = Literal[
+    "language", "experts", "vision", "merger"
+]  # experts are the language model's, but trained only where they are named
 Quantization = Literal["none", "nf4", "int8"]
 
 
@@ -87,7 +89,8 @@ def _towers(value: Any) -> Any:
     """Names of towers, or an object of what each has of its own; complained about as one thing."""
     named = [value] if isinstance(value, str) else value
     if not named or not isinstance(named, list | dict) or any(tower not in get_args(Tower) for tower in named):
-        raise ValueError("list language, vision and merger, those to train, or write {language: {rank: 16}, vision: {rank: 8}}")
+        towers = "list language, vision and merger, those to train, and experts of a mixture"
+        raise ValueError(f"{towers}, or write {{language: {{rank: 16}}, vision: {{rank: 8}}}}")
     if isinstance(named, list):
         return named
     for tower, given in named.items():

@@ -108,6 +108,8 @@ def test_towers_may_have_a_rank_an_alpha_and_a_rate_of_their_own(load, complaint
     assert (
         complaints("init_adapter: a\ninit_lora_weights: pissa\n")[0][2] == "choose one of init_adapter and init_lora_weights: pissa"
     )
+    for key in ("lora_dropout: 0.1", "use_dora: true", "init_lora_weights: pissa"):
+        assert "PEFT trains them with plain LoRA only" in complaints(f"lora_on: [language, experts]\n{key}\n")[0][2]
     for key in ("keep_best: true", "early_stopping_patience: 2"):
         assert complaints(f"eval_meta_file: f\n{key}\n")[0][2] == "set eval_meta_file and eval_steps, which it goes by"
     ((_, _, fix),) = complaints("lora_targets: '(q_proj'\n")

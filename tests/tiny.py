@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
@@ -18,14 +19,24 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
+QWEN3 = {
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+    "qwen3_vl_moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration),
+    "qwen3_5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
+    "qwen3_5_moe": (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration),
+}
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CONTROL_TOKENS = [f"<|{name}|>" for name in (
     "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
@@ -74,7 +85,7 @@ def template_of(model_type: str) -> str:
 
     if model_type == "qwen2_vl":
         return (Path(__file__).parent.parent / "data" / "tiny" / "chat_template.jinja").read_text()
-    name = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl", "qwen3_5": "qwen3_5_nothink"}[model_type]
+    name = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl", "qwen3_5": "qwen3_5_nothink"}[model_type.removesuffix("_moe")]
     return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
 
 
@@ -121,17 +132,23 @@ def make_family(model_type: str, folder: Path, light: bool = False) -> Path:
         images = Qwen2VLImageProcessor(size=size, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
         vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 48,
                   "num_position_embeddings": 64}  # fmt: skip
-        if model_type == "qwen3_vl":
+        if model_type.endswith("_moe"):
+            text |= {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+        if model_type.startswith("qwen3_vl"):
             vision["deepstack_visual_indexes"] = [0]
-            model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
         else:
             text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
                      "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
-            model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, **ids))
+        of_config, of_model = QWEN3[model_type]
+        model = of_model(of_config(text_config=text, vision_config=vision, **ids))
         processor = Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=template_of(model_type))
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:  # larger than the library's start, so that a wrong mask or position shows
             torch.nn.init.normal_(parameter, std=0.2 if "embed" not in name else 0.5)
     model.save_pretrained(folder)
+    if model_type == "qwen3_vl_moe":  # as released files have them, and transformers reads both
+        weights = load_file(folder / "model.safetensors")
+        turned = {name: tensor.mT.contiguous() if ".experts." in name else tensor for name, tensor in weights.items()}
+        save_file(turned, folder / "model.safetensors", {"format": "pt"})
     processor.save_pretrained(folder)
     return folder

@@ -13,7 +13,7 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.data.cache import features_folder, free_bytes
 from qwenvl_ft.data.chat import Chat, open_chat
 from qwenvl_ft.data.checks import Against, Checks, notes_of, token_counts
-from qwenvl_ft.data.families import Family, feature_width
+from qwenvl_ft.data.families import feature_width
 from qwenvl_ft.data.geometry import resized
 from qwenvl_ft.data.kept import kept_table, table_name
 from qwenvl_ft.data.meta_file import Meta, OnRecord, Tally, called
@@ -136,7 +136,7 @@ class Prepared:
         if (fewer := -(-steps.num_rows // max(1, steps.steps_per_epoch))) < min(config.rows_per_step, steps.num_rows) / 1.5:
             more = f"; for more rows of the same records lower row_tokens, now {config.row_tokens}"
             return [f"a step takes {fewer} rows, which teach what {config.rows_per_step} would that share no beginnings" + more]
-        why = not_shared(config, self.chat.family)
+        why = not_shared(config)
         shared = why and any((block >= LEAST_SHARED).any() for _, block in blocks(self.scripts.shared))
         return [f"records that share their beginning pay for it each: {why}"] if shared else []
 
@@ -155,12 +155,10 @@ class Prepared:
 Ready = tuple[Prepared, Prepared | None]
 
 
-def not_shared(config: Config, family: Family) -> str | None:
+def not_shared(config: Config) -> str | None:
     """Why rows hold no beginning once for several records; None if they do."""
     if config.share_prefix == "off":
         return "share_prefix is off"
-    if family.linear_attention:
-        return "linear attention keeps a state that records cannot branch from"
     if config.attn_implementation not in ("auto", "varlen"):
         return f"attn_implementation is {config.attn_implementation}, and only varlen, which auto takes then, runs such rows"
     if config.lora_dropout:
@@ -191,7 +189,7 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     meta = config.eval_meta_file if evaluation and config.eval_meta_file else config.train_meta_file
     data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
     chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking, config.video_max_pixels)
-    reading, linear = Reading.of(config), chat.family.linear_attention
+    reading = Reading.of(config)
     find_layers(config)
 
     held_out, held_out_dir = None if evaluation else config.eval_meta_file, config.eval_data_dir or config.train_data_dir
@@ -204,8 +202,8 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
             planned(scripts if whole else None, found)
 
     def planned(scripts: Scripts | None, problems: list[Problem]) -> Prepared:
-        alike = Alike(scripts.back, scripts.shared) if scripts and not_shared(config, chat.family) is None else None
-        plan = pack(scripts.lengths if scripts else [], config.row_tokens, share=not linear, alike=alike)
+        alike = Alike(scripts.back, scripts.shared) if scripts and not_shared(config) is None else None
+        plan = pack(scripts.lengths if scripts else [], config.row_tokens, alike=alike)
         stops = config.on_bad_record == "error" or not len(plan.rows)
         if scripts:  # a run that skips them keeps the list of them
             problems = problems + too_long(scripts, plan, called(meta), as_one=stops)

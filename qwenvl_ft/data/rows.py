@@ -176,7 +176,7 @@ def join(examples: Sequence[Row]) -> Row:
         "labels": torch.cat([_first_ignored(example["labels"]) for example in examples])[None],
         "position_ids": torch.cat([example["position_ids"] for example in examples], dim=1)[:, None],
     }
-    if len(lengths) > 1:  # Qwen3.5 without flash-linear-attention refuses bounds, and for one record there are none
+    if len(lengths) > 1:  # for one record there are none
         seen = [length + of[0] * (at > 0) for of in pieces for at, length in enumerate(of)]
         bounds, of_keys = (torch.tensor([0, *of]).cumsum(0).int() for of in (lengths, seen))
         row |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": of_keys, "max_length_q": max(lengths), "max_length_k": max(seen)}

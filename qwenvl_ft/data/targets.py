@@ -8,19 +8,19 @@ from collections.abc import Collection
 from typing import Any
 
 from qwenvl_ft.config import Config
+from qwenvl_ft.data.families import family_of, layers_of
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import module_of, read_header
-from qwenvl_ft.folders.model import weight_files
 from qwenvl_ft.values import Tower
 
 MERGERS = r"model\.visual\.(?:merger|deepstack_merger_list\.\d+)"
+EXPERTS = r"layers\.\d+\.mlp\.experts\."
 # Regular expressions over whole names of what lies in a tower, as transformers 5 has them.
 INSIDE: dict[Tower, str] = {
-    "language": r"model\.language_model\..+",
+    "experts": rf"model\.language_model\.{EXPERTS}.+",
+    "language": rf"model\.language_model\.(?!{EXPERTS}).+",
     "vision": r"model\.visual\.(?!merger\.|deepstack_merger_list\.).+",
     "merger": rf"{MERGERS}\..+",
 }
-TABLES = ("embed_tokens", "pos_embed")  # which have two axes as a linear layer has
 
 
 def tower_of(name: str) -> Tower:
@@ -37,18 +37,17 @@ def find_layers(config: Config) -> list[str]:
     """Whole names of the layers that `lora_targets` chooses in the towers that get LoRA; none where it is not set.
 
     A list holds names, each alone or with modules before it; a text is `all-linear` or a regular expression over whole names: as
-    PEFT has both. Raises UserError for what matches nothing there, or what is no linear layer.
+    PEFT has both. Raises UserError for what matches nothing there, or what is no linear layer, and for experts that are not there.
     """
     wanted = config.lora_targets
+    if "experts" in config.lora_on and not family_of(config.model).experts:
+        raise UserError(Problem("lora_on: experts", f"{config.model} is no mixture of experts", "leave experts out"))
     if wanted is None:
         return []
-    on = [tower for tower in config.lora_on if not (tower in config.own and config.own[tower].full)]
+    on = [tower for tower in config.lora_on if tower != "experts" and not (tower in config.own and config.own[tower].full)]
     inside = "|".join(INSIDE[tower] for tower in on)
-    shapes = {
-        module_of(of.key): of.shape for path in weight_files(config.model) for of in read_header(path)[1]
-        if of.key.endswith(".weight")
-    }  # fmt: skip
-    here = {name: len(shape) == 2 and not name.endswith(TABLES) for name, shape in shapes.items() if re.fullmatch(inside, name)}
+    everywhere = layers_of(config.model)
+    here = {name: is_linear for name, is_linear in everywhere.items() if re.fullmatch(inside, name)}
     linear = [name for name, is_linear in here.items() if is_linear]
     if wanted == "all-linear":
         return linear
@@ -60,7 +59,7 @@ def find_layers(config: Config) -> list[str]:
         if others := [name for name in chosen if not here[name]]:
             problems.append(Problem(f"lora_targets: {one}", f"{others[0]} is no linear layer", f"choose among {known}"))
         elif not chosen:
-            elsewhere = sorted({tower_of(name) for name in shapes if name != "lm_head" and re.fullmatch(pattern, name)})
+            elsewhere = sorted({tower_of(name) for name in everywhere if name != "lm_head" and re.fullmatch(pattern, name)})
             fix = f"add {' and '.join(elsewhere)} to lora_on, or choose among {known}" if elsewhere else f"choose among {known}"
             problems.append(Problem(f"lora_targets: {one}", f"names no layer of {' and '.join(on)}", fix))
         found |= dict.fromkeys(chosen)

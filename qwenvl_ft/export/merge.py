@@ -3,8 +3,9 @@
     merged = base + (alpha / rank) * B @ A, summed in float32, cast back to the base's dtype, under the base's own key names
 
 and where the adapter is DoRA, each row of that brought to the length that it has learnt. What it holds whole, as of a merger
-that was trained in full, takes the base's place. Where the adapter trained beside quantized layers, their base is what they stood
-for, dequantized(Q(base)): that is the model that was trained, and the adapter has learnt to make up for the difference.
+that was trained in full, takes the base's place. Experts have a B and an A each; a base has them fused, its axes either way
+round, or one by one. Where the adapter trained beside quantized layers, their base is what they stood for, dequantized(Q(base)):
+that is the model that was trained, and the adapter has learnt to make up for the difference.
 
 The weights are merged in one stream, so that memory does not grow with the model: a merged file has its base's header, byte for
 byte; behind it come the tensors, block by block, changed or copied.
@@ -15,6 +16,8 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from threading import Event
 from typing import IO, Any
@@ -35,16 +38,19 @@ from qwenvl_ft.evaluate.card import write_card
 from qwenvl_ft.export.prove import prove
 from qwenvl_ft.folders.adapter import (
     DTYPES,
+    FUSED,
     LORA_KEY,
     MAGNITUDE_KEY,
     PLAIN_STARTS,
     Floats,
+    Place,
     Stored,
     as_float32,
     module_of,
     quantization_of,
     read_header,
     scale_of,
+    weight_of,
 )
 from qwenvl_ft.folders.model import (
     ADAPTER_CONFIG,
@@ -74,7 +80,6 @@ BLOCK_BYTES = 1 << 19  # a block and its float32 stay in a core's cache
 NOT_PLAIN = (
     "lora_bias", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "arrow_config", "layer_replication", "fan_in_fan_out", "trainable_token_indices",
-    "target_parameters",
 )  # fmt: skip
 
 
@@ -179,12 +184,18 @@ class Deltas:
         self.where, self.quantization, self.family = adapter / ADAPTER_WEIGHTS, quantization, family
         settings = read_model_json(adapter / ADAPTER_CONFIG)
         more = [key for key in NOT_PLAIN if settings.get(key)]
+        more += [
+            name for name in settings.get("target_parameters") or () if not name.endswith(tuple(f"experts.{of}" for of in FUSED))
+        ]
         more += ["bias"] if settings.get("bias", "none") != "none" else []
         more += ["init_lora_weights"] if settings.get("init_lora_weights") not in PLAIN_STARTS else []
         if more:
             raise UserError(Problem(str(adapter), f"is no plain LoRA adapter ({', '.join(more)})",
                                     "merge it with the tool that trained it"))  # fmt: skip
         self.settings = settings
+        of_text = base_config.get("text_config", base_config)
+        self.num_experts = of_text.get("num_experts") or of_text.get("num_local_experts") or 1  # transformers 5 writes the second
+        self.factors = lru_cache(8)(self._factors)  # a layer's experts may be asked for one by one, by several threads
         self.pairs: dict[str, dict[str, Stored]] = {}  # of each module its A and B
         self.magnitudes: dict[str, Stored] = {}  # of DoRA
         self.whole: dict[str, Stored] = {}  # in place of the base's
@@ -200,8 +211,9 @@ class Deltas:
             if not match or tensor.dtype not in DTYPES:
                 raise UserError(Problem(f"{self.where}: {tensor.key}", "is not a LoRA tensor that can be merged",
                                         "train it again with this tool"))  # fmt: skip
-            self.pairs.setdefault(module_of(match[1]), {})[match[2]] = tensor
+            self.pairs.setdefault(weight_of(module_of(match[1]), settings), {})[match[2]] = tensor
         self.left = {*self.pairs, *self.whole}
+        self.parts: dict[str, set[Place]] = {}  # of experts that the base has one by one, those that were asked for
         if settings.get("use_dora") and (unlike := self.pairs.keys() ^ self.magnitudes.keys()):
             raise UserError(Problem(f"{self.where}: {min(unlike)}", "has no DoRA magnitude with its A and B", "copy it again"))
         tied = base_config.get("tie_word_embeddings") or base_config.get("text_config", {}).get("tie_word_embeddings")
@@ -210,22 +222,46 @@ class Deltas:
                                     "train without this module"))  # fmt: skip
 
     def of(self, key: str, shape: list[int]) -> tuple[Floats, Floats] | None:
-        """(B, A) in float32, B times the scale, for a checkpoint's key; None if the adapter does not touch it."""
-        module = module_of(key)
-        if module not in self.pairs:
+        """(N, ., R) and (N, R, .) in float32, whose products are what is added to each of the N matrices of a checkpoint's tensor,
+        of which most have one and fused experts some; None if the adapter does not touch it."""
+        place = Place.of(module_of(key))
+        if place.weight not in self.pairs:
             return None
-        pair = {side: tensor.read() for side, tensor in self.pairs[module].items()}
-        if len(shape) != 2:
-            raise UserError(Problem(f"{self.where}: {module}", "is LoRA on a convolution, which is not merged here",
+        if len(shape) != 2 and not (len(shape) == 3 and place.weight.endswith(FUSED)):
+            raise UserError(Problem(f"{self.where}: {place.weight}", "is LoRA on a convolution, which is not merged here",
                                     "merge it with the tool that trained it"))  # fmt: skip
+        left, right = self.factors(place.weight)
+        if place.expert is not None:
+            left, right = place.part(left), right[place.expert : place.expert + 1]
+        wanted = [len(left), left.shape[1], right.shape[2]]
+        stored = [1, *shape][-3:]
+        if stored == [wanted[0], wanted[2], wanted[1]] != wanted:  # as Qwen3-VL's experts lie in released files
+            left, right, wanted = right.swapaxes(1, 2), left.swapaxes(1, 2), stored
+        if wanted != stored:
+            what, fix = f"has shape {wanted[-len(shape) :]}, the base {shape}", "give the right base with --model DIR"
+            raise UserError(Problem(f"{self.where}: {place.weight}", what, fix))
+        if place.expert is not None:
+            asked = self.parts.setdefault(place.weight, set())
+            asked.add(place)
+            whole = len(asked) == self.num_experts * (1 if place.half is None else 2)
+        if place.expert is None or whole:
+            self.left.discard(place.weight)
+        return left, right
+
+    def _factors(self, weight: str) -> tuple[Floats, Floats]:
+        """(E, out, R), times the scale, and (E, R, in) of a weight, E being 1 where there are no experts."""
+        pair = {side: tensor.read() for side, tensor in self.pairs[weight].items()}
         if not all(np.isfinite(matrix).all() for matrix in pair.values()):
-            raise UserError(Problem(f"{self.where}: {module}", "holds NaN or infinity", "take an earlier checkpoint"))
-        if pair.keys() != {"A", "B"} or [pair["B"].shape[0], pair["A"].shape[1]] != shape:
-            found = {side: tensor.shape for side, tensor in pair.items()}
-            raise UserError(Problem(f"{self.where}: {module}", f"has shape {found}, the base {shape}",
+            raise UserError(Problem(f"{self.where}: {weight}", "holds NaN or infinity", "take an earlier checkpoint"))
+        number = self.num_experts if weight.endswith(FUSED) and ".experts." in weight else 1
+        if pair.keys() != {"A", "B"} or (pair["A"].shape[0], pair["A"].shape[0] % number) != (pair["B"].shape[1], 0):
+            found = {side: list(matrix.shape) for side, matrix in pair.items()}
+            raise UserError(Problem(f"{self.where}: {weight}", f"has shape {found}, which is no product",
                                     "give the right base with --model DIR"))  # fmt: skip
-        self.left.discard(module)
-        return pair["B"] * np.float32(scale_of(self.settings, module)), pair["A"]
+        # As PEFT's ParamWrapper lays them out: A an expert after the other, in B of each rank all experts.
+        right = pair["A"].reshape(number, -1, pair["A"].shape[1])
+        left = pair["B"].reshape(len(pair["B"]), -1, number).transpose(2, 0, 1)
+        return left * np.float32(scale_of(self.settings, weight)), right
 
     def rounded(self, tensor: Stored) -> Floats | None:
         """What a tensor of a checkpoint stood for beside the adapter, all of it, over which its scales are quantized, too; None
@@ -306,16 +342,18 @@ def _merged(source: IO[bytes], tensor: Stored, deltas: Deltas) -> Iterator[Any]:
         store(np.frombuffer(block, DTYPES[tensor.dtype]).reshape(tensor.shape), whole)
         yield block
         return
-    row_bytes = tensor.num_bytes // tensor.shape[0] if change or rounded is not None else 1
+    changes = change or rounded is not None
+    matrices, rows = (len(change[0]) if change else 1, tensor.shape[-2]) if changes else (1, tensor.num_bytes)
+    row_bytes = tensor.num_bytes // (matrices * rows) if changes else 1
     step = max(1, BLOCK_BYTES // row_bytes)
-    for row in range(0, tensor.num_bytes // row_bytes, step):
-        block = bytearray(source.read(min(step * row_bytes, tensor.num_bytes - row * row_bytes)))
-        if change or rounded is not None:
-            stored = np.frombuffer(block, DTYPES[tensor.dtype]).reshape(-1, tensor.shape[1])
+    for matrix, row in product(range(matrices), range(0, rows, step)):
+        block = bytearray(source.read(min(step, rows - row) * row_bytes))
+        if changes:
+            stored = np.frombuffer(block, DTYPES[tensor.dtype]).reshape(-1, tensor.shape[-1])
             weight = as_float32(stored) if rounded is None else rounded[row : row + step]
             if change:
                 left, right = change
-                weight += left[row : row + step] @ right
+                weight += left[matrix][row : row + step] @ right[matrix]
             if lengths is not None:
                 weight *= (lengths[row : row + step] / np.linalg.norm(weight, axis=1))[:, None]
             store(stored, weight)

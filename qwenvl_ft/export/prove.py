@@ -1,11 +1,12 @@
 """Proves a merged folder: every merged weight against PEFT's own sum, and its logits against those of base + adapter."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import module_of, read_header
+from qwenvl_ft.folders.adapter import Place, module_of, read_header
 from qwenvl_ft.folders.model import weight_files
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.values import Quantization
@@ -57,6 +58,7 @@ def prove_weights(merged: Path, base: Path, adapted: Any) -> str:
     """
     import torch
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.utils import ModulesToSaveWrapper
     from safetensors import safe_open
 
@@ -64,9 +66,17 @@ def prove_weights(merged: Path, base: Path, adapted: Any) -> str:
 
     named: dict[str, Any] = {name.removeprefix("base_model.model."): layer for name, layer in adapted.named_modules()}
     layers: dict[str, Any] = {
-        name: layer for name, layer in named.items()
+        # Of experts PEFT says which parameter a wrapper is for, whatever it is called.
+        f"{name.removesuffix('.base_layer')}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name: layer
+        for name, layer in named.items()
         if isinstance(layer, LoraLayer) or (isinstance(layer, QuantizedLinear) and not name.endswith(".base_layer"))
     }  # fmt: skip
+
+    @lru_cache(2)  # experts may be stored one by one
+    def delta_of(name: str) -> Any:
+        return layers[name].get_delta_weight(adapted.active_adapter).float().cpu()
+
+    left = {*layers}
     whole = {
         module_of(f"{name}.{key}"): tensor.cpu()
         for name, module in named.items() if isinstance(module, ModulesToSaveWrapper)
@@ -83,26 +93,31 @@ def prove_weights(merged: Path, base: Path, adapted: Any) -> str:
                 coarser = min(stored.dtype, copied.dtype, key=lambda dtype: dtype.itemsize)
                 if not stored.to(coarser).equal(copied.to(coarser)):
                     wrong[tensor.key] = (stored.float() - copied.float()).abs().max().item()
-            if not (layer := layers.pop(module_of(tensor.key), None)):
+            place = Place.of(module_of(tensor.key))
+            if not (layer := layers.get(place.weight)):
                 continue
+            left.discard(place.weight)
             with safe_open(path, "pt") as after, safe_open(base / path.name, "pt") as before:
                 found, start = (file.get_tensor(tensor.key).float() for file in (after, before))
             lora = isinstance(layer, LoraLayer)
             if isinstance(held := layer.get_base_layer() if lora else layer, QuantizedLinear):
                 start = held.dequantized(torch.float32).cpu()
-            delta = layer.get_delta_weight(adapted.active_adapter).float().cpu() if lora else torch.zeros_like(start)
+            delta = place.part(delta_of(place.weight)) if lora else torch.zeros_like(start)
+            delta = delta[0] if place.expert is not None else delta if delta.shape == start.shape else delta.mT
             wanted, more = start + delta, 0.0
             if lora and (dora := layer.lora_magnitude_vector):
                 norms, more = dora[adapted.active_adapter].get_weight_norm(start, delta, scaling=1), 2e-6
                 wanted = (dora[adapted.active_adapter].weight.float().cpu() / norms)[:, None] * wanted
             # Beside rounding, sums of products, and of squares, come in another order.
             bound = (1.01 * HALF_ULP[tensor.dtype] + more) * wanted.abs() + 1e-5 * delta.abs().max() + 1e-7
+            if isinstance(layer, ParamWrapper):  # whose change comes in the dtype of its parameter
+                bound += torch.finfo(layer.get_param().dtype).eps / 2 * delta.abs()  # type: ignore[no-untyped-call]
             if not ((found - wanted).abs() <= bound).all():
                 wrong[tensor.key] = (found - wanted).abs().max().item()
-    layers |= whole  # those that no file has
-    if wrong or layers:
+    left |= whole.keys()  # those that no file has
+    if wrong or left:
         worst = max(wrong, key=lambda key: wrong[key], default="")
-        what = f"{len(wrong) + len(layers)} of {number} weights are not PEFT's sum of base and adapter"
-        what += f", {worst} by up to {wrong[worst]:.3g}" if worst else f", {next(iter(layers))} is missing"
+        what = f"{len(wrong) + len(left)} of {number} weights are not PEFT's sum of base and adapter"
+        what += f", {worst} by up to {wrong[worst]:.3g}" if worst else f", {min(left)} is missing"
         raise UserError(Problem("the merged model", what, REPORT))
     return max(sizes, key=lambda dtype: sizes[dtype])

@@ -28,7 +28,10 @@ BASE = "base_model.json"  # in an adapter's folder: the fingerprint of the base 
 QUANTIZATION = "quantization"  # in that file: how it was held then, if not as it is
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights; the others, as PiSSA, change the base
 # Settings of PEFT that vLLM refuses, or does not look at.
-BEYOND_VLLM = ("use_dora", "modules_to_save", "lora_bias", "rank_pattern", "alpha_pattern")
+BEYOND_VLLM = ("use_dora", "modules_to_save", "lora_bias", "rank_pattern", "alpha_pattern", "target_parameters")
+# A layer's experts are two tensors, fused; PEFT hangs its LoRA on them one around the other, the first inside.
+FUSED = ("gate_up_proj", "down_proj")
+EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj")  # as a checkpoint may have each of them by itself
 Floats = NDArray[np.float32]
 
 
@@ -101,6 +104,41 @@ def module_of(key: str) -> str:
     for old, new in OLD_KEYS.items():
         module = re.sub(old, new, module)
     return module
+
+
+def weight_of(module: str, settings: Mapping[str, Any]) -> str:
+    """The module whose weight LoRA in a module of an adapter changes; of fused experts, which are no modules, the parameter."""
+    experts, inside = module.removesuffix(".base_layer"), module.endswith(".base_layer")
+    if not experts.endswith(".experts"):
+        return module
+    named = [name for name in FUSED if any(target.endswith(name) for target in settings.get("target_parameters") or FUSED)]
+    return f"{experts}.{named[0 if inside else -1]}"
+
+
+class Place(NamedTuple):
+    """What a tensor of a checkpoint holds of a weight: all of it, or one of the experts that are fused in it, and of that the first
+    or the second half of the rows."""
+
+    weight: str
+    expert: int | None = None
+    half: int | None = None
+
+    @classmethod
+    def of(cls, module: str) -> "Place":
+        """That of a module, as `module_of` names it."""
+        if not (match := EXPERT.fullmatch(module)):
+            return cls(module)
+        experts, number, kind = match.groups()
+        fused = f"{experts}.{FUSED[kind == 'down']}"
+        return cls(fused, int(number), {"gate": 0, "up": 1}.get(kind))
+
+    def part(self, stack: Any) -> Any:
+        """Its part of (experts, rows, ...)."""
+        if self.expert is None:
+            return stack
+        one = stack[self.expert : self.expert + 1]
+        rows = one.shape[1] // 2
+        return one if self.half is None else one[:, self.half * rows : (self.half + 1) * rows]
 
 
 def vllm_rank(rank: int) -> int | None:

@@ -164,7 +164,7 @@ def adapter_problems(folder: Path) -> list[Problem]:
     if not isinstance(said.get("base_model_name_or_path") or "", str):
         found.append(Problem(where, f"base_model_name_or_path is {said['base_model_name_or_path']!r}, no name", again))
     with safe_open(folder / ADAPTER_WEIGHTS, "np") as file:
-        down = [file.get_slice(key).get_shape() for key in list(file.keys()) if ".lora_A." in key]
+        down = [file.get_slice(key).get_shape() for key in list(file.keys()) if ".lora_A." in key and ".experts." not in key]
     ranks = {shape[0] for shape in down if shape}
     if ranks - {rank} and not said.get("rank_pattern"):
         stored = ", ".join(map(str, sorted(ranks)))

@@ -17,11 +17,13 @@ from qwenvl_ft.folders.adapter import (
     LORA_KEY,
     MAGNITUDE_KEY,
     QUANTIZATION,
+    Place,
     Stored,
     base_problems,
     module_of,
     read_header,
     vllm_rank,
+    weight_of,
 )
 from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_model_json
 from qwenvl_ft.folders.problems import adapter_problems, is_pointer, model_problems, talk_problems, unreadable
@@ -144,18 +146,27 @@ def _fit(folder: Path, shapes: dict[str, list[int]], base: Path) -> list[Problem
     """Tensors for modules that the base has not, or has in another size."""
     if "quantization_config" in _json(base / "config.json"):
         return []  # whose files have other keys and shapes
-    stored = {module_of(of.key): of.shape for path in sorted(base.glob("*.safetensors")) for of in read_header(path)[1]}
+    settings = _json(folder / ADAPTER_CONFIG)
+    stored: dict[str, list[int]] = {}
+    for of in (of for path in sorted(base.glob("*.safetensors")) for of in read_header(path)[1]):
+        place = Place.of(module_of(of.key))
+        # One of several experts, of which gate_up_proj is two tensors.
+        stored[place.weight] = (
+            of.shape if place.expert is None else [0, of.shape[0] * (1 if place.half is None else 2), of.shape[1]]
+        )
     stored.setdefault(HEAD, stored.get(EMBEDDINGS, []))  # tied: stored once
     unplaced, unlike = [], []
     for key, shape in shapes.items():
         if _is_old(key) or not key.startswith(TOP):
             continue  # told already
         match = LORA_KEY.match(key) or MAGNITUDE_KEY.match(key)
-        wanted = stored.get(module_of(match[1] if match else key.removeprefix(TOP)))
+        wanted = stored.get(weight_of(module_of(match[1]), settings) if match else module_of(key.removeprefix(TOP)))
         if not wanted:
             unplaced.append(key)
         elif not match:  # a whole tensor, in place of the base's
             unlike += [key] * (shape != wanted)
+        elif ".experts." in key:  # whose axes may be stored either way round
+            unlike += [key] * (shape[".lora_A." in key] not in wanted[1:])
         elif shape[1:] != wanted[1:] if ".lora_A." in key else shape[0] != wanted[0]:
             unlike.append(key)
     where, fix = str(folder / ADAPTER_WEIGHTS), "bring the base that it was trained on, or export with --model DIR"
@@ -187,9 +198,10 @@ def _towers(shapes: dict[str, list[int]]) -> list[str]:
     """The parts of the model that the adapter changes."""
     names = {
         HEAD if f"{HEAD}." in key else "embed_tokens" if "embed_tokens." in key
-        else "merger" if "merger" in key else "vision" if VISION in key else "language" for key in shapes
+        else "merger" if "merger" in key else "vision" if VISION in key else "experts" if ".experts." in key else "language"
+        for key in shapes
     }  # fmt: skip
-    return [name for name in ("language", "vision", "merger", "embed_tokens", HEAD) if name in names]
+    return [name for name in ("language", "experts", "vision", "merger", "embed_tokens", HEAD) if name in names]
 
 
 def _serving(folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]], base: str | None) -> str:

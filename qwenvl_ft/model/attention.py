@@ -40,7 +40,8 @@ def attention(
     scaling: float | None = None, is_causal: bool | None = None, cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None, sliding_window: int | None = None, cu_seq_lens_k: torch.Tensor | None = None,
     max_length_k: int | None = None, position_ids: torch.Tensor | None = None, use_cache: bool = False,
-    output_attentions: bool | None = None, output_hidden_states: bool | None = None, key_places: torch.Tensor | None = None,
+    output_attentions: bool | None = None, output_hidden_states: bool | None = None, output_router_logits: bool | None = None,
+    key_places: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """(1, S, H, D) of queries (1, H, S, D) and of keys and values, which may have fewer heads. Without bounds all is one segment;
     where it is causal no token sees a later one. With `key_places` (K), segments see the keys that lie there, cut by their
@@ -74,7 +75,7 @@ def attention(
     parted = (of.split_with_sizes(sizes, dim=2) for of, sizes in zip(states, (queries, keys, keys), strict=True))
     segments = list(zip(*parted, strict=True))
     attended: list[torch.Tensor] = [query] * len(segments)
-    for places in _by_length(list(zip(queries, keys, strict=True))):
+    for places in by_length(list(zip(queries, keys, strict=True))):
         together = dense(*map(torch.cat, zip(*(segments[place] for place in places), strict=True)))
         for place, one in zip(places, together.unbind(), strict=True):
             attended[place] = one
@@ -118,7 +119,7 @@ def by_kernel(
     return cast(torch.Tensor, found)[None]
 
 
-def _by_length(lengths: Sequence[tuple[int, int]]) -> list[list[int]]:
+def by_length(lengths: Sequence[tuple[int, int]]) -> list[list[int]]:
     """The places of the segments, those of one number of queries and of keys together."""
     places: dict[tuple[int, int], list[int]] = {}
     for place, length in enumerate(lengths):

@@ -8,11 +8,12 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -21,11 +22,13 @@ from qwenvl_ft.data.families import Family, family_of
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.targets import INSIDE, MERGERS
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import OLD_KEYS
+from qwenvl_ft.folders.adapter import FUSED, OLD_KEYS
+from qwenvl_ft.folders.model import read_config
 from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.model.attention import use_varlen
 from qwenvl_ft.model.head import LossHead
 from qwenvl_ft.model.last_layer import LastLayer
+from qwenvl_ft.model.linear_attention import keep_apart
 from qwenvl_ft.model.lora import multiply_in_dtype_of_input
 from qwenvl_ft.model.quantized import multiply_dequantized, settings_of
 from qwenvl_ft.values import Own, Quantization, Tower
@@ -65,6 +68,9 @@ def load_base(
     varlen for rows that are `packed`, else sdpa. With `quantization` its layers are quantized as they are read, and what is left
     is in `dtype`, as is what they multiply. Raises UserError for an attention that is not installed.
     """
+    if (model_type := read_config(model_dir).get("model_type")) not in CONFIG_MAPPING:  # its layers may be known here all the same
+        what = f"model_type {model_type!r} is not known to transformers {transformers.__version__}"
+        raise UserError(Problem(str(model_dir / "config.json"), what, "install the version that its makers name"))
     if dtype == "auto":
         dtype = dtype_here()
     if attention == "auto":
@@ -100,6 +106,7 @@ def refit(model: Any, attention: str) -> Any:
     patch_embed.proj = PatchEmbedding.like(patch_embed.proj)
     model.lm_head = LossHead.like(model.lm_head)
     LastLayer(model.get_decoder().layers)
+    keep_apart(model)
     if attention == "varlen":
         use_varlen(model)
     return model
@@ -128,21 +135,23 @@ def limited(processor: Any, chat: Chat, reading: Reading | None = None) -> Any:
 def add_lora(model: Any, family: Family, on: Collection[Tower], rank: int, alpha: float, dropout: float, seed: int,
              own: Mapping[Tower, Own] = MappingProxyType({}), layers: Sequence[str] = (),
              use_rslora: bool = False, use_dora: bool = False) -> Any:  # fmt: skip
-    """The model with fresh LoRA weights, drawn from `seed`, on the named towers (language, vision, merger): on the family's
-    layers there, or on those that are named. A tower may have a rank and an alpha of its `own`, or be trained in full: then a
-    copy of it, in float32, is part of the adapter.
+    """The model with fresh LoRA weights, drawn from `seed`, on the named towers (language, experts, vision, merger): on the
+    family's layers there, or on those that are named. A tower may have a rank and an alpha of its `own`, or be trained in full:
+    then a copy of it, in float32, is part of the adapter.
     """
     torch.manual_seed(seed)
     with_lora = [tower for tower in on if not (tower in own and own[tower].full)]
     copied = [name for name, _ in model.named_modules() if re.fullmatch(MERGERS, name)] if len(with_lora) < len(on) else None
     ranks = {tower: (tower in own and own[tower].rank) or rank for tower in on}
     alphas = {tower: (tower in own and own[tower].alpha) or alpha for tower in on}
-    # What stands in the adapter's settings for all is the language model's: so vLLM, which knows no patterns, counts it right.
+    # What stands in the adapter's settings for all is the language model's: so vLLM, which knows no patterns, counts it right. Or
+    # the experts', of whose pattern PEFT 0.21 says that it was ignored, though it was not; vLLM takes no such adapter.
     first = min(with_lora, key=list(INSIDE).index)
     lora = LoraConfig(
         r=ranks[first], lora_dropout=dropout, use_rslora=use_rslora, use_dora=use_dora, task_type="CAUSAL_LM",
         lora_alpha=alphas[first],  # type: ignore[arg-type]  # PEFT takes a fraction, too
-        target_modules=list(layers) or "|".join(f"(?:{getattr(family, tower)})" for tower in with_lora),
+        target_modules=list(layers) or "|".join(f"(?:{getattr(family, tower)})" for tower in with_lora if tower != "experts") or [],
+        target_parameters=[f"mlp.experts.{name}" for name in FUSED] if "experts" in on else None,
         rank_pattern={INSIDE[tower]: ranks[tower] for tower in with_lora if ranks[tower] != ranks[first]},
         alpha_pattern={INSIDE[tower]: alphas[tower] for tower in with_lora if alphas[tower] != alphas[first]},
         modules_to_save=copied,

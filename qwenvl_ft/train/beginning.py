@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.adapter import OLD_KEYS, PLAIN_STARTS, scale_of
+from qwenvl_ft.folders.adapter import OLD_KEYS, PLAIN_STARTS, scale_of, weight_of
 from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_model_json
 from qwenvl_ft.model.pissa import State, as_plain, plain_settings, take_out, take_out_again
 
@@ -55,7 +55,9 @@ def check_fit(model: Any, folder: Path, state: State, pissa: bool) -> None:
         shapes = " and here ".join(str(list(of[unlike[0]].shape)) for of in (state, here))
         fix = f"set lora_rank, or the tower's own in lora_on; its {ADAPTER_CONFIG} says r {said['r']}"
         problems.append(Problem(str(folder), f"has {len(unlike)} tensors of another rank: {unlike[0]} is {shapes}", fix))
-    modules = [key.removeprefix(TOP).removesuffix(".lora_A.weight") for key in both if key.endswith(".lora_A.weight")]
+    modules = [
+        weight_of(key.removeprefix(TOP).removesuffix(".lora_A.weight"), said) for key in both if key.endswith(".lora_A.weight")
+    ]
     scales = {name: (scale_of(said, name), scale_of(lora.to_dict(), name)) for name in modules}
     if not unlike and (other := [name for name, (its, ours) in scales.items() if abs(its - ours) > 1e-6 * its]):
         its, ours = scales[other[0]]

@@ -36,6 +36,7 @@ from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.lora import fuse_lora
 from qwenvl_ft.model.loss import Keep, summed_loss
 from qwenvl_ft.train.activations import keep_what_fits, recompute
+from qwenvl_ft.train.alike import check_alike
 from qwenvl_ft.train.beginning import begin
 from qwenvl_ft.train.best import Best
 from qwenvl_ft.train.dtypes import Multiplications
@@ -292,6 +293,7 @@ def run_steps(
     sizes = model.get_nb_trainable_parameters()
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(config, accelerator, model, optimizer, prepared, processor, bf16, on_saved, beginning)
+    check_alike(run, row_loss)
     done = run.load(resume) if resume else 0
     run.wandb_id = wandb_id
     run.best = best = Best(read_metrics(resume) if resume else [], config.early_stopping_patience)

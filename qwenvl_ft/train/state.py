@@ -54,7 +54,7 @@ OnSaved = Callable[[Path], None]
 CLOCK_NS = 20_000_000  # by which a file system's clock may lag behind
 MADE_BY = ("torch", "transformers", "torchvision", "pillow", "av")  # what of a medium becomes features
 LENGTH = ("num_train_epochs", "max_steps")  # settings that may grow when a run goes on
-FORM = 4  # of a checkpoint: raised with every change to what is in it, or to which rows a step takes
+FORM = 5  # of a checkpoint: raised with every change to what is in it, or to which rows a step takes
 
 
 class Run:
@@ -77,10 +77,6 @@ class Run:
         self.partitions = zero_partitions(model) if self.deepspeed else []
         self.tower_trains = tower_trains(config.lora_on)
         self.always_look = self.deepspeed and (self.tower_trains or model.zero_optimization_stage() == 3)
-        blind = (prepared.media_tokens == 0).nonzero()[0].tolist() if self.always_look else []
-        if blind and prepared.chat.family.linear_attention:
-            raise UserError(Problem(prepared.places(blind[0]), "has no picture; DeepSpeed would wait for ever for the vision tower",
-                                    "use configs/ddp.yaml, or train on records with pictures only"))  # fmt: skip
 
     def mine(self, rows: Sequence[int], of: Prepared) -> list[int | None]:
         """This process's rows of a step, with about as much work as the others have; None where another has one more, so that all

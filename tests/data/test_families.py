@@ -1,21 +1,23 @@
 """A model that is not trained on here is told so, and what is."""
 
 import json
+import re
 
 import pytest
 
 from qwenvl_ft.data.families import FAMILIES, NAMES, family_of
+from qwenvl_ft.data.targets import find_layers
 from qwenvl_ft.errors import UserError
+from tests.runs import config
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_5_moe"])
-def test_a_mixture_of_experts_is_told_that_it_is_not_trained_yet(model_type, tmp_path):
-    """Qwen3-VL-30B-A3B was told to use a Qwen-VL model, which it is."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(UserError) as error:
-        family_of(tmp_path)
-    (problem,) = error.value.problems
-    assert problem.fix.startswith("mixtures of experts are not trained here yet: use a model of Qwen2-VL, Qwen2.5-VL")
+def test_experts_are_asked_of_a_mixture_only(tmp_path):
+    """The other way round: LoRA on the language model of a mixture leaves experts and router alone."""
+    with pytest.raises(UserError, match="lora_on: experts: data/tiny is no mixture of experts\n  fix: leave experts out"):
+        find_layers(config(tmp_path, lora_on=["language", "experts"]))
+    for model_type in ("qwen3_vl_moe", "qwen3_5_moe"):
+        for layer in ("experts.gate_up_proj", "experts.0.up_proj", "gate", "shared_expert_gate"):
+            assert not re.fullmatch(FAMILIES[model_type].language, f"model.language_model.layers.0.mlp.{layer}")
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_5_omni", "llava", None])

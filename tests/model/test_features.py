@@ -23,10 +23,10 @@ from tests.model.test_trees import records
 
 @pytest.fixture(scope="module")
 def job(family_model, tmp_path_factory):
-    """(model, rows of text, pictures, a film, a picture and a film; several records a row where the family has that)."""
+    """(model, rows of text, pictures, a film, a picture and a film)."""
     chat = open_chat(family_model, video_max_pixels=160_000)
     scripts = [chat.write_scripts(record)[-1] for record in records(tmp_path_factory.mktemp("features"))]
-    together = [[8], [9], [0], [5]] if chat.family.linear_attention else [[4, 5, 7], [9], [0, 10, 8], [6]]
+    together = [[4, 5, 7], [9], [0, 10, 8], [6]]
     return make_model(family_model), Rows(scripts, together, chat, limited(AutoProcessor.from_pretrained(family_model), chat))
 
 

@@ -63,8 +63,6 @@ def turn_of(said):
 def trees(family_model, tmp_path_factory):
     """All records as one row of trees."""
     chat = open_chat(family_model, video_max_pixels=160_000)
-    if chat.family.linear_attention:
-        pytest.skip("its rows hold one record")
     scripts = [chat.write_scripts(record)[-1] for record in records(tmp_path_factory.mktemp("trees"))]
     members, firsts = np.arange(sum(GROUPS)), np.cumsum([0, *GROUPS[:-1]])
     packed = PackedRows(
@@ -85,7 +83,8 @@ def test_trees_have_the_loss_and_the_gradients_of_their_records(trees, family_mo
     stock = make_model(family_model, on, "sdpa")
     wanted, expected = gradients(stock, singles, range(len(singles)), on == "vision")
     assert loss == pytest.approx(wanted, rel=1e-5)
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    # A gated delta rule sums in chunks of 64 tokens, which begin elsewhere.
+    assert (found - expected).abs().max() < (3e-5 if trees.chat.family.linear_attention else 1e-5) * expected.abs().max()
     assert trees[0]["input_ids"].numel() < sum(singles[number]["input_ids"].numel() for number in range(len(singles)))
 
 

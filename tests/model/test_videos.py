@@ -152,8 +152,6 @@ def read_of(film):
 
 
 def test_a_joined_row_with_films_has_the_loss_and_the_gradients_of_its_records(job, media):
-    if job.chat.family.linear_attention:
-        pytest.skip("this family gets one record a row")
     model = add_lora(load_base(job.model_dir, "float32"), job.chat.family, ["language", "vision"], 4, 8, 0.0, 0).train()
     for name, parameter in trainable(model).items():
         if "lora_B" in name:
@@ -188,8 +186,6 @@ def test_a_film_that_breaks_keeps_its_place_blank_and_untaught(job, media, tmp_p
     start = content.index(b"mdat") + 4
     content[start + 200 : start + 2000] = b"\xff" * 1800
     records = [record_of([("film", "picture")], media), record_of([("bad", "picture")], media | {"bad": bad}, "bad")]
-    if job.chat.family.linear_attention:
-        return
     whole = job.rows(records, together=True)[0]
     path.write_bytes(content)
     with pytest.raises(UserError, match="bad: "):

@@ -49,16 +49,15 @@ class Alive(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def job(family_model, tmp_path_factory):
-    """(rows: one of trees of pictures and films, or of linear attention one record; the same with features that are kept)"""
+    """(rows: one of trees of pictures and films; the same with features that are kept)"""
     chat, folder = open_chat(family_model, video_max_pixels=160_000), tmp_path_factory.mktemp("job")
     scripts = [chat.write_scripts(record)[-1] for record in records(folder)]
     members, firsts = np.arange(sum(GROUPS)), np.cumsum([0, *GROUPS[:-1]])
     signed = np.where(np.isin(members, firsts), members, ~members)
     tree = PackedRows(np.array([0, len(members)]), signed, [(0, 0), (1, len(members))])
-    packed = [[8]] if chat.family.linear_attention else tree
     processor = limited(AutoProcessor.from_pretrained(family_model), chat)
     features = Features(folder / "features" / "one", 1, feature_width(family_model), torch.float32)
-    return [Rows(scripts, packed, chat, processor, features=of) for of in (None, features)]
+    return [Rows(scripts, tree, chat, processor, features=of) for of in (None, features)]
 
 
 def lora(family_model, rows, on):
@@ -76,7 +75,7 @@ def test_recomputed_kept_or_some_of_each_the_bits_are_the_same_and_as_many_bytes
     dispatch, without the hooks that the measurement has."""
     rows, seeing = job
     model, trains, row = lora(family_model, rows, on), "vision" in on, rows[0]
-    assert (KEYS in row) != rows.chat.family.linear_attention
+    assert KEYS in row
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def loss(row=row, keep=None):
@@ -105,7 +104,8 @@ def test_recomputed_kept_or_some_of_each_the_bits_are_the_same_and_as_many_bytes
         with Alive([*model.parameters(), *model.buffers(), *(of for of in row.values() if isinstance(of, torch.Tensor))]) as alive:
             held = loss()
         counted = beside + sum(saved.layers[layer] for layer in used[number:])
-        assert alive.now() <= counted < 1.1 * alive.now()
+        # The gated delta rule works out the state behind a piece, too, and lets go of what that saved where nothing goes on from it.
+        assert alive.now() <= counted < (1.15 if rows.chat.family.linear_attention else 1.1) * alive.now()
         if number == 1 and not trains:
             with torch.no_grad():
                 loss(seeing[0], lambda made: seeing.features.write(0, made))
