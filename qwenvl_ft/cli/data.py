@@ -41,6 +41,7 @@ from qwenvl_ft.console import (
     save_svg,
 )
 from qwenvl_ft.errors import MOST_ALONE, Problem, UserError, alike
+from qwenvl_ft.folders.objects import as_written
 
 if TYPE_CHECKING:
     from qwenvl_ft.config import Config
@@ -137,7 +138,7 @@ def validate_meta(
                 ("tokens", f"{tokens['total']:,} ({tokens['min']:,} to {tokens['max']:,} a record, median {tokens['median']:,})")
             )
         facts += draw_checks(looked)
-        print_drawing(draw_counts(str(meta), facts))
+        print_drawing(draw_counts(as_written(meta), facts))
         for note in report["notes"]:
             print_line(f"note: {note}")
         if problems:

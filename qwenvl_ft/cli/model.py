@@ -48,13 +48,23 @@ def train(overrides: Overrides = None, config: ConfigFile = LORA_YAML) -> None:
     is_scratch = bool(outputs and settings.output_dir == outputs.scratch)
     if outputs and is_scratch and os.environ.get("LOCAL_RANK", "0") == "0":
         outputs.bring_back()
+    from qwenvl_ft.data.cache import cache_folder
+    from qwenvl_ft.folders.remote_run import RemoteRun
+
+    on_saved = outputs.keep if outputs and is_scratch else None
+    if remote := RemoteRun.of(settings.output_dir, cache_folder()):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            remote.bring_back(settings.resume)
+        settings, on_saved = settings.model_copy(update={"output_dir": remote.scratch}), remote.keep
     from qwenvl_ft.data.prepare import make_ready
 
     with counting("reading records") as on_record:
         ready = make_ready(settings, on_record)
     from qwenvl_ft.train.loop import train as run
 
-    run(settings, ready, outputs.keep if outputs and is_scratch else None)
+    run(settings, ready, on_saved)
+    if remote and os.environ.get("RANK", "0") == "0":
+        remote.deliver()
     if outputs and os.environ.get("RANK", "0") == "0":
         outputs.deliver(settings.output_dir)
 

@@ -14,11 +14,14 @@ from qwenvl_ft.data.reading import AS_FOUND, Numbers, Reading
 from qwenvl_ft.data.template import Thinking
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import quantization_of
+from qwenvl_ft.folders.objects import address_of
 from qwenvl_ft.values import FOUR_TOKENS, Form, Part
 
 Meta = Annotated[
     Path,
-    typer.Argument(help="JSON, JSON lines, CSV, parquet, Arrow, a WebDataset tar; a folder or a 'pattern*' of them; hf:ORG/NAME."),
+    typer.Argument(
+        help="JSON, JSON lines, CSV, parquet, Arrow, a WebDataset tar; a folder or a 'pattern*'; s3://, oss://, https://, hf:."
+    ),
 ]
 DataDir = Annotated[
     Path | None,
@@ -100,6 +103,8 @@ def is_there(path: Path) -> bool:
     """Whether a path, or a pattern, means something; a place on a hub may."""
     from qwenvl_ft.hub.clients import read_source
 
+    if address_of(path):  # whoever reads it says so
+        return True
     return path.exists() or bool(glob(str(path), recursive=True)) or read_source(str(path).partition("#")[0]) is not None
 
 

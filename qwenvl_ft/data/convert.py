@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qwenvl_ft.data.formats.write import documented
 from qwenvl_ft.data.meta_file import OnRecord, Tally, stream_records
+from qwenvl_ft.data.mirror import local_folder
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.errors import Problem, UserError
 
@@ -44,7 +45,7 @@ def convert(
 def _write(
     write: Callable[[str], int], lines: bool, meta: Path, data_dir: Path | None, reading: Reading, tally: Tally, on_record: OnRecord
 ) -> list[Problem]:
-    root = Path(data_dir or (meta if meta.is_dir() else meta.parent)).resolve()
+    root = local_folder(Path(data_dir or (meta if meta.is_dir() else meta.parent))).resolve()
     problems: list[Problem] = []
     number = 0
     for found in stream_records(meta, data_dir, reading, tally):

@@ -24,6 +24,7 @@ from qwenvl_ft.data.cache import cache_folder
 from qwenvl_ft.data.chat import Chat
 from qwenvl_ft.data.files.containers import files_of
 from qwenvl_ft.data.meta_file import Meta
+from qwenvl_ft.data.mirror import Mirror
 from qwenvl_ft.data.packed import GONE
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.table import Scripts
@@ -133,6 +134,9 @@ def _opened(folder: Path) -> Scripts | None:
 
 
 def _as_they_were(scripts: Scripts) -> bool:
+    for mirror in map(Mirror, scripts.facts["mirrors"]):  # first the copies are made what the server has now
+        within = f"{mirror.folder}{os.sep}"
+        mirror.bring(path.removeprefix(within) for path, *_ in scripts.files if path.startswith(within))
     for path, num_bytes, mtime_ns, _ in scripts.files:
         try:
             state = os.stat(path)

@@ -5,7 +5,7 @@ A name is resolved against one folder and must lie inside it.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -19,6 +19,7 @@ from qwenvl_ft.data.cache import cache_folder
 from qwenvl_ft.data.formats.documented import OPEN
 from qwenvl_ft.data.formats.talk import Named, Options
 from qwenvl_ft.data.magic import PICTURE_ENDINGS
+from qwenvl_ft.data.mirror import called, mirror_of
 from qwenvl_ft.data.pictures import size_of
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Source, Video
@@ -40,8 +41,9 @@ class Media:
     """
 
     def __init__(self, folder: Path, reading: Reading):
-        self.folder, self.reading = folder, reading
+        self.folder, self.reading = called(folder), reading
         self.root = folder.resolve()
+        self.mirror = mirror_of(folder)
         self.sizes = Sizes(cache_folder())
         self.beside: Mapping[str, Source] = {}
         self.seen: dict[str, Picture] = {}
@@ -52,9 +54,19 @@ class Media:
         self.misspelt: set[str] = set()  # of them those that are there in another spelling
         self.compared = 0
 
+    def bring(self, names: Iterable[str]) -> None:
+        """Has the copies of these here, where the folder is elsewhere; those that are not there, or not within it, are left out.
+
+        Raises UserError where whoever has them cannot be reached.
+        """
+        if self.mirror and (wanted := list(filter(None, names))):
+            self.mirror.bring(wanted)
+
     @cached_property
     def files(self) -> list[tuple[str, list[str]]]:
         """(name, its numbers) of every file below the folder."""
+        if self.mirror and self.mirror.listing:
+            return [(name, NUMBER.findall(_plain(name))) for name in self.mirror.listing]
         found = [os.path.relpath(os.path.join(top, file), self.root) for top, _, files in os.walk(self.root) for file in files]
         return [(name, NUMBER.findall(_plain(name))) for name in found]
 
@@ -207,6 +219,8 @@ class Media:
         try:
             path = (self.root / name).resolve()
             inside = path.is_relative_to(self.root)
+            if self.mirror and inside and not path.exists():
+                self.bring([name])
             there = inside and path.exists()
         except (OSError, ValueError, RuntimeError):  # a NUL, a name too long, a loop of links
             inside, there = True, False

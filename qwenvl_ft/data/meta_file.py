@@ -14,9 +14,12 @@ from qwenvl_ft.data.files.containers import container_of, entries_of, files_of, 
 from qwenvl_ft.data.files.entry import Entry
 from qwenvl_ft.data.formats import form_of, read_entry, unpacked
 from qwenvl_ft.data.media import FOLDER_KEYS, Media
+from qwenvl_ft.data.mirror import local_folder
+from qwenvl_ft.data.named import brought
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Record
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.objects import address_of, as_written
 
 OnRecord = Callable[[int, int | None], None]  # (done, of how many; None where nobody knows that yet)
 
@@ -123,14 +126,15 @@ def stream_entries(meta: Meta, data_dir: Path | str | None, reading: Reading, ta
     names = iter(names_of([file for of_part in files for file in of_part]))
     try:
         for number, (part, of_part) in enumerate(zip(parts, files, strict=True)):
-            counts, draw = Counts(str(part.file), part.weight), Random(f"{seed} {number}")
+            counts, draw = Counts(as_written(part.file), part.weight), Random(f"{seed} {number}")
             tally.parts.append(counts)
-            folder = Path(part.data_dir or data_dir or (part.file if part.file.is_dir() else part.file.parent))
+            folder = local_folder(Path(part.data_dir or data_dir or _beside(part.file, of_part)))
             if folder not in tally.media and folder.is_dir():
                 tally.media[folder] = Media(folder, reading)
             for file, name in zip(of_part, names, strict=False):
                 counts.containers[container_of(file)] += 1
-                for entry in _each(entries_of(file, name)):
+                entries = _each(entries_of(file, name))
+                for entry in brought(entries, tally.media[folder]) if folder in tally.media else entries:
                     times = int(part.weight) + (draw.random() < part.weight % 1)
                     counts.records += bool(entry.where)
                     tally.num_records += bool(entry.where)
@@ -180,6 +184,13 @@ def stream_records(
     tally = tally or Tally()
     for job in stream_entries(meta, data_dir, reading, tally, seed):
         yield read_job(job, tally.media, tally)
+
+
+def _beside(meta: Path, files: Sequence[Path]) -> Path:
+    """The folder of a meta-file, or the one that it is."""
+    if address_of(meta):
+        return files[0].parent if files else meta.parent
+    return meta if meta.is_dir() else meta.parent
 
 
 def _each(entries: Iterator[Entry]) -> Iterator[Entry]:

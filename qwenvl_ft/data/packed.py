@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from PIL import Image
 
 from qwenvl_ft.data.chat import IGNORE, Chat, Script
 from qwenvl_ft.data.geometry import resized, shrunk
+from qwenvl_ft.data.mirror import called
 from qwenvl_ft.data.numbers import Ints
 from qwenvl_ft.data.packing import LEAST_SHARED
 from qwenvl_ft.data.records import InTable, InTar, Medium, Picture, Video
@@ -116,6 +117,7 @@ def pack_medium(medium: Medium, chat: Chat | None) -> PackedMedium:
     """With a chat, as its model would see it."""
     values = {part.name: getattr(medium, part.name) for part in fields(medium)} | {"source": _written(medium.source)}
     compared = [values[part.name] for part in fields(medium) if part.compare]
+    compared[0] = _written(medium.source, called)  # a copy by its address: another machine's cache lies elsewhere
     digest = hashlib.blake2b(json.dumps([medium.kind, compared]).encode(), digest_size=16).digest()
     paths = dict.fromkeys(holders(medium))
     if isinstance(medium.source, tuple):  # frames: one more in their folder changes what the folder means
@@ -138,13 +140,13 @@ def read_medium(text: str) -> Medium:
     return medium
 
 
-def _written(source: Any) -> Any:
+def _written(source: Any, named: Callable[[Path], str] = str) -> Any:
     if isinstance(source, tuple):
-        return [_written(one) for one in source]
+        return [_written(one, named) for one in source]
     if isinstance(source, Path):
-        return str(source)
+        return named(source)
     values = {part.name: getattr(source, part.name) for part in fields(source)}
-    return values | {"path": str(source.path), "of": type(source).__name__}
+    return values | {"path": named(source.path), "of": type(source).__name__}
 
 
 def _read(found: Any) -> Any:

@@ -17,6 +17,7 @@ from qwenvl_ft.data.families import feature_width
 from qwenvl_ft.data.geometry import resized
 from qwenvl_ft.data.kept import kept_table, table_name
 from qwenvl_ft.data.meta_file import Meta, OnRecord, Tally, called
+from qwenvl_ft.data.mirror import called as called_folder
 from qwenvl_ft.data.notes import Noted
 from qwenvl_ft.data.numbers import Indices, blocks
 from qwenvl_ft.data.packed import PackedMedium, read_medium
@@ -244,6 +245,7 @@ def write_table(
         "problems": [[problem.where, problem.what, problem.fix, problem.kind] for problem in problems],
         "notes": noted.lines + few.lines + notes_of(looked),
         "checks": looked,
+        "mirrors": [called_folder(folder) for folder, media in tally.media.items() if media.mirror and media.mirror.was_asked],
     }
     writer.close(facts)
     return Scripts(folder), problems, whole

@@ -26,6 +26,7 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
 from qwenvl_ft.data.targets import tower_trains
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.objects import address_of
 from qwenvl_ft.folders.whole import LOCK, held
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
@@ -296,6 +297,8 @@ def start(config: Config) -> Accelerator:
             raise UserError(Problem(f"quantization: {config.quantization}", what, fix))
         rows = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": config.max_grad_norm}
         plugin.deepspeed_config.update(rows)
+    if address := address_of(config.output_dir):
+        raise UserError(Problem(f"output_dir: {address}", "is no folder", "give one, or train by the command `qwenvl-ft train`"))
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,6 +19,7 @@ from qwenvl_ft.errors import Problem
 from qwenvl_ft.evaluate.card import write_card
 from qwenvl_ft.folders.adapter import BASE, QUANTIZATION, base_fingerprint
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
+from qwenvl_ft.folders.objects import address_of, as_written
 from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_lines, write_whole
 from qwenvl_ft.train.best import Best
 from qwenvl_ft.train.curves import draw_losses, mean_loss
@@ -52,7 +53,7 @@ def whole(value: Any) -> Any:
         return [whole(part) for part in value]
     if isinstance(value, dict):
         return {key: whole(part) for key, part in value.items() if part is not None}
-    return str(value.resolve()) if isinstance(value, Path) else value
+    return address_of(value) or str(value.resolve()) if isinstance(value, Path) else value
 
 
 def write_aside(out: Path, name: str, write: Callable[[Path], None], but: str = "") -> None:
@@ -117,8 +118,8 @@ def print_next(config: Config) -> None:
     print_line(f'  qwenvl-ft ask {base} --adapter {adapter} --image PICTURE "QUESTION"')
     seen = "" if config.eval_meta_file else "  # the training records: how it does on others it does not say"
     meta, data = (meta, data) if isinstance(meta, Path) else (meta[0].file, meta[0].data_dir or data)
-    where = f" --data-dir {shlex.quote(str(data))}" if data else ""
-    print_line(f"  qwenvl-ft eval {base} {shlex.quote(str(meta))}{where} --adapter {adapter}{seen}")
+    where = f" --data-dir {shlex.quote(as_written(data))}" if data else ""
+    print_line(f"  qwenvl-ft eval {base} {shlex.quote(as_written(meta))}{where} --adapter {adapter}{seen}")
     print_line(f"  qwenvl-ft export --adapter {adapter} --out {shlex.quote(str(config.output_dir) + '-merged')}")
 
 

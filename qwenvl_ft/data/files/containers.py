@@ -11,6 +11,7 @@ from qwenvl_ft.data.files.entry import Entry
 from qwenvl_ft.data.files.json_text import json_entries
 from qwenvl_ft.data.files.tars import tar_entries
 from qwenvl_ft.data.magic import HEAD_BYTES, what_it_is
+from qwenvl_ft.data.mirror import local_files
 from qwenvl_ft.errors import Problem, UserError
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".tar")
@@ -21,7 +22,12 @@ NUMBER = re.compile(r"(\d+)")
 
 
 def files_of(meta: Path) -> list[Path]:
-    """The files of records that a file, a folder or a pattern means, a2 before a10. Raises UserError where it means none."""
+    """The files of records that a file, a folder or a pattern means, a2 before a10; those at an address are brought.
+
+    Raises UserError where it means none.
+    """
+    if (copies := local_files(meta, ENDINGS + PACKED)) is not None:
+        return files_of(copies[0]) if copies[0].is_dir() else _sorted(copies)
     if meta.is_dir():
         if (meta / "state.json").is_file() or (meta / "dataset_dict.json").is_file():
             from qwenvl_ft.data.files.tables import split_files
