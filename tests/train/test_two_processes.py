@@ -57,7 +57,7 @@ def test_gradients_are_exchanged_once_a_step(monkeypatch, tmp_path):
         model.register_comm_hook(None, exchange)
         bare, run = model.module, Run.__new__(Run)
         run.config, run.model, run.bare, run.deepspeed = config(tmp_path), model, bare, False
-        run.features = {}
+        run.features, run.untouched = {}, {}
         run.optimizer = torch.optim.SGD(bare.parameters(), lr=0.0)
         run.accelerator = Accelerator(cpu=True)
         monkeypatch.setattr(run.accelerator, "no_sync", lambda of: of.no_sync())  # as it does where processes are several
