@@ -1,6 +1,5 @@
 """How much memory is free, and what is said where a GPU's was not enough: for which records, and which key changes that."""
 
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -118,4 +117,6 @@ def peak_bytes(device: torch.device) -> int:
     """The most that this process has held so far: of the GPU's memory by tensors, elsewhere of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # which Windows lacks
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
