@@ -134,7 +134,7 @@ def _opened(folder: Path) -> Scripts | None:
 
 
 def _as_they_were(scripts: Scripts) -> bool:
-    for mirror in map(Mirror, scripts.facts["mirrors"]):  # first the copies are made what the server has now
+    for mirror in map(Mirror, scripts.facts.get("mirrors", [])):  # first the copies are made what the server has now
         within = f"{mirror.folder}{os.sep}"
         mirror.bring(path.removeprefix(within) for path, *_ in scripts.files if path.startswith(within))
     for path, num_bytes, mtime_ns, _ in scripts.files:
