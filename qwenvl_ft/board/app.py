@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -18,11 +19,12 @@ from starlette.routing import Route
 
 from qwenvl_ft.board import answers as said
 from qwenvl_ft.board import form
-from qwenvl_ft.board.guard import Guard
+from qwenvl_ft.board.attempt import Asking, adapter_of
+from qwenvl_ft.board.guard import PICTURE_BYTES, Guard
 from qwenvl_ft.board.jobs import PROGRAM, Job, Jobs, shown, train_command
 from qwenvl_ft.board.render import HERE, Served, drawings, render
 from qwenvl_ft.board.runs import Kept, Run, defaults, differences, folders, log_end, read_run
-from qwenvl_ft.board.views import answers_facts, question_facts, run_facts
+from qwenvl_ft.board.views import answers_facts, num_broken, question_facts, run_facts
 from qwenvl_ft.board.words import language_of
 from qwenvl_ft.errors import Problem, UserError
 
@@ -36,6 +38,7 @@ class Board:
     root: Path
     jobs: Jobs
     kept: Kept = field(default_factory=Kept)
+    asking: Asking = field(default_factory=Asking)
     token: str = field(default_factory=secrets.token_urlsafe)
 
     def page(self, request: Request, name: str, here: str, facts: dict[str, Any], status: int = 200) -> Response:
@@ -107,7 +110,8 @@ class Board:
         page = asked.get("page", "1")
         number = int(page) if page.isascii() and page.isdigit() and len(page) < 9 else 0
         kind, search = said.check_kind(asked.get("kind") or "all"), asked.get("search", "")[:200]
-        facts = question_facts(names, files, kind, search, number, Served(), self.kept)
+        every, broken = said.side_by_side(names, files, self.kept), num_broken(names, files, self.kept)
+        facts = question_facts(names, every, broken, kind, search, number, Served())
         return self.page(request, "questions.html", "answers", facts)
 
     def show_picture(self, request: Request) -> Response:
@@ -160,6 +164,49 @@ class Board:
         self.jobs.start(name, train_command(run.folder / "config.yaml", resume=True))
         return RedirectResponse(Served().run(name), 303)
 
+    def show_data(self, request: Request) -> Response:
+        """The records of a run, as `show --html` draws them."""
+        _, run, _ = self.named(request)
+        part, start = request.query_params.get("part", ""), request.query_params.get("start", "0")
+        if (
+            run is None
+            or (part != "training" and part != "evaluation")
+            or not (start.isascii() and start.isdigit() and len(start) < 8)
+        ):
+            raise HTTPException(404)
+        from qwenvl_ft.board.records import draw_records
+
+        # Its own policy, which stands in it, lets nothing run but its own script.
+        headers = {"content-security-policy": "frame-ancestors 'none'"}
+        return HTMLResponse(draw_records(run, part, int(start), self.language(request)), headers=headers)
+
+    def try_page(self, request: Request, facts: dict[str, Any], status: int = 200) -> Response:
+        """The form for a question, with what was answered."""
+        runs = [name for name, folder in folders(self.root) if adapter_of(folder)]
+        nothing = {"problems": [], "answers": [], "picture": "", "question": "", "chosen": request.query_params.get("run", "")}
+        return self.page(request, "try.html", "try", nothing | {"runs": runs} | facts, status)
+
+    def show_try(self, request: Request) -> Response:
+        """The form for a question."""
+        return self.try_page(request, {})
+
+    async def post_try(self, request: Request) -> Response:
+        """Asks base and tuned."""
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise HTTPException(415)
+        async with request.form(max_files=1, max_fields=8, max_part_size=PICTURE_BYTES) as form:
+            self.check_token(str(form.get("token", "")))
+            name, question, sent = str(form.get("run", "")), str(form.get("question", "")), form.get("picture")
+            picture = await sent.read() if isinstance(sent, UploadFile) else b""
+        facts: dict[str, Any] = {"chosen": name, "question": question}
+        try:
+            if (run := self.run(name)) is None:
+                raise UserError(Problem("run", "there is none of this name", "choose one"))
+            facts |= await run_in_threadpool(self.asking.ask, run, question, picture)
+        except UserError as error:
+            return self.try_page(request, facts | {"problems": error.problems}, 400)
+        return self.try_page(request, facts)
+
     async def posted(self, request: Request) -> dict[str, str]:
         """What a form of the board says. Raises HTTPException for what comes from elsewhere."""
         if not request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
@@ -211,10 +258,15 @@ def make_app(root: Path, key: str | None = None, program: tuple[str, ...] = PROG
         Route("/picture", board.show_picture),
         Route("/new", board.show_new, methods=["GET"]),
         Route("/new", board.post_new, methods=["POST"]),
+        Route("/data/{name:path}", board.show_data),
+        Route("/try", board.show_try, methods=["GET"]),
+        Route("/try", board.post_try, methods=["POST"]),
         Route("/stop/{name:path}", board.post_stop, methods=["POST"]),
         Route("/resume/{name:path}", board.post_resume, methods=["POST"]),
         Route("/board.css", asset("board.css")),
         Route("/board.js", asset("board.js")),
     ]
     handlers: dict[Any, Any] = {UserError: board.refused, HTTPException: board.refused}
-    return Starlette(routes=routes, middleware=[Middleware(Guard, key=key)], exception_handlers=handlers)
+    app = Starlette(routes=routes, middleware=[Middleware(Guard, key=key)], exception_handlers=handlers)
+    app.state.jobs = board.jobs
+    return app

@@ -45,17 +45,15 @@ def answers_facts(files: Mapping[str, Path], links: Links, kept: Kept) -> dict[s
 
 
 def question_facts(
-    names: Sequence[str], files: Mapping[str, Path], kind: str, search: str, page: int, links: Links, kept: Kept
+    names: Sequence[str], every: Sequence[Asked], broken: int, kind: str, search: str, page: int, links: Links
 ) -> dict[str, Any]:
-    """A page of questions; a page that there is not is the nearest."""
-    every = side_by_side(names, files, kept)
+    """A page of `every` question of some files, which have `broken` lines; a page that there is not is the nearest."""
     found = [of for of in every if of.holds(search.lower())] if search else every
     counts = {of: sum(of in asked.kinds for asked in found) for of in KINDS}
     kinds = [of for of in KINDS if of != "disagreement" or len(names) > 1]
     chosen = [of for of in found if kind in of.kinds]
     num_pages = max(1, -(-len(chosen) // PAGE))
     page = min(max(1, page), num_pages)
-    broken = sum(_num_lines(files[name]) - len(predictions(files[name], kept)) for name in names)
     return {
         "names": list(names), "titles": titles_of(names), "kind": kind, "search": search, "page": page, "num_pages": num_pages,
         "kinds": [(of, counts[of], links.questions(list(names), of, search, 1)) for of in kinds],
@@ -66,11 +64,16 @@ def question_facts(
     }  # fmt: skip
 
 
-def _num_lines(path: Path) -> int:
-    try:
-        return sum(bool(line.strip()) for line in path.read_bytes().splitlines())
-    except OSError:
-        return 0
+def num_broken(names: Sequence[str], files: Mapping[str, Path], kept: Kept) -> int:
+    """How many lines of some files are no predictions."""
+
+    def lines(path: Path) -> int:
+        try:
+            return sum(bool(line.strip()) for line in path.read_bytes().splitlines())
+        except OSError:
+            return 0
+
+    return sum(max(0, lines(files[name]) - len(predictions(files[name], kept))) for name in names)
 
 
 def card(asked: Asked, links: Links) -> dict[str, Any]:
@@ -86,6 +89,7 @@ def card(asked: Asked, links: Links) -> dict[str, Any]:
             for d, label, wanted, shape in boxes_of(answer, number)
             if not wanted or answer is first
         ]
-        pictures.append((links.picture(first.file, first.row, number), Path(str(path)).name, frame_of(str(path)), boxes))
+        frame = frame_of(str(path))
+        pictures.append((links.picture(first.file, first.row, number) if frame else "", Path(str(path)).name, frame, boxes))
     return {"where": of["where"], "question": of.get("question", ""), "wanted": of.get("wanted", ""), "pictures": pictures,
             "answers": asked.answers, "more": max(0, len(of.get("pictures", [])) - MOST_PICTURES)}  # fmt: skip

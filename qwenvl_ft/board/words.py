@@ -13,14 +13,20 @@ CHINESE = {
     "Data": "数据", "training": "训练数据", "evaluation": "评估数据", "What differs in their settings": "设置的不同之处",
     "Nothing.": "没有。", "learning rate": "学习率",
     "loss per taught token": "每个被教 token 的损失", "train": "训练", "eval": "评估",
-    "who": "谁", "questions": "个问题", "right": "对", "wrong": "错", "all": "全部",
+    "who": "谁", "questions": "题", "right": "对", "wrong": "错", "all": "全部",
     "cut": "被截断", "empty": "空", "disagreement": "有分歧",
-    "Side by side": "并排查看", "There are no answers here yet. These commands leave some:": "这里还没有回答。这些命令会留下回答：",
+    "Side by side": "并排查看", "The chosen side by side": "并排查看选中的",
+    "There are no answers here yet. These commands leave some:": "这里还没有回答。这些命令会留下回答：",
     "lines are no predictions and are left out": "行不是预测结果，没有显示", "kind": "类别", "Search": "搜索",
     "search in questions and answers": "在问题和回答中搜索", "wanted": "期望", "not asked": "没有问过",
+    "cannot be shown": "无法显示",
     "What the terminal would use": "终端会用到的", "Start": "开始", "Show the YAML and the command": "显示 YAML 和命令",
     "what to train on": "在什么上训练", "pictures and rows": "图片和行", "LoRA": "LoRA", "the run": "训练过程",
     "the machine": "机器", "what is written": "写出什么",
+    "Over each other": "叠在一起", "problems first": "有问题的在前",
+    "only the beginning of the file was read": "只读了文件的开头", "picture": "图片",
+    "question": "问题", "base": "基座", "tuned": "微调后", "Ask base and tuned": "同时问基座和微调后的模型",
+    "the first time the model is loaded, which takes a while": "第一次要加载模型，需要一些时间",
 }  # fmt: skip
 
 

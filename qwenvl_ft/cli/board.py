@@ -1,12 +1,12 @@
 """The command `board`. Whatever needs a server is imported inside it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from qwenvl_ft.cli.serve import bind, key_of
-from qwenvl_ft.console import print_line
+from qwenvl_ft.cli.serve import bind, callers_key
+from qwenvl_ft.console import counting, print_line
 from qwenvl_ft.errors import Problem, UserError
 
 
@@ -18,14 +18,25 @@ def board(
     api_key_env: Annotated[
         str | None, typer.Option(metavar="VAR", help="The environment variable that holds the key, which browsers ask for.")
     ] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", help="Write the pages of runs and answers into this new folder instead, as files.")
+    ] = None,
+    lang: Annotated[Literal["en", "zh"], typer.Option(help="The language of --export; a browser says its own.")] = "en",
 ) -> None:
     """Show runs, their curves and their answers in a browser; start, stop and go on with runs there.
 
     Example: qwenvl-ft board runs
     """
-    key = key_of(api_key_env, host)
+    key = callers_key(api_key_env, host)
     if not runs.is_dir():
         raise UserError(Problem(str(runs), "is no folder", "make it, or give the one in which your output_dirs lie"))
+    if export:
+        from qwenvl_ft.board.export import export as write
+
+        with counting("writing pages") as on_page:
+            number = write(runs, export, lang, on_page)
+        print_line(f"{number:,} pages are in {export}; begin with {export / 'index.html'}")
+        return
     listening = context.with_resource(bind(host, port))
     import uvicorn
 

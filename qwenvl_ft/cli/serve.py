@@ -77,7 +77,7 @@ def serve(
 
     Example: qwenvl-ft serve data/tiny --adapter demo=runs/demo --port 8000
     """
-    key, admin_key = key_of(api_key_env, host), _key_of("--admin-key-env", admin_key_env)
+    key, admin_key = callers_key(api_key_env, host), _key_of("--admin-key-env", admin_key_env)
     origins = [*map(partial(_origin, key), allowed_origin or [])]
     listening = context.with_resource(bind(host, port))  # closed at the command's end, however it comes
     bounds = Bounds(max_body_mib << 20, max_pictures, max_megapixels * 1_000_000, max_prompt_tokens, max_answer_tokens, timeout)
@@ -160,7 +160,7 @@ def _key_of(flag: str, variable: str | None) -> str | None:
     return key or None
 
 
-def key_of(variable: str | None, host: str) -> str | None:
+def callers_key(variable: str | None, host: str) -> str | None:
     """The key that callers must have. Raises UserError where one is needed and there is none."""
     key = _key_of("--api-key-env", variable)
     if not key and not is_loopback(host):

@@ -66,6 +66,13 @@ def root(tmp_path) -> Path:
     return root
 
 
+def end_all(app) -> None:
+    """Ends what a board started, whatever became of the test."""
+    for process in app.state.jobs.processes.values():
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture
 def client(root) -> TestClient:
     return TestClient(make_app(root), base_url=HERE)

@@ -23,7 +23,8 @@ from qwenvl_ft.cli.main import main
 from qwenvl_ft.config import Config, load_config
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.folders.whole import held, holder
-from tests.board.conftest import HERE, predicted, write_predictions
+from tests.board.conftest import HERE, end_all, predicted, write_predictions, write_run
+from tests.conftest import TINY
 from tests.data.test_page import Read
 
 # What stands for `python -m qwenvl_ft`: takes the folder's lock as training does, writes a step, waits for SIGTERM.
@@ -132,7 +133,7 @@ def test_the_wrong_ones_come_first_and_are_told_apart(client):
     assert places("&kind=cut") == ["3"] and places("&kind=empty") == ["2"] and places("&kind=disagreement") == ["1", "2", "3"]
     assert places("&search=question+2") == ["2"] and places("&search=%3Cb%3E") == ["1"] and places("&search=nothing") == []
     page = client.get(f"/questions?{files}").text
-    assert "&lt;b&gt;17&lt;/b&gt;" in page and "<b>17" not in page and "not asked" in page
+    assert "&lt;b&gt;17&lt;/b&gt;" in page and "<b>17" not in page and "not asked" in page and "secret.txt cannot be shown" in page
 
 
 def test_boxes_lie_on_the_picture_in_its_own_px(client):
@@ -216,6 +217,20 @@ def test_the_form_shows_problems_and_the_very_yaml_and_command(client, root):
         assert client.post("/new", data=form | {"output_dir": str(elsewhere)}).status_code == 400
 
 
+@pytest.fixture
+def board_of(root):
+    """Clients of boards whose runs are those of another program."""
+    apps = []
+
+    def made(program: str) -> TestClient:
+        apps.append(make_app(root, program=(sys.executable, "-c", program)))
+        return TestClient(apps[-1], base_url=HERE)
+
+    yield made
+    for app in apps:
+        end_all(app)
+
+
 def until(said: str, client: TestClient, path: str) -> str:
     deadline = time.monotonic() + 60
     while said not in (page := client.get(path).text):
@@ -224,8 +239,8 @@ def until(said: str, client: TestClient, path: str) -> str:
     return page
 
 
-def test_a_run_is_started_stopped_and_gone_on_with(root):
-    client = TestClient(make_app(root, program=(sys.executable, "-c", STAND_IN)), base_url=HERE)
+def test_a_run_is_started_stopped_and_gone_on_with(root, board_of):
+    client = board_of(STAND_IN)
     token = {"token": token_of(client)}
     form = token | {"model": "data/tiny", "train_meta_file": "t.json", "output_dir": str(root / "third"), "act": "start"}
     started = client.post("/new", data=form, follow_redirects=False)
@@ -244,8 +259,8 @@ def test_a_run_is_started_stopped_and_gone_on_with(root):
     until('class="state stopped"', client, "/runs/third")
 
 
-def test_a_run_that_could_not_begin_is_shown_with_what_it_said(root):
-    client = TestClient(make_app(root, program=(sys.executable, "-c", "import sys; sys.exit('no such model')")), base_url=HERE)
+def test_a_run_that_could_not_begin_is_shown_with_what_it_said(root, board_of):
+    client = board_of("import sys; sys.exit('no such model')")
     form = {"token": token_of(client), "model": "m", "train_meta_file": "t", "output_dir": str(root / "third"), "act": "start"}
     client.post("/new", data=form)
     page = until('class="state failed"', client, "/runs/third")
@@ -260,13 +275,50 @@ def test_the_pages_speak_chinese(client):
     assert words.language_of("fr", None, "fr, zh") == "zh" and words.language_of(None, None, "fr") == "en"
 
 
+def test_the_records_of_a_run_have_those_with_problems_first(client, root, talk, pictures):
+    meta = talk(*([f"Question {number}?", "a"] for number in range(55)), ["<img>gone.png</img>q", "a"])
+    write_run(
+        root, "third", 1, 2, model=str(TINY), train_meta_file=str(meta), train_data_dir=str(pictures), eval_meta_file=str(meta)
+    )
+    page = client.get("/data/third?part=training")
+    places = [facts["id"] for facts, _ in Read(page.text).of("article", "card")]
+    assert len(places) == 50 and places[:2] == ["train.json[55]", "train.json[0]"]
+    assert (
+        "0–49 / 56" in page.text
+        and "script-src 'sha256-" in page.text
+        and "script-src" not in page.headers["content-security-policy"]
+    )
+    later = Read(client.get("/data/third?part=evaluation&start=50").text)
+    assert [facts["id"] for facts, _ in later.of("article", "card")] == [f"train.json[{number}]" for number in range(49, 55)]
+    assert client.get("/data/third?part=training&start=56").status_code == 400
+    assert client.get("/data/first?part=evaluation").status_code == 400 and client.get("/data/third?part=all").status_code == 404
+
+
+def test_an_export_has_every_page_that_it_links_to_and_opens_without_a_server(root, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="0"):
+        main(["board", str(root), "--export", str(tmp_path / "pages"), "--lang", "zh"])
+    links = set()
+    for page in (tmp_path / "pages").glob("*.html"):
+        read = Read(page.read_text())
+        links |= {facts[name] for _, facts, _ in read.found for name in ("href", "src") if name in facts}
+        assert not read.of("button") and "训练" in page.read_text()
+    wanted = {link for link in links if link not in ("data:,", "#main")}
+    lacking = [link for link in wanted if not (tmp_path / "pages" / link).is_file()]
+    assert {"index.html", "answers.html", "compare.html", "board.css", "board.js"} < wanted
+    assert lacking == []
+    with Image.open(next((tmp_path / "pages/pictures").iterdir())) as picture:
+        assert picture.size == (640, 320)
+    with pytest.raises(SystemExit, match="1"):
+        main(["board", str(root), "--export", str(tmp_path / "pages")])
+
+
 def test_every_word_of_the_pages_is_in_the_dictionary_and_the_other_way_round():
     sources = [*BOARD.glob("pages/*.html"), *BOARD.glob("*.py")]
     said = {word for path in sources for word in re.findall(r"""\bt\(\s*["']([^"']+)["']\s*\)""", path.read_text())}
     from qwenvl_ft.board.answers import KINDS
 
     variable = {*KINDS, *(title for title, _ in sections()), "running", "starting", "finished", "stopped", "failed", "training",
-                "evaluation", "train loss", "eval loss", "learning rate", "tokens/s", "train", "eval"}  # fmt: skip
+                "evaluation", "base", "tuned", "train loss", "eval loss", "learning rate", "tokens/s", "train", "eval"}  # fmt: skip
     assert said | variable == words.CHINESE.keys()
 
 

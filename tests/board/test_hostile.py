@@ -6,7 +6,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from qwenvl_ft.board.app import make_app
-from qwenvl_ft.board.guard import FORM_BYTES
+from qwenvl_ft.board.guard import FORM_BYTES, PICTURE_BYTES
 
 EVAL = "file=first/predictions-eval.jsonl"
 HOSTILE = [
@@ -30,6 +30,9 @@ HOSTILE = [
     ("POST", "/new", {"content-type": "text/plain"}, 415), ("POST", "/new", {"content-type": "application/json"}, 415),
     ("POST", "/new", {"content-length": str(FORM_BYTES + 1)}, 413), ("POST", "/new", {"content-length": "9" * 5000}, 413),
     ("POST", "/new", {"content-length": "-1"}, 411), ("POST", "/new", {"transfer-encoding": "chunked"}, 411),
+    ("POST", "/try", {}, 415), ("POST", "/try", {"content-type": "multipart/form-data"}, 400),
+    ("POST", "/try", {"content-length": str(PICTURE_BYTES + 1)}, 413), ("GET", "/data/first?part=../../etc", {}, 404),
+    ("GET", "/data/../../etc?part=training", {}, 404), ("GET", "/data/first?part=training&start=-5", {}, 404),
     ("GET", "/stop/first", {}, 405), ("PUT", "/", {}, 405), ("DELETE", "/runs/first", {}, 405), ("TRACE", "/", {}, 405),
 ]  # fmt: skip
 
@@ -61,6 +64,20 @@ def test_a_form_that_is_none_is_refused(client, body):
     token = re.search(r'name="token" value="([^"]+)"', client.get("/new").text)[1]
     headers = {"content-type": "application/x-www-form-urlencoded"}
     assert client.post("/new", content=body.format(token).encode("utf-8", "surrogateescape"), headers=headers).status_code == 400
+
+
+def test_a_question_without_the_token_or_a_picture_that_is_none_is_refused(client, root):
+    (root / "first/adapter_model.safetensors").touch()
+    token = re.search(r'name="token" value="([^"]+)"', client.get("/try").text)[1]
+    file = {"picture": ("a.png", b"GIF89a no picture")}
+    assert client.post("/try", data={"run": "first", "question": "q"}, files=file).status_code == 403
+    for run, said in (
+        ("first", "is not a picture"),
+        ("sweep/second", "has no adapter"),
+        ("../first", "there is none of this name"),
+    ):
+        answer = client.post("/try", data={"token": token, "run": run, "question": "q"}, files=file)
+        assert answer.status_code == 400 and said in answer.text
 
 
 def test_a_key_lets_in_whoever_has_it_by_whatever_name(root):
