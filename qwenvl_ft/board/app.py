@@ -105,7 +105,9 @@ class Board:
         """The answers of some files side by side."""
         asked = request.query_params
         names, files = list(dict.fromkeys(asked.getlist("file"))), said.files_of(self.root)
-        if not names or len(names) > MOST_COMPARED or not set(names) <= files.keys():
+        if len(names) > MOST_COMPARED:
+            raise UserError(Problem("file", f"{len(names)} files are chosen", f"choose 1 to {MOST_COMPARED}"))
+        if not names or not set(names) <= files.keys():
             raise HTTPException(404)
         page = asked.get("page", "1")
         number = int(page) if page.isascii() and page.isdigit() and len(page) < 9 else 0

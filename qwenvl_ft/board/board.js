@@ -1,5 +1,5 @@
 // What the pages do besides links and forms: parts that change are fetched again, and keys move between cards.
-const LIVE_MS = 2000;
+const LIVE_MS = 2000, IDLE_MS = 10000;  // while a run is running, and where none is
 
 async function refresh() {
   const parts = [...document.querySelectorAll("[data-live]")];
@@ -22,7 +22,8 @@ async function refresh() {
 
 (async () => {
   for (;;) {
-    await new Promise((done) => setTimeout(done, LIVE_MS));
+    const wait = document.querySelector(".state.running, .state.starting") ? LIVE_MS : IDLE_MS;
+    await new Promise((done) => setTimeout(done, wait));
     await refresh();
   }
 })();

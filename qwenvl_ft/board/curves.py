@@ -78,7 +78,7 @@ def draw(curves: Sequence[Curve], label: str, step: str, height: int = HEIGHT) -
     )
     named = escape(f"{label}, {step} 1–{last:,.0f}")
     return Markup(
-        f'<figure class="curves"><figcaption><h3>{escape(label)}</h3><ul>{keys}</ul></figcaption>'
+        f'<figure class="curves"><figcaption><h2>{escape(label)}</h2><ul>{keys}</ul></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{named}">{"".join(drawn)}</svg></figure>'
     )  # every text in it is escaped above
 

@@ -17,7 +17,7 @@ HOSTILE = [
     ("GET", f"/picture?{EVAL}&row={'9' * 5000}&number=0", {}, 404), ("GET", "/picture?path=/etc/passwd", {}, 404),
     ("GET", "/picture?file=/etc/passwd&row=0&number=0", {}, 404),
     ("GET", "/questions?file=../../etc/passwd", {}, 404), ("GET", "/questions?file=first/metrics.jsonl", {}, 404),
-    ("GET", "/questions", {}, 404), ("GET", "/questions?" + "&".join([EVAL] * 500) + "&file=x", {}, 404),
+    ("GET", "/questions", {}, 404), ("GET", "/questions?file=" + "&file=".join("abcdefg"), {}, 400), ("GET", "/questions?" + "&".join([EVAL] * 500) + "&file=x", {}, 404),
     ("GET", f"/questions?{EVAL}&kind=<script>", {}, 400), ("GET", f"/questions?{EVAL}&page=-1", {}, 200),
     ("GET", f"/questions?{EVAL}&page=9{'9' * 999}", {}, 200), ("GET", f"/questions?{EVAL}&search=<script>alert(1)</script>", {}, 200),
     ("GET", "/new?like=../../etc", {}, 200), ("GET", "/compare?run=../first", {}, 400), ("GET", "/pages/base.html", {}, 404),
