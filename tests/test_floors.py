@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 
 # From the ground up: a room imports from the floors below its own only, so two rooms of one floor know nothing of each other.
-ORDER = (
-    "errors values | config console | folders | data | model | infer | evaluate | train export | hub serve cloud | cli | __main__"
-)
+ORDER = "errors values | config console | folders | data | model | infer | evaluate | train export | hub serve cloud board | cli | __main__"
 FLOOR = {room: number for number, rooms in enumerate(ORDER.split(" | ")) for room in rooms.split()}
 PACKAGE = Path(__file__).parent.parent / "qwenvl_ft"
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py") if path.stem != "__init__"}

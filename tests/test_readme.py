@@ -32,6 +32,7 @@ TOPICS = [
     "memory",
     "ask",
     "serve",
+    "board",
     "download",
     "pai",
 ]  # in the order in which their commands run, after those of README
@@ -96,6 +97,7 @@ def checkout(tmp_path_factory):
         "memory": ["plan"],
         "ask": ["ask", "compare"],
         "serve": ["serve", "serve", "serve"],
+        "board": ["board", "board", "board"],
         "download": ["doctor"],
     }
     return folder
@@ -124,7 +126,7 @@ def run(command: str) -> str:
     named = words[1]
     if named == "download":  # has tests of its own; here its options must exist
         words = [*words, "--help"]
-    if named == "serve":
+    if named == "serve" or (named == "board" and "--export" not in words):
         words = [*words, "--help"]
     try:
         main(words[1:])

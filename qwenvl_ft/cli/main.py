@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import qwenvl_ft
-from qwenvl_ft.cli import data, evaluation, hub, init, launch, model, pai, serve
+from qwenvl_ft.cli import board, data, evaluation, hub, init, launch, model, pai, serve
 from qwenvl_ft.console import print_line, print_problems
 from qwenvl_ft.errors import UserError
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 )  # fmt: skip
 for command in (init.init, data.validate_meta, data.show, data.convert, data.plan,
                 model.train, evaluation.evaluate, evaluation.compare, model.export, model.ask, hub.download, hub.doctor,
-                serve.serve, launch.launch):  # fmt: skip
+                serve.serve, board.board, launch.launch):  # fmt: skip
     # Of `--learning_rate 1e-4` the config says what to write; click would say "no such option".
     lenient = {"ignore_unknown_options": True} if command in (data.plan, model.train) else None
     app.command("eval" if command is evaluation.evaluate else None, context_settings=lenient)(command)

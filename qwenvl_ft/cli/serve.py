@@ -77,9 +77,9 @@ def serve(
 
     Example: qwenvl-ft serve data/tiny --adapter demo=runs/demo --port 8000
     """
-    key, admin_key = _key(api_key_env, host), _key_of("--admin-key-env", admin_key_env)
+    key, admin_key = callers_key(api_key_env, host), _key_of("--admin-key-env", admin_key_env)
     origins = [*map(partial(_origin, key), allowed_origin or [])]
-    listening = context.with_resource(_bind(host, port))  # closed at the command's end, however it comes
+    listening = context.with_resource(bind(host, port))  # closed at the command's end, however it comes
     bounds = Bounds(max_body_mib << 20, max_pictures, max_megapixels * 1_000_000, max_prompt_tokens, max_answer_tokens, timeout)
     from qwenvl_ft.serve.open_request import Opener
 
@@ -160,7 +160,7 @@ def _key_of(flag: str, variable: str | None) -> str | None:
     return key or None
 
 
-def _key(variable: str | None, host: str) -> str | None:
+def callers_key(variable: str | None, host: str) -> str | None:
     """The key that callers must have. Raises UserError where one is needed and there is none."""
     key = _key_of("--api-key-env", variable)
     if not key and not is_loopback(host):
@@ -184,7 +184,7 @@ def _origin(key: str | None, text: str) -> str:
     return origin
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """The socket, before the model is loaded, so that a port in use is said at once. It listens once the server runs."""
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

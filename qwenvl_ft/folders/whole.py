@@ -105,6 +105,23 @@ def held(output_dir: Path) -> BaseFileLock:
     return lock
 
 
+def holder(output_dir: Path) -> tuple[int, str] | None:
+    """(process, machine) of the run that holds the lock of `held`; None where none does. Not told from a lock's being there alone:
+    who ends leaves the file. A process that has ended here is not asked for the lock, which a run that begins may be taking.
+    """
+    path = output_dir / LOCK
+    try:
+        said = re.fullmatch(r"process (\d+) on (.+)\n", path.read_text())
+        if said is None or (said[2] == platform.node() and not os.path.exists(f"/proc/{said[1]}") and os.path.exists("/proc")):
+            return None
+        with FileLock(path, blocking=False):
+            return None
+    except Timeout:
+        return (int(said[1]), said[2]) if said else None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
 def seal(folder: Path, known: dict[str, str]) -> None:
     """Flushes every file of the folder to the disk and writes the manifest of their sizes and hashes.
 

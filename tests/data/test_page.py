@@ -51,7 +51,7 @@ class Read(HTMLParser):
     def handle_starttag(self, tag, attrs):
         element = (tag, dict(attrs), [])
         self.found.append(element)
-        if tag not in ("meta", "img", "br", "hr", "input"):
+        if tag not in ("meta", "link", "img", "br", "hr", "input"):
             self.open.append(element)
         assert not any(name.startswith("on") for name, _ in attrs)
 

@@ -1,0 +1,1 @@
+"""The board: a local web page of runs, answers and data. Only cli imports this room."""

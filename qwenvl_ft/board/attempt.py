@@ -1,0 +1,68 @@
+"""A question to a run's base and to what was tuned of it, at once: one copy of the weights, the adapter off and on.
+
+Both see the same pixels and the same prompt, those of training.
+"""
+
+import base64
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from qwenvl_ft.board.answers import SIDE_PX
+from qwenvl_ft.board.runs import Run
+from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
+from qwenvl_ft.folders.runs import checkpoints
+
+MAX_NEW_TOKENS = 256
+
+
+@dataclass
+class Asking:
+    """The model that was asked last, which stays loaded, one at a time."""
+
+    lock: Lock = field(default_factory=Lock)
+    key: Any = None
+    engine: Any = None
+
+    def ask(self, run: Run, question: str, picture: bytes) -> dict[str, Any]:
+        """What base and tuned say, and the picture as a URL. Raises UserError where there is no adapter, or no picture in it."""
+        from qwenvl_ft.data.pictures import decode
+        from qwenvl_ft.data.records import Picture, Turn
+
+        if not question.strip():
+            raise UserError(Problem("question", "is empty", "ask something"))
+        if (adapter := adapter_of(run.folder)) is None:
+            raise UserError(Problem(run.name, "has no adapter yet", "wait for its first checkpoint"))
+        image = decode(picture, "picture") if picture else None
+        turns = [Turn("user", (*([Picture.of(image)] if image else []), question))]
+        url = ""
+        if image:
+            small, file = image.copy(), BytesIO()
+            small.thumbnail((SIDE_PX, SIDE_PX))
+            small.save(file, "WEBP", quality=80)
+            url = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+        with self.lock:
+            engine = self.opened(run, adapter)
+            with engine.model.disable_adapter():
+                (base,) = engine.answer_many([turns], MAX_NEW_TOKENS)
+            (tuned,) = engine.answer_many([turns], MAX_NEW_TOKENS)
+        return {"picture": url, "answers": [("base", base), ("tuned", tuned)]}
+
+    def opened(self, run: Run, adapter: Path) -> Any:
+        """The engine of an adapter, loaded where it is not that of the last question, or a new one."""
+        key = adapter, (adapter / ADAPTER_WEIGHTS).stat().st_mtime_ns
+        if key != self.key:
+            from qwenvl_ft.infer.engine import Engine
+
+            self.key = self.engine = None  # two would not fit
+            self.engine, self.key = Engine.open(Path(str(run.settings["model"])), adapter), key
+        return self.engine
+
+
+def adapter_of(folder: Path) -> Path | None:
+    """A run's adapter: that of its end, else its newest checkpoint; None where there is neither."""
+    found = [folder, *reversed(checkpoints(folder))]
+    return next((adapter for adapter in found if (adapter / ADAPTER_WEIGHTS).is_file()), None)
