@@ -85,7 +85,8 @@ def sha256(path: Path) -> str:
 def losses(folder: Path) -> list[Settings]:
     """metrics.jsonl without what the clock says."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.endswith("_per_s")} for line in lines]
+    measured = ("_per_s", "_wait_s", "_memory_gib")  # of the machine, not of the run
+    return [{key: value for key, value in line.items() if not key.endswith(measured)} for line in lines]
 
 
 def result(folder: Path) -> Settings:
