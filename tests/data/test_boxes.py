@@ -25,7 +25,7 @@ from tests.conftest import TINY
 
 TOKENS = "<|object_ref_start|>the bar<|object_ref_end|><|box_start|>(100,200),(300,400)<|box_end|>"
 V1 = "<ref>the bar</ref><box>(100,200),(300,400)</box>"
-UNITS = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32, "qwen3_5": 32}
+UNITS = {"qwen2_vl": 28, "qwen2_5_vl": 28, **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), 32)}
 
 
 @pytest.fixture
@@ -243,7 +243,8 @@ def test_boxes_are_written_in_the_form_of_the_family(parts, tokens, thousand, pi
 def test_the_families_have_the_forms_that_their_makers_say():
     """QwenLM's process_bbox.ipynb, issues 721, 866 and 1161 of QwenLM/Qwen3-VL, and its README."""
     forms = {name: family.boxes for name, family in FAMILIES.items()}
-    assert forms == {"qwen2_vl": "tokens", "qwen2_5_vl": "pixels", "qwen3_vl": "thousand", "qwen3_5": "thousand"}
+    later = dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), "thousand")
+    assert forms == {"qwen2_vl": "tokens", "qwen2_5_vl": "pixels", **later}
 
 
 def of_the_notebook(box, height, width, shown):

@@ -57,7 +57,9 @@ BROKEN = {
     "vocab.json without tokenizer.json": lambda folder: (folder / "tokenizer.json").rename(folder / "vocab.json"),
     "no processor": lambda folder: (folder / "processor_config.json").unlink(),
     "a processor without limits": lambda folder: (folder / "processor_config.json").write_text("{}"),
-    "a config of another family": lambda folder: edit(folder / "config.json", model_type="llava"),
+    "a config of another family": lambda folder: (folder / "config.json").write_text(
+        '{"model_type": "llava", "vision_config": {}}'
+    ),
     "no config": lambda folder: (folder / "config.json").unlink(),
     "a cut file": lambda folder: (folder / "model.safetensors").write_bytes((TINY / "model.safetensors").read_bytes()[:-9]),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),

@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from qwenvl_ft.config import Config
+from tests.conftest import TINY
 from tests.runs import adapter, config, few_records, metrics, run, same
 
 # Keys that change the trained weights, and a value that does.
@@ -60,8 +61,8 @@ def test_attention_is_the_one_asked_for():
     from qwenvl_ft.model.load import load_base
 
     for asked, got in {"eager": "eager", "sdpa": "sdpa", "auto": "varlen", "varlen": "varlen"}.items():
-        assert attention_of(load_base("data/tiny", "float32", asked, packed=True)) == got
-    assert attention_of(load_base("data/tiny", "float32")) == "sdpa"
+        assert attention_of(load_base(TINY, "float32", asked, packed=True)) == got
+    assert attention_of(load_base(TINY, "float32")) == "sdpa"
 
 
 def test_trees_are_run_by_varlen_and_what_keeps_records_from_them_is_said(tmp_path, monkeypatch):
