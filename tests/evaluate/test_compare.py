@@ -134,7 +134,7 @@ def test_a_kill_in_the_middle_loses_no_answer(service, meta, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [f"{service.url}/v1#m", meta, "--out", out, "--concurrency", "1"]
     running = subprocess.Popen([sys.executable, "-m", "qwenvl_ft", "compare", *map(str, arguments)], stderr=subprocess.PIPE)
-    wait_for(lambda: any(path.read_text().count("\n") == 3 for path in out.glob("*.jsonl")))
+    wait_for(lambda: len(service.bodies) == 4 and any(path.read_text().count("\n") == 3 for path in out.glob("*.jsonl")))
     running.kill()
     running.communicate()
     service.after = None
