@@ -92,6 +92,7 @@ class Config(BaseModel):
     attn_implementation: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: Checkpointing = "auto"
     fit: Annotated[Rate, Field(gt=1)] | None = None
+    shard_base: StrictBool = False
     ddp_timeout: Positive = 600
 
     logging_steps: Positive = 10
@@ -241,7 +242,7 @@ PEERS = {
     "xformers_attention": "attn_implementation", "sdp_attention": "attn_implementation",
     "formatting": "format", "dataset_type": "format", "field_messages": "columns", "field_instruction": "columns",
     "video_maxlen": "video_max_frames", "fps_max_frames": "video_max_frames", "fps": "video_fps",
-    "video_max_token_num": "video_max_pixels",
+    "video_max_token_num": "video_max_pixels", "fsdp": "shard_base", "fsdp_config": "shard_base",
     "saves_per_epoch": "save_steps", "evals_per_epoch": "eval_steps", "use_wandb": "report_to", "wandb_project": "report_to",
 }  # fmt: skip
 CLOSE = 0.85  # of two keys that are one misspelt: lower, and a key of another meaning is near enough
@@ -263,6 +264,7 @@ REMARKS = {
     "keep_best": "true keeps the checkpoint with the lowest eval_loss, and names it in the results",
     "early_stopping_patience": "a number of evaluations without a lower eval_loss",
     "init_adapter": "the folder of an adapter to train on from",
+    "shard_base": "true shares the frozen base out over the processes, by FSDP2",
     "quantization": "nf4 for 4 bits or int8 for 8, by bitsandbytes; none leaves the base as it is",
 }
 BITS = "quantization: nf4 quantizes its scales, too, and multiplies in dtype, both by bitsandbytes"
@@ -350,8 +352,6 @@ NOT_NEEDED = {key: why for why, keys in {
         "remove_unused_columns",
     "start with `accelerate launch --config_file configs/zero2.yaml train.py ...`":
         "deepspeed deepspeed_config zero_stage",
-    "start with `accelerate launch --config_file configs/zero3.yaml train.py ...`":
-        "fsdp fsdp_config",
     "accelerate's launcher says that: `accelerate launch --config_file configs/ddp.yaml train.py ...`":
         "local_rank ddp_backend use_cpu nproc_per_node",
     ANSWERS_ONLY:

@@ -3,6 +3,7 @@ process's, and each fault must end in words, or go on.
 
     python scripts/two_hosts.py                     # all of it, about ten minutes on two cores
     python scripts/two_hosts.py start --zero 2      # one part, with DeepSpeed on the CPU
+    python scripts/two_hosts.py --shard             # with the base shared out by FSDP2
 
 Both hosts run what `qwenvl-ft launch --to torchrun` writes. Needs root, iproute2 and Linux; where no namespace can be made it says so
 and ends well.
@@ -47,8 +48,9 @@ class NoNamespaces(Exception):
 class Hosts:
     """Two network namespaces, 10.77.0.1 and 10.77.0.2, and what runs in them."""
 
-    def __init__(self, folder: Path, zero: int | None):
-        self.folder, self.zero, self.running = folder, zero, list[subprocess.Popen[bytes]]()  # each host's torchrun
+    def __init__(self, folder: Path, zero: int | None = None, shard: bool = False):
+        self.folder, self.zero, self.shard = folder, zero, shard
+        self.running = list[subprocess.Popen[bytes]]()  # each host's torchrun
         self.names = [f"qft{os.getpid()}-{host}" for host in range(2)]
         records = json.loads((ROOT / "data/sample/train.json").read_text())
         (folder / "few.json").write_text(json.dumps(records[:8]))
@@ -90,7 +92,7 @@ class Hosts:
 
     def start(self, run: str, before: tuple[str, str] = ("", ""), **settings: object) -> list[subprocess.Popen[bytes]]:
         """Both hosts' part of a run into folder/run; what a host does `before` is a line of its shell."""
-        config = self.write(run, **settings)
+        config = self.write(run, **settings, shard_base=self.shard)
         file = self.folder / f"{run}.sh"
         options = [*(["--zero", str(self.zero)] if self.zero else []), "-o", str(file), str(config)]
         subprocess.run([sys.executable, "-m", "qwenvl_ft", "launch", "--to", "torchrun", "--nodes", "2", "--gpus", "1", *options],
@@ -282,13 +284,14 @@ def main() -> int:
     reader = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     reader.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all, unless some are given")
     reader.add_argument("--zero", type=int, choices=(2,), help="with DeepSpeed, ZeRO of this stage")
+    reader.add_argument("--shard", action="store_true", help="with shard_base: true")
     given = reader.parse_args()
     if unknown := set(given.cases) - CASES.keys():
         reader.error(f"no such case: {', '.join(sorted(unknown))}")
     failed = 0
     with tempfile.TemporaryDirectory(prefix="two-hosts-") as folder:
         try:
-            with Hosts(Path(folder), given.zero) as hosts:
+            with Hosts(Path(folder), given.zero, given.shard) as hosts:
                 for name in given.cases or CASES:
                     began = time.monotonic()
                     try:

@@ -20,7 +20,7 @@ KEYS = """
     lora_on lora_targets lora_rank lora_alpha lora_dropout use_rslora use_dora loraplus_lr_ratio init_lora_weights
     init_adapter
     num_train_epochs max_steps rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm seed
-    dtype quantization attn_implementation gradient_checkpointing fit ddp_timeout
+    dtype quantization attn_implementation gradient_checkpointing fit shard_base ddp_timeout
     logging_steps eval_steps save_steps save_total_limit keep_best early_stopping_patience resume report_to run_name
 """
 

@@ -28,6 +28,7 @@ from qwenvl_ft.data.targets import tower_trains
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.objects import address_of
 from qwenvl_ft.folders.whole import LOCK, held
+from qwenvl_ft.train.sharded import shard_problem
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
@@ -162,8 +163,8 @@ def from_bytes(held: NDArray[np.uint8], dtype: torch.dtype, shape: torch.Size) -
 def launch_problem(accelerator: Accelerator, before: Mapping[str, str]) -> Problem | None:
     """What came up that was not asked for; `before` is the environment before accelerate looked at it."""
     if before.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):  # which accelerate leaves out on a CPU without a word
-        why = "FSDP was asked for, and is not offered: what each process keeps of it would be in no checkpoint"
-        return Problem("launch", why, "take configs/zero3.yaml, which shares the model out over the GPUs, too")
+        why = "accelerate's FSDP was asked for, which would share out the adapter, too: in no checkpoint would it be whole"
+        return Problem("launch", why, "start with configs/ddp.yaml, and set shard_base: true: the base is shared out by FSDP2")
     asked, came, what = int(before.get("WORLD_SIZE", "1")), accelerator.num_processes, None
     deepspeed = before.get("ACCELERATE_USE_DEEPSPEED") == "true"
     command = "accelerate launch --multi_gpu --num_processes N train.py --config FILE"
@@ -289,6 +290,8 @@ def start(config: Config) -> Accelerator:
             raise UserError(problem) from error
         raise
     if problem := launch_problem(accelerator, before):
+        raise UserError(problem)
+    if config.shard_base and (problem := shard_problem(config, accelerator)):
         raise UserError(problem)
     if plugin := accelerator.state.deepspeed_plugin:
         if plugin.zero_stage == 3 and config.quantization != "none":

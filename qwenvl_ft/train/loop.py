@@ -44,6 +44,7 @@ from qwenvl_ft.train.groups import groups_of
 from qwenvl_ft.train.launch import Signals, alone, check_shared, lost, open_trackers, start
 from qwenvl_ft.train.memory import memory_for, out_of_memory, peak_bytes
 from qwenvl_ft.train.output_dir import METRICS, Metrics, read_metrics, was_evaluated, write_results, write_settings
+from qwenvl_ft.train.sharded import share_out
 from qwenvl_ft.train.state import STATE, OnSaved, Run, find_resume, find_weights, fingerprint
 
 
@@ -278,7 +279,7 @@ def run_steps(
     limited(processor, prepared.chat, Reading(video_fps=config.video_fps, video_max_frames=config.video_max_frames))
     trees = prepared.shares or (held_out and held_out.shares)  # which flash_attention_2 does not run, and auto could take
     attention = "varlen" if trees else config.attn_implementation
-    straight = straight_to(accelerator, config.quantization != "none")
+    straight = None if config.shard_base else straight_to(accelerator, config.quantization != "none")
     model = load_base(config.model, config.dtype, attention, packed=True, device=straight, quantization=config.quantization)
     bf16 = model.dtype == torch.bfloat16
     model = add_lora(
@@ -291,6 +292,8 @@ def run_steps(
     optimizer = new_optimizer(groups_of(model, config), config, accelerator)
     beginning = begin(model, config, accelerator.device, resume, weights)
     sizes = model.get_nb_trainable_parameters()
+    if config.shard_base:
+        share_out(model, accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(config, accelerator, model, optimizer, prepared, processor, bf16, on_saved, beginning)
     check_alike(run, row_loss)

@@ -17,16 +17,17 @@ from two_hosts import Hosts, NoNamespaces, difference
 @pytest.fixture
 def hosts(tmp_path):
     try:
-        with Hosts(tmp_path, None) as hosts:
+        with Hosts(tmp_path) as hosts:
             yield hosts
     except NoNamespaces as why:
         pytest.skip(f"no two hosts can be made here: {why}")
 
 
 # DeepSpeed sums the norm that clips in another order, and Adam enlarges its last bit.
-@pytest.mark.parametrize(("zero_stage", "bound"), [(0, 1e-5), (2, 1e-4)])
-def test_two_hosts_end_where_one_process_does(zero_stage, bound, hosts, plain, tmp_path, forks):
-    codes, said = forks.train(tmp_path, zero_stage, fault=("tests.forked", "on_hosts", hosts.names, False), **SETTINGS)
+@pytest.mark.parametrize(("zero_stage", "shard", "bound"), [(0, False, 1e-5), (2, False, 1e-4), (0, True, 1e-5)])
+def test_two_hosts_end_where_one_process_does(zero_stage, shard, bound, hosts, plain, tmp_path, forks):
+    fault = ("tests.forked", "on_hosts", hosts.names, False)
+    codes, said = forks.train(tmp_path, zero_stage, fault=fault, **SETTINGS, shard_base=shard)
     assert codes == [0, 0] and "2 x cpu" in said, said[-3000:]
     assert adapter(plain).keys() and difference(plain, tmp_path / "run") < bound
 

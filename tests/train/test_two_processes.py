@@ -17,7 +17,7 @@ from qwenvl_ft.train import launch as launching
 from qwenvl_ft.train import loop
 from qwenvl_ft.train.state import Run
 from tests.forked import train_two
-from tests.runs import ROOT, adapter, config, difference, distance, launch, metrics, same
+from tests.runs import adapter, config, difference, launch, metrics, same
 from tests.train.conftest import SETTINGS
 
 
@@ -138,27 +138,6 @@ def test_under_deepspeed_too_some_layers_may_keep_their_activations(zero, tmp_pa
     assert same(adapter(folder / "run"), adapter(tmp_path / "run"))
 
 
-def test_zero_3_does_not_wait_for_a_row_without_a_picture_and_ends_with_the_weights_of_ddp(tmp_path, forks):
-    """A process whose row has no picture would not gather the tower's weights, and the others would wait for ever."""
-    (tmp_path / "ddp").mkdir(), (tmp_path / "zero").mkdir()
-    settings = {
-        "max_steps": 2,
-        "save_steps": 2,
-        "row_tokens": 500,
-        "max_grad_norm": 1e9,
-        "train_meta_file": tmp_path / "mixed.json",
-    }
-    records = json.loads((ROOT / "data/sample/train.json").read_text())
-    plain = [record for record in records if "<img>" not in json.dumps(record)]
-    (tmp_path / "mixed.json").write_text(json.dumps([*plain, records[0]]))
-    ddp = train_two(forks, tmp_path / "ddp", **settings)
-    zero = train_two(forks, tmp_path / "zero", zero_stage=3, **settings)
-    with_picture = next(number for number, record in enumerate([*plain, records[0]]) if record is records[0])
-    rows = [json.loads(line) for line in (ddp / "packed.jsonl").read_text().splitlines()]
-    assert [with_picture in row for row in rows].count(True) == 1 < len(rows)
-    assert distance(adapter(ddp), adapter(zero)) < 1e-5
-
-
 def skipped(folder):
     return json.loads((folder / "all_results.json").read_text())["skipped"]
 
@@ -202,12 +181,12 @@ def test_more_processes_than_gpus_are_answered_in_the_words_of_their_launcher(by
         launching.check_gpus()
 
 
-def test_fsdp_is_refused_and_not_left_out():
-    """accelerate trains without it on a CPU; on GPUs a checkpoint would have held the first process's shards."""
+def test_accelerates_fsdp_is_refused_and_not_left_out():
+    """accelerate trains without it on a CPU; on GPUs a checkpoint would have held the first process's shards of the adapter."""
     before = {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     accelerator = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU)
     assert launching.launch_problem(accelerator, before) is None
-    assert "FSDP was asked for" in launching.launch_problem(accelerator, before | {"ACCELERATE_USE_FSDP": "true"}).what
+    assert "shard_base: true" in launching.launch_problem(accelerator, before | {"ACCELERATE_USE_FSDP": "true"}).fix
 
 
 @pytest.mark.parametrize("from_the_start", [True, False])
