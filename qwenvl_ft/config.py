@@ -25,6 +25,7 @@ from qwenvl_ft.values import (
     Layers,
     LoraOn,
     Meta,
+    Metric,
     Number,
     Own,
     Positive,
@@ -35,6 +36,8 @@ from qwenvl_ft.values import (
     Start,
     Step,
     Tower,
+    Tracker,
+    rate_by_width,
 )
 
 
@@ -97,12 +100,15 @@ class Config(BaseModel):
 
     logging_steps: Positive = 10
     eval_steps: Positive | None = None
+    eval_metric: Metric = "loss"
+    eval_samples: Positive = 200
+    eval_max_new_tokens: Positive = 128
     save_steps: Positive = 100
     save_total_limit: Positive = 3
     keep_best: StrictBool = False
     early_stopping_patience: Positive | None = None
     resume: Resume = False
-    report_to: list[Literal["wandb", "tensorboard"]] = []
+    report_to: list[Tracker] = []
     run_name: str | None = None
 
     @field_validator("max_pixels")
@@ -150,6 +156,14 @@ class Config(BaseModel):
             raise ValueError("choose one of init_adapter and init_lora_weights: pissa")
         return value
 
+    @field_validator("eval_metric")
+    @classmethod
+    def there_are_questions(cls, value: Metric, info: ValidationInfo) -> Metric:
+        """Those of the evaluation are asked."""
+        if value != "loss" and not info.data.get("eval_meta_file"):
+            raise ValueError("set eval_meta_file, whose questions are asked")
+        return value
+
     @field_validator("keep_best", "early_stopping_patience")
     @classmethod
     def there_are_evaluations(cls, value: int | None, info: ValidationInfo) -> int | None:
@@ -183,15 +197,6 @@ class Config(BaseModel):
     def off_and_on_are_words(cls, value: Any) -> Any:
         """`thinking: true`, as peers' enable_thinking has it, means on."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-
-def rate_by_width(hidden_size: int) -> float:
-    """The peak that LoRA with lora_alpha 32 learns best with, whatever its rank: a fit to Qwen models, of which wider ones want a
-    lower one.
-
-    Source: "LoRA Without Regret", Thinking Machines Lab, 2025: 5e-5 * 10 * (2000 / hidden_size) ** 0.0775.
-    """
-    return float(f"{5e-4 * (2000 / hidden_size) ** 0.0775:.2e}")
 
 
 # What ruamel.yaml raises: also what its constructors stumble over, such as `!!bool x`, `!!int ""` and a list as a key.
@@ -231,7 +236,7 @@ PEERS = {
     "dataset_use": "train_meta_file", "max_model_len": "row_tokens", "max_packed_sequence_len": "row_tokens",
     "peft_use_dora": "use_dora", "peft_use_rslora": "use_rslora", "init_weights": "init_lora_weights",
     "load_best_model_at_end": "keep_best", "early_stopping_steps": "early_stopping_patience",
-    "lorap_lr_ratio": "loraplus_lr_ratio",
+    "metric_for_best_model": "eval_metric", "lorap_lr_ratio": "loraplus_lr_ratio",
     "adapter_name_or_path": "init_adapter", "adapters": "init_adapter", "adapter": "init_adapter", "lora_model_dir": "init_adapter",
     "lora_weight_path": "init_adapter", "resume_only_model": "resume", "pissa_init": "init_lora_weights",
     "pissa_iter": "init_lora_weights", "target_parameters": "lora_on", "lora_target_parameters": "lora_on",
@@ -244,6 +249,7 @@ PEERS = {
     "video_maxlen": "video_max_frames", "fps_max_frames": "video_max_frames", "fps": "video_fps",
     "video_max_token_num": "video_max_pixels", "fsdp": "shard_base", "fsdp_config": "shard_base",
     "saves_per_epoch": "save_steps", "evals_per_epoch": "eval_steps", "use_wandb": "report_to", "wandb_project": "report_to",
+    "use_swanlab": "report_to", "use_mlflow": "report_to",
 }  # fmt: skip
 CLOSE = 0.85  # of two keys that are one misspelt: lower, and a key of another meaning is near enough
 # What has to be known besides the name, by our key.
@@ -261,8 +267,9 @@ REMARKS = {
     "format": "the name of a form: documented, llava, sharegpt, messages ...; without it each record says so itself",
     "columns": "our word and the key that your records have for it: {question: query, answer: label}",
     "resume": "true goes on from the newest whole checkpoint in output_dir, weights takes its adapter alone",
-    "keep_best": "true keeps the checkpoint with the lowest eval_loss, and names it in the results",
-    "early_stopping_patience": "a number of evaluations without a lower eval_loss",
+    "eval_metric": "exact, relaxed, cer ...: each evaluation answers eval_samples questions, too, and goes by their score",
+    "keep_best": "true keeps the checkpoint that is best by eval_metric, and names it in the results",
+    "early_stopping_patience": "a number of evaluations that are no better by eval_metric",
     "init_adapter": "the folder of an adapter to train on from",
     "shard_base": "true shares the frozen base out over the processes, by FSDP2",
     "quantization": "nf4 for 4 bits or int8 for 8, by bitsandbytes; none leaves the base as it is",
@@ -277,8 +284,7 @@ NOT_NEEDED = {key: why for why, keys in {
     BITS:
         "double_quant double_quantization bnb_4bit_use_double_quant bnb_4bit_compute_dtype use_bnb_nested_quant torchao "
         "bnb_4bit_quant_storage",
-    "what is saved of a run with init_lora_weights: pissa is plain LoRA already":
-        "pissa_convert",
+    "what is saved of a run with init_lora_weights: pissa is plain LoRA already": "pissa_convert",
     "A and B are trained with AdamW, without a bias; use_rslora, use_dora, loraplus_lr_ratio and init_lora_weights vary that":
         "loraplus_lr_embedding lora_bias bias use_galore use_badam use_apollo lora_dtype",
     LORA_ONLY:
@@ -288,20 +294,15 @@ NOT_NEEDED = {key: why for why, keys in {
         "modules_to_save lora_modules_to_save additional_target",
     "this tool does supervised fine-tuning and nothing else":
         "stage rlhf_type pref_beta pref_loss beta ref_model reward_model rl loss_type",
-    "`qwenvl-ft train` trains":
-        "do_train",
-    "`qwenvl-ft eval` scores answers; with eval_meta_file training reports their loss":
+    "`qwenvl-ft train` trains": "do_train",
+    "`qwenvl-ft eval` scores answers, and so does training with eval_metric":
         "do_eval do_predict predict_with_generate compute_accuracy max_new_tokens temperature top_p top_k num_beams",
-    "init_adapter is trained on as it is, and resume goes on with the one of output_dir":
-        "create_new_adapter",
-    "a run is never overwritten: name a new output_dir, or delete the old one":
-        "overwrite_output_dir",
+    "init_adapter is trained on as it is, and resume goes on with the one of output_dir": "create_new_adapter",
+    "a run is never overwritten: name a new output_dir, or delete the old one": "overwrite_output_dir",
     "every record is used; for a try write a smaller meta-file, or set max_steps":
         "max_samples max_train_samples max_eval_samples",
-    "meta-files are always read in little memory":
-        "streaming buffer_size",
-    "train_meta_file takes a list of {file, data_dir, weight}":
-        "interleave_probs mix_strategy",
+    "meta-files are always read in little memory": "streaming buffer_size",
+    "train_meta_file takes a list of {file, data_dir, weight}": "interleave_probs mix_strategy",
     "write train_meta_file: hf:ORG/NAME#train, or another split behind the #":
         "dataset_config dataset_name dataset_train_split dataset_test_split",
     "the meta-file is read as it stands":
@@ -311,27 +312,24 @@ NOT_NEEDED = {key: why for why, keys in {
         "save_only_model save_safetensors save_on_each_node save_first_step create_checkpoint_symlink",
     NO_HUB:
         "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision use_hf",
-    "what is logged lies in output_dir":
-        "logging_dir add_version",
+    "what is logged lies in output_dir": "logging_dir add_version",
     "metrics.jsonl in output_dir has the loss of every step":
         "plot_loss logging_first_step logging_strategy log_level disable_tqdm include_num_input_tokens_seen "
         "include_tokens_per_second",
     "its own environment variables say that (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE); run_name names the run":
         "wandb_entity wandb_run_id wandb_log_model wandb_watch",
-    "only wandb and tensorboard are reported to":
-        "swanlab_project use_swanlab use_mlflow use_comet",
+    "its own environment variables say that (SWANLAB_PROJ_NAME, SWANLAB_MODE)": "swanlab_project",
+    "wandb, tensorboard, swanlab and mlflow are reported to": "use_comet",
     OWN_RATES:
         "vision_lr vit_lr merger_lr projector_lr aligner_lr mm_projector_lr vision_tower_lr",
-    "the embeddings are not trained":
-        "embedding_learning_rate",
+    "the embeddings are not trained": "embedding_learning_rate",
     "it is AdamW with its usual constants":
         "optim optimizer optim_args adam_beta1 adam_beta2 adam_epsilon optim_target_modules",
     "the rate ends at zero, or stays with lr_scheduler_type: constant":
         "min_lr min_lr_ratio cosine_min_lr_ratio lr_scheduler_kwargs",
     "the loss is the plain one, a mean over the taught tokens":
         "label_smoothing_factor neftune_noise_alpha loss_scale",
-    "keep_best and early_stopping_patience go by the loss of evaluation":
-        "metric_for_best_model greater_is_better",
+    "a metric knows which way is better": "greater_is_better",
     "a row of evaluation is one of training":
         "per_device_eval_batch_size eval_batch_size eval_accumulation_steps bf16_full_eval",
     "the model's own chat template is used":
@@ -348,8 +346,7 @@ NOT_NEEDED = {key: why for why, keys in {
         "padding_free group_by_length pad_to_sequence_len pad_to_multiple_of length_column_name",
     "a record is never cut: one that is longer than row_tokens is reported":
         "truncation_strategy truncation_mode",
-    "a column that is not read is a problem; columns: {NAME: null} leaves it out":
-        "remove_unused_columns",
+    "a column that is not read is a problem; columns: {NAME: null} leaves it out": "remove_unused_columns",
     "start with `accelerate launch --config_file configs/zero2.yaml train.py ...`":
         "deepspeed deepspeed_config zero_stage",
     "accelerate's launcher says that: `accelerate launch --config_file configs/ddp.yaml train.py ...`":
@@ -361,8 +358,7 @@ NOT_NEEDED = {key: why for why, keys in {
         "ddp_find_unused_parameters use_reentrant_gc gradient_checkpointing_kwargs use_cache",
     "every run draws the same from the same seed":
         "full_determinism dataset_shuffle train_dataloader_shuffle val_dataset_shuffle shuffle_dataset",
-    "the last rows of an epoch are trained on, too":
-        "dataloader_drop_last",
+    "the last rows of an epoch are trained on, too": "dataloader_drop_last",
     "dataloader_num_workers is the only setting of the workers":
         "dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers",
     "no kernels are exchanged; attn_implementation is the choice there is":
@@ -374,14 +370,11 @@ NOT_NEEDED = {key: why for why, keys in {
         "activation_offloading auto_find_batch_size",
     "a short video is drawn whole, 4 frames at least; one of its own size says so in its record":
         "video_min_frames video_min_pixels video_resized_width video_resized_height nframes",
-    "boxes are written as the model's family writes them; the key boxes says what the numbers of the meta-file are":
-        "norm_bbox",
-    "sound is not trained on":
-        "audio_sampling_rate",
+    "boxes are written as the model's family writes them; the key boxes says what the numbers of the meta-file are": "norm_bbox",
+    "sound is not trained on": "audio_sampling_rate",
     "pictures keep their shape; min_pixels and max_pixels bound their area":
         "image_resized_width image_resized_height",
-    "no code of a model is ever run":
-        "trust_remote_code plugins",
+    "no code of a model is ever run": "trust_remote_code plugins",
 }.items() for key in keys.split()}  # fmt: skip
 
 

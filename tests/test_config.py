@@ -21,7 +21,7 @@ KEYS = """
     init_adapter
     num_train_epochs max_steps rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm seed
     dtype quantization attn_implementation gradient_checkpointing fit shard_base ddp_timeout
-    logging_steps eval_steps save_steps save_total_limit keep_best early_stopping_patience resume report_to run_name
+    logging_steps eval_steps eval_metric eval_samples eval_max_new_tokens save_steps save_total_limit keep_best early_stopping_patience resume report_to run_name
 """
 
 
@@ -112,6 +112,8 @@ def test_towers_may_have_a_rank_an_alpha_and_a_rate_of_their_own(load, complaint
         assert "PEFT trains them with plain LoRA only" in complaints(f"lora_on: [language, experts]\n{key}\n")[0][2]
     for key in ("keep_best: true", "early_stopping_patience: 2"):
         assert complaints(f"eval_meta_file: f\n{key}\n")[0][2] == "set eval_meta_file and eval_steps, which it goes by"
+    assert complaints("eval_metric: exact\n")[0][2] == "set eval_meta_file, whose questions are asked"
+    assert complaints("eval_metric: accuracy\neval_meta_file: f\n")[0][2].startswith("it should be 'loss', 'exact', 'relaxed'")
     ((_, _, fix),) = complaints("lora_targets: '(q_proj'\n")
     assert fix.startswith("write [q_proj, v_proj], or a regular expression of whole names (missing ), unterminated subpattern")
 
@@ -305,7 +307,7 @@ def test_a_learning_rate_that_no_weight_survives_is_refused(rate, complaints):
 # Of LLaMA-Factory, ms-swift, TRL, axolotl and Qwen-VL-Series-Finetune: keys that are neither ours nor of ours' meaning.
 OF_PEERS = """
     max_samples save_only_model overwrite_output_dir create_new_adapter vision_lr hub_model_id push_to_hub logging_dir plot_loss
-    metric_for_best_model greater_is_better pissa_convert lora_bias ref_model
+    greater_is_better pissa_convert lora_bias ref_model
     mix_strategy interleave_probs overwrite_cache mask_history streaming tool_format default_system max_new_tokens predict_with_generate do_eval do_predict per_device_eval_batch_size eval_accumulation_steps optim
     adam_beta1 lr_scheduler_kwargs min_lr use_liger_kernel use_unsloth neftune_noise_alpha dataloader_pin_memory dataloader_drop_last
     save_safetensors auto_find_batch_size projector_lr merger_lr vit_lr aligner_lr double_quant lazy_preprocess

@@ -7,9 +7,10 @@ nothing that a living process uses: each keeps a list of that, and a lock on it 
 
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from pathlib import Path
 from posixpath import normpath
@@ -76,9 +77,8 @@ def local_files(path: Path, endings: tuple[str, ...]) -> list[Path] | None:
     if top == address and mirror.bring([""]):
         return [mirror.folder]
     pattern = address.removeprefix(f"{top}/") if top != address else "*"
-    depth = len(Path(pattern).parts)
-    found = [Path(name) for name in mirror.listing if len(Path(name).parts) == depth and Path(name).match(pattern)]
-    names = [str(name) for name in found if top != address or name.name.lower().endswith(endings)]
+    found = [name for name in mirror.listing if _matches(name.split("/"), pattern.split("/"))]
+    names = [name for name in found if name.lower().endswith(endings)] or (found if top != address else [])
     if not names:
         fix = "name one file: nobody lists what a web server has" if mirror.objects.is_web else "is it the right endpoint and name?"
         raise UserError(Problem(address, "is not there", fix))
@@ -88,6 +88,15 @@ def local_files(path: Path, endings: tuple[str, ...]) -> list[Path] | None:
     here = [path.name for path in mirror.folder.iterdir() if path.is_file()] if mirror.folder.is_dir() else []
     mirror.bring([*names, *(name for name in here if name not in mirror.listing)])
     return [mirror.folder]
+
+
+def _matches(name: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether glob would find a name by a pattern, both in parts: ** is any number of folders."""
+    if pattern[:1] == ["**"]:
+        return _matches(name, pattern[1:]) or (bool(name) and _matches(name[1:], pattern))
+    if not name or not pattern:
+        return not name and not pattern
+    return fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])
 
 
 def mirror_of(folder: Path) -> "Mirror | None":
@@ -222,8 +231,9 @@ def _make_room(needed: int, address: str) -> None:
     """Deletes what was used longest ago until so many bytes more may lie here. Raises UserError where they may not."""
     folder = objects_folder()
     counted = folder / ".bytes"  # at most: to look at a million files takes seconds
-    total = int(counted.read_text()) if counted.is_file() else 0
-    if not counted.is_file() or total + needed > _bound(total):
+    before = counted.read_text() if counted.is_file() else ""  # empty where whoever wrote it was killed
+    total = int(before) if before.isdigit() else 0
+    if not before.isdigit() or total + needed > _bound(total):
         files = {
             path: path.stat().st_size for top, _, names in os.walk(folder) for name in names if not _own(path := Path(top, name))
         }

@@ -263,8 +263,8 @@ def make_ready(config: Config, on_record: OnRecord = lambda done, total: None) -
         check_base(config.init_adapter, config.model)
     if problems := [*quantization_problems(config)]:
         raise UserError(*problems)
-    installed = {"wandb": find_spec("wandb"), "tensorboard": find_spec("tensorboard") or find_spec("tensorboardX")}
-    if missing := [name for name in config.report_to if not installed[name]]:
+    others = {"tensorboard": "tensorboardX"}  # a package that does, too
+    if missing := [name for name in config.report_to if not (find_spec(name) or find_spec(others.get(name, name)))]:
         raise UserError(*(Problem("report_to", f"{name} is not installed", f"pip install {name}") for name in missing))
     return prepare(config, on_record=on_record), prepare(config, evaluation=True) if config.eval_meta_file else None
 

@@ -106,14 +106,9 @@ def ask_all(
         raise other_answers(out or Path())
     left = [index for index in sheet.chosen if hashes[index] not in said]
     num_before = len(sheet.chosen) - len(left)
-    for new in replies([sheet.show(sheet.asked[index][0]) for index in left]) if left else ():
-        lines = {
-            hashes[left[number]]: prediction(question := sheet.asked[left[number]], answer.text, answer.cut)
-            | (box_facts(wanted_boxes(question, engine), answer.boxes) if engine else {})
-            | facts
-            | {"asked": hashes[left[number]]}
-            for number, answer, facts in new
-        }
+    asked = [sheet.asked[index] for index in left]
+    for new in answered(asked, replies([sheet.show(record) for record, _ in asked]), engine) if left else ():
+        lines = {hashes[left[number]]: line | {"asked": hashes[left[number]]} for number, line in new.items()}
         if out:
             append_answers(out, list(lines.values()))
         said |= lines
@@ -127,6 +122,19 @@ def ask_all(
     # A record may have been told since how it is scored; that is no reason to ask again.
     metrics = [{"metric": metric} if (metric := record.metric) else {} for record, _ in sheet.asked]
     return [said[hashes[index]] | metrics[index] for index in sheet.chosen]
+
+
+def answered(
+    asked: Sequence[Question], replies: Iterator[list[Reply]], engine: Engine | None = None
+) -> Iterator[dict[int, Prediction]]:  # fmt: skip
+    """A prediction of each question by its number, as the replies come; `engine` reads the wanted boxes."""
+    for new in replies:
+        yield {
+            number: prediction(asked[number], answer.text, answer.cut)
+            | (box_facts(wanted_boxes(asked[number], engine), answer.boxes) if engine else {})
+            | facts
+            for number, answer, facts in new
+        }
 
 
 def batches(engine: Engine, batch_size: int, max_new_tokens: int) -> Replies:

@@ -5,7 +5,8 @@ The same numbers come out here, by a kernel for segments on a GPU, elsewhere by 
 What follows a beginning that records share has more keys than queries: the beginning's are gathered for each of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any, cast
 
@@ -27,6 +28,20 @@ def use_varlen(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = VARLEN
+
+
+@contextmanager
+def attending_with_cache(model: Any) -> Iterator[None]:
+    """Within it a model that attends by segments attends by sdpa, which knows a cache of keys and the padding of a batch."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values()
+    varlen_ones = [config for config in configs if config._attn_implementation == VARLEN]
+    try:
+        for config in varlen_ones:
+            config._attn_implementation = "sdpa"
+        yield
+    finally:
+        for config in varlen_ones:
+            config._attn_implementation = VARLEN
 
 
 def attention_of(model: Any) -> str:

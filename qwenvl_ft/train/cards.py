@@ -1,5 +1,6 @@
 """Cards by name: what memory a run finds on each, whether it has bfloat16, how fast it multiplies. Imports nothing heavy."""
 
+import math
 import re
 from difflib import get_close_matches
 from typing import NamedTuple
@@ -34,7 +35,7 @@ def card_of(text: str) -> Card:
     if card := plain.get(_plain(text)):
         return card
     try:
-        if (gib := float(text)) > 1:
+        if 1 < (gib := float(text)) < math.inf:
             return sold_with(gib)
     except ValueError:
         pass

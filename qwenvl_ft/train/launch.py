@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import secrets
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.reduction import ForkingPickler
 from threading import Thread
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,13 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 STOPS = [signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else [])]
 GRACE_SECONDS = 5  # for the step that runs; torch's launcher kills 30 s after a signal, and there is a checkpoint to be written
 STUCK_SECONDS = 20  # after a signal without coming to the end of a row
+# Where trackers read their project; mlflow's own, MLFLOW_EXPERIMENT_NAME, is read by accelerate.
+PROJECTS = {"wandb": "WANDB_PROJECT", "swanlab": "SWANLAB_PROJ_NAME"}
+FIXES = {
+    "wandb": "run `wandb login`, or set WANDB_MODE=offline in the environment",
+    "swanlab": "run `swanlab login`, or set SWANLAB_MODE=offline in the environment",
+    "mlflow": "set MLFLOW_TRACKING_URI in the environment to a server that answers, or to a file as sqlite:///mlflow.db",
+}
 SEEN_SECONDS = 5  # in which what one machine writes shows on the others, where a folder is shared
 
 
@@ -294,6 +303,10 @@ def start(config: Config) -> Accelerator:
     if config.shard_base and (problem := shard_problem(config, accelerator)):
         raise UserError(problem)
     if plugin := accelerator.state.deepspeed_plugin:
+        if plugin.zero_stage == 3 and config.eval_metric != "loss":
+            what = "ZeRO-3 shares out weights, and processes that answer other questions would wait for each other's"
+            fix = "set eval_metric: loss and score the adapter with `qwenvl-ft eval`, or start with configs/zero2.yaml"
+            raise UserError(Problem(f"eval_metric: {config.eval_metric}", what, fix))
         if plugin.zero_stage == 3 and config.quantization != "none":
             what = "ZeRO-3 shares out weights, and would leave the scales of quantized ones whole where it takes them apart"
             fix = "start with configs/ddp.yaml: the base in so few bits fits on each GPU, or set quantization: none"
@@ -309,18 +322,28 @@ def start(config: Config) -> Accelerator:
     return accelerator
 
 
-def open_trackers(accelerator: Accelerator, config: Config, wandb_id: str) -> None:
-    """Opens what `report_to` names, before the model is loaded: wandb wants a key and its server. Under the same id it goes on with
-    the same run there."""
+def open_trackers(accelerator: Accelerator, config: Config, before: Mapping[str, str]) -> dict[str, str]:
+    """Opens what `report_to` names, before the model is loaded: wandb wants a key and its server. Returns the run's id there, by
+    tracker, of which those `before` are kept, so that it goes on as the same run; only the main process knows them all."""
+    ids = {"wandb": secrets.token_hex(4)} | dict(before)
     settings = {
         key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.model_dump(mode="json").items()
     }
+    projects = (os.environ.get(variable) for tracker, variable in PROJECTS.items() if tracker in config.report_to)
+    goes_on = {"name": config.run_name, "id": ids["wandb"], "resume": "allow"}
+    of_mlflow = {"run_name": config.run_name, "run_id": ids.get("mlflow")}
     try:
-        project = os.environ.get("WANDB_PROJECT", "") if "wandb" in config.report_to else ""
-        of_wandb = {"name": config.run_name, "id": wandb_id, "resume": "allow"}
-        accelerator.init_trackers(project or "qwenvl_ft", settings, {"wandb": of_wandb})
+        accelerator.init_trackers(
+            next(filter(None, projects), "qwenvl_ft"), None, {"wandb": goes_on, "swanlab": goes_on, "mlflow": of_mlflow}
+        )
+        for tracker in accelerator.trackers:
+            if tracker.name != "mlflow" or "mlflow" not in before:  # which refuses a setting that has changed, such as resume
+                tracker.store_init_configuration(settings)
+            if tracker.name == "mlflow" and accelerator.is_main_process:
+                ids["mlflow"] = tracker.tracker.info.run_id  # it takes no id of ours
     except Exception as error:
-        if type(error).__module__.split(".")[0] != "wandb":  # which is installed where it is wanted only
+        packages = (frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in walk_tb(error.__traceback__))
+        if not (name := next((package for package in packages if package in FIXES), "")):
             raise
-        fix = "run `wandb login`, or set WANDB_MODE=offline in the environment, or report_to=none"
-        raise UserError(Problem("report_to: wandb", str(error).splitlines()[0], fix)) from error
+        raise UserError(Problem(f"report_to: {name}", str(error).splitlines()[0], f"{FIXES[name]}, or report_to=none")) from error
+    return ids

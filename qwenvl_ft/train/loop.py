@@ -7,7 +7,6 @@ from what ran before, so a run that goes on from a checkpoint ends where the uni
 
 import json
 import math
-import secrets
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -37,6 +36,7 @@ from qwenvl_ft.model.lora import fuse_lora
 from qwenvl_ft.model.loss import Keep, summed_loss
 from qwenvl_ft.train.activations import keep_what_fits, recompute
 from qwenvl_ft.train.alike import check_alike
+from qwenvl_ft.train.answers import Answers
 from qwenvl_ft.train.beginning import begin
 from qwenvl_ft.train.best import Best
 from qwenvl_ft.train.dtypes import Multiplications
@@ -60,6 +60,13 @@ class Taught(NamedTuple):
     def loss(self) -> float:
         """Per taught token; 0 where every record broke."""
         return self.summed_loss / max(1, self.tokens)
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation came to: its loss and, with an eval_metric, that, by their keys; the records that broke."""
+
+    scores: dict[str, float]
+    skipped: list[Problem]
 
 
 def train_step(run: Run, epoch: int, rows: list[int], loader: Iterator[Built | UserError], signals: Signals) -> Taught | None:
@@ -271,12 +278,13 @@ def run_steps(
         print_drawing(draw_plan(prepared.summary(config)))
         if prepared.problems:
             print_problems(prepared.problems)
-    wandb_id = (resume and json.loads((resume / STATE).read_text()).get("wandb")) or secrets.token_hex(4)
-    open_trackers(accelerator, config, wandb_id)
+    before = json.loads((resume / STATE).read_text()) if resume else {}
+    tracker_ids = open_trackers(accelerator, config, {name: before[name] for name in ("wandb", "mlflow") if name in before})
 
     processor = AutoProcessor.from_pretrained(config.model)
     processor.chat_template = prepared.chat.source  # which asks as was taught
     limited(processor, prepared.chat, Reading(video_fps=config.video_fps, video_max_frames=config.video_max_frames))
+    answers = Answers(config, processor, held_out) if held_out and config.eval_metric != "loss" else None
     trees = prepared.shares or (held_out and held_out.shares)  # which flash_attention_2 does not run, and auto could take
     attention = "varlen" if trees else config.attn_implementation
     straight = None if config.shard_base else straight_to(accelerator, config.quantization != "none")
@@ -298,8 +306,8 @@ def run_steps(
     run = Run(config, accelerator, model, optimizer, prepared, processor, bf16, on_saved, beginning)
     check_alike(run, row_loss)
     done = run.load(resume) if resume else 0
-    run.wandb_id = wandb_id
-    run.best = best = Best(read_metrics(resume) if resume else [], config.early_stopping_patience)
+    run.tracker_ids = tracker_ids
+    run.best = best = Best(read_metrics(resume) if resume else [], config.early_stopping_patience, config.eval_metric)
     accelerator.wait_for_everyone()  # all have read the checkpoint that may be moved now
     with writing(config.output_dir):
         if main and config.resume == "weights" and checkpoints(config.output_dir):
@@ -327,11 +335,20 @@ def run_steps(
     def is_evaluated(step: int) -> bool:
         return bool(held_out and (step == len(steps) or (config.eval_steps and step % config.eval_steps == 0)))
 
-    def score(step: int, held_out: Prepared) -> Taught | None:
-        evaluated = evaluate(run, held_out, signals)
-        result = "the evaluation was given up; resuming does it" if evaluated is None else f"eval_loss={evaluated.loss:.4f}"
-        display.say(f"step {step}  {result}")
-        return evaluated
+    def score(step: int, held_out: Prepared) -> Evaluated | None:
+        taught = evaluate(run, held_out, signals)
+        scored = answers.score(run, taught.skipped, signals) if answers and taught else None
+        if taught is None or (answers and scored is None):
+            display.say(f"step {step}  the evaluation was given up; resuming does it")
+            return None
+        scores = {"eval_loss": taught.loss} | ({best.key: scored.value} if scored else {})
+        best.add(step, scores[best.key])
+        said_of = "  ".join(f"{key}={value:.4f}" for key, value in scores.items())
+        if scored:
+            cut = f", {scored.cut} answers cut at {config.eval_max_new_tokens} tokens" if scored.cut else ""
+            said_of += f" ({scored.questions} questions{cut})"
+        display.say(f"step {step}  {said_of}")
+        return Evaluated(scores, taught.skipped)
 
     def tell(skipped: Sequence[Problem]) -> None:
         for problem in skipped:
@@ -343,13 +360,12 @@ def run_steps(
     multiplied = Multiplications(run.bare)
     with Signals() as signals:  # to the end: what is learnt is written though one comes
         try:
-            if resume and held_out and is_evaluated(done) and not was_evaluated(resume):
+            if resume and held_out and is_evaluated(done) and not was_evaluated(resume, config.eval_metric):
                 if (evaluated := score(done, held_out)) is None:
                     leave(run, signals, display, done, None)
                 tell(evaluated.skipped)
-                best.add(done, evaluated.loss)
                 if metrics:
-                    metrics.amend(evaluated.loss, evaluated.skipped)
+                    metrics.amend(evaluated.scores, evaluated.skipped)
             end = done if best.over else len(steps)
             rows_to_come = (row for _, rows in islice(steps.since(done), end - done) for row in run.mine(rows, prepared))
             with run.built(rows_to_come, prepared) as built:
@@ -373,12 +389,12 @@ def run_steps(
                         **{group["name"]: group["lr"] for group in run.optimizer.param_groups},
                         "epoch": round(step / steps.steps_per_epoch, 4), "tokens_per_s": tokens / seconds,
                         "taught_tokens_per_s": taught.tokens / seconds, "grad_norm": taught.grad_norm,
-                        "data_wait_s": loader.waited(), "peak_memory_gib": peak_bytes(accelerator.device) / 2**30,
+                        "data_wait_s": loader.waited(),
+                        **({"peak_memory_gib": peak / 2**30} if (peak := peak_bytes(accelerator.device)) else {}),
                     }  # fmt: skip
                     if held_out and is_evaluated(step) and (evaluated := score(step, held_out)):
                         skipped += evaluated.skipped
-                        facts["eval_loss"] = evaluated.loss
-                        best.add(step, evaluated.loss)
+                        facts |= evaluated.scores
                     tell(skipped)
                     if metrics:
                         with writing(config.output_dir / METRICS):
@@ -398,7 +414,8 @@ def run_steps(
                     f"{len(run.untouched)} of {len(trainable(run.bare))} trained weights had no gradient in this run: {named} ..."
                 )
             if best.over:
-                display.say(f"stopped early: no eval_loss below {best.losses[best.step]:.4f} since step {best.step}")
+                than = f"{'below' if best.lower_is_better else 'above'} {best.values[best.step]:.4f}"
+                display.say(f"stopped early: no {best.key} {than} since step {best.step}")
         except UserError as error:
             if not accelerator.is_local_main_process:  # the command line prints the first one's, which knows nothing of this row
                 print_problems(error.problems)

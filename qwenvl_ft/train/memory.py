@@ -113,10 +113,13 @@ def left_by_limits(root: Path, own: Path) -> Iterator[int]:
                 yield most - int((folder / usage).read_text()) + int(facts.get(cache, 0))
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most that this process has held so far: of the GPU's memory by tensors, elsewhere of the machine's."""
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that this process has held so far: of the GPU's memory by tensors, elsewhere of the machine's since it began, its
+    preparations included; None where nobody says."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
     import resource  # which Windows lacks
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

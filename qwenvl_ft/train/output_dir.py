@@ -92,9 +92,12 @@ def write_results(
     skipped = [*(problem.facts for problem in prepared.problems), *broken.values()]
     results = {"steps": len(lines), "train_loss": lines[-1]["run_loss"], "learning_rates": peaks, "eval_losses": evaluations,
                "skipped": skipped}  # fmt: skip
-    best = Best(lines).step if config.keep_best else 0
+    judged = Best(lines, metric=config.eval_metric)
+    if config.eval_metric != "loss":
+        results[judged.key] = judged.values
+    best = judged.step if config.keep_best else 0
     if best:
-        results["best"] = {"step": best, "eval_loss": evaluations[best], "checkpoint": f"checkpoint-{best}"}
+        results["best"] = {"step": best, judged.key: judged.values[best], "checkpoint": f"checkpoint-{best}"}
     if len(lines) < (planned := len(schedule(prepared, config))):
         results["stopped_early"] = {"step": len(lines), "of": planned}
     write_json(out / "all_results.json", results | ({"activations": activations} if activations else {}))
@@ -104,9 +107,8 @@ def write_results(
     write_card(out, config.model)
     print_next(config)
     if 0 < best < len(lines):
-        print_line(
-            f"The lowest eval_loss, {evaluations[best]:.4f}, is that of step {best}: for --adapter {out / f'checkpoint-{best}'}"
-        )
+        which = f"The {'lowest' if judged.lower_is_better else 'highest'} {judged.key}, {judged.values[best]:.4f},"
+        print_line(f"{which} is that of step {best}: for --adapter {out / f'checkpoint-{best}'}")
 
 
 def print_next(config: Config) -> None:
@@ -128,9 +130,9 @@ def read_metrics(checkpoint: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (checkpoint / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
-def was_evaluated(checkpoint: Path) -> bool:
-    """Whether the evaluation of its step was done, and not given up for a signal."""
-    return "eval_loss" in read_metrics(checkpoint)[-1]
+def was_evaluated(checkpoint: Path, metric: str) -> bool:
+    """Whether the evaluation of its step was done, by this metric, and not given up for a signal."""
+    return f"eval_{metric}" in read_metrics(checkpoint)[-1]
 
 
 class Metrics:
@@ -167,10 +169,10 @@ class Metrics:
         self.file.flush()
         return facts
 
-    def amend(self, eval_loss: float, skipped: Sequence[Problem]) -> None:
+    def amend(self, scores: dict[str, float], skipped: Sequence[Problem]) -> None:
         """Adds to the last line the evaluation that it lacks."""
         broken = [*self.lines[-1].get("skipped", []), *(of.facts for of in skipped)]
-        self.lines[-1] |= {"eval_loss": eval_loss} | ({"skipped": broken} if broken else {})
+        self.lines[-1] |= scores | ({"skipped": broken} if broken else {})
         self.write(self.output_dir)
 
     def save(self, folder: Path) -> None:

@@ -26,6 +26,8 @@ def shard_problem(config: Config, accelerator: Accelerator) -> Problem | None:
         what, fix = "DeepSpeed has ways of its own", f"start with configs/ddp.yaml, or {fix}"
     elif accelerator.num_processes == 1:
         what, fix = "one process has nobody to share with", f"start several, or {fix}"
+    elif config.eval_metric != "loss":
+        what, fix = "processes that answer other questions would wait for each other's share", f"set eval_metric: loss, or {fix}"
     elif config.quantization != "none":
         what, fix = "quantized weights are not shared out", f"{fix}: in so few bits the base may fit on each GPU"
     return Problem("shard_base: true", what, fix) if what else None

@@ -72,7 +72,7 @@ class Run:
         self.untouched = {} if self.deepspeed else trainable(self.bare)
         self.metrics: Metrics | None = None  # the main process has them
         self.keeps_activations = config.gradient_checkpointing is False  # of some layers at least
-        self.best, self.wandb_id = Best([]), ""
+        self.best, self.tracker_ids = Best([]), dict[str, str]()
         self.features: dict[bool, Features] = {}  # of the rows that train, and of those that are held out
         self.partitions = zero_partitions(model) if self.deepspeed else []
         self.tower_trains = tower_trains(config.lora_on)
@@ -203,7 +203,7 @@ class Run:
             facts = {
                 "form": FORM, "step": step, "processes": self.accelerator.num_processes, "deepspeed": self.deepspeed,
                 "records": self.prepared.num_records, "row_tokens": self.prepared.plan.row_tokens, "same": same,
-                "wandb": self.wandb_id,
+                **self.tracker_ids,
             }  # fmt: skip
             (incoming / STATE).write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -366,6 +366,7 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
         "packed rows": rows_hash(prepared.plan.rows),
         "shared beginnings": "auto" if prepared.shares else "off",
         "grids": grids(prepared),
+        **({"asked": f"{config.eval_samples} {config.eval_max_new_tokens}"} if config.eval_metric != "loss" else {}),
         **({"held out": short_hash([records(held_out), names(held_out), grids(held_out), content(held_out)])} if held_out else {}),
     }
 
@@ -436,6 +437,8 @@ def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared)
             said.append(f"{now_is}, by itself or by attn_implementation")
     elif "contents" in changed:
         said.append("the pictures changed: what is in them, under the same names and in the same sizes")
+    if "asked" in changed:
+        said.append("eval_samples or eval_max_new_tokens changed, so scores could not be compared")
     if "held out" in changed:
         said.append("the records or pictures of the evaluation changed, so its losses could not be compared")
     return said

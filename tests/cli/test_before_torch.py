@@ -68,5 +68,5 @@ def test_that_torch_is_not_there_ends_what_does_need_it(tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_named_before_torch(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"wandb is not installed(.|\n)*tensorboard is not installed"):
-        prepare.make_ready(load_config("configs/demo.yaml", [f"output_dir={tmp_path}/run", "report_to=[wandb, tensorboard]"]))
+    with pytest.raises(UserError, match=r"swanlab is not installed\n  fix: pip install swanlab(.|\n)*tensorboard is not installed"):
+        prepare.make_ready(load_config("configs/demo.yaml", [f"output_dir={tmp_path}/run", "report_to=[swanlab, tensorboard]"]))

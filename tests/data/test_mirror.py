@@ -5,14 +5,16 @@ import json
 import tarfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
 
 from qwenvl_ft.cli.main import main
+from qwenvl_ft.data.files.containers import files_of
 from qwenvl_ft.data.kept import kept_table
 from qwenvl_ft.data.meta_file import read_records
-from qwenvl_ft.data.mirror import BOUND, Mirror, called, objects_folder
+from qwenvl_ft.data.mirror import BOUND, Mirror, called, objects_folder, path_of
 from qwenvl_ft.data.table import TableWriter
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.folders import objects
@@ -68,8 +70,6 @@ def here(tmp_path_factory):
 
 
 def test_an_address_survives_pathlib_and_a_path_is_none():
-    from pathlib import Path
-
     assert address_of(Path("s3://b/x")) == address_of("S3://b/x") == "s3://b/x"
     assert address_of("https://h:8/x") == "https://h:8/x" and address_of("data/train.json") is address_of("hf:a/b") is None
 
@@ -79,6 +79,27 @@ def test_a_file_a_folder_and_a_pattern_are_read_with_pictures_elsewhere(bucket, 
     found = read_records(f"{HOME}/{meta}".rstrip("/"), f"{HOME}/images")
     assert sizes(found) == here
     assert {called(record.pictures[0].source) for record in found.records} == {f"{HOME}/images/{of.name}" for of in PICTURES}
+
+
+def test_a_pattern_finds_what_glob_finds_in_folders(bucket, tmp_path):
+    """Two stars were one, and files that are no records were brought."""
+    here, names = tmp_path / "here", ["x.json", "a/y.json", "a/b/z.json", "a/b/readme.txt", "a/other.txt"]
+    for name in names:
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text("[]")
+        bucket.pipe_file(f"{BUCKET}/deep/{name}", b"[]")
+    top = f"s3://{BUCKET}/deep"
+    for pattern in ("**/*.json", "a/**/*.json", "*/*", "**", "a/b/*.txt", "[xy]*.json", "**/b/z.*"):
+        there = {str(path.relative_to(path_of(top))) for path in files_of(Path(f"{top}/{pattern}"))}
+        assert there == {str(path.relative_to(here)) for path in files_of(here / pattern)}, pattern
+
+
+def test_a_count_of_bytes_that_a_kill_left_empty_is_made_again(bucket):
+    images = Mirror(f"{HOME}/images")
+    images.bring([PICTURES[0].name])
+    (objects_folder() / ".bytes").write_text("")
+    images.bring([PICTURES[1].name])
+    assert int((objects_folder() / ".bytes").read_text()) == sum(picture.stat().st_size for picture in PICTURES[:2])
 
 
 def test_a_tar_and_a_table_with_their_pictures_within(bucket, here, tmp_path):

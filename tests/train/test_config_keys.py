@@ -24,6 +24,7 @@ SHOWS_ELSEWHERE = {
     "thinking": "test_thinking", "boxes": "test_boxes", "fetch_media": "test_media", "format": "test_forms", "columns": "test_forms",
     "use_rslora": "test_tuning", "use_dora": "test_tuning", "loraplus_lr_ratio": "test_tuning", "init_lora_weights": "test_tuning",
     "init_adapter": "test_tuning", "keep_best": "test_tuning", "early_stopping_patience": "test_tuning",
+    "eval_metric": "test_answers", "eval_samples": "test_answers", "eval_max_new_tokens": "test_answers",
     "quantization": "test_quantization", "fit": "test_activations",
     "video_fps": "test_videos", "video_max_frames": "test_videos", "video_max_pixels": "test_videos",
 }  # fmt: skip

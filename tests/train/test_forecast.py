@@ -144,7 +144,12 @@ def test_a_card_is_known_by_its_name_or_by_its_gib():
     assert card_of("RTX 4090") == card_of("nvidia geforce rtx4090") == CARDS["RTX 4090"]
     assert (card_of("24").gib, card_of("80").gib, card_of("24").tflops) == (23, 79, None)
     assert not card_of("T4").bf16 and card_of("L4").bf16
-    for text, said in {"RTX 409": "did you mean RTX 4090?", "1": "give its GiB", "A100": "did you mean A100-"}.items():
+    for text, said in {
+        "RTX 409": "did you mean RTX 4090?",
+        "1": "give its GiB",
+        "inf": "give its GiB",
+        "A100": "did you mean A100-",
+    }.items():
         with pytest.raises(UserError) as refused:
             card_of(text)
         assert said in refused.value.problems[0].fix

@@ -87,6 +87,8 @@ def test_each_process_holds_its_share_of_the_base_alone(layers, plain, tmp_path,
     ((1, DistributedType.NO), {}, "one process has nobody to share with"),
     ((2, DistributedType.DEEPSPEED), {}, "DeepSpeed has ways of its own"),
     ((2, DistributedType.MULTI_GPU), {"quantization": "nf4"}, "quantized weights are not shared out"),
+    ((2, DistributedType.MULTI_GPU), {"eval_metric": "exact", "eval_meta_file": "few.json"},
+     "processes that answer other questions would wait for each other's share"),
 ])  # fmt: skip
 def test_what_cannot_be_shared_out_is_refused(launched, settings, what, tmp_path):
     accelerator = SimpleNamespace(num_processes=launched[0], distributed_type=launched[1])
