@@ -98,6 +98,19 @@ def test_only_the_admin_changes_adapters(served, folders):
         assert change(shut, LOAD, "key", **body).status_code == 404 and change(shut, LOAD, "admin", **body).status_code == 401
 
 
+def test_a_prefix_sent_twice_leads_to_no_adapter(monkeypatch):
+    """One was left out before the key was chosen and the other after it: whoever may ask took adapters away."""
+    vllm = Vllm(monkeypatch)
+    served = Served(make_app(vllm.backend, vllm.backend.opener, 8, "key", "/api/predict/n", admin_key="admin"), vllm.backend)
+    body, once = {"lora_name": "first", "lora_path": "/adapters/first"}, f"/api/predict/n{LOAD}"
+    answers = [
+        change(served, path, key, **body) for path, key in ((f"/api/predict/n{once}", "key"), (once, "key"), (once, "admin"))
+    ]
+    served.stop()
+    served.thread.join(30)
+    assert [answer.status_code for answer in answers] == [404, 401, 200] and vllm.asked == [("a", LOAD), ("b", LOAD)]
+
+
 @pytest.mark.parametrize("path, body, word", [
     (LOAD, {"lora_name": "tiny", "lora_path": "x"}, "served already"), (LOAD, {"lora_name": "a", "lora_path": "/no/such"}, "adapter_config.json"),
     (LOAD, {"lora_name": "a"}, "lora_path"), (LOAD, {"lora_name": 5, "lora_path": "x"}, "lora_name"), (UNLOAD, {"lora_name": "nobody"}, "no adapter"),
