@@ -93,6 +93,7 @@ class VllmBackend:
         self.opener, self.process, self.chats, self.own, self.decoding = opener, process, dict(chats or {}), own, decoding
         self.opens = opens
         self.replicas = [Replica(one.rstrip("/")) for one in (url, *others)]
+        self.changing = asyncio.Lock()  # one adapter comes or goes at a time: two of one name would both find it free
         self.names, *others_names = [names_at(replica.url) for replica in self.replicas]
         for replica, names in zip(self.replicas[1:], others_names, strict=True):
             if set(names) != set(self.names):
@@ -183,28 +184,32 @@ class VllmBackend:
 
     async def load_adapter(self, name: str, folder: str) -> None:
         """Has every replica serve one more adapter; those that did give it up again where one refuses. Raises ApiError."""
-        if name in self.names:
-            raise ApiError(400, "exists", f"{name} is served already: take it away first")
-        try:
-            chat = await asyncio.to_thread(self.opens, Path(folder)) if self.opens else None
-        except UserError as error:
-            raise invalid_adapter(error) from error
-        for number, replica in enumerate(self.replicas):
+        async with self.changing:
+            if name in self.names:
+                raise ApiError(400, "exists", f"{name} is served already: take it away first")
             try:
-                await self._change(replica, "load", {"lora_name": name, "lora_path": folder})
-            except ApiError:
-                for earlier in self.replicas[:number]:
-                    await self._change(earlier, "unload", {"lora_name": name})
-                raise
-        self.names.append(name)
-        self.chats |= {name: chat} if chat else {}
+                chat = await asyncio.to_thread(self.opens, Path(folder)) if self.opens else None
+            except UserError as error:
+                raise invalid_adapter(error) from error
+            for number, replica in enumerate(self.replicas):
+                try:
+                    await self._change(replica, "load", {"lora_name": name, "lora_path": folder})
+                except ApiError:
+                    for earlier in self.replicas[:number]:
+                        await self._change(earlier, "unload", {"lora_name": name})
+                    raise
+            self.names.append(name)
+            self.chats |= {name: chat} if chat else {}
 
     async def unload_adapter(self, name: str) -> None:
         """Has every replica end serving an adapter. Raises ApiError."""
-        for replica in self.replicas:
-            await self._change(replica, "unload", {"lora_name": name})
-        self.names.remove(name)
-        self.chats.pop(name, None)
+        async with self.changing:
+            if name not in self.names:
+                raise unknown_model(self.names)
+            for replica in self.replicas:
+                await self._change(replica, "unload", {"lora_name": name})
+            self.names.remove(name)
+            self.chats.pop(name, None)
 
     async def _change(self, replica: Replica, what: str, body: dict[str, str]) -> None:
         try:

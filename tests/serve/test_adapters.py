@@ -132,8 +132,9 @@ class Vllm:
         self.backend.client = httpx.AsyncClient(transport=httpx.MockTransport(self.answer))
         self.asked, self.refuses, self.status = [], "", 400
 
-    def answer(self, request: httpx.Request) -> httpx.Response:
+    async def answer(self, request: httpx.Request) -> httpx.Response:
         self.asked.append((request.url.host, request.url.path))
+        await asyncio.sleep(0)  # the others' turn
         if request.url.host == self.refuses:
             return httpx.Response(
                 self.status, json={"error": {"message": "rank 64 is above max_lora_rank"} if self.status == 400 else {}}
@@ -155,3 +156,19 @@ def test_every_replica_of_vllm_is_told_or_none(monkeypatch):
     vllm.status = 404
     with pytest.raises(ApiError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         run(vllm.backend.load_adapter("second", "/adapters/second"))
+
+
+def test_of_two_who_bring_an_adapter_of_one_name_one_does(monkeypatch, served, folders):
+    """Both did, and one of the two was never given up."""
+
+    async def both(backend, folder: str) -> None:
+        for change, given, code in (("load", (folder,), "exists"), ("unload", (), "model_not_found")):
+            twice = [getattr(backend, f"{change}_adapter")("first", *given) for _ in range(2)]
+            done, refused = await asyncio.gather(*twice, return_exceptions=True)
+            assert done is None and isinstance(refused, ApiError) and refused.code == code
+            assert backend.names == (["tiny", "first"] if change == "load" else ["tiny"])
+
+    vllm = Vllm(monkeypatch)
+    asyncio.run(both(vllm.backend, "/adapters/first"))
+    assert vllm.asked == [("a", LOAD), ("b", LOAD), ("a", UNLOAD), ("b", UNLOAD)], "nobody is asked for what is not here"
+    asyncio.run(both(served.backend, str(folders["one"])))
