@@ -116,7 +116,7 @@ class VllmBackend:
         messages = await self.opener.open(chat, until, partial(self._write, chat), tools=True)
         body = write_request(chat, messages, self.decoding)
         del messages
-        left, begun = [*self.replicas], False
+        left, refused, begun = [*self.replicas], list[Replica](), False
         while True:
             replica = min(left, key=lambda one: (one.rests, one.active))
             left.remove(replica)
@@ -124,11 +124,15 @@ class VllmBackend:
                 async with aclosing(self._ask(replica, body, chat.more.get("n", 1), request_id)) as pieces:
                     async for piece in pieces:
                         begun = True
+                        while refused:  # by what another answers: it was not the request
+                            self._rest(refused.pop())
                         yield piece
                 return
             except ReplicaError as failed:
                 if begun or not left:
                     raise failed.refusal from None
+                if failed.refusal.status != 429:  # a full one is well
+                    refused.append(replica)
                 log.warning("%s: %s failed and another is asked: %s", request_id, replica.url, failed)
 
     async def _ask(self, replica: Replica, body: Any, num_answers: int, request_id: str) -> Pieces:
