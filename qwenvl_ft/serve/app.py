@@ -219,7 +219,7 @@ def make_app(
         if request.query_params.get("action") != "getPolicy":
             raise ApiError(400, "invalid_parameter", "action must be getPolicy")
         folder, signature = uploads.permit()
-        host = (public_url or str(request.base_url)).rstrip("/")
+        host = public_url.rstrip("/") or str(request.base_url).rstrip("/") + request.scope["prefix"]
         host += f"{UPLOAD}?{urlencode({'policy': folder, 'signature': signature})}"  # so that it is checked before a byte is read
         return json_response(dashscope_api.write_policy(host, folder, signature, request.scope["request_id"]))
 

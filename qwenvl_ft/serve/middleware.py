@@ -122,8 +122,9 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if f"{scope['path']}/".startswith(f"{self.prefix}/"):
-            scope["root_path"], scope["path"] = self.prefix, scope["path"][len(self.prefix) :] or "/"
+        prefix = self.prefix if f"{scope['path']}/".startswith(f"{self.prefix}/") else ""
+        # No root_path: Starlette would strip it once more, and lead to a route whose key was not asked for.
+        scope |= {"root_path": "", "prefix": prefix, "path": scope["path"][len(prefix) :] or "/"}
         with scope["state"]["connection"].request():
             await self.answer(scope, receive, send)
 

@@ -23,6 +23,8 @@ REFUSED = {
 }  # fmt: skip
 IDLE: tuple[Any, ...] = (None, False, "disabled", {}, [])
 ECHOED = ("instructions", "max_output_tokens", "metadata", "temperature", "text", "top_p", "user")
+# Not handed to the older dialect as they are: written anew for it, or its own words, which mean nothing in this one.
+OTHERS = ("input", "instructions", "tools", "tool_choice", "text", "max_tokens", "max_completion_tokens")
 TEXTS = ("input_text", "output_text", "text")
 PARTS = {"message": "output_text", "reasoning": "reasoning_text"}  # the part that an item has
 
@@ -39,11 +41,9 @@ def read_chat(body: Any, most_tokens: int, passes: frozenset[str] = frozenset())
     include = body.get("include") or []
     if not isinstance(include, list) or set(map(str, include)) - {LOGPROBS}:
         raise ApiError(400, "unsupported_parameter", f"include may hold {LOGPROBS} and nothing else here")
-    chat = {
-        key: value
-        for key, value in body.items()
-        if key not in ("input", "instructions", "tools", "tool_choice", "text", "max_tokens")
-    }
+    if body.get("n") not in (None, 1):
+        raise ApiError(400, "unsupported_parameter", "n is not supported here: a response is one answer, ask again for another")
+    chat = {key: value for key, value in body.items() if key not in OTHERS}
     chat |= {"messages": _messages(body), "max_tokens": body.get("max_output_tokens"), "response_format": _format(body.get("text"))}
     chat |= {"tools": _tools(body.get("tools")), "tool_choice": _choice(body.get("tool_choice"))}
     if include or body.get("top_logprobs"):
@@ -213,7 +213,7 @@ def _messages(body: dict[str, Any]) -> Any:
             messages[-1].setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": _content(item.get("output"))})
-        else:
+        elif kind != "reasoning":  # which the server wrote itself; a thought of before is told to no model, as in the older dialect
             raise ApiError(400, "unsupported_parameter", f"input: an item of type {str(kind)[:40]} is not supported here")
     return messages
 

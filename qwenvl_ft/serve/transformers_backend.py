@@ -51,6 +51,7 @@ class TransformersBackend:
         first, ends = self.batcher.chat, sorted(self.batcher.ends)
         self.grammars = Grammars(first, ends, self.batcher.model.config.get_text_config().vocab_size)
         self.processing = threading.Lock()  # a processor's tokenizer is not for two threads
+        self.changing = asyncio.Lock()  # one adapter comes or goes at a time: two of one name would both find it free
         self.opened = asyncio.Semaphore(max_batch + AHEAD)
 
     async def answer(self, chat: ChatRequest, request_id: str, until: float) -> Pieces:
@@ -125,32 +126,34 @@ class TransformersBackend:
 
     async def load_adapter(self, name: str, folder: str) -> None:
         """Serves one more adapter; the batch waits while its weights are read. Raises ApiError."""
-        if self.opens is None:
-            raise ApiError(400, "unsupported_parameter", "no adapters can be added here")
-        if name in self.engines:
-            raise ApiError(400, "exists", f"{name} is served already: take it away first")
-        self.num_slots += 1
-        beside, path, slot = self.engines[self.names[0]], Path(folder), f"adapter_{self.num_slots}"
-        try:
-            await asyncio.to_thread(check_mergers, [*self.folders.values(), path]) if path.is_dir() else None
-            engine = await asyncio.wrap_future(self.batcher.call(partial(self._add, beside, path, slot)))
-        except UserError as error:
-            raise invalid_adapter(error) from error
-        self.engines[name], self.folders[name] = engine, path
-        self.names.append(name)
+        async with self.changing:
+            if self.opens is None:
+                raise ApiError(400, "unsupported_parameter", "no adapters can be added here")
+            if name in self.engines:
+                raise ApiError(400, "exists", f"{name} is served already: take it away first")
+            self.num_slots += 1
+            beside, path, slot = self.engines[self.names[0]], Path(folder), f"adapter_{self.num_slots}"
+            try:
+                await asyncio.to_thread(check_mergers, [*self.folders.values(), path]) if path.is_dir() else None
+                engine = await asyncio.wrap_future(self.batcher.call(partial(self._add, beside, path, slot)))
+            except UserError as error:
+                raise invalid_adapter(error) from error
+            self.engines[name], self.folders[name] = engine, path
+            self.names.append(name)
 
     async def unload_adapter(self, name: str) -> None:
         """Ends serving an adapter once those who asked it have their answers. Raises ApiError."""
-        if name not in self.folders:
-            raise ApiError(
-                404, "model_not_found", f"no adapter of this name is served here, but {', '.join(self.folders) or 'none'}"
-            )
-        slot = self.engines.pop(name).adapter
-        del self.folders[name]
-        self.names.remove(name)
-        while self.using[name]:
-            await asyncio.sleep(0.05)
-        await asyncio.wrap_future(self.batcher.call(partial(self._drop, slot)))
+        async with self.changing:
+            if name not in self.folders:
+                raise ApiError(
+                    404, "model_not_found", f"no adapter of this name is served here, but {', '.join(self.folders) or 'none'}"
+                )
+            slot = self.engines.pop(name).adapter
+            del self.folders[name]
+            self.names.remove(name)
+            while self.using[name]:
+                await asyncio.sleep(0.05)
+            await asyncio.wrap_future(self.batcher.call(partial(self._drop, slot)))
 
     def _add(self, beside: Engine, folder: Path, slot: str) -> Engine:
         assert self.opens

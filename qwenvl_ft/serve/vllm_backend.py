@@ -93,6 +93,7 @@ class VllmBackend:
         self.opener, self.process, self.chats, self.own, self.decoding = opener, process, dict(chats or {}), own, decoding
         self.opens = opens
         self.replicas = [Replica(one.rstrip("/")) for one in (url, *others)]
+        self.changing = asyncio.Lock()  # one adapter comes or goes at a time: two of one name would both find it free
         self.names, *others_names = [names_at(replica.url) for replica in self.replicas]
         for replica, names in zip(self.replicas[1:], others_names, strict=True):
             if set(names) != set(self.names):
@@ -115,7 +116,7 @@ class VllmBackend:
         messages = await self.opener.open(chat, until, partial(self._write, chat), tools=True)
         body = write_request(chat, messages, self.decoding)
         del messages
-        left, begun = [*self.replicas], False
+        left, refused, begun = [*self.replicas], list[Replica](), False
         while True:
             replica = min(left, key=lambda one: (one.rests, one.active))
             left.remove(replica)
@@ -123,11 +124,15 @@ class VllmBackend:
                 async with aclosing(self._ask(replica, body, chat.more.get("n", 1), request_id)) as pieces:
                     async for piece in pieces:
                         begun = True
+                        while refused:  # by what another answers: it was not the request
+                            self._rest(refused.pop())
                         yield piece
                 return
             except ReplicaError as failed:
                 if begun or not left:
                     raise failed.refusal from None
+                if failed.refusal.status != 429:  # a full one is well
+                    refused.append(replica)
                 log.warning("%s: %s failed and another is asked: %s", request_id, replica.url, failed)
 
     async def _ask(self, replica: Replica, body: Any, num_answers: int, request_id: str) -> Pieces:
@@ -183,28 +188,32 @@ class VllmBackend:
 
     async def load_adapter(self, name: str, folder: str) -> None:
         """Has every replica serve one more adapter; those that did give it up again where one refuses. Raises ApiError."""
-        if name in self.names:
-            raise ApiError(400, "exists", f"{name} is served already: take it away first")
-        try:
-            chat = await asyncio.to_thread(self.opens, Path(folder)) if self.opens else None
-        except UserError as error:
-            raise invalid_adapter(error) from error
-        for number, replica in enumerate(self.replicas):
+        async with self.changing:
+            if name in self.names:
+                raise ApiError(400, "exists", f"{name} is served already: take it away first")
             try:
-                await self._change(replica, "load", {"lora_name": name, "lora_path": folder})
-            except ApiError:
-                for earlier in self.replicas[:number]:
-                    await self._change(earlier, "unload", {"lora_name": name})
-                raise
-        self.names.append(name)
-        self.chats |= {name: chat} if chat else {}
+                chat = await asyncio.to_thread(self.opens, Path(folder)) if self.opens else None
+            except UserError as error:
+                raise invalid_adapter(error) from error
+            for number, replica in enumerate(self.replicas):
+                try:
+                    await self._change(replica, "load", {"lora_name": name, "lora_path": folder})
+                except ApiError:
+                    for earlier in self.replicas[:number]:
+                        await self._change(earlier, "unload", {"lora_name": name})
+                    raise
+            self.names.append(name)
+            self.chats |= {name: chat} if chat else {}
 
     async def unload_adapter(self, name: str) -> None:
         """Has every replica end serving an adapter. Raises ApiError."""
-        for replica in self.replicas:
-            await self._change(replica, "unload", {"lora_name": name})
-        self.names.remove(name)
-        self.chats.pop(name, None)
+        async with self.changing:
+            if name not in self.names:
+                raise unknown_model(self.names)
+            for replica in self.replicas:
+                await self._change(replica, "unload", {"lora_name": name})
+            self.names.remove(name)
+            self.chats.pop(name, None)
 
     async def _change(self, replica: Replica, what: str, body: dict[str, str]) -> None:
         try:

@@ -98,6 +98,19 @@ def test_only_the_admin_changes_adapters(served, folders):
         assert change(shut, LOAD, "key", **body).status_code == 404 and change(shut, LOAD, "admin", **body).status_code == 401
 
 
+def test_a_prefix_sent_twice_leads_to_no_adapter(monkeypatch):
+    """One was left out before the key was chosen and the other after it: whoever may ask took adapters away."""
+    vllm = Vllm(monkeypatch)
+    served = Served(make_app(vllm.backend, vllm.backend.opener, 8, "key", "/api/predict/n", admin_key="admin"), vllm.backend)
+    body, once = {"lora_name": "first", "lora_path": "/adapters/first"}, f"/api/predict/n{LOAD}"
+    answers = [
+        change(served, path, key, **body) for path, key in ((f"/api/predict/n{once}", "key"), (once, "key"), (once, "admin"))
+    ]
+    served.stop()
+    served.thread.join(30)
+    assert [answer.status_code for answer in answers] == [404, 401, 200] and vllm.asked == [("a", LOAD), ("b", LOAD)]
+
+
 @pytest.mark.parametrize("path, body, word", [
     (LOAD, {"lora_name": "tiny", "lora_path": "x"}, "served already"), (LOAD, {"lora_name": "a", "lora_path": "/no/such"}, "adapter_config.json"),
     (LOAD, {"lora_name": "a"}, "lora_path"), (LOAD, {"lora_name": 5, "lora_path": "x"}, "lora_name"), (UNLOAD, {"lora_name": "nobody"}, "no adapter"),
@@ -119,8 +132,9 @@ class Vllm:
         self.backend.client = httpx.AsyncClient(transport=httpx.MockTransport(self.answer))
         self.asked, self.refuses, self.status = [], "", 400
 
-    def answer(self, request: httpx.Request) -> httpx.Response:
+    async def answer(self, request: httpx.Request) -> httpx.Response:
         self.asked.append((request.url.host, request.url.path))
+        await asyncio.sleep(0)  # the others' turn
         if request.url.host == self.refuses:
             return httpx.Response(
                 self.status, json={"error": {"message": "rank 64 is above max_lora_rank"} if self.status == 400 else {}}
@@ -142,3 +156,19 @@ def test_every_replica_of_vllm_is_told_or_none(monkeypatch):
     vllm.status = 404
     with pytest.raises(ApiError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         run(vllm.backend.load_adapter("second", "/adapters/second"))
+
+
+def test_of_two_who_bring_an_adapter_of_one_name_one_does(monkeypatch, served, folders):
+    """Both did, and one of the two was never given up."""
+
+    async def both(backend, folder: str) -> None:
+        for change, given, code in (("load", (folder,), "exists"), ("unload", (), "model_not_found")):
+            twice = [getattr(backend, f"{change}_adapter")("first", *given) for _ in range(2)]
+            done, refused = await asyncio.gather(*twice, return_exceptions=True)
+            assert done is None and isinstance(refused, ApiError) and refused.code == code
+            assert backend.names == (["tiny", "first"] if change == "load" else ["tiny"])
+
+    vllm = Vllm(monkeypatch)
+    asyncio.run(both(vllm.backend, "/adapters/first"))
+    assert vllm.asked == [("a", LOAD), ("b", LOAD), ("a", UNLOAD), ("b", UNLOAD)], "nobody is asked for what is not here"
+    asyncio.run(both(served.backend, str(folders["one"])))

@@ -75,7 +75,9 @@ def test_no_request_is_lost_where_one_of_them_fails(behind, fails):
     behind.does["a"] = fails
     assert behind.together(30) == ["ok"] * 30
     asked = behind.asked["a"]
-    if fails not in (429, 500, 503):  # those are answers: it is there
+    if fails == 429:  # it is full, and well
+        assert behind.backend.status()["replicas"] == 3
+    else:
         assert behind.backend.status()["replicas"] == 2
         behind.together(30)
         assert behind.asked["a"] == asked, "one that failed rests"
@@ -98,6 +100,15 @@ def test_the_callers_mistake_is_nobody_elses(behind):
     behind.does = dict.fromkeys("abc", 400)
     (refused,) = behind.together(1)
     assert refused.status == 400 and behind.asked.total() == 1 and behind.backend.status()["replicas"] == 3
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_request_that_every_one_fails_on_puts_none_to_rest(behind, status):
+    """It may be the request's fault: the server would call itself dead for it."""
+    behind.does = dict.fromkeys("abc", status)
+    (refused,) = behind.together(1)
+    assert refused.status == 503 and behind.asked == {"a": 1, "b": 1, "c": 1}
+    assert behind.backend.status() == {"active": 0, "replicas": 3, "alive": True}
 
 
 def test_an_answer_that_has_begun_is_not_begun_again(behind):

@@ -116,6 +116,14 @@ def test_a_schema_and_tools_become_the_older_dialects():
         responses_api.read_chat({"input": "hi", "text": body["text"]}, 100)
 
 
+def test_there_is_one_answer_of_max_output_tokens():
+    """Behind vLLM two answers came as one text, and the older dialect's bound went before."""
+    with pytest.raises(ApiError, match="n is not supported"):
+        responses_api.read_chat({"input": "hi", "n": 2}, 100, WORDS | FORMS)
+    chat = responses_api.read_chat({"input": "hi", "n": 1, "max_output_tokens": 5, "max_completion_tokens": 50}, 100)
+    assert chat.sampling.max_new_tokens == 5 and not chat.more
+
+
 def test_calls_and_thoughts_are_items():
     """vLLM's pieces, read by the client's own types."""
     from openai.lib.streaming.responses._responses import ResponseStreamState
@@ -139,4 +147,8 @@ def test_calls_and_thoughts_are_items():
     thought, message, call = state._completed_response.output
     assert (thought.content[0].text, message.content[0].text, call.name, call.arguments) == ("hm", "so", "zoom", '{"bar": 3}')
     at_once = [Piece("so", None, USAGE, 0, {"reasoning": "hm", "tool_calls": whole}), Piece("", "tool_calls", USAGE)]
-    assert responses_api.write_whole(chat, "id", at_once)["output"] == writer.response["output"]
+    output = responses_api.write_whole(chat, "id", at_once)["output"]
+    assert output == writer.response["output"]
+    again = responses_api.read_chat({"input": [{"role": "user", "content": "hi"}, *output]}, 100, WORDS | FORMS)
+    told = {"role": "assistant", "content": [{"type": "text", "text": "so"}], "tool_calls": whole}
+    assert again.messages == [{"role": "user", "content": "hi"}, told], "what was answered is what the next question begins with"
