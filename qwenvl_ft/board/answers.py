@@ -16,7 +16,7 @@ from PIL import Image
 from qwenvl_ft.board.runs import Kept, Lines, folders, read_lines
 from qwenvl_ft.data.pictures import load, size_of
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.evaluate.overlap import HIT
+from qwenvl_ft.evaluate.overlap import is_right, mean_overlap
 
 PAGE = 50  # questions
 SIDE_PX = 640  # most of a picture's longer side, as it is shown
@@ -39,13 +39,12 @@ class Answer:
     @property
     def overlap(self) -> float | None:
         """The mean overlap of the wanted boxes; None where none were."""
-        found = self.prediction.get("iou")
-        return sum(found) / len(found) if found else None
+        return mean_overlap(self.prediction)
 
     @property
     def right(self) -> bool:
-        """As ChartQA's rule has it, or, where boxes are wanted, their mean overlap."""
-        return self.overlap >= HIT if self.overlap is not None else bool(self.prediction.get("relaxed"))
+        """As the card of a model has it."""
+        return is_right(self.prediction)
 
     @property
     def cut(self) -> bool:
