@@ -174,6 +174,45 @@ def test_lines_that_are_no_predictions_are_counted(client, root):
     assert "3 lines are no predictions" in client.get("/questions?file=first/predictions-eval.jsonl").text
 
 
+@pytest.mark.parametrize("plan", ['{"steps": null}', '{"steps": "x"}', '{"notes": null}', "[]"])
+def test_an_odd_value_of_a_plan_is_left_out_and_counted(client, root, plan):
+    (root / "first/plan.json").write_text(plan)
+    assert client.get("/").status_code == 200 and "plan.json: 1 values" in client.get("/runs/first").text
+
+
+@pytest.mark.parametrize("odd", ['"step": NaN', '"run_loss": "x"', '"eval_loss": null', '"loss": 1' + "0" * 400])
+def test_an_odd_line_of_metrics_is_left_out_and_counted(client, root, odd):
+    metrics = root / "first/metrics.jsonl"
+    metrics.write_text(metrics.read_text() + f'{{"step": 11, "loss": 1, "taught_tokens": 5, {odd}}}\n')
+    assert client.get("/").status_code == 200 and client.get("/compare?run=first").status_code == 200
+    assert "metrics.jsonl: 1 lines" in client.get("/runs/first").text
+
+
+@pytest.mark.parametrize("odd", [{"iou": 0.5}, {"iou": ["x"]}, {"pictures": 5}, {"boxes": [5]}, {"boxes": [{"bbox_2d": 5}]}])
+def test_an_odd_prediction_is_left_out_and_counted(client, root, odd):
+    write_predictions(root / "first/predictions-eval.jsonl", predicted(0, "16"), predicted(1, "16") | odd)
+    assert client.get("/answers").status_code == 200
+    assert "1 lines are no predictions" in client.get("/questions?file=first/predictions-eval.jsonl").text
+
+
+def test_files_are_read_once_and_the_oldest_are_let_go_of(tmp_path, monkeypatch):
+    read, kept = [], Kept()
+    for number in range(100):
+        (tmp_path / str(number)).write_text("12345")
+
+    def reading(path):
+        read.append(path.name)
+        return path.name
+
+    for _ in range(2):
+        assert [kept.of(tmp_path / str(number), reading, "") for number in range(100)] == [str(number) for number in range(100)]
+    assert len(read) == 100
+    monkeypatch.setattr("qwenvl_ft.board.runs.MOST_BYTES", 20)
+    (tmp_path / "0").write_text("123456")
+    kept.of(tmp_path / "0", reading, "")
+    assert [path.name for _, path in kept.values] == ["98", "99", "0"] and kept.num_bytes == 16
+
+
 def test_the_form_has_every_key_with_what_lora_yaml_says_of_it(client):
     fields = {of.key: of for _, many in sections() for of in many}
     assert fields.keys() == Config.model_fields.keys() - {"resume"}
