@@ -144,6 +144,7 @@ class Board:
             facts |= {"draft": draft, "command": shown(command)}
             if given.get("act") == "start":
                 form.save(draft)
+                await run_in_threadpool(self.asking.drop)
                 self.jobs.start(draft.name, command)
                 return RedirectResponse(Served().run(draft.name), 303)
         except UserError as error:
@@ -163,6 +164,7 @@ class Board:
         name, run, state = self.named(request)
         if run is None or state in ("running", "starting"):
             raise UserError(Problem(name, f"is {state}", "wait for its end"))
+        await run_in_threadpool(self.asking.drop)
         self.jobs.start(name, train_command(run.folder / "config.yaml", resume=True))
         return RedirectResponse(Served().run(name), 303)
 
@@ -270,5 +272,5 @@ def make_app(root: Path, key: str | None = None, program: tuple[str, ...] = PROG
     ]
     handlers: dict[Any, Any] = {UserError: board.refused, HTTPException: board.refused}
     app = Starlette(routes=routes, middleware=[Middleware(Guard, key=key)], exception_handlers=handlers)
-    app.state.jobs = board.jobs
+    app.state.jobs, app.state.asking = board.jobs, board.asking
     return app

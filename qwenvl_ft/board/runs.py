@@ -156,7 +156,7 @@ def read_plan(path: Path) -> tuple[dict[str, Any], int]:
     plan = _object(path.read_text(encoding="utf-8", errors="replace"))
     if plan is None:
         return {}, 1
-    fits = {"steps": is_number, "notes": lambda value: isinstance(value, list)}
+    fits: dict[str, Callable[[Any], bool]] = {"steps": is_number, "notes": lambda value: isinstance(value, list)}
     good = {key: value for key, value in plan.items() if key not in fits or fits[key](value)}
     return good, len(plan) - len(good)
 

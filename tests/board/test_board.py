@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -280,10 +281,13 @@ def until(said: str, client: TestClient, path: str) -> str:
 
 def test_a_run_is_started_stopped_and_gone_on_with(root, board_of):
     client = board_of(STAND_IN)
+    asking = client.app.state.asking
+    asking.key = asking.engine = "loaded"
     token = {"token": token_of(client)}
     form = token | {"model": "data/tiny", "train_meta_file": "t.json", "output_dir": str(root / "third"), "act": "start"}
     started = client.post("/new", data=form, follow_redirects=False)
     assert (started.status_code, started.headers["location"]) == (303, "/runs/third")
+    assert (asking.key, asking.engine) == (None, None)  # the run has the GPU
     assert client.post("/resume/third", data=token).status_code == 400  # it runs, or is about to
     page = until("resume is False", client, "/runs/third")
     assert 'class="state running"' in page and f"process {holder(root / 'third')[0]}" in page
@@ -296,6 +300,30 @@ def test_a_run_is_started_stopped_and_gone_on_with(root, board_of):
     assert f"$ qwenvl-ft train --config {root / 'third/config.yaml'} resume=true" in page
     os.kill(holder(root / "third")[0], signal.SIGTERM)  # as from a terminal
     until('class="state stopped"', client, "/runs/third")
+
+
+def test_a_model_that_does_not_fit_is_let_go_of_and_the_page_says_so(client, root, monkeypatch):
+    (root / "first/adapter_model.safetensors").touch()
+    asking = client.app.state.asking
+
+    def full(*given):
+        asking.key = asking.engine = "loaded"
+        raise torch.OutOfMemoryError("CUDA out of memory. Of the allocated memory advice")
+
+    monkeypatch.setattr(asking, "opened", full)
+    form = {"token": token_of(client), "run": "first", "question": "q"}
+    answer = client.post("/try", data=form, files={"picture": b""})
+    assert answer.status_code == 400 and "does not fit: CUDA out of memory.<" in answer.text
+    assert (asking.key, asking.engine) == (None, None)
+
+
+@pytest.mark.parametrize("config", ["lora_rank: 8\n", "model: [a\n", "model: 5\n"])
+def test_a_run_whose_config_names_no_model_is_asked_nothing(client, root, config):
+    (root / "first/adapter_model.safetensors").touch()
+    (root / "first/config.yaml").write_text(config)
+    form = {"token": token_of(client), "run": "first", "question": "q"}
+    answer = client.post("/try", data=form, files={"picture": b""})
+    assert answer.status_code == 400 and "names no model" in answer.text
 
 
 def test_a_run_that_could_not_begin_is_shown_with_what_it_said(root, board_of):
