@@ -17,6 +17,7 @@ CHINESE = {
     "cut": "被截断", "empty": "空", "disagreement": "有分歧",
     "Side by side": "并排查看", "The chosen side by side": "并排查看选中的",
     "There are no answers here yet. These commands leave some:": "这里还没有回答。这些命令会留下回答：",
+    "older runs are left out: no more can be told apart": "次较早的训练没有画出：再多就分不清了",
     "lines are no steps and are left out": "行不是训练步，没有显示",
     "values are not what they should be and are left out": "个值不合要求，没有显示",
     "lines are no predictions and are left out": "行不是预测结果，没有显示", "kind": "类别", "Search": "搜索",

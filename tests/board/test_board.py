@@ -15,6 +15,7 @@ from qwenvl_ft.board import words
 from qwenvl_ft.board.answers import files_of
 from qwenvl_ft.board.app import make_app
 from qwenvl_ft.board.curves import Curve, curve_of, draw, ticks_of
+from qwenvl_ft.board.export import Filed, pages
 from qwenvl_ft.board.form import filled, sections
 from qwenvl_ft.board.form import write as write_form
 from qwenvl_ft.board.render import HERE as BOARD
@@ -106,10 +107,12 @@ def test_ticks_are_few_and_reach_from_end_to_end(low, high):
     assert 3 <= len(ticks) <= 8 and ticks[0] <= low and ticks[-1] >= high - 1e-9 * abs(high)
 
 
-def test_of_many_steps_a_curve_has_means_weighed_by_what_was_taught():
+def test_of_many_steps_a_curve_has_means_weighed_by_what_was_taught(monkeypatch):
     lines = tuple({"step": step, "loss": float(step % 2), "taught_tokens": 1 + 2 * (step % 2)} for step in range(1, 801))
     curve = curve_of("a", lines, "loss", 0)
     assert len(curve.points) == 400 and {value for _, value in curve.points} == {0.75}
+    monkeypatch.setattr("qwenvl_ft.train.curves.MOST_POINTS", 20)  # as loss.svg has it
+    assert len(curve_of("a", lines, "loss", 0).points) == 20
 
 
 def test_metrics_that_are_being_written_are_read_as_far_as_they_go(root):
@@ -377,6 +380,13 @@ def test_an_export_has_every_page_that_it_links_to_and_opens_without_a_server(ro
         assert picture.size == (640, 320)
     with pytest.raises(SystemExit, match="1"):
         main(["board", str(root), "--export", str(tmp_path / "pages")])
+
+
+def test_an_export_says_how_many_runs_do_not_lie_over_each_other(root):
+    for name in "abcdef":
+        write_run(root, name, 1, 2)
+    found = dict(pages(root, Filed(files_of(root), Kept()), "en"))
+    assert "2 older runs are left out" in found["compare.html"]
 
 
 def test_every_word_of_the_pages_is_in_the_dictionary_and_the_other_way_round():
