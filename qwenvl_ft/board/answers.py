@@ -13,10 +13,10 @@ from typing import Any
 
 from PIL import Image
 
-from qwenvl_ft.board.runs import Kept, Lines, folders, read_lines
+from qwenvl_ft.board.runs import Kept, Lines, folders, is_number, read_lines
 from qwenvl_ft.data.pictures import load, size_of
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.evaluate.overlap import HIT
+from qwenvl_ft.evaluate.overlap import is_right, mean_overlap
 
 PAGE = 50  # questions
 SIDE_PX = 640  # most of a picture's longer side, as it is shown
@@ -39,13 +39,12 @@ class Answer:
     @property
     def overlap(self) -> float | None:
         """The mean overlap of the wanted boxes; None where none were."""
-        found = self.prediction.get("iou")
-        return sum(found) / len(found) if found else None
+        return mean_overlap(self.prediction)
 
     @property
     def right(self) -> bool:
-        """As ChartQA's rule has it, or, where boxes are wanted, their mean overlap."""
-        return self.overlap >= HIT if self.overlap is not None else bool(self.prediction.get("relaxed"))
+        """As the card of a model has it."""
+        return is_right(self.prediction)
 
     @property
     def cut(self) -> bool:
@@ -126,7 +125,20 @@ def titles_of(names: Sequence[str]) -> list[str]:
 
 def read_predictions(path: Path) -> Lines:
     """The lines that are predictions; a file of something else has none."""
-    return tuple(line for line in read_lines(path) if isinstance(line.get("where"), str) and "answer" in line)
+    return tuple(line for line in read_lines(path) if _is_prediction(line))
+
+
+def _is_prediction(line: dict[str, Any]) -> bool:
+    lists = [line.get(key, []) for key in ("pictures", "iou", "boxes", "wanted_boxes")]
+    if not (isinstance(line.get("where"), str) and "answer" in line and all(isinstance(of, list) for of in lists)):
+        return False
+    _, overlaps, *boxes = lists
+    return all(map(is_number, overlaps)) and all(_is_box(box) for of in boxes for box in of)
+
+
+def _is_box(box: Any) -> bool:
+    corners = (box.get("bbox_2d") or box.get("point_2d") or []) if isinstance(box, dict) else None
+    return isinstance(corners, list) and all(map(is_number, corners))
 
 
 def predictions(path: Path, kept: Kept) -> Lines:
@@ -152,7 +164,7 @@ def boxes_of(answer: Answer, picture: int) -> Iterator[tuple[str, str, bool, str
     for key in ("wanted_boxes", "boxes"):
         for box in answer.prediction.get(key, []):
             corners = box.get("bbox_2d") or box.get("point_2d") or []
-            if box.get("picture", 0) != picture or not all(isinstance(corner, int | float) for corner in corners):
+            if box.get("picture", 0) != picture:
                 continue
             if len(corners) == 4:
                 x1, y1, x2, y2 = corners

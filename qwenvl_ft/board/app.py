@@ -20,6 +20,7 @@ from starlette.routing import Route
 from qwenvl_ft.board import answers as said
 from qwenvl_ft.board import form
 from qwenvl_ft.board.attempt import Asking, adapter_of
+from qwenvl_ft.board.curves import COLOURS
 from qwenvl_ft.board.guard import PICTURE_BYTES, Guard
 from qwenvl_ft.board.jobs import PROGRAM, Job, Jobs, shown, train_command
 from qwenvl_ft.board.render import HERE, Served, drawings, render
@@ -27,8 +28,6 @@ from qwenvl_ft.board.runs import Kept, Run, defaults, differences, folders, log_
 from qwenvl_ft.board.views import answers_facts, num_broken, question_facts, run_facts
 from qwenvl_ft.board.words import language_of
 from qwenvl_ft.errors import Problem, UserError
-
-MOST_COMPARED = 6  # runs, and models
 
 
 @dataclass
@@ -92,9 +91,9 @@ class Board:
     def show_compare(self, request: Request) -> Response:
         """Some runs laid over each other."""
         runs = [run for name in dict.fromkeys(request.query_params.getlist("run")) if (run := self.run(name))]
-        if not 1 <= len(runs) <= MOST_COMPARED:
-            raise UserError(Problem("run", f"{len(runs)} runs are chosen", f"choose 2 to {MOST_COMPARED}"))
-        facts = {"runs": runs, "drawings": drawings(runs, self.language(request)), "differ": differences(runs)}
+        if not 1 <= len(runs) <= COLOURS:
+            raise UserError(Problem("run", f"{len(runs)} runs are chosen", f"choose 2 to {COLOURS}"))
+        facts = {"runs": runs, "drawings": drawings(runs, self.language(request)), "differ": differences(runs), "num_left_out": 0}
         return self.page(request, "compare.html", "runs", facts)
 
     def show_answers(self, request: Request) -> Response:
@@ -105,8 +104,8 @@ class Board:
         """The answers of some files side by side."""
         asked = request.query_params
         names, files = list(dict.fromkeys(asked.getlist("file"))), said.files_of(self.root)
-        if len(names) > MOST_COMPARED:
-            raise UserError(Problem("file", f"{len(names)} files are chosen", f"choose 1 to {MOST_COMPARED}"))
+        if len(names) > COLOURS:
+            raise UserError(Problem("file", f"{len(names)} files are chosen", f"choose 1 to {COLOURS}"))
         if not names or not set(names) <= files.keys():
             raise HTTPException(404)
         page = asked.get("page", "1")
@@ -144,6 +143,7 @@ class Board:
             facts |= {"draft": draft, "command": shown(command)}
             if given.get("act") == "start":
                 form.save(draft)
+                await run_in_threadpool(self.asking.drop)
                 self.jobs.start(draft.name, command)
                 return RedirectResponse(Served().run(draft.name), 303)
         except UserError as error:
@@ -163,6 +163,7 @@ class Board:
         name, run, state = self.named(request)
         if run is None or state in ("running", "starting"):
             raise UserError(Problem(name, f"is {state}", "wait for its end"))
+        await run_in_threadpool(self.asking.drop)
         self.jobs.start(name, train_command(run.folder / "config.yaml", resume=True))
         return RedirectResponse(Served().run(name), 303)
 
@@ -270,5 +271,5 @@ def make_app(root: Path, key: str | None = None, program: tuple[str, ...] = PROG
     ]
     handlers: dict[Any, Any] = {UserError: board.refused, HTTPException: board.refused}
     app = Starlette(routes=routes, middleware=[Middleware(Guard, key=key)], exception_handlers=handlers)
-    app.state.jobs = board.jobs
+    app.state.jobs, app.state.asking = board.jobs, board.asking
     return app

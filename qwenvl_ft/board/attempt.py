@@ -4,17 +4,23 @@ Both see the same pixels and the same prompt, those of training.
 """
 
 import base64
+import gc
+import sys
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.board.answers import SIDE_PX
 from qwenvl_ft.board.runs import Run
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.runs import checkpoints
+
+if TYPE_CHECKING:
+    from qwenvl_ft.data.records import Turn
+    from qwenvl_ft.infer.engine import Answer
 
 MAX_NEW_TOKENS = 256
 
@@ -28,7 +34,8 @@ class Asking:
     engine: Any = None
 
     def ask(self, run: Run, question: str, picture: bytes) -> dict[str, Any]:
-        """What base and tuned say, and the picture as a URL. Raises UserError where there is no adapter, or no picture in it."""
+        """What base and tuned say, and the picture as a URL. Raises UserError where there is no adapter or no picture in it, where
+        the run does not say its model, and where that does not fit."""
         from qwenvl_ft.data.pictures import decode
         from qwenvl_ft.data.records import Picture, Turn
 
@@ -44,22 +51,47 @@ class Asking:
             small.thumbnail((SIDE_PX, SIDE_PX))
             small.save(file, "WEBP", quality=80)
             url = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
-        with self.lock:
-            engine = self.opened(run, adapter)
-            with engine.model.disable_adapter():
-                (base,) = engine.answer_many([turns], MAX_NEW_TOKENS)
-            (tuned,) = engine.answer_many([turns], MAX_NEW_TOKENS)
-        return {"picture": url, "answers": [("base", base), ("tuned", tuned)]}
+        import torch
+
+        try:
+            with self.lock:
+                return {"picture": url, "answers": self.both(run, adapter, turns)}
+        except torch.OutOfMemoryError as error:
+            seen = str(error).split(" Of the allocated memory")[0]  # advice for who writes programs follows
+            problem = Problem(
+                run.name, f"its model does not fit: {seen}", "wait for the end of what trains, or send a smaller picture"
+            )
+        self.drop()  # not above, where the error still holds what was loaded
+        raise UserError(problem)
+
+    def both(self, run: Run, adapter: Path, turns: "list[Turn]") -> "list[tuple[str, Answer]]":
+        """(who, what it said) of base and tuned."""
+        engine = self.opened(run, adapter)
+        with engine.model.disable_adapter():
+            (base,) = engine.answer_many([turns], MAX_NEW_TOKENS)
+        (tuned,) = engine.answer_many([turns], MAX_NEW_TOKENS)
+        return [("base", base), ("tuned", tuned)]
 
     def opened(self, run: Run, adapter: Path) -> Any:
         """The engine of an adapter, loaded where it is not that of the last question, or a new one."""
+        if not isinstance(model := run.settings.get("model"), str):
+            what = "names no model, or cannot be read"
+            raise UserError(Problem(str(run.folder / "config.yaml"), what, "write `model: FOLDER`, the base of its adapter"))
         key = adapter, (adapter / ADAPTER_WEIGHTS).stat().st_mtime_ns
         if key != self.key:
             from qwenvl_ft.infer.engine import Engine
 
             self.key = self.engine = None  # two would not fit
-            self.engine, self.key = Engine.open(Path(str(run.settings["model"])), adapter), key
+            self.engine, self.key = Engine.open(Path(model), adapter), key
         return self.engine
+
+    def drop(self) -> None:
+        """Lets go of the model, once what is being asked is answered: who trains needs its memory."""
+        with self.lock:
+            self.key = self.engine = None
+            if torch := sys.modules.get("torch"):
+                gc.collect()
+                torch.cuda.empty_cache()
 
 
 def adapter_of(folder: Path) -> Path | None:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from qwenvl_ft.board.runs import Lines
-from qwenvl_ft.train.curves import mean_loss
+from qwenvl_ft.train.curves import mean_loss, parts_of
 
 WIDTH, HEIGHT, TALL = 540, 200, 486
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 26
-MOST_POINTS = 400  # of a curve: of more steps than that, means
 FEW_POINTS = 40  # that have dots
-COLOURS = 6
+COLOURS = 6  # of board.css, and so as many runs or models as can be laid over each other
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,11 @@ class Curve:
 def curve_of(name: str, lines: Lines, key: str, colour: int, dashed: bool = False) -> Curve:
     """The values of a key by step: means where there are many, of losses each by what its step taught."""
     having = [line for line in lines if isinstance(line.get(key), int | float)]
-    each = max(1, -(-len(having) // MOST_POINTS))
-    parts = [having[start : start + each] for start in range(0, len(having), each)]
 
     def mean(part: Sequence[dict[str, float]]) -> float:
         return mean_loss(part) if key == "loss" else sum(line[key] for line in part) / len(part)
 
-    points = [(sum(line["step"] for line in part) / len(part), mean(part)) for part in parts]
+    points = [(sum(line["step"] for line in part) / len(part), mean(part)) for part in parts_of(having)]
     return Curve(name, [point for point in points if math.isfinite(point[1])], colour, dashed)
 
 

@@ -87,7 +87,7 @@ def pages(root: Path, links: Filed, lang: str) -> Iterator[tuple[str, str]]:
         facts = {"name": run.name, "run": run, "state": run.state, "files": of_run, "log": log_end(run.log)} | run_facts(run, lang)
         yield links.run(run.name), render("run.html", lang, links, "runs", facts, static=True)
     some = runs[:COLOURS]
-    facts = {"runs": some, "drawings": drawings(some, lang), "differ": differences(some)}
+    facts = {"runs": some, "drawings": drawings(some, lang), "differ": differences(some), "num_left_out": len(runs) - len(some)}
     yield links.compare([]), render("compare.html", lang, links, "runs", facts, static=True)
     facts = answers_facts(links.files, links, links.kept)
     yield links.answers(), render("answers.html", lang, links, "answers", facts, static=True)

@@ -7,7 +7,7 @@ it is loaded, still says its own name as Host. A form is taken with the token th
 import base64
 import binascii
 import hmac
-import ipaddress
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,14 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 
+from qwenvl_ft.data.fetch import is_loopback
+
 FORM_BYTES, PICTURE_BYTES = 256 << 10, 32 << 20  # of a form; of one with a picture
 POLICY = (
     "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
+HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::\d+)?", re.ASCII)
 HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
@@ -28,14 +31,6 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-store",
 }
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or an address means this machine."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def key_of(authorization: str) -> str:
@@ -98,8 +93,6 @@ class Guard:
 
 
 def name_of(host: str) -> str:
-    """The name in a Host header, without its port; nothing for what is none."""
-    name, colon, port = host.lower().rpartition(":")
-    if host.endswith("]") or not colon:
-        return host.lower()
-    return name if port.isascii() and port.isdigit() else ""
+    """The name in a Host header, without its port and an IPv6 address's brackets; nothing for what is none."""
+    found = HOST.fullmatch(host.lower())
+    return (found[1] or found[2] or "") if found else ""

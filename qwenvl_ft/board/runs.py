@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 from qwenvl_ft.config import read_yaml
@@ -19,14 +20,17 @@ from qwenvl_ft.folders.whole import holder
 
 LAST_STEPS = 20  # whose mean pace is the ETA's
 LOG_BYTES = 16_000  # of a log's end
-MOST_FILES = 64  # that are kept as they were read
+MOST_BYTES = 256 << 20  # of the files that are kept as they were read: far more than a page reads one after the other
+WHOLE = ("step", "loss", "taught_tokens")  # which every step has
+NUMBERS = (*WHOLE, "run_loss", "eval_loss", "tokens_per_s", "taught_tokens_per_s", "learning_rate", "epoch")
 Lines = tuple[dict[str, Any], ...]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it is now. `holder`: (process, machine) of who trains into it."""
+    """A run as it is now. `holder`: (process, machine) of who trains into it; `odd`: how many lines of metrics.jsonl are no
+    steps, and how many keys of plan.json are not what they should be; they are left out."""
 
     name: str
     folder: Path
@@ -36,6 +40,7 @@ class Run:
     results: dict[str, Any]
     holder: tuple[int, str] | None
     changed: float
+    odd: tuple[int, int]
 
     @property
     def state(self) -> str:
@@ -77,22 +82,33 @@ class Kept:
 
     def __init__(self) -> None:
         self.values: dict[tuple[str, Path], tuple[tuple[int, int], Any]] = {}
+        self.num_bytes = 0
+        self.lock = Lock()  # of the two above: pages are made side by side
 
     def of(self, path: Path, read: Callable[[Path], T], otherwise: T) -> T:
         """What a file holds; `otherwise` where it is not there or cannot be read."""
         try:
             state = path.stat()
             stamp, key = (state.st_size, state.st_mtime_ns), (read.__qualname__, path)
-            if key not in self.values or self.values[key][0] != stamp:
-                found = stamp, read(path)
-                self.values.pop(key, None)  # the newest stands last
-                while len(self.values) >= MOST_FILES:
-                    self.values.pop(next(iter(self.values)), None)
-                self.values[key] = found
-                return found[1]
-            return self.values[key][1]  # type: ignore[no-any-return]
-        except (OSError, ValueError, UserError, KeyError):  # KeyError: another request let go of it
+            with self.lock:
+                kept = self.values.get(key)
+            if kept and kept[0] == stamp:
+                return kept[1]  # type: ignore[no-any-return]
+            found = read(path)
+            with self.lock:
+                self.let_go(key)  # the newest stands last
+                while self.values and self.num_bytes + stamp[0] > MOST_BYTES:
+                    self.let_go(next(iter(self.values)))
+                self.values[key] = stamp, found
+                self.num_bytes += stamp[0]
+            return found
+        except (OSError, ValueError, UserError):
             return otherwise
+
+    def let_go(self, key: tuple[str, Path]) -> None:
+        """Forgets a file."""
+        if key in self.values:
+            self.num_bytes -= self.values.pop(key)[0][0]
 
 
 def read_lines(path: Path) -> Lines:
@@ -103,7 +119,7 @@ def read_lines(path: Path) -> Lines:
 def _object(line: str) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -118,10 +134,31 @@ def read_settings(path: Path) -> dict[str, Any]:
     return read_yaml(path)[0]
 
 
-def read_metrics(path: Path) -> Lines:
-    """The steps of metrics.jsonl that are whole."""
-    wanted = ("step", "loss", "taught_tokens")
-    return tuple(line for line in read_lines(path) if all(isinstance(line.get(key), int | float) for key in wanted))
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file can be counted and drawn with: neither NaN nor infinite, nor of hundreds of digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def read_metrics(path: Path) -> tuple[Lines, int]:
+    """The steps of metrics.jsonl, and how many of its whole lines are none."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+    found = tuple(value for value in map(_object, lines) if value and _is_step(value))
+    return found, len(lines) - len(found)
+
+
+def _is_step(line: dict[str, Any]) -> bool:
+    return line.keys() >= set(WHOLE) and all(is_number(line[key]) for key in NUMBERS if key in line)
+
+
+def read_plan(path: Path) -> tuple[dict[str, Any], int]:
+    """plan.json without the keys that are not what they should be, and how many those are; a file that is no object is one."""
+    plan = _object(path.read_text(encoding="utf-8", errors="replace"))
+    if plan is None:
+        return {}, 1
+    fits: dict[str, Callable[[Any], bool]] = {"steps": is_number, "notes": lambda value: isinstance(value, list)}
+    good = {key: value for key, value in plan.items() if key not in fits or fits[key](value)}
+    return good, len(plan) - len(good)
 
 
 def folders(root: Path) -> Iterator[tuple[str, Path]]:
@@ -137,10 +174,13 @@ def read_run(name: str, folder: Path, kept: Kept) -> Run:
     """A run from its folder."""
     metrics = folder / "metrics.jsonl"
     changed = max((path.stat().st_mtime for path in (metrics, folder / "config.yaml") if path.is_file()), default=time.time())
+    no_lines: Lines = ()
+    no_plan: dict[str, Any] = {}
+    lines, odd_lines = kept.of(metrics, read_metrics, (no_lines, 0))
+    plan, odd_keys = kept.of(folder / "plan.json", read_plan, (no_plan, 0))
     return Run(
-        name, folder, kept.of(folder / "config.yaml", read_settings, {}), kept.of(metrics, read_metrics, ()),
-        kept.of(folder / "plan.json", read_object, {}), kept.of(folder / "all_results.json", read_object, {}),
-        holder(folder), changed,
+        name, folder, kept.of(folder / "config.yaml", read_settings, {}), lines, plan,
+        kept.of(folder / "all_results.json", read_object, {}), holder(folder), changed, (odd_lines, odd_keys),
     )  # fmt: skip
 
 

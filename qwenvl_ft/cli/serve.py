@@ -13,9 +13,10 @@ import typer
 
 from qwenvl_ft.cli.options import MaxPixels, MinPixels, SettingsOf, ThinkingOption, note_quantized, read_chat_settings
 from qwenvl_ft.console import print_line
+from qwenvl_ft.data.fetch import is_loopback
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.serve.api import Backend, Bounds
-from qwenvl_ft.serve.middleware import SPARE_CONNECTIONS, is_loopback
+from qwenvl_ft.serve.middleware import SPARE_CONNECTIONS
 
 if TYPE_CHECKING:
     from qwenvl_ft.infer.engine import Engine

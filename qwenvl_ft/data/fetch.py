@@ -102,6 +102,14 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved and not any(ip in network for network in PRIVATE_TOO)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address, an IPv6 one without its brackets, means this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class _Pinned(http.client.HTTPConnection):
     """A connection to a checked address that speaks to the host by its name."""
 

@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 from qwenvl_ft.config import read_yaml
+from qwenvl_ft.evaluate.overlap import is_right
 from qwenvl_ft.evaluate.table import markdown
 from qwenvl_ft.folders.adapter import quantization_of
 from qwenvl_ft.folders.model import read_model_json
@@ -145,7 +146,7 @@ def _examples(predictions: Path) -> str:
     if not predictions.is_file():
         return ""
     lines = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
-    chosen = [*[of for of in lines if of["relaxed"]][:EXAMPLES], *[of for of in lines if not of["relaxed"]][:EXAMPLES]]
+    chosen = [*[of for of in lines if is_right(of)][:EXAMPLES], *[of for of in lines if not is_right(of)][:EXAMPLES]]
     if not chosen:
         return ""
     rows = [
@@ -155,7 +156,7 @@ def _examples(predictions: Path) -> str:
     ]
     for of in chosen:
         pictures = ", ".join(Path(name).name for name in of["pictures"])
-        cells = (pictures, of["question"], of["wanted"], of["answer"], "right" if of["relaxed"] else "wrong")
+        cells = (pictures, of["question"], of["wanted"], of["answer"], "right" if is_right(of) else "wrong")
         rows.append("| " + " | ".join(map(_cell, cells)) + " |")
     return "\n".join([*rows, ""])
 

@@ -7,7 +7,8 @@ each box is in one pair. A wanted box without a pair has an overlap of 0. Points
     [0.5]
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from qwenvl_ft.data.records import Box
 
@@ -44,6 +45,18 @@ def partners(wanted: Sequence[Box], said: Sequence[Box]) -> list[tuple[int | Non
             left.remove(number)
             free.remove(at)
     return found
+
+
+def mean_overlap(prediction: Mapping[str, Any]) -> float | None:
+    """Of the boxes that a prediction's question wants, 0 to 1; None where it wants none."""
+    found = prediction.get("iou")
+    return sum(found) / len(found) if found else None
+
+
+def is_right(prediction: Mapping[str, Any]) -> bool:
+    """What counts as a right answer wherever answers are shown: ChartQA's rule, or, where boxes are wanted, their mean overlap."""
+    overlap = mean_overlap(prediction)
+    return bool(prediction.get("relaxed")) if overlap is None else overlap >= HIT
 
 
 def areas(boxes: Sequence[Box]) -> list[Box]:

@@ -7,7 +7,6 @@ Pages of the allowed origins may ask, too, and their browsers are told so before
 
 import asyncio
 import hmac
-import ipaddress
 import json
 import logging
 import time
@@ -22,6 +21,7 @@ from prometheus_client import Counter
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from qwenvl_ft.data.fetch import is_loopback
 from qwenvl_ft.serve import dashscope_api, openai_api
 from qwenvl_ft.serve.api import ApiError
 
@@ -61,14 +61,6 @@ def is_allowed(header: str | None, key: str) -> bool:
     given = (header or "").strip()
     given = given[7:].strip() if given[:7].lower() == "bearer " else given
     return hmac.compare_digest(given.encode("utf-8", "replace"), key.encode())
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or an address means this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def host_of(url: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 WIDTH, HEIGHT, MARGIN = 760, 420, 60
-MOST_POINTS = 400  # of the training curve: of more steps than that, means
+MOST_POINTS = 400  # of a curve: of more steps than that, means
 GRID, TRAIN, HELD_OUT = "#dddddd", "#1f77b4", "#d62728"
 Points = list[tuple[float, float]]
 
@@ -15,10 +15,15 @@ def mean_loss(lines: Sequence[dict[str, Any]]) -> float:
     return float(sum(line["loss"] * line["taught_tokens"] for line in lines) / max(1, taught))
 
 
+def parts_of(lines: Sequence[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:
+    """The steps in as many parts of equal length, but for the last, as a curve has points."""
+    each = max(1, -(-len(lines) // MOST_POINTS))
+    return [lines[start : start + each] for start in range(0, len(lines), each)]
+
+
 def draw_losses(lines: Sequence[dict[str, Any]]) -> str:
     """The lines of metrics.jsonl as an SVG: the training loss by step, and that of the evaluations."""
-    each = -(-len(lines) // MOST_POINTS)
-    parts = [lines[start : start + each] for start in range(0, len(lines), each)]
+    parts = parts_of(lines)
     train: Points = [(sum(line["step"] for line in part) / len(part), mean_loss(part)) for part in parts]
     held_out: Points = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     last, top = max(2, lines[-1]["step"]), max([loss for _, loss in train + held_out] + [1e-9]) * 1.05
@@ -43,7 +48,7 @@ def draw_losses(lines: Sequence[dict[str, Any]]) -> str:
         drawn.append(text(MARGIN - 8, y + 4, f"{loss:.3g}", "end"))
         if number in (0, 4) or last > 8:
             drawn.append(text(x, HEIGHT - MARGIN + 20, f"{step:.0f}"))
-    each_is = "" if each == 1 else f", mean of {each} steps"
+    each_is = "" if (each := len(parts[0])) == 1 else f", mean of {each} steps"
     drawn.append(text(MARGIN, MARGIN - 24, f"training{each_is}", "start", TRAIN))
     drawn.append(curve(train, TRAIN))
     if held_out:

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -14,6 +15,7 @@ from qwenvl_ft.board import words
 from qwenvl_ft.board.answers import files_of
 from qwenvl_ft.board.app import make_app
 from qwenvl_ft.board.curves import Curve, curve_of, draw, ticks_of
+from qwenvl_ft.board.export import Filed, pages
 from qwenvl_ft.board.form import filled, sections
 from qwenvl_ft.board.form import write as write_form
 from qwenvl_ft.board.render import HERE as BOARD
@@ -105,10 +107,12 @@ def test_ticks_are_few_and_reach_from_end_to_end(low, high):
     assert 3 <= len(ticks) <= 8 and ticks[0] <= low and ticks[-1] >= high - 1e-9 * abs(high)
 
 
-def test_of_many_steps_a_curve_has_means_weighed_by_what_was_taught():
+def test_of_many_steps_a_curve_has_means_weighed_by_what_was_taught(monkeypatch):
     lines = tuple({"step": step, "loss": float(step % 2), "taught_tokens": 1 + 2 * (step % 2)} for step in range(1, 801))
     curve = curve_of("a", lines, "loss", 0)
     assert len(curve.points) == 400 and {value for _, value in curve.points} == {0.75}
+    monkeypatch.setattr("qwenvl_ft.train.curves.MOST_POINTS", 20)  # as loss.svg has it
+    assert len(curve_of("a", lines, "loss", 0).points) == 20
 
 
 def test_metrics_that_are_being_written_are_read_as_far_as_they_go(root):
@@ -172,6 +176,45 @@ def test_lines_that_are_no_predictions_are_counted(client, root):
     path = root / "first/predictions-eval.jsonl"
     path.write_text(path.read_text() + '[1]\n{"where": "a"}\n{"whe')
     assert "3 lines are no predictions" in client.get("/questions?file=first/predictions-eval.jsonl").text
+
+
+@pytest.mark.parametrize("plan", ['{"steps": null}', '{"steps": "x"}', '{"notes": null}', "[]"])
+def test_an_odd_value_of_a_plan_is_left_out_and_counted(client, root, plan):
+    (root / "first/plan.json").write_text(plan)
+    assert client.get("/").status_code == 200 and "plan.json: 1 values" in client.get("/runs/first").text
+
+
+@pytest.mark.parametrize("odd", ['"step": NaN', '"run_loss": "x"', '"eval_loss": null', '"loss": 1' + "0" * 400])
+def test_an_odd_line_of_metrics_is_left_out_and_counted(client, root, odd):
+    metrics = root / "first/metrics.jsonl"
+    metrics.write_text(metrics.read_text() + f'{{"step": 11, "loss": 1, "taught_tokens": 5, {odd}}}\n')
+    assert client.get("/").status_code == 200 and client.get("/compare?run=first").status_code == 200
+    assert "metrics.jsonl: 1 lines" in client.get("/runs/first").text
+
+
+@pytest.mark.parametrize("odd", [{"iou": 0.5}, {"iou": ["x"]}, {"pictures": 5}, {"boxes": [5]}, {"boxes": [{"bbox_2d": 5}]}])
+def test_an_odd_prediction_is_left_out_and_counted(client, root, odd):
+    write_predictions(root / "first/predictions-eval.jsonl", predicted(0, "16"), predicted(1, "16") | odd)
+    assert client.get("/answers").status_code == 200
+    assert "1 lines are no predictions" in client.get("/questions?file=first/predictions-eval.jsonl").text
+
+
+def test_files_are_read_once_and_the_oldest_are_let_go_of(tmp_path, monkeypatch):
+    read, kept = [], Kept()
+    for number in range(100):
+        (tmp_path / str(number)).write_text("12345")
+
+    def reading(path):
+        read.append(path.name)
+        return path.name
+
+    for _ in range(2):
+        assert [kept.of(tmp_path / str(number), reading, "") for number in range(100)] == [str(number) for number in range(100)]
+    assert len(read) == 100
+    monkeypatch.setattr("qwenvl_ft.board.runs.MOST_BYTES", 20)
+    (tmp_path / "0").write_text("123456")
+    kept.of(tmp_path / "0", reading, "")
+    assert [path.name for _, path in kept.values] == ["98", "99", "0"] and kept.num_bytes == 16
 
 
 def test_the_form_has_every_key_with_what_lora_yaml_says_of_it(client):
@@ -241,10 +284,13 @@ def until(said: str, client: TestClient, path: str) -> str:
 
 def test_a_run_is_started_stopped_and_gone_on_with(root, board_of):
     client = board_of(STAND_IN)
+    asking = client.app.state.asking
+    asking.key = asking.engine = "loaded"
     token = {"token": token_of(client)}
     form = token | {"model": "data/tiny", "train_meta_file": "t.json", "output_dir": str(root / "third"), "act": "start"}
     started = client.post("/new", data=form, follow_redirects=False)
     assert (started.status_code, started.headers["location"]) == (303, "/runs/third")
+    assert (asking.key, asking.engine) == (None, None)  # the run has the GPU
     assert client.post("/resume/third", data=token).status_code == 400  # it runs, or is about to
     page = until("resume is False", client, "/runs/third")
     assert 'class="state running"' in page and f"process {holder(root / 'third')[0]}" in page
@@ -257,6 +303,30 @@ def test_a_run_is_started_stopped_and_gone_on_with(root, board_of):
     assert f"$ qwenvl-ft train --config {root / 'third/config.yaml'} resume=true" in page
     os.kill(holder(root / "third")[0], signal.SIGTERM)  # as from a terminal
     until('class="state stopped"', client, "/runs/third")
+
+
+def test_a_model_that_does_not_fit_is_let_go_of_and_the_page_says_so(client, root, monkeypatch):
+    (root / "first/adapter_model.safetensors").touch()
+    asking = client.app.state.asking
+
+    def full(*given):
+        asking.key = asking.engine = "loaded"
+        raise torch.OutOfMemoryError("CUDA out of memory. Of the allocated memory advice")
+
+    monkeypatch.setattr(asking, "opened", full)
+    form = {"token": token_of(client), "run": "first", "question": "q"}
+    answer = client.post("/try", data=form, files={"picture": b""})
+    assert answer.status_code == 400 and "does not fit: CUDA out of memory.<" in answer.text
+    assert (asking.key, asking.engine) == (None, None)
+
+
+@pytest.mark.parametrize("config", ["lora_rank: 8\n", "model: [a\n", "model: 5\n"])
+def test_a_run_whose_config_names_no_model_is_asked_nothing(client, root, config):
+    (root / "first/adapter_model.safetensors").touch()
+    (root / "first/config.yaml").write_text(config)
+    form = {"token": token_of(client), "run": "first", "question": "q"}
+    answer = client.post("/try", data=form, files={"picture": b""})
+    assert answer.status_code == 400 and "names no model" in answer.text
 
 
 def test_a_run_that_could_not_begin_is_shown_with_what_it_said(root, board_of):
@@ -310,6 +380,13 @@ def test_an_export_has_every_page_that_it_links_to_and_opens_without_a_server(ro
         assert picture.size == (640, 320)
     with pytest.raises(SystemExit, match="1"):
         main(["board", str(root), "--export", str(tmp_path / "pages")])
+
+
+def test_an_export_says_how_many_runs_do_not_lie_over_each_other(root):
+    for name in "abcdef":
+        write_run(root, name, 1, 2)
+    found = dict(pages(root, Filed(files_of(root), Kept()), "en"))
+    assert "2 older runs are left out" in found["compare.html"]
 
 
 def test_every_word_of_the_pages_is_in_the_dictionary_and_the_other_way_round():

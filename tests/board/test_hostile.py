@@ -22,7 +22,7 @@ HOSTILE = [
     ("GET", f"/questions?{EVAL}&page=9{'9' * 999}", {}, 200), ("GET", f"/questions?{EVAL}&search=<script>alert(1)</script>", {}, 200),
     ("GET", "/new?like=../../etc", {}, 200), ("GET", "/compare?run=../first", {}, 400), ("GET", "/pages/base.html", {}, 404),
     ("GET", "/app.py", {}, 404), ("GET", "/?lang=<script>", {}, 200),
-    ("GET", "/", {"host": "evil.example"}, 403), ("GET", "/", {"host": "127.0.0.1.evil.example"}, 403), ("GET", "/", {"host": ""}, 403),
+    ("GET", "/", {"host": "evil.example"}, 403), ("GET", "/", {"host": "127.0.0.1.evil.example"}, 403), ("GET", "/", {"host": ""}, 403), ("GET", "/", {"host": "]127.0.0.1["}, 403), ("GET", "/", {"host": "127.0.0.1]"}, 403),
     ("GET", "/", {"host": "localhost:8080@evil.example"}, 403), ("GET", "/", {"origin": "http://evil.example"}, 403),
     ("GET", "/", {"origin": "null"}, 403), ("GET", "/", {"origin": "http://127.0.0.1:9999"}, 403),
     ("POST", "/stop/first", {"origin": "http://evil.example"}, 403), ("POST", "/stop/first", {"host": "evil.example"}, 403),

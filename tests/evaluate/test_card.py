@@ -7,6 +7,7 @@ import shutil
 import pytest
 from huggingface_hub import ModelCard
 
+from qwenvl_ft.board.answers import Answer
 from qwenvl_ft.evaluate.card import write_card
 from qwenvl_ft.evaluate.table import Column, tabulate
 
@@ -63,6 +64,20 @@ def test_it_says_what_was_taught_how_and_with_what_success_and_no_path(folders):
     assert "x" * 160 + " ..." in text and "x" * 161 not in text
     assert "## Scores on held.json" in text and "95 %" in text
     assert "/secret" not in text and "/home/me" not in text and str(adapter.parent) not in text
+
+
+def test_an_answer_is_right_where_the_board_has_it_right(folders):
+    adapter, base = folders
+    boxes = {"where": "held.json[0]", "pictures": [], "question": "Where?", "wanted": "(1,2)", "cut": False, "exact": False}
+    predictions = [
+        boxes | {"answer": "near", "relaxed": False, "iou": [0.99]},
+        boxes | {"answer": "far", "relaxed": True, "iou": [0.1]},
+    ]
+    (adapter / "predictions-held.jsonl").write_text("".join(json.dumps(of) + "\n" for of in predictions))
+    write_card(adapter, base)
+    text = (adapter / "README.md").read_text()
+    assert "| near | right |" in text and "| far | wrong |" in text
+    assert [Answer("", 0, of).right for of in predictions] == [True, False]
 
 
 def test_it_is_written_anew_until_somebody_changes_it(folders):
