@@ -18,6 +18,7 @@ from qwenvl_ft.values import Own
 from tests.conftest import SAMPLE, TINY
 from tests.runs import adapter, config, difference, few_records, metrics, run, same
 from tests.serving import CHARTS
+from tests.tiny import make_family
 
 TOWERS = {
     "language": {"rank": 4},
@@ -231,6 +232,34 @@ def test_each_kind_trains_as_pefts_goes_on_to_the_same_bits_and_merges(kind, set
         assert ours_said == theirs == [8, 16, True]
     assert difference(wanted, ours) < 2e-3
     merges_as_pefts(tmp_path / "run", tmp_path / "merged")
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def other_family(request, tmp_path_factory):
+    """A random model of a family that is not data/tiny's."""
+    return make_family(request.param, tmp_path_factory.mktemp("family") / request.param, light=True)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "towers"])
+def test_each_kind_in_the_other_families_goes_on_to_the_same_bits_answers_as_by_peft_and_merges(
+    kind, other_family, settings, tmp_path
+):
+    from qwenvl_ft.data.meta_file import read_records
+    from qwenvl_ft.infer.engine import Engine
+
+    towers = {"lora_on": {"language": {}, "vision": {"rank": 2}, "merger": {"rank": 6}}}
+    all_settings = {**settings, "model": other_family, "max_pixels": 16 * 32 * 32, **(KINDS | {"towers": towers})[kind]}
+    ours = run(tmp_path, **all_settings)
+    assert all(tensor.any() for tensor in ours.values()), "a B that stayed zero learnt nothing"
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    assert same(ours, run(tmp_path, **all_settings, resume=True))
+    question = read_records(settings["train_meta_file"], SAMPLE / "images")[0][1].turns[:1]
+    engine = Engine.open(other_family, tmp_path / "run")
+    inputs = engine.inputs([question])
+    with torch.inference_mode():
+        wanted = loaded(tmp_path / "run", other_family).eval()(**inputs).logits
+        assert (engine.model(**inputs).logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    merges_as_pefts(tmp_path / "run", tmp_path / "merged", other_family)
 
 
 def test_every_family_merges_with_ranks_of_its_towers_and_a_merger_in_full(family_model, tmp_path):
