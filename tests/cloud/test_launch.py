@@ -268,17 +268,23 @@ def test_a_mistake_in_the_config_is_said_before_anybody_waits_in_a_queue(folder,
 
 
 def test_the_commands_of_the_pages_write_what_they_say(folder):
-    """docs/clusters.md and its Chinese twin: the same commands, and a section a place that is read at one sitting."""
-    page, chinese = "docs/clusters.md", "docs/zh/clusters.md"
-    assert commands(page) == commands(chinese) and blocks(page, "sh") == blocks(chinese, "sh")
+    """docs/clusters.md, a page a place, and their Chinese twins: the same commands, and all is read at one sitting."""
     Path(CONFIG).rename("lora.yaml")
-    for command in commands(page):
-        words = shlex.split(command)
-        with pytest.raises(SystemExit) as ended:
-            main(words[1:])
-        assert ended.value.code == 0 and Path(words[-1]).is_file(), command
-    assert len(commands(page)) == len(get_args(Place))
-    sections = [re.split(r"^## ", text_of(of), flags=re.MULTILINE)[1:] for of in (page, chinese)]
-    assert len(sections[0]) == len(sections[1]) and all(text.count("\n") <= 60 for of in sections for text in of)
+    launched = []
+    for topic in ("clusters", "slurm", "kubernetes", "skypilot", "ray"):
+        page, chinese = f"docs/{topic}.md", f"docs/zh/{topic}.md"
+        assert commands(page) == commands(chinese) and blocks(page, "sh") == blocks(chinese, "sh")
+        for words in map(shlex.split, commands(page)):
+            if words[:2] == ["qwenvl-ft", "launch"]:
+                with pytest.raises(SystemExit) as ended:
+                    main(words[1:])
+                assert ended.value.code == 0 and Path(words[-1]).is_file(), words
+                launched.append(words[3])
+        sections = [re.split(r"^## ", text_of(of), flags=re.MULTILINE)[1:] for of in (page, chinese)]
+        assert len(sections[0]) == len(sections[1]) and all(text.count("\n") <= 60 for of in sections for text in of)
+        for of in (page, chinese):
+            for link in re.findall(r"\]\(([^):#]+)", text_of(of)):
+                assert ((ROOT / of).parent / link).exists(), (of, link)
+    assert sorted(launched) == sorted(get_args(Place))
     name = YAML(typ="safe").load(Path("trainjob.yaml").read_text())["metadata"]["name"]
-    assert f"kubectl get trainjob {name}\n" in text_of(page) and f"{name}-*.out" in text_of(page)
+    assert f"kubectl get trainjob {name}\n" in text_of("docs/kubernetes.md") and f"{name}-*.out" in text_of("docs/slurm.md")
