@@ -239,8 +239,12 @@ spec:
 
 
 def write_ray(launch: Launch) -> Written:
-    """A program that Ray's head runs: it takes the nodes, and starts torchrun once on each."""
-    line = launch.line('"$NODE_RANK"', '"$MASTER_ADDR"')
+    """A program that Ray's head runs: it takes the nodes, and starts torchrun once on each.
+
+    Ray stops a job by SIGKILL for what its workers started, here the shell; torchrun, which the kernel then sends SIGTERM, ends its
+    processes. Killed itself it would leave them at work on GPUs that Ray gives to others.
+    """
+    line = "setpriv --pdeathsig TERM " + launch.line('"$NODE_RANK"', '"$MASTER_ADDR"') + " & wait $!"
     text = f'''\
 """Submit with: ray job submit --working-dir . -- python FILE"""
 import os

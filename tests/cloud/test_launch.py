@@ -1,11 +1,14 @@
 """`qwenvl-ft launch`: what it writes is read by parsers, and its line is run as the place's shell would, for both of two nodes."""
 
 import ast
+import contextlib
 import json
 import os
 import re
 import runpy
+import select
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +218,21 @@ class placement_group:
     assert [re.search(r"--node_rank=(\d)", line)[1] for line in lines] == ["0", "1"] and all(ADDRESS in line for line in lines)
     for name in [name for name in sys.modules if name.split(".")[0] == "ray"]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_torchrun_is_asked_to_end_when_ray_kills_what_started_it(folder, write):
+    """As `ray job stop` does: SIGKILL for the shell alone. Whoever torchrun started is ended by it, so it must hear of that."""
+    text, _ = write("ray")
+    tool(folder, "torchrun", "#!/bin/sh\ntrap 'echo asked; exit' TERM\necho started\nwhile :; do sleep 0.05; done\n")
+    with subprocess.Popen(["bash", "-c", body("ray", text)], text=True, stdout=subprocess.PIPE, start_new_session=True,
+                          env=os.environ | TOLD["ray"] | {"PATH": f"{folder}/bin{os.pathsep}{os.environ['PATH']}"}) as shell:  # fmt: skip
+        try:
+            assert shell.stdout.readline() == "started\n"
+            shell.kill()
+            assert select.select([shell.stdout], [], [], 10)[0] and shell.stdout.readline() == "asked\n"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
 
 
 def test_slurm_s_file_starts_every_process_of_two_nodes(folder, write):
