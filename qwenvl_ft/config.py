@@ -18,6 +18,7 @@ from ruamel.yaml.events import AliasEvent, CollectionStartEvent, ScalarEvent
 
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.values import (
+    MAX_NEW_TOKENS,
     Area,
     Checkpointing,
     Count,
@@ -102,7 +103,7 @@ class Config(BaseModel):
     eval_steps: Positive | None = None
     eval_metric: Metric = "loss"
     eval_samples: Positive = 200
-    eval_max_new_tokens: Positive = 128
+    eval_max_new_tokens: Positive = MAX_NEW_TOKENS
     save_steps: Positive = 100
     save_total_limit: Positive = 3
     keep_best: StrictBool = False

@@ -43,6 +43,9 @@ Quantization = Literal["none", "nf4", "int8"]
 # What evaluations go by: their loss, or a metric of evaluate/metrics.py, of answers.
 Metric = Literal["loss", "exact", "relaxed", "anls", "f1", "cer", "wer", "choice", "class", "json", "json_valid", "mean_iou",
                  "iou_at_50", "ap_50"]  # fmt: skip
+# Of a set's questions, in `eval`, `compare` and evaluations in training, unless told otherwise: how many are asked at a time,
+# and how many tokens an answer has at most.
+BATCH_SIZE, MAX_NEW_TOKENS = 8, 128
 Tracker = Literal["wandb", "tensorboard", "swanlab", "mlflow"]
 
 

@@ -125,7 +125,8 @@ class Hosts:
             try:
                 process.wait(max(0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                raise AssertionError(f"host {host} has not ended after {seconds:.0f} s:\n{self.said(run, host)[-3000:]}") from None
+                said = "\n".join(f"host {of}: {self.said(run, of)[-3000:]}" for of in range(2))
+                raise AssertionError(f"host {host} has not ended after {seconds:.0f} s:\n{said}") from None
         return [process.returncode for process in self.running]
 
     def until(self, run: str, steps: int) -> None:

@@ -53,14 +53,14 @@ class Asking:
             url = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
         import torch
 
+        from qwenvl_ft.train.memory import what_lacks
+
         try:
             with self.lock:
                 return {"picture": url, "answers": self.both(run, adapter, turns)}
         except torch.OutOfMemoryError as error:
-            seen = str(error).split(" Of the allocated memory")[0]  # advice for who writes programs follows
-            problem = Problem(
-                run.name, f"its model does not fit: {seen}", "wait for the end of what trains, or send a smaller picture"
-            )
+            fix = "wait for the end of what trains, or send a smaller picture"
+            problem = Problem(run.name, f"its model does not fit: {what_lacks(error)}", fix)
         self.drop()  # not above, where the error still holds what was loaded
         raise UserError(problem)
 

@@ -30,6 +30,7 @@ from qwenvl_ft.cli.options import (
 from qwenvl_ft.console import counting, draw_counts, draw_files, draw_table, print_drawing, print_json, print_line, print_note
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.values import BATCH_SIZE, MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from qwenvl_ft.data.records import Record
@@ -115,8 +116,8 @@ def evaluate(
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
     boxes: BoxesOption = None,
-    batch_size: BatchSize = 8,
-    max_new_tokens: MaxNewTokens = 128,
+    batch_size: BatchSize = BATCH_SIZE,
+    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
     metric: Metrics = None,
     limit: Limit = None,
     seed: Seed = 0,
@@ -182,9 +183,9 @@ def compare(
     max_pixels: MaxPixels = None,
     thinking: ThinkingOption = None,
     boxes: BoxesOption = None,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = BATCH_SIZE,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests to a service at a time.")] = 8,
-    max_new_tokens: MaxNewTokens = 128,
+    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
     metric: Metrics = None,
     limit: Limit = None,
     seed: Seed = 0,

@@ -25,9 +25,9 @@ from qwenvl_ft.infer.decoding import read_decoding
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.model.attention import attending_with_cache
 from qwenvl_ft.train.launch import Signals
+from qwenvl_ft.train.memory import what_lacks
 from qwenvl_ft.train.state import Run
-
-BATCH = 8  # questions that are answered at a time, as by `qwenvl-ft eval`
+from qwenvl_ft.values import BATCH_SIZE
 
 
 class Scored(NamedTuple):
@@ -79,15 +79,15 @@ class Answers:
         run.model.eval()
         run.bare.get_base_model().generation_config = GenerationConfig(**self.decoding.settings())
         engine = replace(self.engine, model=run.bare)
-        passes = answered(mine, batches(engine, BATCH, self.max_new_tokens)([record for record, _ in mine]), engine)
+        passes = answered(mine, batches(engine, BATCH_SIZE, self.max_new_tokens)([record for record, _ in mine]), engine)
         with attending_with_cache(run.bare):
-            for _ in range(0, len(asked[::world]), BATCH):  # the first process has most of them
+            for _ in range(0, len(asked[::world]), BATCH_SIZE):  # the first process has most of them
                 if signals.stop(run.accelerator, midway=True):
                     return None
                 try:
                     found += next(passes, {}).values()
                 except torch.OutOfMemoryError as error:
-                    what = f"{BATCH} questions and their answers do not fit: {str(error).split(' Of the allocated memory')[0]}"
+                    what = f"{BATCH_SIZE} questions and their answers do not fit: {what_lacks(error)}"
                     fix = "lower eval_max_new_tokens or max_pixels, or set eval_metric: loss and ask later with `qwenvl-ft eval`"
                     raise UserError(Problem(self.place, what, fix)) from error
         found = gather_object(found)

@@ -21,6 +21,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from numpy.typing import NDArray
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data._utils import signal_handling
 
@@ -44,6 +46,7 @@ FIXES = {
     "swanlab": "run `swanlab login`, or set SWANLAB_MODE=offline in the environment",
     "mlflow": "set MLFLOW_TRACKING_URI in the environment to a server that answers, or to a file as sqlite:///mlflow.db",
 }
+ATTEMPT = "attempt"  # the scheme of of_this_attempt
 SEEN_SECONDS = 5  # in which what one machine writes shows on the others, where a folder is shared
 
 
@@ -279,6 +282,16 @@ def lost(error: Exception, config: Config, num_processes: int) -> Problem | None
     return None
 
 
+def of_this_attempt(url: str, timeout: timedelta) -> Iterator[tuple[Store, int, int]]:
+    """Where processes meet, for torch, as env:// says it, but with names of this attempt's own: where torchrun is told a
+    --master_addr its store outlives a restart, and in it whoever starts first would find the addresses of those that are gone."""
+    for store, rank, world in rendezvous(f"env{url.removeprefix(ATTEMPT)}", timeout=timeout):
+        yield PrefixStore(f"{ATTEMPT}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, world
+
+
+register_rendezvous_handler(ATTEMPT, of_this_attempt)  # type: ignore[no-untyped-call]
+
+
 def start(config: Config) -> Accelerator:
     """The accelerator, in all processes of the run; raises UserError where the launch does not do what was asked."""
     before = dict(os.environ)
@@ -286,7 +299,7 @@ def start(config: Config) -> Accelerator:
     find = tower_trains(config.lora_on)  # a row without pictures leaves the tower unused
     # accelerate's launcher tells its processes that there is no GPU, torch's leaves it to them; DeepSpeed wants one.
     on_cpu = by_torch(before) and not torch.accelerator.is_available() and before.get("ACCELERATE_USE_DEEPSPEED") != "true"
-    waits = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
+    waits = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout), init_method=f"{ATTEMPT}://")
     try:
         accelerator = Accelerator(
             cpu=on_cpu,

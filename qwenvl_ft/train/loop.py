@@ -458,6 +458,8 @@ def report_start(config: Config, run: Run, sizes: tuple[int, int], resume: Path 
         kind += " (this GPU has no bfloat16)"
     if config.quantization != "none":
         kind += f", attention and MLP in {config.quantization}"
+    if config.shard_base:
+        kind += ", the base shared out among them"
     print_line(f"{run.accelerator.num_processes} x {run.accelerator.device.type}, {kind}; {trains:,} of {total:,} parameters train "
                   f"({trains / total:.2%}); attention: {attention_of(run.bare)}")  # fmt: skip
     if resume:

@@ -39,12 +39,17 @@ def memory_for(run: Run, prepared: Prepared, row: int | None) -> Iterator[None]:
         raise UserError(problem) from error
 
 
+def what_lacks(error: torch.OutOfMemoryError) -> str:
+    """What torch says of it, without the advice for who writes programs that follows."""
+    return str(error).split(" Of the allocated memory")[0]
+
+
 def out_of_memory(
     error: torch.OutOfMemoryError, config: Config, where: str, what: str, keeps: bool, shares: bool = False
 ) -> Problem:
     """`what` did not fit. Nothing that is saved is lost, and resuming takes other memory settings, but no other rows. `keeps`
     activations that could be recomputed; `shares` beginnings, whose keys are gathered for each record."""
-    seen = str(error).split(" Of the allocated memory")[0]  # advice for who writes programs follows
+    seen = what_lacks(error)
     peak = torch.cuda.max_memory_allocated() / 2**30
     saved = checkpoints(config.output_dir)
     go_on = f"resume=true goes on from {saved[-1].name}" if saved else "start again: nothing is saved yet"

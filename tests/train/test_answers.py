@@ -78,7 +78,7 @@ def test_a_metric_that_says_nothing_of_the_questions_is_refused(metric, said, ju
 
 def test_processes_share_the_questions_and_ask_as_often_for_signals(judged, talk, monkeypatch):
     by_cer, said, gathered = judged("cer", talk(*(["How many?", str(number)] for number in range(5)))), [], []
-    monkeypatch.setattr(answers, "BATCH", 2)
+    monkeypatch.setattr(answers, "BATCH_SIZE", 2)
     monkeypatch.setattr(answers, "gather_object", lambda found: gathered.extend(found) or list(gathered))
     monkeypatch.setattr(Engine, "answer_many", lambda self, asked, most: [Answer("16", True) for _ in asked])
     bare = SimpleNamespace(get_base_model=SimpleNamespace, modules=list)

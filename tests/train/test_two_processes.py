@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import nullcontext
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,24 @@ def test_the_variables_that_torchrun_sets_are_enough(two, tmp_path, forks):
     codes, said = forks.train(tmp_path, fault=("tests.forked", "launched_by_torch"), **SETTINGS)
     assert codes == [0, 0] and "2 x cpu" in said, said[-3000:]
     assert same(adapter(two), adapter(tmp_path / "run"))
+
+
+def test_after_a_restart_the_addresses_of_those_that_are_gone_are_not_found(monkeypatch):
+    """torchrun that is told a --master_addr serves one store for all attempts: a process of the second looked for the other host's of the
+    first, broke, and in the end two waited for each other that were of different attempts."""
+    served = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(served.port), "RANK": "1", "WORLD_SIZE": "2"}
+    for name, value in (given | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+
+    def meet(attempt):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        url = f"{launching.ATTEMPT}://"
+        return next(torch.distributed.rendezvous(url, 1, 2, timeout=timedelta(seconds=10)))
+
+    store, rank, world = meet("0")
+    store.set("address", "of a process")
+    assert (rank, world) == (1, 2) and meet("0")[0].check(["address"]) and not meet("1")[0].check(["address"])
 
 
 def test_gradients_are_exchanged_once_a_step(monkeypatch, tmp_path):

@@ -69,15 +69,15 @@ def held(folder):
     return start
 
 
-@pytest.mark.parametrize("layers", [True, False])
-def test_each_process_holds_its_share_of_the_base_alone(layers, plain, tmp_path, forks):
+@pytest.mark.parametrize("recomputed", [True, False, "auto"])
+def test_each_process_holds_its_share_of_the_base_alone(recomputed, plain, tmp_path, forks):
     """Recomputed layers are gathered once more. From a checkpoint of one process, and with rows that are held out."""
     shutil.copytree(plain, tmp_path / "run")
     for path in [*(tmp_path / "run").glob("adapter_*"), tmp_path / "run" / "checkpoint-4"]:
         path.unlink() if path.is_file() else shutil.rmtree(path)
     codes, said = forks.train(tmp_path, fault=("tests.train.test_ways", "held", str(tmp_path)), **SETTINGS, shard_base=True,
-                              gradient_checkpointing=layers, resume=True)  # fmt: skip
-    assert codes == [0, 0], said[-3000:]
+                              gradient_checkpointing=recomputed, resume=True)  # fmt: skip
+    assert codes == [0, 0] and "2 x cpu, float32, the base shared out among them" in said, said[-3000:]
     assert distance(adapter(plain), adapter(tmp_path / "run")) < 1e-5
     for rank in range(2):
         assert [float(line) for line in (tmp_path / f"held-{rank}").read_text().split()] == [0.5, 0.5]
