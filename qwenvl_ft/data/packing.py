@@ -23,7 +23,7 @@ from qwenvl_ft.data.numbers import Indices, Ints, Numbers, Spool
 
 WINDOW = 2**18  # records that are packed together: more of them leave no fuller rows, and take more memory
 MOST_KEYS = 16  # to a token of a group: the keys of its beginning are gathered once for each record
-LEAST_SHARED = 64  # tokens: for fewer of them records are not kept together
+LEAST_SHARED = 64  # tokens: for fewer of them records are kept together only where they are half of the record
 
 
 class PackedRows(Sequence[list[int]]):
@@ -153,7 +153,7 @@ def grouped(lengths: Ints, back: Ints, shared: Ints, row_tokens: int) -> Groups:
     """Records that share their beginning, to be packed as one: the beginning once and the rest of each. Most groups hold one.
 
     Two records are parted where they share little, or less than half of what either shares with its other neighbour, and where a
-    row would be too short or see too many keys.
+    row would be too short or see too many keys. Little is less than LEAST_SHARED tokens that are not half of the later record.
     """
     together, begins = _together(back)
     shared = np.where(begins, 0, shared[together])
@@ -217,7 +217,7 @@ def _firsts(lengths: Ints, shared: Ints, row_tokens: int) -> Indices:
     shared = np.where(too_long | np.roll(too_long, 1), 0, shared)
     shared[0] = 0
     neighbours = np.maximum(np.append(shared[1:], 0), np.append(0, shared[:-1]))
-    firsts = np.flatnonzero((shared < LEAST_SHARED) | (2 * shared < neighbours))
+    firsts = np.flatnonzero((shared < LEAST_SHARED) & (2 * shared < lengths) | (2 * shared < neighbours))
     whole, ends = _tokens(lengths, shared, firsts), np.append(firsts[1:], len(lengths))
     cuts, too_large = [firsts], (whole > row_tokens) | (np.add.reduceat(lengths, firsts, dtype=np.int64) > MOST_KEYS * whole)
     for start, end in zip(firsts[too_large].tolist(), ends[too_large].tolist(), strict=True):
