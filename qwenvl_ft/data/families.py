@@ -93,13 +93,18 @@ def family_of(model_dir: Path) -> Family:
     raise UserError(Problem(str(model_dir / "config.json"), what, f"use a model of {', '.join(NAMES)}"))
 
 
+def shapes_of(model_dir: Path) -> dict[str, list[int]]:
+    """The shapes of a model's weights, by the modules that have them, as transformers 5 names these; of experts, whose weights may
+    have no module, by their own names. By the headers of its files: nothing where it has none."""
+    return {
+        module_of(of.key): of.shape
+        for path in weight_files(model_dir) for of in read_header(path)[1] if of.key.endswith(".weight") or EXPERTS in of.key
+    }  # fmt: skip
+
+
 def layers_of(model_dir: Path) -> dict[str, bool]:
-    """The modules of a model that have a weight, as transformers 5 names them, and whether it has the two axes of a linear layer's;
-    of experts, whose weights may have no module, those. By the headers of its files."""
-    stored = [
-        of for path in weight_files(model_dir) for of in read_header(path)[1] if of.key.endswith(".weight") or EXPERTS in of.key
-    ]
-    shapes = {module_of(of.key): of.shape for of in stored}
+    """The modules of a model that have a weight, see shapes_of, and whether it has the two axes of a linear layer's."""
+    shapes = shapes_of(model_dir)
     return {name: len(shape) == 2 and not name.endswith(TABLES) and EXPERTS not in name for name, shape in shapes.items()}
 
 

@@ -27,7 +27,7 @@ from qwenvl_ft.data.quantization import quantization_problems
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Video
 from qwenvl_ft.data.table import Scripts, TableWriter
-from qwenvl_ft.data.targets import find_layers, said_of
+from qwenvl_ft.data.targets import find_layers, num_trained, said_of
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import check_base
 from qwenvl_ft.folders.problems import check_adapter, check_model
@@ -35,6 +35,8 @@ from qwenvl_ft.folders.runs import check_output_dir
 
 MOST_OF_FREE = 0.25  # of the room on a disk that what is kept may take
 FEW_TOKENS = 16  # of a picture: 112 x 112 px where a token is 28 x 28
+# By a rule of thumb a weight of an adapter holds two bits, and a token that is taught once brings one.
+TOKENS_A_WEIGHT = 2
 FEW_STEPS = 20  # optimizer steps; LoRA has hardly left its zeros after fewer
 
 
@@ -122,7 +124,7 @@ class Prepared:
             "steps_per_epoch": steps.steps_per_epoch,
             "steps": len(steps),
             "checks": facts["checks"],
-            "notes": notes(len(self.plan.rows), len(steps), config) + self._shared(steps, config) + facts["notes"],
+            "notes": notes(len(self.plan.rows), len(steps), config) + self._shared(steps, config) + self._held(taught, config) + facts["notes"],
         }
 
     def features(self, config: Config) -> dict[str, Any]:
@@ -140,6 +142,15 @@ class Prepared:
         why = not_shared(config)
         shared = why and any((block >= LEAST_SHARED).any() for _, block in blocks(self.scripts.shared))
         return [f"records that share their beginning pay for it each: {why}"] if shared else []
+
+    def _held(self, taught: int, config: Config) -> list[str]:
+        """A note, where more is taught than an adapter of this rank holds."""
+        weights = num_trained(config)
+        if not weights or taught <= TOKENS_A_WEIGHT * weights:
+            return []
+        rule = f"about {TOKENS_A_WEIGHT} of them a weight, by a rule of thumb"
+        held = f"{taught:,} taught tokens may be more than the adapter's {weights:,} weights hold, {rule}"
+        return [f"{held}: raise lora_rank from {config.lora_rank}, if the loss stays high"]
 
     def _used(self) -> tuple[int, int]:
         """How many records have a script in a row, and how many tokens those teach. Scripts of one record stand together."""

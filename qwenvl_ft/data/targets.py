@@ -5,12 +5,13 @@ Read from the headers of the base's files, so that what matches nothing is said 
 
 import re
 from collections.abc import Collection
+from math import prod
 from typing import Any
 
 from qwenvl_ft.config import Config
-from qwenvl_ft.data.families import family_of, layers_of
+from qwenvl_ft.data.families import family_of, layers_of, shapes_of
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.values import Tower
+from qwenvl_ft.values import Own, Tower
 
 MERGERS = r"model\.visual\.(?:merger|deepstack_merger_list\.\d+)"
 EXPERTS = r"layers\.\d+\.mlp\.experts\."
@@ -72,6 +73,20 @@ def _short(name: str) -> str:
     """The end of a module's name that tells it from others: with the module before it, but for a number."""
     *_, before, last = name.split(".")
     return last if before.isdigit() else f"{before}.{last}"
+
+
+def num_trained(config: Config) -> int:
+    """How many weights train, but for DoRA's lengths and biases, and of experts that are stored one by one a few more; 0 where the
+    base's files are not here, whose headers tell it."""
+    shapes, family, named, num = shapes_of(config.model), family_of(config.model), find_layers(config), 0
+    for tower in config.lora_on:
+        own = config.own.get(tower, Own())
+        inside = INSIDE[tower] if named or own.full or tower == "experts" else getattr(family, tower)
+        for name in named or shapes:
+            if re.fullmatch(inside, name):
+                *experts, rows, columns = shapes[name] if len(shapes[name]) > 1 else (1, *shapes[name])
+                num += prod(experts) * (rows * columns if own.full else (own.rank or config.lora_rank) * (rows + columns))
+    return num
 
 
 def said_of(config: Config) -> list[str]:

@@ -198,6 +198,16 @@ def test_a_run_of_a_few_steps_is_noted_in_the_plan(run):
     assert json.loads(run(*PLAN, "max_steps=20", "--json")[1])["notes"] == []
 
 
+def test_more_taught_tokens_than_the_rank_holds_are_noted_in_the_plan(run):
+    on_q = [*PLAN, "lora_rank=1", "lora_alpha=1", "--json"]  # 4 layers of 192 x 192: 1,536 weights for each kind of layer
+    (note,) = json.loads(run(*on_q, "lora_targets=[q_proj,k_proj]")[1])["notes"]
+    assert note == (
+        "10,586 taught tokens may be more than the adapter's 3,072 weights hold, about 2 of them a weight, by a rule of thumb: "
+        "raise lora_rank from 1, if the loss stays high"
+    )
+    assert json.loads(run(*on_q, "lora_targets=[q_proj,k_proj,v_proj,o_proj]")[1])["notes"] == []
+
+
 def test_plan_notes_an_attention_that_is_not_installed_here(run):
     """Not a problem: a plan may be made on another machine than the training."""
     code, out, _ = run(*PLAN, "attn_implementation=flash_attention_2", "--json")

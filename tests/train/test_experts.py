@@ -9,13 +9,14 @@ from transformers import AutoModelForImageTextToText
 
 from qwenvl_ft.data.families import family_of
 from qwenvl_ft.data.meta_file import read_records
+from qwenvl_ft.data.targets import num_trained
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.export.merge import export
 from qwenvl_ft.folders.adapter import read_header
 from qwenvl_ft.hub.doctor import examine
 from qwenvl_ft.infer.engine import Engine
 from tests.conftest import SAMPLE
-from tests.runs import metrics, run, same
+from tests.runs import config, metrics, run, same
 from tests.tiny import make_family
 from tests.train.test_alike import another
 from tests.train.test_tuning import loaded, merges_as_pefts
@@ -44,6 +45,8 @@ def test_experts_train_with_a_rank_and_a_rate_of_their_own_and_go_on_to_the_same
     folder, tensors = trained
     names = [name for name in tensors if ".experts." in name]
     assert names and all(tensors[name].any() for name in tensors), "a B that stayed zero learnt nothing"
+    counted, trained_here = num_trained(config(folder, model=mixture, **SETTINGS)), sum(of.numel() for of in tensors.values())
+    assert counted == trained_here or ("3_5" in mixture.name and trained_here < counted < 1.3 * trained_here), "stored one by one"
     assert {tensors[name].shape[0] for name in names if "lora_A" in name} == {2 * 3}, "rank 2 for each of 3 experts"
     for line in metrics(folder / "run"):
         assert line["learning_rate_experts"] == pytest.approx(2 * line["learning_rate"])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qwenvl_ft.data.families import family_of
-from qwenvl_ft.data.targets import find_layers, tower_of
+from qwenvl_ft.data.targets import find_layers, num_trained, tower_of
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.export.merge import export
 from qwenvl_ft.model.load import trainable
@@ -72,6 +72,7 @@ def test_each_tower_has_its_own_rank_and_alpha_and_peft_reads_them(towers, tmp_p
     assert {tower_of(name) for name in layers} == TOWERS.keys()
     for name, layer in layers.items():
         assert (layer.r["default"], layer.scaling["default"]) == scales[tower_of(name)], name
+    assert num_trained(config(towers.parent, lora_on=TOWERS)) == sum(tensor.numel() for tensor in adapter(towers).values())
     merges_as_pefts(towers, tmp_path / "merged")
 
 
