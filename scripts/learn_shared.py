@@ -23,7 +23,6 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-IMAGES = ["--data-dir", "data/sample/images"]
 
 
 def run(*command: str) -> str:
@@ -77,14 +76,21 @@ def planned(settings: list[str]) -> dict:
     return json.loads(run("qwenvl-ft", "plan", "--config", "configs/demo.yaml", "--json", *settings))
 
 
-def trained(out: Path, settings: list[str]) -> tuple[float, float, float, int]:
+def trained(
+    out: Path, settings: list[str], config: Path = ROOT / "configs/demo.yaml", limit: int | None = None
+) -> tuple[float, float, float, int]:
     """Held-out loss, exact accuracy, CPU seconds of training, and how many questions were asked."""
     before = getrusage(RUSAGE_CHILDREN)
-    run("python", "train.py", "--config", "configs/demo.yaml", f"output_dir={out}", *settings)
+    run("python", "train.py", "--config", str(config), f"output_dir={out}", *settings)
     after = getrusage(RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     losses = json.loads((out / "all_results.json").read_text())["eval_losses"]
-    scores = json.loads(run("qwenvl-ft", "eval", "data/tiny", "data/sample/eval.json", *IMAGES, "--json", "--adapter", str(out)))
+    held_out = YAML(typ="safe").load((out / "config.yaml").read_text())
+    asked = ["--data-dir", held_out["eval_data_dir"] or held_out["train_data_dir"], "--config", str(out / "config.yaml")]
+    asked += ["--limit", str(limit)] if limit else []
+    scores = json.loads(
+        run("qwenvl-ft", "eval", held_out["model"], held_out["eval_meta_file"], *asked, "--json", "--adapter", str(out))
+    )
     return list(losses.values())[-1], scores["exact_accuracy"], seconds, scores["questions"]
 
 
