@@ -75,7 +75,7 @@ def main() -> None:
         for key, _, values in (setting.partition("=") for setting in given.settings if "|" in setting):
             for value in values.split("|"):
                 changed = [] if YAML(typ="safe").load(value) == base.get(key) else [f"{key}={value}"]
-                if (now := tuple([*alike, *changed])) not in runs:
+                if (now := (*alike, *changed)) not in runs:
                     out = Path(folder, str(len(runs)))
                     runs[now] = [
                         trained(Path(f"{out}-{seed}"), [*now, f"seed={seed}"], given.config, given.limit) for seed in given.seeds
