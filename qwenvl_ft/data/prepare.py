@@ -124,7 +124,10 @@ class Prepared:
             "steps_per_epoch": steps.steps_per_epoch,
             "steps": len(steps),
             "checks": facts["checks"],
-            "notes": notes(len(self.plan.rows), len(steps), config) + self._shared(steps, config) + self._held(taught, config) + facts["notes"],
+            "notes": notes(len(self.plan.rows), len(steps), config)
+            + self._shared(steps, config)
+            + self._held(taught, config)
+            + facts["notes"],
         }
 
     def features(self, config: Config) -> dict[str, Any]:

@@ -62,8 +62,9 @@ def read_beginnings(
     cache = model(**begun, **media, use_cache=True, logits_to_keep=1).past_key_values
     number_of = {place: number for number, of in enumerate(found) for place in of.places}
     rests = _aligned([_part(text, slice(found[number_of[place]].tokens, None)) for place, text in enumerate(texts)], pad, device)
-    rows_B = torch.tensor([number_of[place] for place in range(len(scripts))], device=device)
-    cache.batch_select_indices(rows_B)
+    rows_B = torch.tensor([number_of[place] for place in range(len(scripts))])
+    cache.batch_select_indices(rows_B)  # from the CPU, as its layers may lie on several devices
+    rows_B = rows_B.to(device)
     return {name: torch.cat([begun[name].index_select(-2, rows_B), rests[name]], -1) for name in begun} | {"past_key_values": cache}
 
 

@@ -65,7 +65,7 @@ class Engine:
         max_pixels: int | None = None, thinking: Thinking | None = None, video_max_pixels: int | None = None,
         quantization: Quantization = "none",
     ) -> "Engine":  # fmt: skip
-        """Loads model and adapter, onto the GPU if there is one. Pictures and videos are seen within the limits of the adapter's
+        """Loads model and adapter, onto the GPU if there is one, onto several where one is too small. Pictures and videos are seen within the limits of the adapter's
         own processor, which are training's, else of the model's, and prompts end as training's did; the bounds and `thinking`
         replace that. `quantization` holds the model's layers as training with that setting does. Raises UserError for what is wrong
         with either folder.
@@ -77,6 +77,7 @@ class Engine:
         from transformers import GenerationConfig
 
         from qwenvl_ft.model.load import add_adapter, limited, load_base, open_processor
+        from qwenvl_ft.model.spread import onto
 
         processor = limited(open_processor(model_dir, adapter), chat)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,7 +87,7 @@ class Engine:
         model.generation_config = GenerationConfig(**read_decoding(model_dir, chat.tokenizer).settings())
         if adapter:
             model = add_adapter(model, adapter, "default", model_dir)
-        return cls((model if quantized else model.to(device)).eval(), processor, chat, blank,
+        return cls((model if quantized else onto(model, device)).eval(), processor, chat, blank,
                    reading=reading_of(processor_folder(model_dir, adapter)))  # fmt: skip
 
     def limits(self, kind: str) -> Limits:
@@ -259,8 +260,10 @@ def open_adapter(beside: Engine, model_dir: Path, folder: Path, slot: str, min_p
                  video_max_pixels: int | None = None) -> Engine:  # fmt: skip
     """One more adapter on the weights of an engine, as `slot`; the model is wrapped where it was the first. Raises UserError."""
     from qwenvl_ft.model.load import add_adapter, limited, open_processor
+    from qwenvl_ft.model.spread import is_spread
 
-    model = add_adapter(beside.model, folder, slot, model_dir).to(beside.model.device).eval()
+    model = add_adapter(beside.model, folder, slot, model_dir).eval()  # PEFT puts it where the weights lie that it is added to
+    model = model if is_spread(model) else model.to(beside.model.device)
     chat = open_chat(model_dir, min_pixels, max_pixels, thinking, video_max_pixels, folder)
     processor, reading = limited(open_processor(model_dir, folder), chat), reading_of(processor_folder(model_dir, folder))
     return replace(beside, model=model, processor=processor, chat=chat, adapter=slot, reading=reading)

@@ -180,7 +180,10 @@ def test_a_group_is_cut_where_a_row_ends_and_where_little_is_shared():
 def test_what_shares_nothing_is_packed_as_ever():
     lengths = LENGTHS[9]
     assert pack(lengths, 1000, alike=Alike([0] * len(lengths), [0] * len(lengths))) == pack(lengths, 1000)
-    assert pack(lengths, 1000, alike=Alike([1] * len(lengths), [min(63, (length - 1) // 2) for length in lengths])).rows.shares is False
+    assert (
+        pack(lengths, 1000, alike=Alike([1] * len(lengths), [min(63, (length - 1) // 2) for length in lengths])).rows.shares
+        is False
+    )
 
 
 def test_a_group_has_no_more_keys_than_a_few_for_each_of_its_tokens():
