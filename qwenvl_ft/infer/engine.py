@@ -65,10 +65,10 @@ class Engine:
         max_pixels: int | None = None, thinking: Thinking | None = None, video_max_pixels: int | None = None,
         quantization: Quantization = "none",
     ) -> "Engine":  # fmt: skip
-        """Loads model and adapter, onto the GPU if there is one, onto several where one is too small. Pictures and videos are seen within the limits of the adapter's
-        own processor, which are training's, else of the model's, and prompts end as training's did; the bounds and `thinking`
-        replace that. `quantization` holds the model's layers as training with that setting does. Raises UserError for what is wrong
-        with either folder.
+        """Loads model and adapter, onto the GPU if there is one, onto several where one is too small. Pictures and videos are seen
+        within the limits of the adapter's own processor, which are training's, else of the model's, and prompts end as training's
+        did; the bounds and `thinking` replace that. `quantization` holds the model's layers as training with that setting does.
+        Raises UserError for what is wrong with either folder.
         """
         model_dir, adapter = Path(model_dir), Path(adapter) if adapter else None
         check_folders(model_dir, [adapter] if adapter else [])

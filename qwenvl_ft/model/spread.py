@@ -1,4 +1,7 @@
-"""A model that answers, on the GPU; one that is larger than that, its layers over all GPUs that are here. Not run on several yet."""
+"""A model that answers, on the GPU; one that is larger than that, its layers over all GPUs that are here.
+
+It has not been run on several GPUs yet.
+"""
 
 from typing import Any
 
