@@ -221,7 +221,9 @@ def read_figures(results: Path) -> dict[str, Any]:
     failed = [text for sample in samples for text in [str(sample.get("resps", sample["filtered_resps"]))] if FAILED in text]
     if failed:
         what = f"{len(failed):,} of {len(samples):,} requests failed, so its figures are none: {failed[0]}"
-        fix = "mend that; `qwenvl-ft serve` has options for what a request may cost: start it, and give its address for the model"
+        fix = (
+            "mend that; where a request costs more than is let in, start `qwenvl-ft serve` with other bounds, and give its address"
+        )
         raise UserError(Problem(str(results), what, fix))
     empty = sum(not "".join(sample["filtered_resps"]).strip() for sample in samples)  # a text, or a list of texts
     rows = [_row(task, metric, values, counts.get(task)) for task, values in found["results"].items() for metric in values
