@@ -25,7 +25,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.evaluate.hosted import Busy, Stopped, open_hosted, read_address
 from qwenvl_ft.evaluate.table import range_shown
 
-# Of 0.7.3; it does not say itself that it does not run with a newer filelock.
+# Its own pins let a filelock of 4 in, with which 0.7.3 runs no task: it imports what is private there.
 INSTALL = "python -m venv ENV && ENV/bin/pip install lmms-eval==0.7.3 'filelock<4'"
 FAILED = "[LMMS_EVAL_REQUEST_FAILED"  # begins what stands in an answer's place
 OTHERWISE_ASKED = ("o1", "o3", "o4", "gpt-5")  # names with these in them
@@ -135,17 +135,8 @@ def run_suite(
     arguments = f"model={served.model},base_url={served.url},num_concurrent={num_concurrent}"
     arguments += ",httpx_trust_env=False" * served.own  # no proxy leads to this machine
     command = [
-        program,
-        "--model",
-        "openai",
-        "--model_args",
-        arguments,
-        "--tasks",
-        tasks,
-        "--output_path",
-        str(out),
-        "--log_samples",
-    ]
+        program, "--model", "openai", "--model_args", arguments, "--tasks", tasks, "--output_path", str(out), "--log_samples",
+    ]  # fmt: skip
     command += ["--include_path", str(include_path)] if include_path else []
     command += ["--limit", str(limit)] if limit else []
     log, before = out / "lmms-eval.log", set(out.rglob("*_results.json"))
@@ -159,7 +150,8 @@ def run_suite(
     results = [path for path in out.rglob("*_results.json") if path not in before]
     if status or len(results) != 1:
         what = f"failed (exit status {status}, {len(results)} files of results): {_tail(log)}"
-        raise UserError(Problem(f"lmms-eval {tasks}", what, f"mend that; all that it said is in {log}"))
+        fix = f"mend that; it is known to run by {INSTALL}; all that it said is in {log}"
+        raise UserError(Problem(f"lmms-eval {tasks}", what, fix))
     return read_figures(results[0])
 
 
