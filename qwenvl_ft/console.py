@@ -43,6 +43,12 @@ def print_note(text: str) -> None:
     error_console.print(Text(text, "yellow"), soft_wrap=True)
 
 
+def pass_on(text: str) -> None:
+    """What another program says, as it is, on standard error."""
+    error_console.file.write(_writable(text))
+    error_console.file.flush()
+
+
 def print_drawing(drawing: Drawing) -> None:
     """A table or a panel on standard output."""
     console.print(drawing)

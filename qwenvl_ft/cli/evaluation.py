@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from qwenvl_ft.cli.options import (
+    META,
     Adapter,
     BoxesOption,
     ChatSettings,
@@ -19,7 +21,6 @@ from qwenvl_ft.cli.options import (
     MaxPixels,
     Meta,
     MinPixels,
-    ModelArgument,
     SettingsOf,
     ThinkingOption,
     local_meta,
@@ -27,7 +28,17 @@ from qwenvl_ft.cli.options import (
     read_chat_settings,
     read_reading,
 )
-from qwenvl_ft.console import counting, draw_counts, draw_files, draw_table, print_drawing, print_json, print_line, print_note
+from qwenvl_ft.console import (
+    counting,
+    draw_counts,
+    draw_files,
+    draw_table,
+    pass_on,
+    print_drawing,
+    print_json,
+    print_line,
+    print_note,
+)
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.values import BATCH_SIZE, MAX_NEW_TOKENS
@@ -50,6 +61,9 @@ Seed = Annotated[int, typer.Option(help="Of that chance, and of the pictures and
 Blank = Annotated[bool, typer.Option("--blank", help="Ask over white pictures, too: what is still right was not seen.")]
 Shuffled = Annotated[bool, typer.Option("--shuffled", help="Ask over pictures of other records, too: the answer must change.")]
 NoPictures = Annotated[bool, typer.Option("--no-pictures", help="Ask without the pictures, too.")]
+OF_SERVE = ("config", "min_pixels", "max_pixels", "thinking")  # what `eval --suite` hands on
+OF_QUESTIONS = {"meta", "data_dir", "boxes", "max_new_tokens", "metric", "seed", "blank", "shuffled", "no_pictures", "fetch_media"}
+OF_SUITE = {"include_path", "lmms_eval"}
 
 
 class Asked(NamedTuple):
@@ -100,15 +114,17 @@ class Asked(NamedTuple):
 
 
 def evaluate(
-    model: ModelArgument,
-    meta: Meta,
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="The model's folder; with --suite also http://HOST:PORT/v1#MODEL.")],
+    meta: Annotated[Path | None, META] = None,
     data_dir: DataDir = None,
     adapter: Adapter = None,
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
-            help="Where every prediction goes; default predictions-META.jsonl beside the adapter, without one -META-MODEL here.",
+            help="Where every prediction goes; default predictions-META.jsonl beside the adapter, without one -META-MODEL here. "
+            "With --suite a folder; default suite-TASK-MODEL here.",
         ),
     ] = None,
     config: SettingsOf = None,
@@ -125,6 +141,19 @@ def evaluate(
     shuffled: Shuffled = False,
     no_pictures: NoPictures = False,
     fetch_media: FetchMedia = False,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,...", help="In place of a meta-file, tasks of lmms-eval, which is installed apart (docs/ask.md)."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="With --suite: a folder with tasks of yours.")
+    ] = None,
+    lmms_eval: Annotated[
+        str,
+        typer.Option(envvar="LMMS_EVAL", metavar="COMMAND", help="With --suite: where lmms-eval is, such as ENV/bin/lmms-eval."),
+    ] = "lmms-eval",
     as_json: Json = False,
 ) -> None:
     """Ask every question of a meta-file and score the answers, each score with its 95 % interval, beside what is right without
@@ -134,8 +163,18 @@ def evaluate(
     turn is a question, the turns before it as they stand in the record. An empty answer is wrong. To compare a base with an adapter
     at equal pixels: --config ADAPTER/config.yaml.
 
+    --suite serves the model and lets lmms-eval ask it the questions of its tasks, --batch-size at a time, the first --limit of each
+    task. Its interval is 1.96 of its own standard errors on either side.
+
     Example: qwenvl-ft eval data/tiny data/sample/eval.json --data-dir data/sample/images --adapter runs/demo
     """
+    _refuse(context, OF_QUESTIONS if suite else OF_SUITE, "with --suite its tasks say that" if suite else "is for --suite")
+    if suite:
+        settings = [f"--{key.replace('_', '-')}={value}" for key in OF_SERVE if (value := context.params[key])]
+        _evaluate_suite(model, adapter, settings, suite, lmms_eval, include_path, out, batch_size, limit, as_json)
+        return
+    if not meta:
+        raise typer.BadParameter("give the file of questions, or --suite", param_hint="META")
     from qwenvl_ft.data.geometry import reading_of
     from qwenvl_ft.evaluate.card import CARD, SCORES, write_card
     from qwenvl_ft.evaluate.metrics import metric_named
@@ -147,20 +186,21 @@ def evaluate(
 
     for name in metric or []:
         metric_named(name)
-    check_folders(model, [adapter] if adapter else [])
+    folder = Path(model)
+    check_folders(folder, [adapter] if adapter else [])
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
-    reading = read_reading(config, fetch_media, own=reading_of(processor_folder(model, adapter)), boxes=boxes)
+    reading = read_reading(config, fetch_media, own=reading_of(processor_folder(folder, adapter)), boxes=boxes)
     records, facts = _records(meta, data_dir, reading)
-    of = f"{_file_name(meta.stem)}{'' if adapter else f'-{model.resolve().name}'}"
+    of = f"{_file_name(meta.stem)}{'' if adapter else f'-{folder.resolve().name}'}"
     target = out or (adapter or Path()) / f"predictions-{of}.jsonl"
     asked = Asked(records, _controls(blank, shuffled, no_pictures), limit, seed, batch_size, max_new_tokens)
-    name = f"{model}{f'+{adapter}' if adapter else ''}"
-    column, limits = asked.of_folder(name, model, adapter, chat_settings, reading, partial(_beside, target))
+    name = f"{folder}{f'+{adapter}' if adapter else ''}"
+    column, limits = asked.of_folder(name, folder, adapter, chat_settings, reading, partial(_beside, target))
     scores = score(column.predictions) | limits | {"predictions": str(target)}
     table = tabulate([column], metric or [], seed)
     if adapter and not out:
         write_json(adapter / SCORES.format(of), {"meta": meta.name, "table": table})
-        if not write_card(adapter, model):
+        if not write_card(adapter, folder):
             print_note(f"{adapter / CARD} was changed by hand: it is left as it is")
     if as_json:
         print_json(scores | {"table": table})
@@ -168,6 +208,47 @@ def evaluate(
     shown = [(name.replace("_", " "), f"{value:,}") for name, value in scores.items() if isinstance(value, int)]
     print_drawing(draw_counts(f"{name} on {meta}", [*facts, *shown, ("predictions", str(target))]))
     _print(table)
+
+
+def _refuse(context: typer.Context, names: Collection[str], what: str) -> None:
+    """Raises BadParameter where one of these parameters was given."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source and source.name == "COMMANDLINE":
+            raise typer.BadParameter(what, param_hint=parameter.opts[0])
+
+
+def _evaluate_suite(
+    model: str, adapter: Path | None, settings: list[str], tasks: str, program: str, include_path: Path | None, out: Path | None,
+    num_concurrent: int, limit: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """`eval --suite`; `settings` are arguments of `serve`."""
+    from qwenvl_ft.evaluate.hosted import is_hosted
+    from qwenvl_ft.evaluate.suite import OTHERWISE_ASKED, check_served, find_program, run_suite, serving, suite_table
+    from qwenvl_ft.infer.engine import check_folders
+
+    path = find_program(program)
+    name = re.sub(r"//[^/@]*@", "//", f"{model}{f'+{adapter}' if adapter else ''}")
+    elsewhere = None
+    if is_hosted(model):
+        if adapter or settings:
+            raise typer.BadParameter("the server there has its own adapters, pixels and thoughts", param_hint="MODEL")
+        elsewhere = check_served(model)
+        if any(word in elsewhere.model for word in OTHERWISE_ASKED):
+            print_note(f"lmms-eval takes {elsewhere.model} for one of OpenAI's by its name, and asks it without a temperature")
+    else:
+        check_folders(Path(model), [adapter] if adapter else [])
+    target = out or Path(f"suite-{_file_name(tasks)}-{_file_name(name)}")
+    target.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        served = elsewhere or stack.enter_context(serving(Path(model), adapter, num_concurrent, settings, target / "serve.log"))
+        figures = run_suite(path, tasks, served, target, include_path, limit, num_concurrent, pass_on)
+    if as_json:
+        print_json({"model": name, "suite": tasks} | figures)
+        return
+    counts = [("answers", f"{figures['answers']:,}"), ("empty answers", f"{figures['empty_answers']:,}")]
+    print_drawing(draw_counts(f"{name} on {tasks}", [*counts, ("results", figures["results"])]))
+    print_drawing(draw_table(*suite_table(figures)))
 
 
 def compare(

@@ -17,12 +17,10 @@ from qwenvl_ft.folders.adapter import quantization_of
 from qwenvl_ft.folders.objects import address_of
 from qwenvl_ft.values import FOUR_TOKENS, Form, Part
 
-Meta = Annotated[
-    Path,
-    typer.Argument(
-        help="JSON, JSON lines, CSV, parquet, Arrow, a WebDataset tar; a folder or a 'pattern*'; s3://, oss://, https://, hf:."
-    ),
-]
+META = typer.Argument(
+    help="JSON, JSON lines, CSV, parquet, Arrow, a WebDataset tar; a folder or a 'pattern*'; s3://, oss://, https://, hf:."
+)
+Meta = Annotated[Path, META]
 DataDir = Annotated[
     Path | None,
     typer.Option("--data-dir", help="Where file names are looked up: the meta-file's folder, unless it is given."),

@@ -144,7 +144,8 @@ def replies_of(hosted: Hosted, concurrency: int, max_new_tokens: int) -> Replies
 # ---- OpenAI ----
 
 
-def _openai(spec: str) -> Hosted:
+def read_address(spec: str) -> tuple[str, str, str | None]:
+    """The URL of an address, its key, which may be empty, and the model's name where there is one. Raises UserError."""
     match = re.fullmatch(r"(https?://)(?:([^/@]*)@)?([^@#]+?)/?(?:#(.+))?", spec)
     if not match:
         raise UserError(Problem("a model's address", "cannot be read", "write http://HOST/v1#MODEL"))
@@ -153,11 +154,15 @@ def _openai(spec: str) -> Hosted:
     if variable and variable not in os.environ:
         what = "names before @ no variable of the environment"  # which may be the key itself: it is not shown
         raise UserError(Problem(url, what, "export the key as a variable, and write the variable's name before @"))
+    return url, os.environ[variable] if variable else "", model
+
+
+def _openai(spec: str) -> Hosted:
+    url, key, model = read_address(spec)
     try:
         import openai
     except ImportError as error:
         raise UserError(Problem(url, "needs the package openai", NEEDS)) from error
-    key = os.environ[variable] if variable else ""
     client = openai.OpenAI(base_url=url, api_key=key or "none", max_retries=0, timeout=ANSWER_WITHIN_S)
 
     if model is None:

@@ -175,10 +175,14 @@ def forms_of(asked: Sequence[str]) -> list[str]:
 
 def shown(cell: dict[str, Any], metric: Metric) -> str:
     """A value and its interval."""
+    return range_shown(cell, metric.is_share)
+
+
+def range_shown(cell: dict[str, Any], is_share: bool) -> str:
+    """A value and its interval, in percent or as they are."""
     if cell["value"] is None:
         return "-"
-
-    scale, digits, unit = (100, 1, "%") if metric.is_share else (1, 3, "")
+    scale, digits, unit = (100, 1, "%") if is_share else (1, 3, "")
     value, low, high = (None if of is None else f"{of * scale:.{digits}f}" for of in (cell["value"], cell["low"], cell["high"]))
     return f"{value}{unit} ({f'{low} to {high}' if low else 'no interval'})"
 
