@@ -36,7 +36,7 @@ TOPICS = [
     "download",
     "pai",
 ]  # in the order in which their commands run, after those of README
-RECIPES = ["recipes/charts"]
+RECIPES = ["recipes/charts", "recipes/documents", "recipes/boxes", "recipes/films"]
 PAGES = {  # of each language
     "en": {"README": "README.md", **{topic: f"docs/{topic}.md" for topic in TOPICS + RECIPES}},
     "zh": {"README": "README_zh.md", **{topic: f"docs/zh/{topic}.md" for topic in TOPICS + RECIPES}},
