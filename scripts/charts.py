@@ -52,7 +52,7 @@ def _even(cells: int) -> int:
 
 
 @cache
-def _letter(letter: str, scale: int) -> Image.Image:
+def letter_mask(letter: str, scale: int) -> Image.Image:
     """A letter as a mask, of Pillow's bitmap font of 6 x 11 px, enlarged."""
     mask = Image.new("L", (6, 11))
     ImageDraw.Draw(mask).text((0, 0), letter, fill=255, font=ImageFont.load_default_imagefont())
@@ -75,12 +75,12 @@ def draw_chart(
     picture = Image.new("RGB", (style.width, height), PAPER_COLORS[style.paper_color])
     pen = ImageDraw.Draw(picture)
     for number, letter in enumerate(title):
-        picture.paste("#777777", (1 + 6 * number, 7), _letter(letter, 1))
+        picture.paste("#777777", (1 + 6 * number, 7), letter_mask(letter, 1))
     largest = max(values.values())
 
     def write(text: str, column: int, row: int) -> None:
         for number, letter in enumerate(text):
-            picture.paste("#000000", ((column + number) * CELL + 1, row * UNIT + 3), _letter(letter, 2))
+            picture.paste("#000000", ((column + number) * CELL + 1, row * UNIT + 3), letter_mask(letter, 2))
         on_text((text, column, row))
 
     def bar(left: int, top: int, right: int, bottom: int) -> None:

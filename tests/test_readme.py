@@ -36,10 +36,12 @@ TOPICS = [
     "download",
     "pai",
 ]  # in the order in which their commands run, after those of README
+RECIPES = ["recipes/charts", "recipes/documents", "recipes/boxes", "recipes/films"]
 PAGES = {  # of each language
-    "en": {"README": "README.md", **{topic: f"docs/{topic}.md" for topic in TOPICS}},
-    "zh": {"README": "README_zh.md", **{topic: f"docs/zh/{topic}.md" for topic in TOPICS}},
+    "en": {"README": "README.md", **{topic: f"docs/{topic}.md" for topic in TOPICS + RECIPES}},
+    "zh": {"README": "README_zh.md", **{topic: f"docs/zh/{topic}.md" for topic in TOPICS + RECIPES}},
 }
+ELSEWHERE = {"pai": "tests/cloud/test_pai.py", **dict.fromkeys(RECIPES, "tests/test_recipes.py")}  # who runs their commands
 CORE = ["qwenvl_ft/train/loop.py", "qwenvl_ft/data/rows.py", "qwenvl_ft/export/merge.py"]  # a click from the README each
 BASE = Path("models/Qwen2-VL-7B-Instruct")
 CHART = SAMPLE / "images" / "two_col_2954.png"
@@ -88,7 +90,7 @@ def checkout(tmp_path_factory):
     write_film(folder / "film.mp4", 336, 252)
     (folder / "questions.jsonl").write_text(blocks("docs/ask.md", "json")[0].splitlines()[0] + "\n")
     with contextlib.chdir(folder):
-        pages = {topic: page for topic, page in PAGES["en"].items() if topic != "pai"}  # which tests/cloud/test_pai.py runs
+        pages = {topic: page for topic, page in PAGES["en"].items() if topic not in ELSEWHERE}
         ran = {topic: [name for name in map(run, commands(page)) if name] for topic, page in pages.items()}
     assert ran == {
         "README": ["download", "cp", "validate-meta", "show", "plan", "train", "eval", "export", "ask"],

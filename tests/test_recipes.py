@@ -1,0 +1,58 @@
+"""The commands of docs/recipes are run as they stand, in a folder like the checkout; only the numbers of records and of steps are cut."""
+
+import contextlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwenvl_ft.cli.main import main
+from tests.conftest import ROOT, TINY
+from tests.test_readme import BASE, PAGES, RECIPES, commands, text_of
+
+# What is appended to a command so that it costs a second.
+FEWER = {
+    "make_recipe_data.py": ["--records", "8"],
+    "train": ["max_steps=1", "rows_per_step=1", "row_tokens=700"],
+    "eval": ["--limit", "2", "--max-new-tokens", "8"],
+}
+
+
+def run(command: str) -> str:
+    """Runs a command in the current folder; returns its name. The 7B of the forecasts is the tiny base here."""
+    words = shlex.split(command)
+    if words[0] == "python":
+        named = Path(words[1]).name
+        subprocess.run([sys.executable, *words[1:], *FEWER[named]], check=True)
+        return named
+    words = ["qwenvl-ft", *words] if words[0] == "validate-meta" else words
+    assert words[0] == "qwenvl-ft", command
+    try:
+        main([*words[1:], *FEWER.get(words[1], [])])
+    except SystemExit as done:
+        assert done.code in (0, None), command
+    return words[1]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_runs_from_data_to_a_merged_model(recipe, tmp_path):
+    page = PAGES["en"][recipe]
+    for name in ("data/sample", "data/tiny", "configs", "scripts"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / BASE).parent.mkdir()
+    (tmp_path / BASE).symlink_to(TINY)
+    with contextlib.chdir(tmp_path):
+        ran = [run(command) for command in commands(page)]
+        made = [] if recipe == "recipes/charts" else ["make_recipe_data.py"]
+        assert ran == [*made, "validate-meta", "plan", "eval", "train", "eval", "export", "ask", "plan"]
+        named = re.findall(r"`((?:data|runs)/[\w./-]+)`", text_of(page))
+        assert named and [name for name in named if not Path(name).exists()] == []
+
+
+@pytest.mark.parametrize("page", [PAGES[language][recipe] for language in PAGES for recipe in RECIPES])
+def test_a_recipe_is_a_page(page):
+    assert len(text_of(page).splitlines()) <= 60
