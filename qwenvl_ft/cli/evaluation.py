@@ -25,6 +25,7 @@ from qwenvl_ft.cli.options import (
     ThinkingOption,
     local_meta,
     note_quantized,
+    own_reading,
     read_chat_settings,
     read_reading,
 )
@@ -175,12 +176,10 @@ def evaluate(
         return
     if not meta:
         raise typer.BadParameter("give the file of questions, or --suite", param_hint="META")
-    from qwenvl_ft.data.geometry import reading_of
     from qwenvl_ft.evaluate.card import CARD, SCORES, write_card
     from qwenvl_ft.evaluate.metrics import metric_named
     from qwenvl_ft.evaluate.scoring import score
     from qwenvl_ft.evaluate.table import tabulate
-    from qwenvl_ft.folders.runs import processor_folder
     from qwenvl_ft.folders.whole import write_json
     from qwenvl_ft.infer.engine import check_folders
 
@@ -189,7 +188,7 @@ def evaluate(
     folder = Path(model)
     check_folders(folder, [adapter] if adapter else [])
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
-    reading = read_reading(config, fetch_media, own=reading_of(processor_folder(folder, adapter)), boxes=boxes)
+    reading = read_reading(config, fetch_media, own=own_reading([(folder, adapter)]), boxes=boxes)
     records, facts = _records(meta, data_dir, reading)
     of = f"{_file_name(meta.stem)}{'' if adapter else f'-{folder.resolve().name}'}"
     target = out or (adapter or Path()) / f"predictions-{of}.jsonl"
@@ -284,11 +283,9 @@ def compare(
 
     Example: qwenvl-ft compare data/tiny data/tiny+runs/demo data/sample/eval.json --data-dir data/sample/images --blank
     """
-    from qwenvl_ft.data.geometry import reading_of
     from qwenvl_ft.evaluate.hosted import askable, is_hosted
     from qwenvl_ft.evaluate.metrics import metric_named
     from qwenvl_ft.evaluate.table import markdown, tabulate
-    from qwenvl_ft.folders.runs import processor_folder
     from qwenvl_ft.infer.engine import check_folders
 
     for name in metric or []:
@@ -296,8 +293,7 @@ def compare(
     folders = {spec: model_and_adapter(spec) for spec in models if not is_hosted(spec)}
     for model, adapter in folders.values():
         check_folders(model, [adapter] if adapter else [])
-    own = reading_of(processor_folder(*next(iter(folders.values())))) if folders else Reading()
-    reading = read_reading(config, fetch_media, own=own, boxes=boxes)
+    reading = read_reading(config, fetch_media, own=own_reading([*folders.values()]), boxes=boxes)
     records, facts = _records(meta, data_dir, reading)
     if len(folders) < len(models):
         askable(records)

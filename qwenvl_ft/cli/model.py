@@ -22,6 +22,7 @@ from qwenvl_ft.cli.options import (
     SettingsOf,
     ThinkingOption,
     note_quantized,
+    own_reading,
     read_chat_settings,
     read_reading,
     read_settings,
@@ -159,15 +160,13 @@ def ask(
         print_line(f"{len(lines)} answers in {out}" + (f", {before} of them from before" if before else "")
                    + (f", {cut} of them cut by --max-new-tokens" if cut else ""))  # fmt: skip
         return
-    from qwenvl_ft.data.geometry import reading_of
     from qwenvl_ft.data.records import Turn
-    from qwenvl_ft.folders.runs import processor_folder
     from qwenvl_ft.infer.engine import Engine
     from qwenvl_ft.infer.messages import read_messages
 
     media: list[dict[str, Any]] = [{"type": "image", "image": source} for source in image or []]
     media += [{"type": "video", "video": source} | ({"fps": fps} if fps else {}) for source in video or []]
-    reading = read_reading(config, False, own=reading_of(processor_folder(model, adapter)))
+    reading = read_reading(config, False, own=own_reading([(model, adapter)]))
     # Before torch is imported.
     shown = read_messages([{"role": "user", "content": media}], reading=reading)[0].parts if media else ()
     engine = Engine.open(model, adapter, False, *chat_settings)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from ruamel.yaml import YAML
 
 from qwenvl_ft.config import Config, load_config
 from qwenvl_ft.console import print_note
@@ -135,10 +136,23 @@ def training_chat_settings(
     return least, most or defaults["max_pixels"], thinks or defaults["thinking"], of_video or defaults["video_max_pixels"]
 
 
+def own_reading(folders: Sequence[tuple[Path, Path | None]]) -> Reading:
+    """How models with their adapters are asked where nothing says otherwise: films are drawn as the first one's processor does,
+    and the numbers of boxes are what they were in the first run that says so."""
+    from qwenvl_ft.data.geometry import reading_of
+    from qwenvl_ft.folders.runs import processor_folder, run_folder_of
+
+    if not folders:
+        return Reading()
+    runs = [run_folder_of(adapter) / "config.yaml" for _, adapter in folders if adapter]
+    taught = [YAML(typ="safe").load(run.read_text(encoding="utf-8")).get("boxes") for run in runs if run.is_file()]
+    return replace(reading_of(processor_folder(*folders[0])), boxes=next(filter(None, taught), None))
+
+
 def read_reading(
     config: Path | None, fetch_media: bool, format: Form | None = None, own: Reading = AS_FOUND, boxes: Numbers | None = None
 ) -> Reading:
-    """How records are read: as the settings that --config names have it, and as the command's own options do."""
+    """How records are read: as the settings that --config names have it, else as `own` does, and as the command's options do."""
     reading = Reading.of(load_config(config)) if config else own
     return replace(
         reading, fetch_media=fetch_media or reading.fetch_media, format=format or reading.format, boxes=boxes or reading.boxes

@@ -69,6 +69,28 @@ def test_eval_scores_the_boxes_that_it_answers(trained, capsys):
     assert (base["wanted_boxes"], base["answered_boxes"], base["mean_iou"], base["iou_at_50"]) == (2, 0, 0, 0)
 
 
+def test_numbers_of_boxes_are_what_they_were_to_the_run_unless_said_otherwise(trained, capsys):
+    """A file in px like the run's own was scored as thousandths, near 0, where --config was left out."""
+    records = json.loads((trained / "train.json").read_text())
+    for record, bar in zip(records, BARS.values(), strict=True):
+        record["conversations"][1]["value"] = json.dumps([{"bbox_2d": list(bar), "label": "the bar"}])
+    (trained / "px.json").write_text(json.dumps(records))
+    run_in_px = shutil.copytree(trained / "run", trained / "in_px")
+    settings = (run_in_px / "config.yaml").read_text()
+    (run_in_px / "config.yaml").write_text(settings.replace("\nboxes:\n", "\nboxes: pixels\n"))
+    command = ["eval", trained / "model", trained / "px.json", "--data-dir", trained, "--max-new-tokens", "40", "--json"]
+    out = trained / "px.jsonl"
+
+    def wanted(*settings):
+        out.unlink(missing_ok=True)
+        said(capsys, *command, "--out", out, "--adapter", *settings)
+        return [[box["bbox_2d"] for box in json.loads(line).get("wanted_boxes", [])] for line in out.read_text().splitlines()]
+
+    in_px = [[pytest.approx(bar, abs=0.2)] for bar in BARS.values()]
+    assert wanted(run_in_px) == in_px
+    assert wanted(trained / "run") != in_px and wanted(run_in_px, "--boxes", "thousand") != in_px
+
+
 def test_ask_gives_the_boxes_to_programs_in_px_of_the_picture(trained, capsys):
     question = "Find <|object_ref_start|>the bar<|object_ref_end|>."
     model = [trained / "model", "--adapter", trained / "run", "--max-new-tokens", "40"]
