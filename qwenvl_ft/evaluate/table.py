@@ -134,7 +134,7 @@ def _words(row: dict[str, Any], metric: Metric) -> list[str]:
         if control not in UNSEEN:
             if better and cell["p"] < CHANCE:
                 found.append(f"{row['model']} is worse with the {name}: {shown(cell, metric)} against {shown(row, metric)}, "
-                             f"p = {cell['p']:.2g}; media_position: both trains it both ways")  # fmt: skip
+                             f"p = {cell['p']:.2g}; ask it as it was taught, or teach both with media_position: both")  # fmt: skip
         elif not better or cell["p"] >= CHANCE:
             against = "what the commonest answer gets" if control == "prior" else f"with {name}"
             sure = "no better" if not better else "not surely better"

@@ -422,7 +422,9 @@ def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared)
     if "processor" in changed:
         said.append("the base model's processor changed: its settings of pictures")
     if {"thinking", "media_position"} & set(changed):  # which write all records otherwise
-        return said
+        changed = [
+            key for key in changed if key not in ("training records", "packed rows", "grids", "shared beginnings", "held out")
+        ]
     if "training records" in changed:
         count, records = before["records"], prepared.num_records
         said.append("the training records changed" + (f": {count:,} before, {records:,} now" if count != records else ""))
