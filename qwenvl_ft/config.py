@@ -64,6 +64,7 @@ class Config(BaseModel):
     cache_features: Literal["auto", "off"] = "auto"
     thinking: Literal["off", "on", "template"] = "off"
     boxes: Literal["pixels", "unit", "thousand"] | None = None
+    media_position: Literal["as_written", "first", "last", "both"] = "as_written"
     fetch_media: StrictBool = False
     format: Form | None = None
     columns: dict[str, str | None] = {}

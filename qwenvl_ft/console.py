@@ -129,6 +129,14 @@ def draw_files(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [*facts, ("forms", ", ".join(f"{form} {number:,}" for form, number in summary["forms"].items()))]
 
 
+def draw_media_position(counts: dict[str, int]) -> list[tuple[str, str]]:
+    """A row for `draw_counts`, where records show something: on which side of their text, and how many were moved there."""
+    sides = {"first": "before the text", "last": "after it", "mixed": "among it"}
+    shown = [f"{side} in {counts[name]:,}" for name, side in sides.items() if counts[name]]
+    moved = f"; media_position moved those of {counts['moved']:,}" * (counts["moved"] > 0)
+    return [("media", f"{', '.join(shown)} records{moved}")] if shown else []
+
+
 def draw_checks(checks: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows for `draw_counts`: how much records teach and how long they are, where a model has counted that."""
     names = {"taught_tokens": "taught", "tokens": "lengths"}
@@ -162,6 +170,7 @@ def draw_plan(summary: dict[str, Any]) -> Table:
             f"{summary['pictures']:,}, {summary['pictures_shrunk']:,} of them made smaller, by max_pixels or rounding",
         ),
         ("tokens", f"{tokens['total']:,} ({tokens['min']:,} to {tokens['max']:,} a record, median {tokens['median']:,})"),
+        *draw_media_position(summary["media_position"]),
         *draw_paid(summary["paid"], tokens["total"]),
         *draw_features(**summary["features"]),
         ("taught", f"{summary['taught_tokens']:,} tokens"),

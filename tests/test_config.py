@@ -16,7 +16,7 @@ REQUIRED = "model: m\ntrain_meta_file: train.json\ntrain_data_dir: images\noutpu
 KEYS = """
     model train_meta_file train_data_dir output_dir eval_meta_file eval_data_dir
     min_pixels max_pixels video_fps video_max_frames video_max_pixels
-    row_tokens share_prefix cache_features thinking boxes fetch_media format columns on_bad_record dataloader_num_workers
+    row_tokens share_prefix cache_features thinking boxes media_position fetch_media format columns on_bad_record dataloader_num_workers
     lora_on lora_targets lora_rank lora_alpha lora_dropout use_rslora use_dora loraplus_lr_ratio init_lora_weights
     init_adapter
     num_train_epochs max_steps rows_per_step learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm seed

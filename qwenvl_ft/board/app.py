@@ -1,10 +1,13 @@
 """The board as an ASGI application: what each address answers. Who may ask: guard.py."""
 
 import hmac
+import json
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -14,12 +17,12 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from qwenvl_ft.board import answers as said
 from qwenvl_ft.board import form
-from qwenvl_ft.board.attempt import Asking, adapter_of
+from qwenvl_ft.board.attempt import Asking, OnPiece, adapter_of
 from qwenvl_ft.board.curves import COLOURS
 from qwenvl_ft.board.guard import PICTURE_BYTES, Guard
 from qwenvl_ft.board.jobs import PROGRAM, Job, Jobs, shown, train_command
@@ -28,6 +31,8 @@ from qwenvl_ft.board.runs import Kept, Run, defaults, differences, folders, log_
 from qwenvl_ft.board.views import answers_facts, num_broken, question_facts, run_facts
 from qwenvl_ft.board.words import language_of
 from qwenvl_ft.errors import Problem, UserError
+
+JSON_LINES = "application/x-ndjson"
 
 
 @dataclass
@@ -131,12 +136,12 @@ class Board:
         like = self.run(request.query_params.get("like", ""))
         given = form.filled(like.settings if like else {})
         given["output_dir"] = str(self.root / "NAME") if like or not given.get("output_dir") else given["output_dir"]
-        return self.page(request, "new.html", "new", {"given": given, "problems": [], "draft": None, "sections": form.sections()})
+        return self.page(request, "new.html", "new", {"given": given, "problems": [], "draft": None} | form.shown())
 
     async def post_new(self, request: Request) -> Response:
         """Shows what the form comes to, and starts it where that was asked for."""
         given = await self.posted(request)
-        facts: dict[str, Any] = {"given": given, "problems": [], "draft": None, "sections": form.sections()}
+        facts: dict[str, Any] = {"given": given, "problems": [], "draft": None} | form.shown()
         try:
             draft = await run_in_threadpool(form.draft, given, self.root)
             command = train_command(draft.path)
@@ -194,21 +199,27 @@ class Board:
         return self.try_page(request, {})
 
     async def post_try(self, request: Request) -> Response:
-        """Asks base and tuned."""
+        """Asks base and tuned; what they say comes as a page, or as it is said for who accepts JSON lines."""
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise HTTPException(415)
         async with request.form(max_files=1, max_fields=8, max_part_size=PICTURE_BYTES) as form:
             self.check_token(str(form.get("token", "")))
             name, question, sent = str(form.get("run", "")), str(form.get("question", "")), form.get("picture")
             picture = await sent.read() if isinstance(sent, UploadFile) else b""
-        facts: dict[str, Any] = {"chosen": name, "question": question}
-        try:
-            if (run := self.run(name)) is None:
-                raise UserError(Problem("run", "there is none of this name", "choose one"))
-            facts |= await run_in_threadpool(self.asking.ask, run, question, picture)
-        except UserError as error:
-            return self.try_page(request, facts | {"problems": error.problems}, 400)
-        return self.try_page(request, facts)
+        run = self.run(name)
+
+        def answer(on_piece: OnPiece = lambda who, piece: None) -> Response:
+            facts: dict[str, Any] = {"chosen": name, "question": question}
+            try:
+                if run is None:
+                    raise UserError(Problem("run", "there is none of this name", "choose one"))
+                return self.try_page(request, facts | self.asking.ask(run, question, picture, on_piece))
+            except UserError as error:
+                return self.try_page(request, facts | {"problems": error.problems}, 400)
+
+        if request.headers.get("accept") == JSON_LINES:
+            return StreamingResponse(as_said(lambda on_piece: bytes(answer(on_piece).body).decode()), media_type=JSON_LINES)
+        return await run_in_threadpool(answer)
 
     async def posted(self, request: Request) -> dict[str, str]:
         """What a form of the board says. Raises HTTPException for what comes from elsewhere."""
@@ -236,6 +247,24 @@ class Board:
         page = self.page(request, "problem.html", "", {"status": str(error.status_code), "problems": problems}, error.status_code)
         page.headers.update(error.headers or {})
         return page
+
+
+def as_said(answer: Callable[[OnPiece], str]) -> Iterator[str]:
+    """JSON lines of what is answered: {who, piece} as it is said, then the {page} that `answer` returns.
+
+    Who goes away in the middle does not end the question, which has the model until it is answered.
+    """
+    lines: SimpleQueue[dict[str, str] | None] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            lines.put({"page": answer(lambda who, piece: lines.put({"who": who, "piece": piece}))})
+        finally:
+            lines.put(None)
+
+    Thread(target=work, daemon=True).start()
+    for line in iter(lines.get, None):
+        yield json.dumps(line) + "\n"
 
 
 def asset(name: str) -> Callable[[Request], Awaitable[Response]]:

@@ -6,11 +6,12 @@ Both see the same pixels and the same prompt, those of training.
 import base64
 import gc
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenvl_ft.board.answers import SIDE_PX
 from qwenvl_ft.board.runs import Run
@@ -20,9 +21,16 @@ from qwenvl_ft.folders.runs import checkpoints
 
 if TYPE_CHECKING:
     from qwenvl_ft.data.records import Turn
-    from qwenvl_ft.infer.engine import Answer
 
 MAX_NEW_TOKENS = 256
+OnPiece = Callable[[str, str], None]  # told who says the next piece of an answer, and the piece
+
+
+class Said(NamedTuple):
+    """An answer, and whether it was cut."""
+
+    text: str
+    cut: bool
 
 
 @dataclass
@@ -33,9 +41,11 @@ class Asking:
     key: Any = None
     engine: Any = None
 
-    def ask(self, run: Run, question: str, picture: bytes) -> dict[str, Any]:
-        """What base and tuned say, and the picture as a URL. Raises UserError where there is no adapter or no picture in it, where
-        the run does not say its model, and where that does not fit."""
+    def ask(self, run: Run, question: str, picture: bytes, on_piece: OnPiece = lambda who, piece: None) -> dict[str, Any]:
+        """What base and tuned say, `on_piece` told of it as it comes, and the picture as a URL.
+
+        Raises UserError where there is no adapter or no picture in it, where the run does not say its model, and where that does
+        not fit."""
         from qwenvl_ft.data.pictures import decode
         from qwenvl_ft.data.records import Picture, Turn
 
@@ -57,20 +67,27 @@ class Asking:
 
         try:
             with self.lock:
-                return {"picture": url, "answers": self.both(run, adapter, turns)}
+                return {"picture": url, "answers": self.both(run, adapter, turns, on_piece)}
         except torch.OutOfMemoryError as error:
             fix = "wait for the end of what trains, or send a smaller picture"
             problem = Problem(run.name, f"its model does not fit: {what_lacks(error)}", fix)
         self.drop()  # not above, where the error still holds what was loaded
         raise UserError(problem)
 
-    def both(self, run: Run, adapter: Path, turns: "list[Turn]") -> "list[tuple[str, Answer]]":
+    def both(self, run: Run, adapter: Path, turns: "list[Turn]", on_piece: OnPiece) -> list[tuple[str, Said]]:
         """(who, what it said) of base and tuned."""
         engine = self.opened(run, adapter)
+
+        def said(who: str) -> tuple[str, Said]:
+            pieces, cut = list[str](), list[bool]()
+            for piece in engine.stream(turns, MAX_NEW_TOKENS, on_cut=lambda: cut.append(True)):
+                pieces.append(piece)
+                on_piece(who, piece)
+            return who, Said("".join(pieces), bool(cut))
+
         with engine.model.disable_adapter():
-            (base,) = engine.answer_many([turns], MAX_NEW_TOKENS)
-        (tuned,) = engine.answer_many([turns], MAX_NEW_TOKENS)
-        return [("base", base), ("tuned", tuned)]
+            base = said("base")
+        return [base, said("tuned")]
 
     def opened(self, run: Run, adapter: Path) -> Any:
         """The engine of an adapter, loaded where it is not that of the last question, or a new one."""

@@ -1,4 +1,5 @@
-// What the pages do besides links and forms: parts that change are fetched again, and keys move between cards.
+// What the pages do besides links and forms: parts that change are fetched again, keys move between cards, and answers are shown as
+// they are said.
 const LIVE_MS = 2000, IDLE_MS = 10000;  // while a run is running, and where none is
 
 async function refresh() {
@@ -45,3 +46,38 @@ document.addEventListener("keydown", (event) => {
 for (const select of document.querySelectorAll("select[data-go]")) {
   select.addEventListener("change", () => select.form.requestSubmit());
 }
+
+const attempt = document.querySelector("form.try");
+
+function answered(html) {
+  const fresh = new DOMParser().parseFromString(html, "text/html").querySelector(".answered");
+  if (fresh) document.querySelector(".answered").replaceChildren(...fresh.childNodes);
+  return Boolean(fresh);
+}
+
+async function ask() {  // whether the page that ends it was shown
+  const answer = await fetch(attempt.action, { method: "POST", body: new FormData(attempt), headers: { accept: "application/x-ndjson" } });
+  if (!answer.headers.get("content-type").includes("ndjson")) return answered(await answer.text());
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", shown = false;;) {
+    const { done, value } = await reader.read();
+    if (done) return shown;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const { who, piece, page } of lines.map((line) => JSON.parse(line))) {
+      if (page) shown = answered(page);
+      else document.querySelector(`[data-who=${who}]`).append(piece);
+    }
+  }
+}
+
+attempt?.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const [place, button] = [document.querySelector(".answered"), attempt.querySelector("button")];
+  const card = document.querySelector("#asking").content.cloneNode(true);
+  card.querySelector(".question").textContent = attempt.question.value;
+  place.replaceChildren(card);
+  place.ariaBusy = button.disabled = true;
+  if (!await ask().catch(() => false)) attempt.submit();  // whatever it was, the server's page says it
+  place.ariaBusy = button.disabled = false;
+});

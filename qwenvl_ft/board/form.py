@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 from ruamel.yaml import YAML
 
 import qwenvl_ft
+from qwenvl_ft.board.effects import CHINESE_EFFECTS
 from qwenvl_ft.board.render import yaml
 from qwenvl_ft.config import NOT_YAML, Config, load_config
 from qwenvl_ft.errors import Problem, UserError
@@ -53,6 +54,11 @@ def sections() -> list[tuple[str, list[Field]]]:
                 isinstance(of.default, bool) and of.annotation is bool)  # fmt: skip
             found[-1][1].append(Field(said[1], said[2], default, tuple(map(str, choices))))
     return found
+
+
+def shown() -> dict[str, Any]:
+    """What the page of the form shows of every key, in either language."""
+    return {"sections": sections(), "effects": CHINESE_EFFECTS}
 
 
 def filled(settings: Mapping[str, Any]) -> dict[str, str]:

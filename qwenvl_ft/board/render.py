@@ -133,7 +133,7 @@ def drawings(runs: list[Run], lang: str) -> list[Markup]:
         for of, key, dashed in (("train", "loss", False), ("eval", "eval_loss", True))
     ]
     drawn = [draw(losses, t("loss per taught token"), t("step"), TALL)]
-    for word, key in (("learning rate", "learning_rate"), ("tokens/s", "tokens_per_s")):
+    for word, key in (("learning rate", "learning_rate"), ("tokens/s", "tokens_per_s"), ("peak memory, GiB", "peak_memory_gib")):
         curves = [curve_of(run.name, run.lines, key, number) for number, run in enumerate(runs)]
         drawn.append(draw(curves, t(word), t("step")))
     return [drawing for drawing in drawn if drawing]

@@ -22,7 +22,7 @@ LAST_STEPS = 20  # whose mean pace is the ETA's
 LOG_BYTES = 16_000  # of a log's end
 MOST_BYTES = 256 << 20  # of the files that are kept as they were read: far more than a page reads one after the other
 WHOLE = ("step", "loss", "taught_tokens")  # which every step has
-NUMBERS = (*WHOLE, "run_loss", "eval_loss", "tokens_per_s", "taught_tokens_per_s", "learning_rate", "epoch")
+NUMBERS = (*WHOLE, "run_loss", "eval_loss", "tokens_per_s", "taught_tokens_per_s", "learning_rate", "epoch", "peak_memory_gib")
 Lines = tuple[dict[str, Any], ...]
 T = TypeVar("T")
 

@@ -41,7 +41,7 @@ def answers_facts(files: Mapping[str, Path], links: Links, kept: Kept) -> dict[s
             asked = side_by_side([name], files, kept)
             rows.append((name, who, len(asked), sum("right" in of.kinds for of in asked), links.questions([name], "", "", 1)))
         sets.append((title, rows, links.questions(names, "", "", 1) if 1 < len(names) <= COLOURS else ""))
-    return {"sets": sets}
+    return {"sets": sets, "most": COLOURS}
 
 
 def question_facts(

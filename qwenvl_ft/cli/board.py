@@ -7,7 +7,9 @@ import typer
 
 from qwenvl_ft.cli.serve import bind, callers_key
 from qwenvl_ft.console import counting, print_line
+from qwenvl_ft.data.cache import cache_folder
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.objects import address_of
 
 
 def board(
@@ -28,6 +30,10 @@ def board(
     Example: qwenvl-ft board runs
     """
     key = callers_key(api_key_env, host)
+    if address := address_of(runs):
+        here = cache_folder() / "runs"
+        fix = f"give {here}, where runs of this machine work that are sent there, or the folder that you have copied others to"
+        raise UserError(Problem(address, "is on an object server, and the board reads folders of this machine", fix))
     if not runs.is_dir():
         raise UserError(Problem(str(runs), "is no folder", "make it, or give the one in which your output_dirs lie"))
     if export:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,7 @@ from qwenvl_ft.console import (
     draw_checks,
     draw_counts,
     draw_files,
+    draw_media_position,
     draw_memory,
     draw_plan,
     print_drawing,
@@ -137,6 +139,7 @@ def validate_meta(
             facts.append(
                 ("tokens", f"{tokens['total']:,} ({tokens['min']:,} to {tokens['max']:,} a record, median {tokens['median']:,})")
             )
+        facts += draw_media_position(report["media_position"]) if whole else []
         facts += draw_checks(looked)
         print_drawing(draw_counts(as_written(meta), facts))
         for note in report["notes"]:
@@ -250,7 +253,8 @@ def convert(
     from qwenvl_ft.data import convert as converting
 
     with counting("writing records") as on_record:
-        tally = converting.convert(meta, out, data_dir, read_reading(config, fetch_media, format, boxes=boxes), on_record)
+        reading = replace(read_reading(config, fetch_media, format, boxes=boxes), media_position="as_written")
+        tally = converting.convert(meta, out, data_dir, reading, on_record)
     count = f"{tally.num_records:,} record{'s' * (tally.num_records != 1)}"
     print_line(f"{out}: {count}, read as {draw_files(tally.facts)[-1][1]}")
 

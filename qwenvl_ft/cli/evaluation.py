@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -62,8 +63,10 @@ Seed = Annotated[int, typer.Option(help="Of that chance, and of the pictures and
 Blank = Annotated[bool, typer.Option("--blank", help="Ask over white pictures, too: what is still right was not seen.")]
 Shuffled = Annotated[bool, typer.Option("--shuffled", help="Ask over pictures of other records, too: the answer must change.")]
 NoPictures = Annotated[bool, typer.Option("--no-pictures", help="Ask without the pictures, too.")]
+TextFirst = Annotated[bool, typer.Option("--text-first", help="Ask with the text before the pictures, too.")]
 OF_SERVE = ("config", "min_pixels", "max_pixels", "thinking")  # what `eval --suite` hands on
-OF_QUESTIONS = {"meta", "data_dir", "boxes", "max_new_tokens", "metric", "seed", "blank", "shuffled", "no_pictures", "fetch_media"}
+OF_QUESTIONS = {"meta", "data_dir", "boxes", "max_new_tokens", "metric", "seed", "blank", "shuffled", "no_pictures",
+                "text_first", "fetch_media"}  # fmt: skip
 OF_SUITE = {"include_path", "lmms_eval"}
 
 
@@ -141,6 +144,7 @@ def evaluate(
     blank: Blank = False,
     shuffled: Shuffled = False,
     no_pictures: NoPictures = False,
+    text_first: TextFirst = False,
     fetch_media: FetchMedia = False,
     suite: Annotated[
         str | None,
@@ -192,7 +196,7 @@ def evaluate(
     records, facts = _records(meta, data_dir, reading)
     of = f"{_file_name(meta.stem)}{'' if adapter else f'-{folder.resolve().name}'}"
     target = out or (adapter or Path()) / f"predictions-{of}.jsonl"
-    asked = Asked(records, _controls(blank, shuffled, no_pictures), limit, seed, batch_size, max_new_tokens)
+    asked = Asked(records, _controls(records, blank, shuffled, no_pictures, text_first), limit, seed, batch_size, max_new_tokens)
     name = f"{folder}{f'+{adapter}' if adapter else ''}"
     column, limits = asked.of_folder(name, folder, adapter, chat_settings, reading, partial(_beside, target))
     scores = score(column.predictions) | limits | {"predictions": str(target)}
@@ -272,6 +276,7 @@ def compare(
     blank: Blank = False,
     shuffled: Shuffled = False,
     no_pictures: NoPictures = False,
+    text_first: TextFirst = False,
     fetch_media: FetchMedia = False,
     as_json: Json = False,
 ) -> None:
@@ -301,7 +306,7 @@ def compare(
     if len(set(files)) < len(files):
         raise UserError(Problem("the models", "two of them have the same name", "name each once"))
     target = out or Path(f"compare-{_file_name(meta.stem)}")
-    asked = Asked(records, _controls(blank, shuffled, no_pictures), limit, seed, batch_size, max_new_tokens)
+    asked = Asked(records, _controls(records, blank, shuffled, no_pictures, text_first), limit, seed, batch_size, max_new_tokens)
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
     columns: list[Column] = []
     problems: list[Problem] = []
@@ -341,6 +346,7 @@ def _records(meta: Path, data_dir: Path | None, reading: Reading) -> tuple[Seque
     from qwenvl_ft.evaluate.metrics import check_stated
 
     tally = Tally()
+    reading = replace(reading, media_position="as_written")  # of whatever run: --text-first asks the other way round
     records, problems, _ = read_records(local_meta(meta, print_note), data_dir, reading=reading, tally=tally)
     if problems:
         raise UserError(*problems)
@@ -350,9 +356,15 @@ def _records(meta: Path, data_dir: Path | None, reading: Reading) -> tuple[Seque
     return records, draw_files(tally.facts)
 
 
-def _controls(blank: bool, shuffled: bool, no_pictures: bool) -> list["Control"]:
-    wanted: list[tuple[Control, bool]] = [("blank", blank), ("shuffled", shuffled), ("no_pictures", no_pictures)]
-    return [control for control, is_wanted in wanted if is_wanted]
+def _controls(records: Sequence["Record"], blank: bool, shuffled: bool, no_pictures: bool, text_first: bool) -> list["Control"]:
+    """Those that are wanted; what --text-first leaves as it is, is said."""
+    from qwenvl_ft.evaluate.controls import num_moved
+
+    if text_first and 0 < (moved := num_moved(records)) < len(records):
+        left = f"{len(records) - moved:,} of {len(records):,} records"
+        print_note(f"--text-first asks {left} as they are written: they show nothing, or nothing before all of a turn's text")
+    wanted: dict[Control, bool] = {"blank": blank, "shuffled": shuffled, "no_pictures": no_pictures, "text_first": text_first}
+    return [control for control, is_wanted in wanted.items() if is_wanted]
 
 
 def model_and_adapter(spec: str) -> tuple[Path, Path | None]:

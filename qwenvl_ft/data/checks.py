@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from qwenvl_ft.data import sources
 from qwenvl_ft.data.chat import IGNORE, Script
 from qwenvl_ft.data.geometry import Limits, resized
+from qwenvl_ft.data.media_position import placed
 from qwenvl_ft.data.meta_file import Meta, stream_records
 from qwenvl_ft.data.numbers import Spool
 from qwenvl_ft.data.reading import AS_FOUND, Reading
@@ -342,9 +343,9 @@ def notes_of(facts: dict[str, Any]) -> list[str]:
 
 
 def hash_of(record: Record) -> int:
-    """8 bytes of all that a record shows and says; the same in every process."""
+    """8 bytes of all that a record shows and says, its media on whichever side of the text; the same in every process."""
     texts = [*record.tools]
-    for turn in record.turns:
+    for turn in placed(record, "first").turns:
         texts += [turn.role, *turn.calls, *map(_named, turn.parts)]
     return _hash("\0".join(texts).encode("utf-8", "surrogatepass"))
 

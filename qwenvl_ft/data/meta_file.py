@@ -14,6 +14,7 @@ from qwenvl_ft.data.files.containers import container_of, entries_of, files_of, 
 from qwenvl_ft.data.files.entry import Entry
 from qwenvl_ft.data.formats import form_of, read_entry, unpacked
 from qwenvl_ft.data.media import FOLDER_KEYS, Media
+from qwenvl_ft.data.media_position import placed, position_of
 from qwenvl_ft.data.mirror import local_folder
 from qwenvl_ft.data.named import brought
 from qwenvl_ft.data.reading import AS_FOUND, Reading
@@ -81,12 +82,14 @@ class Counts:
 
 @dataclass
 class Tally:
-    """What was read so far; `forms` counts the records by the name of their form, `used` those of each part, weighed."""
+    """What was read so far; `forms` counts the records by the name of their form, `used` those of each part, weighed; `positions`
+    the good ones by where their media stand, and those whose media were moved there."""
 
     num_records: int = 0
     parts: list[Counts] = field(default_factory=list)
     forms: Counter[str] = field(default_factory=Counter)
     used: Counter[int] = field(default_factory=Counter)
+    positions: Counter[str] = field(default_factory=Counter)
     media: dict[Path, Media] = field(default_factory=dict)
 
     @property
@@ -95,7 +98,8 @@ class Tally:
         files = [
             vars(part) | {"containers": dict(part.containers), "used": self.used[number]} for number, part in enumerate(self.parts)
         ]
-        return {"files": files, "forms": dict(self.forms)}
+        positions = {name: self.positions[name] for name in ("first", "last", "mixed", "moved")}
+        return {"files": files, "forms": dict(self.forms), "media_position": positions}
 
     def said_once(self, problems: list[Problem]) -> list[Problem]:
         """The problems, with one in place of all pictures that are missing where the folder is the wrong one."""
@@ -162,6 +166,10 @@ def read_job(job: Job, media: Mapping[Path, Media], tally: Tally) -> Found:
         what = "which its json does not show"
         problems.append(Problem(entry.where, f"holds {lost}, {what}", fix, kind=f"a medium {what}"))
         record = None
+    if record:
+        written, record = record, placed(record, own.reading.media_position)
+        tally.positions.update([side] if (side := position_of(record)) else [])
+        tally.positions["moved"] += record is not written
     times = job.times if record else 0
     tally.used[job.part] += times
     return Found(entry.where, record, problems, times)

@@ -160,6 +160,7 @@ def parts_of(
         for part in map(reader.read, jobs) if len(first) < FEW_RECORDS or cores < 2 else _in_parallel(reader, jobs, cores):
             tally.forms.update(part.tally.forms)
             tally.used.update(part.tally.used)
+            tally.positions.update(part.tally.positions)
             for folder, missed in part.missed.items():
                 media = tally.media[folder]
                 media.one_is_there |= missed.one_is_there

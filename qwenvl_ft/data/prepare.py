@@ -102,6 +102,7 @@ class Prepared:
         return {
             "files": facts["files"],
             "forms": facts["forms"],
+            "media_position": facts["media_position"],
             "records": self.num_records,
             "used": used,
             "skipped": [problem.facts for problem in self.problems],

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
+from qwenvl_ft.data.media_position import MediaPosition
+
 if TYPE_CHECKING:
     from qwenvl_ft.config import Config
 
@@ -27,6 +29,7 @@ class Reading:
     video_max_frames: int = 768
 
     boxes: Numbers | None = None
+    media_position: MediaPosition = "as_written"
 
     @classmethod
     def of(cls, config: "Config") -> "Reading":

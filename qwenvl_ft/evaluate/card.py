@@ -129,6 +129,10 @@ def _data(run: Path) -> str:
         "## Data\n", f"{plan['used']:,} of {plan['records']:,} records with {plan['pictures']:,} pictures; "
         f"{plan['tokens']['total']:,} tokens, {plan['taught_tokens']:,} of them taught.",
     ]  # fmt: skip
+    if any((sides := plan.get("media_position", {})).values()):
+        first, last, mixed = (sides[name] for name in ("first", "last", "mixed"))
+        lines.append(f"Pictures and videos first in {first:,} records, text first in {last:,}, among each other in {mixed:,}."
+                     + " Asked the other way round, it may answer much worse." * (not (first and last)))  # fmt: skip
     named = _settings(run).get("train_meta_file") or []
     for name in [named] if isinstance(named, str) else [of["file"] for of in named]:
         known = f", sha256 {sha256(Path(name))}" if Path(name).is_file() else ""

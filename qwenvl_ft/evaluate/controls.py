@@ -1,33 +1,52 @@
 """What is right without looking: the same questions over blank pictures, over those of other records, without any; and the answer
-that is most often right.
+that is most often right. And what is right where the same is asked with the text before the pictures.
 
-A model that looks must do better than in each of these, and must answer otherwise where the picture is another.
+A model that looks must do better than in each of the former, and must answer otherwise where the picture is another; it should do
+as well with the text first.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from random import Random
 from typing import Literal
 
+from qwenvl_ft.data.media_position import placed
 from qwenvl_ft.data.records import Medium, Picture, Record, Turn, Video
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.evaluate.metrics import Prediction, boxes_of
 from qwenvl_ft.evaluate.overlap import pair
 from qwenvl_ft.infer.engine import blank
 
-Control = Literal["blank", "shuffled", "no_pictures"]
-NAMES = {"blank": "blank pictures", "shuffled": "other pictures", "no_pictures": "no pictures", "prior": "prior"}
+Control = Literal["blank", "shuffled", "no_pictures", "text_first"]
+UNSEEN = {"blank": "blank pictures", "shuffled": "other pictures", "no_pictures": "no pictures", "prior": "prior"}
+NAMES = UNSEEN | {"text_first": "text first"}
 
 
 def shown_by(control: Control, records: Sequence[Record], seed: int) -> Callable[[Record], Record]:
-    """How a control shows a record, or the beginning of one. Raises UserError where there are no other pictures to show."""
+    """How a control shows a record, or the beginning of one. Raises UserError where there are no other pictures to show, or none
+    that stand before their text."""
     if control == "blank":
         return lambda record: _with(record, lambda medium: [blank(medium)])
     if control == "no_pictures":
         return lambda record: _with(record, lambda _: [])
+    if control == "text_first":
+        if not num_moved(records):
+            what, fix = "no question has its pictures before its text", "evaluate without --text-first"
+            raise UserError(Problem("the questions", what, fix))
+        return text_first
     other = _others(records, seed)
     return lambda record: _with(record, lambda medium: [other[medium]])
+
+
+def text_first(record: Record) -> Record:
+    """The record with the text of each turn before its pictures; one whose pictures stand among its text as it is."""
+    return placed(record, "last")
+
+
+def num_moved(records: Iterable[Record]) -> int:
+    """How many records are others with their text first."""
+    return sum(text_first(record) is not record for record in records)
 
 
 def _with(record: Record, shown: Callable[[Medium], Sequence[Medium]]) -> Record:

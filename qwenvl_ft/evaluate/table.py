@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qwenvl_ft.evaluate.controls import NAMES, Control, prior
+from qwenvl_ft.evaluate.controls import NAMES, UNSEEN, Control, prior
 from qwenvl_ft.evaluate.metrics import (
     DEFAULT,
     OF_BOXES,
@@ -131,7 +131,11 @@ def _words(row: dict[str, Any], metric: Metric) -> list[str]:
         if row["value"] is None or cell.get("value") is None:
             continue
         better = (cell["value"] - row["value"]) * (1 if metric.is_error else -1) > 0
-        if not better or cell["p"] >= CHANCE:
+        if control not in UNSEEN:
+            if better and cell["p"] < CHANCE:
+                found.append(f"{row['model']} is worse with the {name}: {shown(cell, metric)} against {shown(row, metric)}, "
+                             f"p = {cell['p']:.2g}; ask it as it was taught, or teach both with media_position: both")  # fmt: skip
+        elif not better or cell["p"] >= CHANCE:
             against = "what the commonest answer gets" if control == "prior" else f"with {name}"
             sure = "no better" if not better else "not surely better"
             found.append(f"{row['model']} is {sure} than {against}: {shown(row, metric)} against {shown(cell, metric)}, "

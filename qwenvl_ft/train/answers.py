@@ -39,7 +39,8 @@ class Scored(NamedTuple):
 
 
 class Answers:
-    """The questions: those that `qwenvl-ft eval --limit EVAL_SAMPLES --seed SEED` asks.
+    """The questions: those that `qwenvl-ft eval --limit EVAL_SAMPLES --seed SEED` asks, with their media where media_position has
+    them.
 
     Raises UserError where the model's folder has settings of answers that are not followed here, and for a metric that what is
     wanted has no worth by.

@@ -340,7 +340,7 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
     same = "lora_on lora_targets lora_rank lora_alpha lora_dropout use_rslora use_dora loraplus_lr_ratio "
     same += "init_lora_weights init_adapter rows_per_step learning_rate lr_scheduler_type warmup_ratio "
     same += "weight_decay max_grad_norm seed dtype quantization num_train_epochs max_steps thinking "
-    same += "video_fps video_max_frames video_max_pixels"
+    same += "media_position video_fps video_max_frames video_max_pixels"
     settings = {key: str(getattr(config, key)) for key in same.split()}
     seen = [read_model_json(path) for name in PROCESSORS if (path := config.model / name).is_file()]
 
@@ -421,7 +421,11 @@ def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared)
         said.append("the base model changed: its config.json or its weights")
     if "processor" in changed:
         said.append("the base model's processor changed: its settings of pictures")
-    if "training records" in changed and "thinking" not in changed:  # which writes them otherwise
+    if {"thinking", "media_position"} & set(changed):  # which write all records otherwise
+        changed = [
+            key for key in changed if key not in ("training records", "packed rows", "grids", "shared beginnings", "held out")
+        ]
+    if "training records" in changed:
         count, records = before["records"], prepared.num_records
         said.append("the training records changed" + (f": {count:,} before, {records:,} now" if count != records else ""))
     elif "pictures" in changed:

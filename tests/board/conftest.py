@@ -23,7 +23,7 @@ def write_run(root: Path, name: str, done: int, steps: int, **settings) -> Path:
     (folder / "plan.json").write_text(json.dumps({"steps": steps, "records": 8, "notes": []}))
     lines = [
         {"step": step, "loss": 4 / step, "taught_tokens": 100, "learning_rate": 1e-4, "epoch": step / 10, "tokens_per_s": 2000.0,
-         "taught_tokens_per_s": 200.0, "run_loss": 3.25}
+         "taught_tokens_per_s": 200.0, "run_loss": 3.25, "peak_memory_gib": 11.5}
         for step in range(1, done + 1)
     ]  # fmt: skip
     if done == steps:

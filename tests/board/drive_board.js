@@ -61,7 +61,10 @@ async function drive(browser, url, settings, picture) {
   await page.locator("[name=question]").fill("How many?");
   await page.locator("[name=picture]").setInputFiles(picture);
   await page.getByRole("button", { name: "Ask base and tuned" }).click();
-  await page.locator(".said").waitFor();
+  await page.locator(".answered[aria-busy=false] .said").waitFor();
+  found.said_as_it_came = await page.locator(".said").innerText();
+  await Promise.all([page.waitForNavigation(), page.locator("form.try").evaluate((form) => form.submit())]);  // as without JavaScript
+  found.said_as_a_form = await page.locator(".said").innerText();
   found.answers = await page.locator(".said tr").evaluateAll((rows) => rows.map((row) => row.querySelector("th").textContent));
 
   await page.goto(url + "/questions?file=first/predictions-many.jsonl");

@@ -1,10 +1,14 @@
 """The board's pages, asked in this process; a browser drives them in test_browser.py."""
 
+import json
 import os
 import re
 import signal
 import sys
 import time
+from collections import Counter
+from contextlib import contextmanager
+from threading import Event
 
 import pytest
 import torch
@@ -13,8 +17,9 @@ from starlette.testclient import TestClient
 
 from qwenvl_ft.board import words
 from qwenvl_ft.board.answers import files_of
-from qwenvl_ft.board.app import make_app
+from qwenvl_ft.board.app import as_said, make_app
 from qwenvl_ft.board.curves import Curve, curve_of, draw, ticks_of
+from qwenvl_ft.board.effects import CHINESE_EFFECTS
 from qwenvl_ft.board.export import Filed, pages
 from qwenvl_ft.board.form import filled, sections
 from qwenvl_ft.board.form import write as write_form
@@ -26,7 +31,7 @@ from qwenvl_ft.config import Config, load_config
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.folders.whole import held, holder
 from tests.board.conftest import HERE, end_all, predicted, write_predictions, write_run
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.data.test_page import Read
 
 # What stands for `python -m qwenvl_ft`: takes the folder's lock as training does, writes a step, waits for SIGTERM.
@@ -79,7 +84,7 @@ def test_who_holds_a_folder_is_told_from_the_lock_and_not_from_its_file(tmp_path
 def test_a_runs_page_draws_its_curves_and_says_what_was_set(client):
     page = Read(client.get("/runs/sweep/second").text)
     assert [facts["aria-label"] for facts, _ in page.of("svg")] == [
-        "loss per taught token, step 1–4", "learning rate, step 1–4", "tokens/s, step 1–4"
+        "loss per taught token, step 1–4", "learning rate, step 1–4", "tokens/s, step 1–4", "peak memory, GiB, step 1–4"
     ]  # fmt: skip
     assert [said for _, said in page.of("tr", "changed")] == ["learning_rate0.002"]
     assert "predictions-eval.jsonl" in page.of("ul", "links")[0][1]
@@ -226,6 +231,18 @@ def test_the_form_has_every_key_with_what_lora_yaml_says_of_it(client):
     assert all(f'name="{key}"' in page for key in fields)
 
 
+def test_in_chinese_the_form_says_of_every_key_in_chinese_what_lora_yaml_says(client):
+    text = (ROOT / "configs/lora.yaml").read_text()
+    english = dict(re.findall(r"^(\w+): .*?#\s*(.*)", text, re.MULTILINE))
+    assert CHINESE_EFFECTS.keys() == english.keys() == Config.model_fields.keys()
+    for key, effect in CHINESE_EFFECTS.items():
+        assert re.search("[一-鿿]", effect) and Counter(re.findall(r"[\d.e-]*\d", effect)) == Counter(
+            re.findall(r"[\d.e-]*\d", english[key])
+        )
+    page = client.get("/new?lang=zh").text
+    assert CHINESE_EFFECTS["lora_rank"] in page and english["lora_rank"] not in page
+
+
 def test_what_the_form_writes_is_what_the_run_it_was_filled_from_had(tmp_path):
     given = {"lora_on": {"language": {}, "vision": {"rank": 8}}, "lora_targets": ["q_proj", "v_proj"], "columns": {"a": None},
              "run_name": "a: b # c", "learning_rate": 0.002, "use_dora": True, "report_to": ["wandb"], "min_pixels": 5000}  # fmt: skip
@@ -320,6 +337,55 @@ def test_a_model_that_does_not_fit_is_let_go_of_and_the_page_says_so(client, roo
     assert (asking.key, asking.engine) == (None, None)
 
 
+class Speaking:
+    """An engine whose answers come in pieces; the base's is cut."""
+
+    def __init__(self):
+        self.model, self.base = self, False
+
+    @contextmanager
+    def disable_adapter(self):
+        self.base = True
+        yield
+        self.base = False
+
+    def stream(self, turns, max_new_tokens, on_cut):
+        yield from ("16", " <b>", "of base") if self.base else ("16", " cats")
+        if self.base:
+            on_cut()
+
+
+def test_what_is_said_comes_piece_by_piece_and_ends_with_the_page_that_a_form_gets(client, root, monkeypatch):
+    (root / "first/adapter_model.safetensors").touch()
+    monkeypatch.setattr(client.app.state.asking, "opened", lambda run, adapter: Speaking())
+    form = {"token": token_of(client), "run": "first", "question": "How many?"}
+    answer = client.post("/try", data=form, files={"picture": b""}, headers={"accept": "application/x-ndjson"})
+    *pieces, last = map(json.loads, answer.text.splitlines())
+    assert [(of["who"], of["piece"]) for of in pieces] == [
+        ("base", "16"), ("base", " <b>"), ("base", "of base"), ("tuned", "16"), ("tuned", " cats")
+    ]  # fmt: skip
+    page = client.post("/try", data=form, files={"picture": b""}).text
+    assert last == {"page": page} and "16 &lt;b&gt;of base" in page and [said.strip() for said in rows(page)[:2]] == [
+        "base16 <b>of basecut", "tuned16 cats"
+    ]  # fmt: skip
+    refused = client.post("/try", data=form | {"run": "none"}, files={"picture": b""}, headers={"accept": "application/x-ndjson"})
+    assert "there is none of this name" in json.loads(refused.text)["page"]
+
+
+def test_a_piece_is_sent_before_the_next_one_is_said():
+    heard = Event()
+
+    def answer(on_piece):
+        on_piece("base", "a")
+        assert heard.wait(30)
+        return "<p>"
+
+    lines = as_said(answer)
+    assert json.loads(next(lines)) == {"who": "base", "piece": "a"}
+    heard.set()
+    assert [json.loads(line) for line in lines] == [{"page": "<p>"}]
+
+
 @pytest.mark.parametrize("config", ["lora_rank: 8\n", "model: [a\n", "model: 5\n"])
 def test_a_run_whose_config_names_no_model_is_asked_nothing(client, root, config):
     (root / "first/adapter_model.safetensors").touch()
@@ -395,7 +461,7 @@ def test_every_word_of_the_pages_is_in_the_dictionary_and_the_other_way_round():
     from qwenvl_ft.board.answers import KINDS
 
     variable = {*KINDS, *(title for title, _ in sections()), "running", "starting", "finished", "stopped", "failed", "training",
-                "evaluation", "base", "tuned", "train loss", "eval loss", "learning rate", "tokens/s", "train", "eval"}  # fmt: skip
+                "evaluation", "base", "tuned", "train loss", "eval loss", "learning rate", "tokens/s", "peak memory, GiB", "train", "eval"}  # fmt: skip
     assert said | variable == words.CHINESE.keys()
 
 
@@ -410,7 +476,22 @@ def test_settings_differ_where_one_run_has_a_key_alone(root):
     assert ("learning_rate", [None, 0.002]) in differences(runs)
 
 
-@pytest.mark.parametrize("options, said", [(["gone"], "is no folder"), ([".", "--host", "0.0.0.0"], "--api-key-env")])
+def test_of_more_files_than_lie_side_by_side_it_is_said_and_some_are_chosen(client, root):
+    for number in range(5):
+        write_run(root, f"more-{number}", 1, 2)
+        write_predictions(root / f"more-{number}/predictions-eval.jsonl", predicted(0, "16"))
+    page = client.get("/answers")
+    files = re.findall(r'name="file" value="([^"]+predictions-eval.jsonl)"', page.text)
+    assert "7 files are more than can be told apart side by side; choose at most 6" in page.text and len(files) == 7
+    assert client.get("/questions", params={"file": files[:6]}).status_code == 200
+    assert client.get("/questions", params={"file": files}).status_code == 400
+    exported = dict(pages(root, Filed(files_of(root), Kept()), "zh"))["answers.html"]
+    assert "7 个文件并排时分不清</p>" in exported
+
+
+@pytest.mark.parametrize("options, said", [
+    (["gone"], "is no folder"), ([".", "--host", "0.0.0.0"], "--api-key-env"), (["s3://bucket/runs"], "s3://bucket/runs: is on an object server"),
+])  # fmt: skip
 def test_the_command_says_what_is_wrong(options, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="1"):

@@ -56,11 +56,11 @@ def test_a_run_is_started_watched_stopped_and_gone_on_with_and_a_wrong_answer_fo
     assert seen["said"] == [] and seen["asked"] == []  # the console, the network
     text, line = seen["written"]
     assert text == (root / "driven.yaml").read_text() and line == f"qwenvl-ft train --config {root / 'driven.yaml'}"
-    assert seen["curves"] == 3 and 0 < seen["stopped"] < seen["later"] < 3000
+    assert seen["curves"] == 4 and 0 < seen["stopped"] < seen["later"] < 3000
     assert len((root / "driven/metrics.jsonl").read_text().splitlines()) == seen["later"]
     (wrong,) = seen["wrong"]
     assert "<b>17</b>" in wrong and "wanted\t16" in wrong.replace("\n", "") and wrong.count("wrong") == 1
     assert seen["focused"] == "ARTICLE" and seen["picture"] == 640
-    assert seen["answers"] == ["base", "tuned"]
+    assert seen["answers"] == ["base", "tuned"] and seen["said_as_a_form"] == seen["said_as_it_came"]
     assert seen["heap_bytes"] < 50 << 20
     assert seen["violations"] == []  # of accessibility, by axe; a page wider than its window

@@ -151,7 +151,7 @@ def test_plan_as_json_adds_up(run):
     facts = json.loads(out)
     assert (code, err) == (0, "")
     assert list(facts) == [
-        "files", "forms", "records", "used", "skipped", "pictures", "pictures_shrunk", "tokens", "paid", "features",
+        "files", "forms", "media_position", "records", "used", "skipped", "pictures", "pictures_shrunk", "tokens", "paid", "features",
             "taught_tokens", "trains", "rows",
         "row_tokens", "fill", "steps_per_epoch", "steps", "checks", "notes",
     ]  # fmt: skip

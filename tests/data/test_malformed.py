@@ -88,7 +88,19 @@ def test_a_malformed_file_ends_in_problems_and_never_in_a_traceback(name, tmp_pa
         main([*arguments, "--json"])
     report = json.loads(capsys.readouterr().out)
     assert exit.value.code == 1
-    assert list(report) == ["files", "forms", "records", "used", "pictures", "shown", "tokens", "notes", "checks", "problems"]
+    assert list(report) == [
+        "files",
+        "forms",
+        "media_position",
+        "records",
+        "used",
+        "pictures",
+        "shown",
+        "tokens",
+        "notes",
+        "checks",
+        "problems",
+    ]
     assert report["used"] <= report["records"]
     assert report["problems"] and all(problem[key] for problem in report["problems"] for key in ("where", "what", "fix"))
 
@@ -106,5 +118,15 @@ def test_a_good_file_beside_them_passes(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["validate-meta", str(tmp_path / "train.json"), "--data-dir", str(tmp_path), "--json"])
     file = {"meta": str(tmp_path / "train.json"), "weight": 1, "containers": {"JSON": 1}, "records": 1, "used": 1}
-    wanted = {"files": [file], "forms": {"documented": 1}, "records": 1, "used": 1, "pictures": 1, "shown": 1, "tokens": None}
+    sides = {"media_position": {"first": 1, "last": 0, "mixed": 0, "moved": 0}}
+    wanted = {
+        "files": [file],
+        "forms": {"documented": 1},
+        **sides,
+        "records": 1,
+        "used": 1,
+        "pictures": 1,
+        "shown": 1,
+        "tokens": None,
+    }
     assert (exit.value.code, json.loads(capsys.readouterr().out)) == (0, wanted | {"notes": [], "checks": {}, "problems": []})

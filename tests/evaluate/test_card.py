@@ -22,7 +22,8 @@ def folders(tmp_path):
     meta.write_text("[]")
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# The base\n")
     (base / ".download" / "manifest.json").write_text(json.dumps({"repo": "Qwen/Qwen2-VL-7B-Instruct"}))
-    plan = {"records": 12, "used": 11, "pictures": 7, "tokens": {"total": 5000}, "taught_tokens": 900}
+    plan = {"records": 12, "used": 11, "pictures": 7, "tokens": {"total": 5000}, "taught_tokens": 900,
+            "media_position": {"first": 1200, "last": 0, "mixed": 3, "moved": 0}}  # fmt: skip
     results = {"steps": 4, "train_loss": 1.25, "eval_losses": {"4": 1.5}, "skipped": []}
     for name, content in {"plan.json": plan, "all_results.json": results}.items():
         (adapter / name).write_text(json.dumps(content))
@@ -57,6 +58,10 @@ def test_it_says_what_was_taught_how_and_with_what_success_and_no_path(folders):
     write_card(adapter, base)
     text = (adapter / "README.md").read_text()
     assert "11 of 12 records with 7 pictures; 5,000 tokens, 900 of them taught." in text
+    one_way = (
+        "Pictures and videos first in 1,200 records, text first in 0, among each other in 3. Asked the other way round, it may"
+    )
+    assert one_way in text
     assert f"* train.json, sha256 {hashlib.sha256(b'[]').hexdigest()}" in text
     assert "4 steps, loss 1.2500 a taught token over the run; held-out loss at step 4: 1.5000." in text
     assert "lora_rank: 16" in text and "run_name" not in text

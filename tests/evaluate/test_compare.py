@@ -323,6 +323,10 @@ def test_the_same_questions_without_looking_are_columns_of_the_table(service, ta
     assert all(f"m is no better than with {name} pictures" in words for name in ("blank", "other", "no"))
     assert "m is not surely better than what the commonest answer gets" in words
     assert "gave another answer to 0 of 9 questions over other pictures" in words
+    before = len(service.bodies)
+    table = compare(capsys, *plain[:2], "--out", tmp_path / "first", "--limit", "1", "--text-first")
+    kinds = [[part["type"] for part in body["messages"][0]["content"]] for body in service.bodies[before:]]
+    assert kinds == [["image_url", "text"], ["text", "image_url"]] and table["rows"][0]["text_first"]["value"] is not None
     other = compare(capsys, *plain[:2], "--out", tmp_path / "again", "--limit", "4", "--seed", "1")
     chosen = [[line["where"] for line in lines_of(path)] for path in (tmp_path / "again").glob("*.jsonl")]
     assert other["questions"] == 4 and chosen[0] != [f"train.json[{number}].conversations[1]" for number in range(4)]

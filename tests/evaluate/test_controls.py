@@ -50,6 +50,13 @@ def test_a_question_without_its_pictures_keeps_its_words(records):
     assert shown_by("no_pictures", records, 0)(records[0]).turns[0].parts == ("How many?",)
 
 
+def test_a_question_with_its_text_first_shows_the_same_pictures_behind_it(records):
+    show = shown_by("text_first", records, 0)
+    assert show(records[0]).turns[0].parts == ("How many?", *records[0].pictures) and show(records[3]) is records[3]
+    with pytest.raises(UserError, match="no question has its pictures before its text"):
+        shown_by("text_first", [show(records[0]), records[3]], 0)
+
+
 def test_fewer_questions_are_among_more_of_the_same_seed(records):
     talks = [record(f"r[{number}]") for number in range(30)]
     few, more, other = (Sheet.of(talks, limit=limit, seed=seed).chosen for limit, seed in ((5, 0), (12, 0), (5, 1)))
@@ -89,6 +96,6 @@ def test_the_prior_of_boxes_is_scored_by_its_boxes():
 
 def test_a_question_over_white_pictures_is_another_question(records):
     Image.new("RGB", (168, 112)).save(records[0].pictures[0].source)
-    sheets = [Sheet.of(records, control=control) for control in (None, "blank", "shuffled", "no_pictures")]
+    sheets = [Sheet.of(records, control=control) for control in (None, "blank", "shuffled", "no_pictures", "text_first")]
     hashes = [sheet.hashes("me") for sheet in sheets]
-    assert len({of[1] for of in hashes}) == 4 and hashes[0] != sheets[0].hashes("you")
+    assert len({of[1] for of in hashes}) == 5 and hashes[0] != sheets[0].hashes("you")

@@ -63,6 +63,15 @@ def test_how_many_answers_another_picture_changes_is_counted():
     assert "good gave another answer to 3 of 20 questions over other pictures" in table["words"]
 
 
+def test_that_a_model_fails_with_the_text_first_is_said_and_that_it_does_not_is_not():
+    table = tabulate([Column("good", GOOD, {"text_first": BLIND})], ["exact"], 0)
+    (word,) = [word for word in table["words"] if "text first" in word]
+    assert word.startswith("good is worse with the text first: 50.0%") and "media_position: both" in word
+    assert "text first" in sections(table)[0][1] and row_of(table, "good")["text_first"]["value"] == 0.5
+    for other in (Column("good", GOOD, {"text_first": GOOD}), Column("blind", BLIND, {"text_first": GOOD})):
+        assert not any("text first" in word for word in tabulate([other], ["exact"], 0)["words"])
+
+
 def test_scores_by_answer_and_by_the_form_of_the_question():
     table = tabulate([Column("blind", BLIND)], ["exact"], 0)
     assert {of["kind"]: (of["questions"], of["scores"]["blind"]["value"]) for of in table["by_answer"]} == {

@@ -21,7 +21,7 @@ SHOWS_ELSEWHERE = {
     "model": "test_export", "train_meta_file": "test_training", "train_data_dir": "test_meta", "output_dir": "test_training",
     "cache_features": "test_features", "resume": "test_training", "run_name": "test_training",
     "ddp_timeout": "test_two_processes", "shard_base": "test_ways",
-    "thinking": "test_thinking", "boxes": "test_boxes", "fetch_media": "test_media", "format": "test_forms", "columns": "test_forms",
+    "thinking": "test_thinking", "boxes": "test_boxes", "media_position": "test_media_position", "fetch_media": "test_media", "format": "test_forms", "columns": "test_forms",
     "use_rslora": "test_tuning", "use_dora": "test_tuning", "loraplus_lr_ratio": "test_tuning", "init_lora_weights": "test_tuning",
     "init_adapter": "test_tuning", "keep_best": "test_tuning", "early_stopping_patience": "test_tuning",
     "eval_metric": "test_answers", "eval_samples": "test_answers", "eval_max_new_tokens": "test_answers",

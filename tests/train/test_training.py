@@ -205,6 +205,7 @@ def test_resume_says_in_words_what_else_changed_and_each_cause_once(tmp_path):
     assert said(row_tokens=1400) == ["row_tokens was 700 and is now 1400"]
     unshared = "share_prefix was auto and is now off, by itself or by attn_implementation"
     assert said(share_prefix="off") == [unshared] == said(attn_implementation="sdpa")
+    assert said(media_position="last") == ["media_position was as_written and is now last"]
     assert said(lora_dropout=0.1) == ["lora_dropout was 0.0 and is now 0.1"]
     assert said(max_pixels=8 * 28 * 28) == ["pictures are seen in other sizes: min_pixels or max_pixels changed"]
     shutil.copytree(ROOT / "data/sample/images", tmp_path / "images")
