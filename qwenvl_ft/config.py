@@ -85,7 +85,7 @@ class Config(BaseModel):
     num_train_epochs: Positive = 3
     max_steps: Positive | None = None
     rows_per_step: Positive = 8
-    learning_rate: Step = 1e-4
+    learning_rate: Step = 4.8e-4
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Share = 0.03
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0

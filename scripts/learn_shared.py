@@ -44,7 +44,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     """The 95 % interval of a share of so many questions."""
     z = 1.96
     middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+    return max(0.0, (middle - half) / (1 + z * z / count)), (middle + half) / (1 + z * z / count)
 
 
 def main() -> None:

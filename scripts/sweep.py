@@ -21,9 +21,8 @@ LOSS, EXACT = "#d62728", "#1f77b4"
 Found = list[tuple[str, float, float, float, float]]  # value, loss, exact, low, high
 
 
-def panel(key: str, found: Found, left: int, top: int) -> list[str]:
-    """Held-out loss and exact answers, a place on the axis for each value."""
-    worst, best = max(of[1] for of in found), min(of[1] for of in found)
+def panel(key: str, found: Found, left: int, top: int, best: float, worst: float) -> list[str]:
+    """Held-out loss, between the `best` and the `worst` of all panels, and exact answers, a place on the axis for each value."""
 
     def place(number: int, share: float) -> tuple[float, float]:
         across = (number + 0.5) / len(found)
@@ -53,8 +52,9 @@ def draw(found: dict[str, Found]) -> str:
            '<rect width="100%" height="100%" fill="white"/>',
            f'<text x="{MARGIN}" y="20" fill="{EXACT}">exact answers, with the 95 % interval of one run</text>',
            f'<text x="{MARGIN + 300}" y="20" fill="{LOSS}">held-out loss</text>']  # fmt: skip
-    for number, (key, of) in enumerate(found.items()):
-        out += panel(key, of, WIDTH * (number % 2), 28 + HEIGHT * (number // 2))
+    losses = [of[1] for several in found.values() for of in several]
+    for number, (key, several) in enumerate(found.items()):
+        out += panel(key, several, WIDTH * (number % 2), 28 + HEIGHT * (number // 2), min(losses), max(losses))
     return "\n".join([*out, "</svg>\n"])
 
 

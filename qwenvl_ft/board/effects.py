@@ -38,7 +38,7 @@ CHINESE_EFFECTS = {
     "num_train_epochs": "每个样本看多少遍",
     "max_steps": "这么多步之后停止，不管 epoch 怎么说",
     "rows_per_step": "一步最多多少行，所有 GPU 合计，GPU 的个数不改变结果；一个 epoch 的行平均分配",
-    "learning_rate": "峰值；auto：按模型宽度，7B 为 4.78e-04（lora_alpha 为 32 时的公开规则）",
+    "learning_rate": "峰值，取公开规则对 7B、lora_alpha 为 32 的值（docs/training.md）；auto：按模型宽度",
     "lr_scheduler_type": "cosine 或 linear 降到零，或 constant",
     "warmup_ratio": "学习率升到峰值所占训练的比例",
     "weight_decay": "把 adapter 的权重拉向零",

@@ -194,8 +194,8 @@ def test_a_run_of_a_few_steps_is_noted_in_the_plan(run):
     assert f"note 1 {few}" in " ".join(out.split())
     notes = json.loads(run(*PLAN, "num_train_epochs=1", "rows_per_step=200", "--json")[1])["notes"]
     assert notes == ["101 rows are fewer than rows_per_step, 200: every step takes them all; lower it", f"1 {few}"]
-    assert json.loads(run(*PLAN, "max_steps=19", "--json")[1])["notes"] == ["19 optimizer steps teach little: raise max_steps"]
-    assert json.loads(run(*PLAN, "max_steps=20", "--json")[1])["notes"] == []
+    assert json.loads(run(*PLAN, "max_steps=49", "--json")[1])["notes"] == ["49 optimizer steps teach little: raise max_steps"]
+    assert json.loads(run(*PLAN, "max_steps=50", "--json")[1])["notes"] == []
 
 
 def test_more_taught_tokens_than_the_rank_holds_are_noted_in_the_plan(run):
