@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from qwenvl_ft.board.runs import Lines
 from qwenvl_ft.train.curves import mean_loss, parts_of
 
-WIDTH, HEIGHT, TALL = 540, 200, 486
+WIDTH, HEIGHT = 540, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 26
 FEW_POINTS = 40  # that have dots
 COLOURS = 6  # of board.css, and so as many runs or models as can be laid over each other
@@ -39,7 +39,7 @@ def curve_of(name: str, lines: Lines, key: str, colour: int, dashed: bool = Fals
     return Curve(name, [point for point in points if math.isfinite(point[1])], colour, dashed)
 
 
-def draw(curves: Sequence[Curve], label: str, step: str, height: int = HEIGHT) -> Markup:
+def draw(curves: Sequence[Curve], label: str, step: str) -> Markup:
     """The curves over their steps; nothing where none has points. `label` and `step` are words of the page's language."""
     curves = [curve for curve in curves if curve.points]
     if not curves:
@@ -52,7 +52,7 @@ def draw(curves: Sequence[Curve], label: str, step: str, height: int = HEIGHT) -
 
     def place(at: float, value: float) -> str:
         x = LEFT + (at - 1) / (last - 1) * (WIDTH - LEFT - RIGHT)
-        return f"{x:.1f},{height - BOTTOM - (value - low) / (high - low) * (height - TOP - BOTTOM):.1f}"
+        return f"{x:.1f},{HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM):.1f}"
 
     drawn = []
     for tick in ticks:
@@ -61,7 +61,7 @@ def draw(curves: Sequence[Curve], label: str, step: str, height: int = HEIGHT) -
         drawn.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
     for share in (0, 0.25, 0.5, 0.75, 1) if last > 8 else (0, 1):
         x, anchor = LEFT + share * (WIDTH - LEFT - RIGHT), "end" if share == 1 else "middle"
-        drawn.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="{anchor}">{1 + share * (last - 1):,.0f}</text>')
+        drawn.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{1 + share * (last - 1):,.0f}</text>')
     for curve in curves:
         points = [place(*point) for point in curve.points]
         kind = f"c{curve.colour % COLOURS}{' dashed' * curve.dashed}"
@@ -76,7 +76,7 @@ def draw(curves: Sequence[Curve], label: str, step: str, height: int = HEIGHT) -
     named = escape(f"{label}, {step} 1–{last:,.0f}")
     return Markup(
         f'<figure class="curves"><figcaption><h2>{escape(label)}</h2><ul>{keys}</ul></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{named}">{"".join(drawn)}</svg></figure>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{named}">{"".join(drawn)}</svg></figure>'
     )  # every text in it is escaped above
 
 

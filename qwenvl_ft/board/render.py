@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from ruamel.yaml import YAML
 
-from qwenvl_ft.board.curves import TALL, curve_of, draw
+from qwenvl_ft.board.curves import curve_of, draw
 from qwenvl_ft.board.runs import Run
 from qwenvl_ft.board.words import translator
 
@@ -132,7 +132,7 @@ def drawings(runs: list[Run], lang: str) -> list[Markup]:
         for number, run in enumerate(runs)
         for of, key, dashed in (("train", "loss", False), ("eval", "eval_loss", True))
     ]
-    drawn = [draw(losses, t("loss per taught token"), t("step"), TALL)]
+    drawn = [draw(losses, t("loss per taught token"), t("step"))]
     for word, key in (("learning rate", "learning_rate"), ("tokens/s", "tokens_per_s"), ("peak memory, GiB", "peak_memory_gib")):
         curves = [curve_of(run.name, run.lines, key, number) for number, run in enumerate(runs)]
         drawn.append(draw(curves, t(word), t("step")))
