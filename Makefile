@@ -5,12 +5,16 @@ UV := .tools/bin/uv
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test coverage check lock
+.PHONY: demo test browser coverage check lock
 demo: .venv/ready
 	$(BIN)/python scripts/demo.py
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+browser:  # Chromium and what drives it, for the tests of pages, which are skipped without; as root, with Debian's packages and npm
+	command -v chromium || (apt-get update -qq && apt-get install -yqq --no-install-recommends chromium)
+	npm install --no-save --no-audit --no-fund --loglevel error playwright-core axe-core
 
 coverage: .venv/ready  # the same, a quarter slower, with the lines that no test runs; fails below the share in pyproject.toml
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --cov --cov-report term
