@@ -134,7 +134,7 @@ def draw_media_position(counts: dict[str, int]) -> list[tuple[str, str]]:
     sides = {"first": "before the text", "last": "after it", "mixed": "among it"}
     shown = [f"{side} in {counts[name]:,}" for name, side in sides.items() if counts[name]]
     moved = f"; media_position moved those of {counts['moved']:,}" * (counts["moved"] > 0)
-    return [("media", f"{', '.join(shown)} records{moved}")] if shown else []
+    return [("media", f"{', '.join(shown)} of the records read{moved}")] if shown else []
 
 
 def draw_checks(checks: dict[str, Any]) -> list[tuple[str, str]]:

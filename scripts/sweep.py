@@ -1,6 +1,6 @@
 """Trains once for each value of some settings, one setting at a time, and draws what held-out records say of each.
 
-    python scripts/sweep.py 'learning_rate=1e-4|5e-4|2.4e-3' 'lora_rank=4|32|128' [--seeds 1 2] [--svg docs/sweep.svg] [key=value ...]
+    python scripts/sweep.py 'learning_rate=1e-4|5e-4|2.4e-3' 'lora_rank=4|32|128' [key=value ...] [--seeds 1 2] [--svg docs/sweep.svg]
 
 Everything else is as in --config, or as told with key=value; a value that stands there is trained once for all the settings. Prints
 a Markdown table: held-out loss, and the share of held-out questions that are answered exactly, with the interval of one run.
@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--svg", type=Path)
     given = parser.parse_args()
     base = YAML(typ="safe").load(given.config.read_text(encoding="utf-8"))
+    if not base.get("eval_meta_file"):
+        sys.exit(f"{given.config}: set eval_meta_file, whose questions are asked")
     alike = [setting for setting in given.settings if "|" not in setting]
     found: dict[str, Found] = {}
     runs: dict[tuple[str, ...], list[tuple[float, float, float, int]]] = {}

@@ -46,6 +46,7 @@ class Asking:
 
         Raises UserError where there is no adapter or no picture in it, where the run does not say its model, and where that does
         not fit."""
+        from qwenvl_ft.data.media_position import beside
         from qwenvl_ft.data.pictures import decode
         from qwenvl_ft.data.records import Picture, Turn
 
@@ -54,7 +55,8 @@ class Asking:
         if (adapter := adapter_of(run.folder)) is None:
             raise UserError(Problem(run.name, "has no adapter yet", "wait for its first checkpoint"))
         image = decode(picture, "picture") if picture else None
-        turns = [Turn("user", (*([Picture.of(image)] if image else []), question))]
+        shown = [Picture.of(image)] if image else []
+        turns = [Turn("user", beside(shown, question, run.settings.get("media_position", "as_written")))]
         url = ""
         if image:
             small, file = image.copy(), BytesIO()

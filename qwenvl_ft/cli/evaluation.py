@@ -192,7 +192,7 @@ def evaluate(
     folder = Path(model)
     check_folders(folder, [adapter] if adapter else [])
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
-    reading = read_reading(config, fetch_media, own=own_reading([(folder, adapter)]), boxes=boxes)
+    reading = read_reading(config, fetch_media, own=own_reading([(folder, adapter)], boxes), boxes=boxes)
     records, facts = _records(meta, data_dir, reading)
     of = f"{_file_name(meta.stem)}{'' if adapter else f'-{folder.resolve().name}'}"
     target = out or (adapter or Path()) / f"predictions-{of}.jsonl"
@@ -228,6 +228,7 @@ def _evaluate_suite(
     """`eval --suite`; `settings` are arguments of `serve`."""
     from qwenvl_ft.evaluate.hosted import is_hosted
     from qwenvl_ft.evaluate.suite import OTHERWISE_ASKED, check_served, find_program, run_suite, serving, suite_table
+    from qwenvl_ft.folders.whole import writing
     from qwenvl_ft.infer.engine import check_folders
 
     path = find_program(program)
@@ -242,7 +243,8 @@ def _evaluate_suite(
     else:
         check_folders(Path(model), [adapter] if adapter else [])
     target = out or Path(f"suite-{_file_name(tasks)}-{_file_name(name)}")
-    target.mkdir(parents=True, exist_ok=True)
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         served = elsewhere or stack.enter_context(serving(Path(model), adapter, num_concurrent, settings, target / "serve.log"))
         figures = run_suite(path, tasks, served, target, include_path, limit, num_concurrent, pass_on)
@@ -298,7 +300,7 @@ def compare(
     folders = {spec: model_and_adapter(spec) for spec in models if not is_hosted(spec)}
     for model, adapter in folders.values():
         check_folders(model, [adapter] if adapter else [])
-    reading = read_reading(config, fetch_media, own=own_reading([*folders.values()]), boxes=boxes)
+    reading = read_reading(config, fetch_media, own=own_reading([*folders.values()], boxes), boxes=boxes)
     records, facts = _records(meta, data_dir, reading)
     if len(folders) < len(models):
         askable(records)

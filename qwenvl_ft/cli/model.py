@@ -160,6 +160,7 @@ def ask(
         print_line(f"{len(lines)} answers in {out}" + (f", {before} of them from before" if before else "")
                    + (f", {cut} of them cut by --max-new-tokens" if cut else ""))  # fmt: skip
         return
+    from qwenvl_ft.data.media_position import beside
     from qwenvl_ft.data.records import Turn
     from qwenvl_ft.infer.engine import Engine
     from qwenvl_ft.infer.messages import read_messages
@@ -174,11 +175,11 @@ def ask(
     if question and as_json:
         from qwenvl_ft.data.boxes import facts_of
 
-        (said,) = engine.answer_many([[Turn("user", (*shown, question))]], max_new_tokens)
+        (said,) = engine.answer_many([[Turn("user", beside(shown, question, reading.media_position))]], max_new_tokens)
         print_json({"answer": said.text, "cut": said.cut, "boxes": [facts_of(box) for box in said.boxes]})
         return
     for asked in [question] if question else chat_lines():
-        talk.append(Turn("user", (*shown, asked)))
+        talk.append(Turn("user", beside(shown, asked, reading.media_position)))
         shown, answer = (), ""
         was_cut: list[bool] = []
         for piece in engine.stream(talk, max_new_tokens, on_cut=partial(was_cut.append, True)):

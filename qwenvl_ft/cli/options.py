@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
-from ruamel.yaml import YAML
 
-from qwenvl_ft.config import Config, load_config
+from qwenvl_ft.config import Config, load_config, read_yaml
 from qwenvl_ft.console import print_note
 from qwenvl_ft.data.reading import AS_FOUND, Numbers, Reading
 from qwenvl_ft.data.template import Thinking
@@ -136,17 +135,34 @@ def training_chat_settings(
     return least, most or defaults["max_pixels"], thinks or defaults["thinking"], of_video or defaults["video_max_pixels"]
 
 
-def own_reading(folders: Sequence[tuple[Path, Path | None]]) -> Reading:
-    """How models with their adapters are asked where nothing says otherwise: films are drawn as the first one's processor does,
-    and the numbers of boxes are what they were in the first run that says so."""
+def own_reading(folders: Sequence[tuple[Path, Path | None]], boxes: Numbers | None = None) -> Reading:
+    """How models with their adapters are asked where nothing says otherwise: films are drawn as the first one's processor does, the
+    numbers of boxes are what they were to the runs unless `boxes` says it, and media stand where the first run has them.
+
+    Raises UserError for runs that disagree on boxes, or whose settings cannot be read.
+    """
     from qwenvl_ft.data.geometry import reading_of
     from qwenvl_ft.folders.runs import processor_folder, run_folder_of
 
     if not folders:
-        return Reading()
-    runs = [run_folder_of(adapter) / "config.yaml" for _, adapter in folders if adapter]
-    taught = [YAML(typ="safe").load(run.read_text(encoding="utf-8")).get("boxes") for run in runs if run.is_file()]
-    return replace(reading_of(processor_folder(*folders[0])), boxes=next(filter(None, taught), None))
+        return Reading(boxes=boxes)
+    paths = [run_folder_of(adapter) / "config.yaml" for _, adapter in folders if adapter]
+    runs = {path: read_yaml(path)[0] for path in paths if path.is_file()}
+    said: dict[Numbers | None, Path] = {}
+    for path, settings in runs.items():
+        if (numbers := settings.get("boxes")) not in (None, *get_args(Numbers)):
+            raise UserError(Problem(f"{path}: boxes", f"is {numbers!r}", f"write one of {', '.join(get_args(Numbers))}"))
+        said.setdefault(numbers, path)
+    known = {numbers: path for numbers, path in said.items() if numbers}
+    if boxes is None and len(known) > 1:
+        what = " and ".join(f"{numbers} in {path}" for numbers, path in known.items())
+        raise UserError(Problem("boxes", f"are {what}", "say what the numbers of the file are with --boxes"))
+    behind = next(iter(runs.values()), {}).get("media_position") == "last"
+    return replace(
+        reading_of(processor_folder(*folders[0])),
+        boxes=boxes or next(iter(known), None),
+        media_position="last" if behind else "as_written",
+    )
 
 
 def read_reading(
@@ -155,5 +171,6 @@ def read_reading(
     """How records are read: as the settings that --config names have it, else as `own` does, and as the command's options do."""
     reading = Reading.of(load_config(config)) if config else own
     return replace(
-        reading, fetch_media=fetch_media or reading.fetch_media, format=format or reading.format, boxes=boxes or reading.boxes
-    )
+        reading, fetch_media=fetch_media or reading.fetch_media, format=format or reading.format,
+        boxes=boxes or reading.boxes or own.boxes,
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 A model that was only ever taught one of both may answer the other at random.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import pairwise
@@ -25,6 +26,11 @@ def placed(record: Record, position: MediaPosition) -> Record:
     if position == "as_written" or not any(_movable(turn, position) for turn in record.turns):
         return record
     return replace(record, turns=tuple(_moved(turn) if _movable(turn, position) else turn for turn in record.turns))
+
+
+def beside(media: Sequence[Part], text: str, position: MediaPosition) -> tuple[Part, ...]:
+    """What a user's turn is asked as by our own commands: its media first, but last where every record was taught so."""
+    return (text, *media) if position == "last" else (*media, text)
 
 
 def position_of(record: Record) -> str | None:

@@ -217,12 +217,18 @@ def _firsts(lengths: Ints, shared: Ints, row_tokens: int) -> Indices:
     shared = np.where(too_long | np.roll(too_long, 1), 0, shared)
     shared[0] = 0
     neighbours = np.maximum(np.append(shared[1:], 0), np.append(0, shared[:-1]))
-    firsts = np.flatnonzero((shared < LEAST_SHARED) & (2 * shared < lengths) | (2 * shared < neighbours))
+    firsts = np.flatnonzero(is_little(shared, lengths) | (2 * shared < neighbours))
     whole, ends = _tokens(lengths, shared, firsts), np.append(firsts[1:], len(lengths))
     cuts, too_large = [firsts], (whole > row_tokens) | (np.add.reduceat(lengths, firsts, dtype=np.int64) > MOST_KEYS * whole)
     for start, end in zip(firsts[too_large].tolist(), ends[too_large].tolist(), strict=True):
         cuts.append(start + np.array([*_cuts(lengths[start:end].tolist(), shared[start:end].tolist(), row_tokens)], np.int64))
     return np.sort(np.concatenate(cuts))
+
+
+def is_little(shared: Ints, lengths: Ints) -> NDArray[np.bool_]:
+    """Of records, whether what each shares with the one before it is too little to keep them together."""
+    little: NDArray[np.bool_] = (shared < LEAST_SHARED) & (2 * shared < lengths)
+    return little
 
 
 def _cuts(lengths: Sequence[int], shared: Sequence[int], row_tokens: int) -> Iterator[int]:

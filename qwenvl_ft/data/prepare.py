@@ -21,7 +21,7 @@ from qwenvl_ft.data.mirror import called as called_folder
 from qwenvl_ft.data.notes import Noted
 from qwenvl_ft.data.numbers import Indices, blocks
 from qwenvl_ft.data.packed import PackedMedium, read_medium
-from qwenvl_ft.data.packing import LEAST_SHARED, Alike, Plan, Schedule, pack
+from qwenvl_ft.data.packing import Alike, Plan, Schedule, is_little, pack
 from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.quantization import quantization_problems
 from qwenvl_ft.data.reading import Reading
@@ -144,7 +144,8 @@ class Prepared:
             more = f"; for more rows of the same records lower row_tokens, now {config.row_tokens}"
             return [f"a step takes {fewer} rows, which teach what {config.rows_per_step} would that share no beginnings" + more]
         why = not_shared(config)
-        shared = why and any((block >= LEAST_SHARED).any() for _, block in blocks(self.scripts.shared))
+        lengths = self.scripts.lengths
+        shared = why and any(not is_little(of, lengths[start : start + len(of)]).all() for start, of in blocks(self.scripts.shared))
         return [f"records that share their beginning pay for it each: {why}"] if shared else []
 
     def _held(self, taught: int, config: Config) -> list[str]:

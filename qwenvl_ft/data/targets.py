@@ -81,8 +81,9 @@ def num_trained(config: Config) -> int:
     shapes, family, named, num = shapes_of(config.model), family_of(config.model), find_layers(config), 0
     for tower in config.lora_on:
         own = config.own.get(tower, Own())
-        inside = INSIDE[tower] if named or own.full or tower == "experts" else getattr(family, tower)
-        for name in named or shapes:
+        whole = own.full or tower == "experts"  # which lora_targets does not choose among
+        inside = INSIDE[tower] if named or whole else getattr(family, tower)
+        for name in shapes if whole or not named else named:
             if re.fullmatch(inside, name):
                 *experts, rows, columns = shapes[name] if len(shapes[name]) > 1 else (1, *shapes[name])
                 num += prod(experts) * (rows * columns if own.full else (own.rank or config.lora_rank) * (rows + columns))

@@ -131,7 +131,7 @@ def _data(run: Path) -> str:
     ]  # fmt: skip
     if any((sides := plan.get("media_position", {})).values()):
         first, last, mixed = (sides[name] for name in ("first", "last", "mixed"))
-        lines.append(f"Pictures and videos first in {first:,} records, text first in {last:,}, among each other in {mixed:,}."
+        lines.append(f"Of the records read, {first:,} show pictures and videos first, {last:,} the text, {mixed:,} mix them."
                      + " Asked the other way round, it may answer much worse." * (not (first and last)))  # fmt: skip
     named = _settings(run).get("train_meta_file") or []
     for name in [named] if isinstance(named, str) else [of["file"] for of in named]:

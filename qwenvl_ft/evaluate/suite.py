@@ -6,6 +6,7 @@ So its figures count only where it has left a file of results, with an answer to
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -234,7 +235,7 @@ def _row(task: str, key: str, values: dict[str, Any], questions: int | None) -> 
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def suite_table(figures: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:

@@ -8,14 +8,18 @@ from transformers import AutoProcessor
 
 from qwenvl_ft.cli.evaluation import _records
 from qwenvl_ft.cli.main import main
+from qwenvl_ft.cli.options import own_reading, read_reading
 from qwenvl_ft.data.checks import hash_of
 from qwenvl_ft.data.media_position import placed, position_of
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.prepare import prepare
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Box, Picture, Record, Turn, Video
+from qwenvl_ft.errors import UserError
+from qwenvl_ft.infer.engine import Engine
 from tests.conftest import TINY
 from tests.runs import config
+from tests.serving import CHARTS
 
 A, B = (Picture.of(Image.new("RGB", (56, 84), colour)) for colour in ("white", "black"))
 FILM = Video.of([Image.new("RGB", (56, 56))] * 2, 1.0, (0, 1), 2)
@@ -108,7 +112,7 @@ def test_a_check_counts_what_a_run_moves_and_an_evaluation_asks_as_written(talk,
         assert not done.value.code
         said.append(capsys.readouterr().out)
     assert json.loads(said[0])["media_position"] == {"first": 0, "last": 3, "mixed": 0, "moved": 2}
-    assert "after it in 3 records; media_position moved those of 2" in " ".join(said[1].split())
+    assert "after it in 3 of the records read; media_position moved those of 2" in " ".join(said[1].split())
     last = Reading(media_position="last")
     moved, (written, _) = read_records(meta, reading=last).records, _records(meta, None, last)
     assert [[type(part) for part in of.turns[0].parts] for of in moved] == [[str, Picture]] * 3
@@ -117,6 +121,48 @@ def test_a_check_counts_what_a_run_moves_and_an_evaluation_asks_as_written(talk,
         main(["convert", str(meta), str(tmp_path / "out.jsonl"), "--config", str(tmp_path / "config.yaml")])
     assert not done.value.code
     assert [position_of(of) for of in read_records(tmp_path / "out.jsonl").records] == ["first", "first", "last"]
+
+
+def test_ask_has_the_media_where_the_run_had_them(tmp_path, monkeypatch):
+    """The Try page does by the same function."""
+    asked = []
+    monkeypatch.setattr("qwenvl_ft.infer.engine.check_folders", lambda *of: None)  # the runs hold settings only
+    monkeypatch.setattr(Engine, "open", lambda *of, **named: Engine(None, None, None))
+    monkeypatch.setattr(
+        Engine, "stream", lambda engine, talk, *of, **named: asked.append([type(part) for part in talk[0].parts]) or []
+    )
+    for position, first in (("last", str), ("both", Picture), ("as_written", Picture)):
+        run = tmp_path / position
+        run.mkdir()
+        (run / "config.yaml").write_text(f"media_position: {position}\n")
+        with pytest.raises(SystemExit) as done:
+            main(["ask", str(TINY), "--adapter", str(run), "--image", str(CHARTS[0]), "How many?"])
+        assert not done.value.code and asked[-1][0] is first and len(asked[-1]) == 2
+
+
+def test_what_runs_say_of_boxes_is_checked_and_they_must_agree(tmp_path):
+    def runs(**texts):
+        for name, text in texts.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "config.yaml").write_text(text)
+        return [(TINY, None), *((TINY, tmp_path / name) for name in texts)]
+
+    assert own_reading(runs(a="boxes: pixels\n", b="boxes:\n", c="boxes: pixels\n")).boxes == "pixels"
+    apart = runs(a="boxes: pixels\n", b="boxes: thousand\n")
+    with pytest.raises(UserError, match=r"boxes: are pixels in .*a/config.yaml and thousand in .*b/config.yaml"):
+        own_reading(apart)
+    assert own_reading(apart, "unit").boxes == "unit"
+    for text, said in (
+        ("boxes: foo\n", "is 'foo'"),
+        ("boxes: [pixels]\n", "is \\['pixels'\\]"),
+        ("boxes: [\n", "config.yaml:"),
+        ("", "holds no settings"),
+    ):
+        with pytest.raises(UserError, match=said):
+            own_reading(runs(a=text))
+    (tmp_path / "settings.yaml").write_text("model: m\ntrain_meta_file: t\noutput_dir: o\n")
+    own = own_reading(runs(a="boxes: pixels\n"))
+    assert read_reading(tmp_path / "settings.yaml", False, own=own).boxes == "pixels", "a config that does not say it"
 
 
 def test_a_record_with_its_text_first_is_still_the_same_record():

@@ -58,9 +58,7 @@ def test_it_says_what_was_taught_how_and_with_what_success_and_no_path(folders):
     write_card(adapter, base)
     text = (adapter / "README.md").read_text()
     assert "11 of 12 records with 7 pictures; 5,000 tokens, 900 of them taught." in text
-    one_way = (
-        "Pictures and videos first in 1,200 records, text first in 0, among each other in 3. Asked the other way round, it may"
-    )
+    one_way = "Of the records read, 1,200 show pictures and videos first, 0 the text, 3 mix them. Asked the other way round, it may"
     assert one_way in text
     assert f"* train.json, sha256 {hashlib.sha256(b'[]').hexdigest()}" in text
     assert "4 steps, loss 1.2500 a taught token over the run; held-out loss at step 4: 1.5000." in text

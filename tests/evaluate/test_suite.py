@@ -2,6 +2,7 @@
 with the real one."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -170,6 +171,11 @@ def test_it_says_how_it_is_installed(service, capsys, monkeypatch):
     assert "env/lmms-eval: is no command" in suite(capsys, f"{service.url}/v1", code=1)[1]
 
 
+def test_a_folder_that_is_a_file_is_said(service, tasks, capsys):
+    Path("taken").write_text("")
+    assert "taken: File exists" in suite(capsys, f"{service.url}/v1", "--out", "taken", code=1)[1]
+
+
 def test_a_server_that_does_not_start_is_told_with_its_last_words(tasks, capsys, monkeypatch):
     python = tasks.parent / "python"
     python.write_text("#!/bin/sh\necho no memory is left >&2\nexit 1\n")
@@ -216,7 +222,7 @@ def test_figures_are_read_as_tasks_and_groups_have_them(tmp_path):
     found = {
         "mme": {"alias": "mme", "score,none": 1523.4, "score_stderr,none": "N/A", "score_stderr_clt,none": 0.1},
         "math": {"match,strict": 0.5, "match_stderr,strict": 0.1, "match,loose": 1.0, "match_stderr,loose": 0.0},
-        "test": {"submission,none": None, "submission_stderr,none": []},
+        "test": {"submission,none": None, "submission_stderr,none": [], "mean,none": math.nan},
         "all": {" ": " ", "alias": "all", "match,strict": 0.5, "match_stderr,strict": 0.05},
     }
     counts = {task: {"original": 9, "effective": 2.0} for task in ("mme", "math", "test")}
@@ -228,10 +234,17 @@ def test_figures_are_read_as_tasks_and_groups_have_them(tmp_path):
     figures = read_figures(results)
     assert figures["answers"] == 8 == figures["empty_answers"]
     assert [row[2:] for row in suite_table(figures)[2]] == [
-        ["2", "1523.400 (no interval)"], ["2", "0.500 (0.304 to 0.696)"], ["2", "1.000 (no interval)"], ["2", "-"],
+        ["2", "1523.400 (no interval)"], ["2", "0.500 (0.304 to 0.696)"], ["2", "1.000 (no interval)"], ["2", "-"], ["2", "-"],
         ["", "0.500 (0.402 to 0.598)"],
     ]  # fmt: skip
-    assert [row["metric"] for row in figures["rows"]] == ["score", "match,strict", "match,loose", "submission", "match,strict"]
+    assert [row["metric"] for row in figures["rows"]] == [
+        "score",
+        "match,strict",
+        "match,loose",
+        "submission",
+        "mean",
+        "match,strict",
+    ]
 
 
 def test_a_failure_that_a_filter_has_hidden_is_found(tmp_path):

@@ -73,6 +73,9 @@ def test_each_tower_has_its_own_rank_and_alpha_and_peft_reads_them(towers, tmp_p
     for name, layer in layers.items():
         assert (layer.r["default"], layer.scaling["default"]) == scales[tower_of(name)], name
     assert num_trained(config(towers.parent, lora_on=TOWERS)) == sum(tensor.numel() for tensor in adapter(towers).values())
+    whole = num_trained(config(towers.parent, lora_on=FULL)) - num_trained(config(towers.parent, lora_on=["language"]))
+    chosen = [num_trained(config(towers.parent, lora_on=on, lora_targets=["q_proj"])) for on in (FULL, ["language"])]
+    assert chosen[0] - chosen[1] == whole > 100_000, "lora_targets does not choose among what trains in full"
     merges_as_pefts(towers, tmp_path / "merged")
 
 
