@@ -198,6 +198,16 @@ def test_a_run_of_a_few_steps_is_noted_in_the_plan(run):
     assert json.loads(run(*PLAN, "max_steps=50", "--json")[1])["notes"] == []
 
 
+def test_a_small_picture_that_is_paid_for_again_and_again_is_noted_in_the_plan(run, talk, pictures):
+    """Half of a short record is less than the 64 tokens that long ones share."""
+    meta = talk(*[[f"<img>a.png</img>{question}", "7"] for question in "ABCD"])
+    small = [*PLAN, f"train_meta_file={meta}", f"train_data_dir={pictures}", "max_pixels=3136", "--json"]
+    shared = json.loads(run(*small)[1])
+    assert shared["paid"]["media"] < shared["paid"]["media_shown"] and shared["tokens"]["max"] < 64
+    notes = json.loads(run(*small, "share_prefix=off")[1])["notes"]
+    assert "records that share their beginning pay for it each: share_prefix is off" in notes
+
+
 def test_more_taught_tokens_than_the_rank_holds_are_noted_in_the_plan(run):
     on_q = [*PLAN, "lora_rank=1", "lora_alpha=1", "--json"]  # 4 layers of 192 x 192: 1,536 weights for each kind of layer
     (note,) = json.loads(run(*on_q, "lora_targets=[q_proj,k_proj]")[1])["notes"]
