@@ -1,6 +1,7 @@
 """The commands of docs/recipes are run as they stand, in a folder like the checkout; only the numbers of records and of steps are cut."""
 
 import contextlib
+import hashlib
 import re
 import shlex
 import subprocess
@@ -51,6 +52,19 @@ def test_a_recipe_runs_from_data_to_a_merged_model(recipe, tmp_path):
         assert ran == [*made, "validate-meta", "plan", "eval", "train", "eval", "export", "ask", "plan"]
         named = re.findall(r"`((?:data|runs)/[\w./-]+)`", text_of(page))
         assert named and [name for name in named if not Path(name).exists()] == []
+
+
+@pytest.mark.parametrize("kind", ["documents", "boxes", "films"])
+def test_no_medium_is_both_trained_on_and_held_out(kind, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from make_recipe_data import records
+
+    made = records(kind, 120, 0, tmp_path)
+    assert {split: len(of) for split, of in made.items()} == {"train": 120, "eval": 30}
+    train, held_out = (
+        {hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.glob(f"{split}-*")} for split in ("train", "eval")
+    )
+    assert (len(train), len(held_out), train & held_out) == (120, 30, set())
 
 
 @pytest.mark.parametrize("page", [PAGES[language][recipe] for language in PAGES for recipe in RECIPES])
