@@ -66,7 +66,7 @@ def lit_paper(side: int, green: int) -> Image.Image:
 
 def boxes(name: str, folder: Path, rng: random.Random, held_out: bool) -> Record:
     """A coloured disc on lit paper, and its box in px. At each of the 16 places one of the four colours is held out."""
-    picture = lit_paper(4 * UNIT, rng.randint(215, 255))
+    picture = lit_paper(4 * UNIT, 235)
     column, row = rng.randrange(4), rng.randrange(4)
     kept_back, *others = sorted(COLORS)[(column + row) % 4 :] + sorted(COLORS)[: (column + row) % 4]
     color = kept_back if held_out else rng.choice(others)
