@@ -28,7 +28,7 @@ BIN = Path(sys.executable).parent
 TINY, UV = ROOT / "data/tiny", ROOT / ".tools/bin/uv"
 SIDE = 168  # px that the pictures of 64 are enlarged to: 36 tokens in place of 4, which hardly tell a circle from a square
 SETTINGS = """\
-model: {out}/base
+model: {base}
 train_meta_file: {out}/train.json
 train_data_dir: {pictures}/train/images
 output_dir: {out}/run
@@ -52,15 +52,16 @@ def make_base(out: Path, steps: int) -> None:
     if steps:
         share = teach_shapes(model, processor, SIDE, steps, lambda text: print(text, flush=True))
         print(f"the vision tower sees the kind of {share:.1%} of new shapes", flush=True)
-    taught = model.state_dict()
-    shutil.copytree(TINY, out)
-    stored = load_file(out / "model.safetensors")
+    taught, making = model.state_dict(), out.with_suffix(".making")
+    shutil.copytree(TINY, making, dirs_exist_ok=True)
+    stored = load_file(TINY / "model.safetensors")
     seen = {
         key: taught[f"model.{key.removeprefix('model.')}"].to(of.dtype).contiguous()
         for key, of in stored.items()
         if "visual." in key
     }
-    save_file(stored | seen, out / "model.safetensors", {"format": "pt"})
+    save_file(stored | seen, making / "model.safetensors", {"format": "pt"})
+    making.rename(out)  # so that one that was killed is not taken for whole
 
 
 def records(questions: Path) -> list[dict]:
@@ -94,21 +95,21 @@ def main() -> None:
     given = parser.parse_args()
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    pictures = out / "package/easy_vqa/data"
+    pictures, base = out / "package/easy_vqa/data", out / f"base-{given.seen}"
     if not pictures.is_dir():
         subprocess.run([UV, "pip", "install", "--quiet", "--no-deps", "--target", out / "package", "easy-vqa==1.0"], check=True)
     for part in ("train", "test"):
         (out / f"{part}.json").write_text(json.dumps(records(pictures / part / "questions.json")))
-    (out / "settings.yaml").write_text(SETTINGS.format(out=out, pictures=pictures, area=SIDE**2))
+    (out / "settings.yaml").write_text(SETTINGS.format(out=out, base=base, pictures=pictures, area=SIDE**2))
     began = time.monotonic()
-    if not (out / "base").is_dir():
-        make_base(out / "base", given.seen)
+    if not base.is_dir():
+        make_base(base, given.seen)
     seen = time.monotonic()
     run("python", "train.py", "--config", f"{out}/settings.yaml", *given.settings)
     trained = time.monotonic()
     asked = ["--data-dir", f"{pictures}/test/images", "--config", f"{out}/run/config.yaml", "--batch-size", "64", "--blank"]
     asked += ["--metric", "exact", "--metric", "class", *(["--limit", str(given.limit)] if given.limit else [])]
-    run("qwenvl-ft", "eval", f"{out}/base", f"{out}/test.json", "--adapter", f"{out}/run", *asked)
+    run("qwenvl-ft", "eval", str(base), f"{out}/test.json", "--adapter", f"{out}/run", *asked)
     print(
         f"minutes: {(seen - began) / 60:.0f} to see, {(trained - seen) / 60:.0f} to train, {(time.monotonic() - trained) / 60:.0f} to ask"
     )
