@@ -104,7 +104,7 @@ def watch(counts: Counts, modeling: object) -> None:
         counts.patches += len(hidden_states)
         counts.blocks += len(self.blocks)
 
-    def layer(*args):
+    def layer(*args, **named):
         counts.layer_runs += 1
 
     def block(*args):
@@ -121,7 +121,7 @@ def watch(counts: Counts, modeling: object) -> None:
     wrap(modeling.Qwen2VLTextModel, "forward", before=language)
     wrap(modeling.Qwen2VisionTransformerPretrainedModel, "forward", before=vision)
     # A layer's own forward is left alone: transformers does not recompute one that was replaced.
-    wrap(modeling.Qwen2MLP, "forward", before=layer)
+    wrap(modeling.Qwen2VLAttention, "forward", before=layer)
     wrap(modeling.VisionMlp, "forward", before=block)
     wrap(torch.nn.functional, "cross_entropy", after=entropy)
     wrap(torch.Tensor, "backward", before=backward)

@@ -9,7 +9,7 @@ from torch import nn
 
 from qwenvl_ft.data.families import family_of
 from qwenvl_ft.model.load import add_lora, load_base, trainable
-from qwenvl_ft.model.lora import FusedLora, fuse_lora
+from qwenvl_ft.model.lora import FusedLora, fuse_lora, is_gated
 from qwenvl_ft.model.loss import summed_loss
 from tests.model.test_packing import make_job
 
@@ -159,6 +159,34 @@ def test_what_is_left_to_peft_runs_in_the_dtype_of_the_base():
     with torch.autocast("cpu", enabled=False):
         model(X.bfloat16())
     assert seen == [(torch.bfloat16, torch.bfloat16)]
+
+
+def test_what_gate_and_up_come_to_is_made_again_to_the_same_bits(family_model, rows):
+    """Against the same layers without that: of each MLP two tensors of its width stay in place of four."""
+    model = make_model(family_model)
+    fuse_lora(model)
+    mlps = [of for of in model.modules() if is_gated(of)]
+    assert all(layer.mlp in mlps for layer in model.get_decoder().layers)
+    found, kept, widths = [], [], []
+    for mlp in mlps:
+        mlp.gate_proj.register_forward_hook(lambda layer, inputs, out: widths.append(out.numel()))
+    for _ in range(2):
+        saved, widths[:] = {}, []
+
+        def keep(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = summed_loss(model, model, rows[1], True)
+        kept.append(sum(saved.values()))
+        model.zero_grad()
+        loss.backward()
+        found.append((loss.detach(), flat({name: of.grad.clone() for name, of in trainable(model).items()})))
+        for mlp in mlps:
+            mlp.__dict__.pop("forward", None)  # the class's own is left
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert kept[1] - kept[0] == 2 * sum(widths) > 0
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

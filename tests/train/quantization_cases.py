@@ -149,7 +149,7 @@ def row(few, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("more", [{"lora_dropout": 0.3, "target_modules": ["q_proj", "up_proj"]}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"lora_dropout": 0.3, "target_modules": ["q_proj", "up_proj"]}, {"use_dora": True}], ids=str)
 def test_losses_and_gradients_are_those_of_pefts_own_layers_on_bitsandbytes_own(kind, more, row):
     """With dropout, recomputed, and through layers without LoRA; and what is left to PEFT."""
     found = []
