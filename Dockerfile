@@ -10,7 +10,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3 python3
     && python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir uv==0.13.9
 
 ENV PATH=/opt/uv/bin:$PATH
-ENV UV_PYTHON_DOWNLOADS=never UV_NO_CACHE=1 UV_PROJECT_ENVIRONMENT=/opt/venv
+# Compiled here: who runs it may not write there, and each start would compile what it imports anew.
+ENV UV_PYTHON_DOWNLOADS=never UV_NO_CACHE=1 UV_PROJECT_ENVIRONMENT=/opt/venv UV_COMPILE_BYTECODE=1
 WORKDIR /opt/qwenvl_ft
 # First what is locked: gigabytes, which a change of the code leaves as they are.
 COPY pyproject.toml uv.lock ./

@@ -4,6 +4,7 @@ SHELL := /bin/bash
 UV := .tools/bin/uv
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
+export PYTHONDONTWRITEBYTECODE :=  # what is set here for all would have each of the hundreds of processes compile torch anew
 
 .PHONY: demo test browser coverage check lock
 demo: .venv/ready
