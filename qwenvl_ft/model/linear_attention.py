@@ -7,7 +7,7 @@ beginning that records share goes on from the beginning's state.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import causal_conv1d_fn, torch
 from transformers.utils.import_utils import is_flash_linear_attention_available
 
 from qwenvl_ft.model.attention import by_length
+from qwenvl_ft.model.waits import on_cpu, sent
 
 # Axes: S = tokens in a row, C = channels, H = heads, D = values of a head, N = pieces.
 
@@ -59,7 +60,7 @@ class Pieces(NamedTuple):
 @lru_cache(1)  # every layer asks for those of the same row
 def pieces_of(bounds: torch.Tensor, bounds_of_keys: torch.Tensor) -> Pieces:
     """By the bounds of a row: a piece that sees more than itself follows the last one that does not."""
-    lengths, seen = bounds.diff().tolist(), bounds_of_keys.diff().tolist()
+    lengths, seen = (on_cpu(of).diff().tolist() for of in (bounds, bounds_of_keys))
     before, first = list[int | None](), 0
     for number, (length, sees) in enumerate(zip(lengths, seen, strict=True)):
         first = number if sees == length else first
@@ -68,7 +69,12 @@ def pieces_of(bounds: torch.Tensor, bounds_of_keys: torch.Tensor) -> Pieces:
         return Pieces(lengths, before, None, None)
     parts = torch.arange(sum(lengths)).split_with_sizes(lengths)
     order = torch.cat([parts[at] for at in _by_turn(before)])
-    return Pieces(lengths, before, order.to(bounds.device), order.argsort().to(bounds.device))
+    return Pieces(lengths, before, sent(order, bounds.device), sent(order.argsort(), bounds.device))
+
+
+@lru_cache(8)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return cast(torch.Tensor, sent(torch.tensor([0, *lengths]).cumsum(0), device))
 
 
 def _by_turn(before: Sequence[int | None]) -> list[int]:
@@ -129,7 +135,7 @@ def _by_rule(
         )  # fmt: skip
 
     if is_flash_linear_attention_available():  # all of them in one call, as fla 0.6 documents it
-        return rule(states, start, torch.tensor([0, *lengths], device=states[0].device).cumsum(0))  # type: ignore[no-any-return]
+        return rule(states, start, _bounds(tuple(lengths), states[0].device))  # type: ignore[no-any-return]
     parts = list(zip(*(of.split_with_sizes(lengths, 1) for of in states), strict=True))
     found: list[tuple[torch.Tensor, torch.Tensor]] = [(states[0], states[0])] * len(parts)
     for places in by_length([(length, length) for length in lengths]):

@@ -31,6 +31,7 @@ from qwenvl_ft.model.last_layer import LastLayer
 from qwenvl_ft.model.linear_attention import keep_apart
 from qwenvl_ft.model.lora import multiply_in_dtype_of_input
 from qwenvl_ft.model.quantized import multiply_dequantized, settings_of
+from qwenvl_ft.model.waits import put_unasked
 from qwenvl_ft.values import Own, Quantization, Tower
 
 
@@ -109,6 +110,7 @@ def refit(model: Any, attention: str) -> Any:
     keep_apart(model)
     if attention == "varlen":
         use_varlen(model)
+        put_unasked(model)
     return model
 
 

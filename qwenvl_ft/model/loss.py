@@ -4,7 +4,6 @@ Nothing is averaged here: the step divides once, by the number of tokens taught 
 """
 
 from collections.abc import Callable
-from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.nn import functional
 from qwenvl_ft.data.chat import IGNORE
 from qwenvl_ft.data.rows import FEATURES, KEYS, MAY_KEEP, PIXELS, SCALES, SIZES, Row, as_floats
 from qwenvl_ft.model.attention import attention_of
+from qwenvl_ft.model.waits import sent, sent_bounds, tower_places
 
 Keep = Callable[[torch.Tensor], None]
 
@@ -23,9 +23,12 @@ def taught(labels: torch.Tensor) -> torch.Tensor:
     return functional.pad(labels[:, 1:] != IGNORE, (0, 1), value=False)
 
 
-def vision_features(model: Any, row: Row, trains: bool, keep: Keep | None = None) -> dict[str, Any] | None:
+def vision_features(
+    model: Any, row: Row, trains: bool, keep: Keep | None = None, device: torch.device | None = None
+) -> dict[str, Any] | None:  # fmt: skip
     """What the vision tower makes of the row's pictures and videos, for the model's `mm_encoder_outputs`; None without any.
     `keep` is given what the tower was run for: (T, W), of a token its features and behind them those of Qwen3-VL's deepstack.
+    The row is on the CPU, the model may be on a `device`.
 
     It is run once, whatever the row shows: where processes share out its weights, one that ran it twice would wait for the others.
     Without gradient where nothing in the tower trains. Left to itself, peft with gradient checkpointing runs the whole
@@ -35,18 +38,21 @@ def vision_features(model: Any, row: Row, trains: bool, keep: Keep | None = None
     if not shown:
         return None
     if FEATURES in row:
-        features, sizes = row[FEATURES], row[SIZES]
+        features, sizes = sent(row[FEATURES], device), row[SIZES]
     else:
-        floats = as_floats({key: row[key] for key in (SCALES, *(name for names in shown.values() for name in names))})
-        patches, grids = (torch.cat([floats[names[at]] for names in shown.values()]) for at in (0, 1))
+        tower = getattr(model, "get_base_model", lambda: model)().model.visual
+        grids = torch.cat([row[name] for _, name in shown.values()])
+        floats = as_floats({name: sent(row[name], device) for name in (SCALES, *(name for name, _ in shown.values()))})
+        patches = torch.cat([floats[name] for name, _ in shown.values()]).to(tower.dtype)
+        places = {name: sent(of, device) for name, of in tower_places(tower, grids).items()}
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            found = model.get_image_features(patches, grids, return_dict=True)
-            layers = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]  # of each picture one
-            features = torch.cat([torch.cat(layer) for layer in layers], 1)
-        each = iter([len(of) for of in found.pooler_output])
-        sizes = [sum(islice(each, len(row[name]))) for _, name in shown.values()]
+            found = tower(patches, grid_thw=sent(grids, device), return_dict=True, **places)
+            features = torch.cat([found.pooler_output, *(getattr(found, "deepstack_features", None) or [])], 1)
+        sizes = [int(row[name].prod(1).sum()) // tower.spatial_merge_size**2 for _, name in shown.values()]
         if keep:
             keep(features)
+    held = [int((row["input_ids"] == getattr(model.config, f"{kind}_token_id")).sum()) for kind in shown]
+    assert held == sizes and sum(sizes) == len(features), "a feature for each placeholder"
     parts = [layer.split(sizes) for layer in features.split(model.config.get_text_config().hidden_size, 1)]
     return {
         kind: SimpleNamespace(pooler_output=[first], deepstack_features=[[one] for one in more])
@@ -54,19 +60,24 @@ def vision_features(model: Any, row: Row, trains: bool, keep: Keep | None = None
     }
 
 
-def summed_loss(model: Any, bare_model: Any, row: Row, tower_trains: bool, keep: Keep | None = None) -> torch.Tensor:
+def summed_loss(
+    model: Any, bare_model: Any, row: Row, tower_trains: bool, keep: Keep | None = None, device: torch.device | None = None
+) -> torch.Tensor:  # fmt: skip
     """Cross entropy summed over the row's taught tokens, a float32 scalar.
 
-    `model` may be wrapped for several processes; `bare_model` is the same without the wrapping, for the vision tower. For `keep`
-    see vision_features.
+    `model` may be wrapped for several processes; `bare_model` is the same without the wrapping, for the vision tower. The row is on
+    the CPU; with a `device`, where the model is, it is sent there, and nothing is waited for. For `keep` see vision_features.
     """
     assert KEYS not in row or attention_of(bare_model) == "varlen", "another attention would lose the trees without a word"
-    taught_at = taught(row["labels"])[0].nonzero()[:, 0]  # here a GPU is waited for, once; a mask would wait at each use
-    shown = vision_features(bare_model, row, tower_trains, keep)
+    taught_at = taught(row["labels"])[0].nonzero()[:, 0]
+    labels = row["labels"][0].index_select(0, taught_at + 1)
+    shown = vision_features(bare_model, row, tower_trains, keep, device)
     not_taken = {"labels", SCALES, FEATURES, SIZES, MAY_KEEP, *(name for names in PIXELS.values() for name in names)}
-    inputs = {key: value for key, value in row.items() if key not in not_taken}
+    inputs = {
+        key: (sent_bounds if key.startswith("cu_seq_lens") else sent)(of, device) for key, of in row.items() if key not in not_taken
+    }
     head = bare_model.get_output_embeddings()
-    head.labels = row["labels"][0].index_select(0, taught_at + 1)
+    head.labels, taught_at = sent(labels, device), sent(taught_at, device)
     try:
         # use_cache=False: with a cache transformers ignores where records begin, without a word (tests/test_packing.py shows it).
         loss: torch.Tensor = model(

@@ -180,10 +180,8 @@ class Count:
 
 
 def row_loss(run: Run, row: Row, keep: Keep | None = None) -> torch.Tensor:
-    """Summed loss of one row on this process's device. For `keep` see vision_features."""
-    device = run.accelerator.device
-    row = {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for key, value in row.items()}
-    return summed_loss(run.model, run.bare, row, run.tower_trains, keep)
+    """Summed loss of one row, on this process's device. For `keep` see vision_features."""
+    return summed_loss(run.model, run.bare, row, run.tower_trains, keep, run.accelerator.device)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from qwenvl_ft.model.load import add_lora, load_base, trainable
 from qwenvl_ft.model.lora import FusedLora, fuse_lora, is_gated
 from qwenvl_ft.model.loss import summed_loss
 from tests.model.test_packing import make_job
+from tests.train.test_activations import Alive
 
 
 @pytest.fixture(scope="module")
@@ -171,22 +172,17 @@ def test_what_gate_and_up_come_to_is_made_again_to_the_same_bits(family_model, r
     for mlp in mlps:
         mlp.gate_proj.register_forward_hook(lambda layer, inputs, out: widths.append(out.numel()))
     for _ in range(2):
-        saved, widths[:] = {}, []
-
-        def keep(tensor, saved=saved):
-            saved[tensor.untyped_storage().data_ptr()] = tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        widths[:] = []
+        with Alive([*model.parameters(), *model.buffers()]) as alive:
             loss = summed_loss(model, model, rows[1], True)
-        kept.append(sum(saved.values()))
+        kept.append(alive.now())
         model.zero_grad()
         loss.backward()
         found.append((loss.detach(), flat({name: of.grad.clone() for name, of in trainable(model).items()})))
         for mlp in mlps:
             mlp.__dict__.pop("forward", None)  # the class's own is left
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
-    assert kept[1] - kept[0] == 2 * sum(widths) > 0
+    assert kept[1] - kept[0] == 2 * 4 * sum(widths) > 0
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

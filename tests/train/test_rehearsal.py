@@ -1,0 +1,59 @@
+"""Rows on a GPU, as far as they can be followed without one: nothing of the CPU's among what is there, and nothing waits."""
+
+import pytest
+import torch
+
+from qwenvl_ft.config import Config
+from qwenvl_ft.data.targets import tower_trains
+from qwenvl_ft.model.loss import summed_loss
+from qwenvl_ft.train.simulation import shape_of
+from tests.model.test_packing import make_job
+from tests.model.test_trees import trees  # noqa: F401  (a fixture)
+from tests.train.rehearsal import DEVICE, Rehearsal
+
+
+@pytest.fixture(scope="module")
+def rows(family_model, trees, tmp_path_factory):  # noqa: F811
+    """Records in a row, a record alone with two pictures, text alone, and trees with pictures and films."""
+    _, rows = make_job(family_model, tmp_path_factory.mktemp("job"))
+    return [rows[0], rows[2], rows[3], trees[0]]
+
+
+def rehearsed(model_dir, row, on, **settings):
+    """A row forward and back in bfloat16."""
+    config = Config(model=model_dir, train_meta_file="none", output_dir="none", lora_on=on, **settings)
+    model = shape_of(config, bf16=True)
+    with Rehearsal() as rehearsal:
+        summed_loss(model, model, row, tower_trains(config.lora_on), device=DEVICE).backward()
+    return rehearsal
+
+
+@pytest.mark.parametrize("kind", ["packed", "alone", "text", "trees"])
+def test_no_row_waits_and_what_it_needs_is_sent_before(family_model, rows, kind):
+    row = rows[["packed", "alone", "text", "trees"].index(kind)]
+    found = rehearsed(family_model, row, ["language"])
+    films = kind == "trees" and family_model.name == "qwen3_vl"  # transformers sorts a row's pictures from its films by masks
+    assert not found.mixed and bool(found.waits) == films, (found.mixed, found.waits)
+    assert found.sent and all("waits.py" in place for _, place in found.sent)
+
+
+@pytest.mark.parametrize("kind", ["packed", "trees"])
+def test_where_the_tower_trains_its_gradients_alone_are_waited_for(family_model, rows, kind):
+    found = rehearsed(family_model, rows[0 if kind == "packed" else 3], ["language", "vision", "merger"])
+    assert not found.mixed
+    if not (kind == "trees" and family_model.name == "qwen3_vl"):
+        assert {name for name, _ in found.waits} == {"aten.masked_scatter_backward.default"}
+
+
+def test_the_rehearsal_sees_what_a_gpu_would_refuse_or_wait_for():
+    with Rehearsal() as found:
+        states, ids = torch.ones(4, 2, device=DEVICE), torch.tensor([0, 1, 1]).to(DEVICE)
+        assert not found.waits and not found.mixed and len(found.sent) == 1
+        states[torch.tensor([0, 1])]
+        states + torch.ones(2)
+        assert len(found.mixed) == 2 and not found.waits
+        assert ids.tolist() == [0, 1, 1] and int(ids[2]) == 1 and (ids == 1).nonzero().flatten().shape == (2,)
+        assert states[:3][ids == 1].shape == (2, 2) and torch.tensor([5], device=DEVICE).to("cpu").item() == 5
+    assert [name for name, _ in found.waits] == [
+        "tolist", "aten._local_scalar_dense.default", "aten.nonzero.default", "a mask as index", "tensor", "aten._to_copy.default",
+    ]  # fmt: skip
