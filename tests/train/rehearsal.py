@@ -1,7 +1,8 @@
 """A GPU that is not there: a row through a model goes as it would on one, and what a GPU would refuse or wait for is written down.
 
 Numbers with a fraction are on torch's device `meta`, which has shapes and no values. Whole numbers have values, since lengths and
-places follow from them; those on the device are `OnDevice`. A real tensor beside either is one that is still on the CPU.
+places follow from them; those on the device are `OnDevice`. A real tensor beside either is one that is still on the CPU. With
+`values` all numbers have them, and a model answers what it does on the CPU.
 """
 
 import traceback
@@ -55,11 +56,12 @@ def place():
 
 
 class Rehearsal(TorchDispatchMode):
-    """While it is entered, by operation and place: how often a GPU would be waited for (`waits`), be given tensors of the CPU in the
-    midst of an operation (`mixed`), which it refuses or copies, or be sent some (`sent`)."""
+    """While it is entered, by operation and place: how often a GPU would be waited for (`waits`), be given a tensor of the CPU beside
+    its own (`mixed`), which it refuses, or be sent one (`sent`)."""
 
-    def __init__(self):
+    def __init__(self, values=False):
         super().__init__()
+        self.values = values
         self.waits, self.mixed, self.sent = Counter(), Counter(), Counter()
         self.made = Made(self)
 
@@ -73,6 +75,12 @@ class Rehearsal(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):  # without gradients they come whole
+            super().__enter__()
+            try:
+                return func.decompose(*args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
         tensors = [of for of in tree_leaves((args, kwargs)) if isinstance(of, torch.Tensor)]
         there, here = [of for of in tensors if on_device(of)], [of for of in tensors if not on_device(of)]
         asked = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
@@ -82,7 +90,8 @@ class Rehearsal(TorchDispatchMode):
         if there and asked and asked.type == "cpu":
             self.waits[str(func), place()] += 1
             return func(*tree_map_only(OnDevice, lambda of: of.held, args), **kwargs)
-        if moves and here and (there or asked == DEVICE):
+        index = func in INDEXING and on_device(args[0])  # which may be the CPU's, and is sent then
+        if here and ((moves and (there or asked == DEVICE)) or index):
             self.sent[str(func), place()] += 1
         elif there and any(of.dim() for of in here):
             self.mixed[str(func), place()] += 1
@@ -97,10 +106,18 @@ class Rehearsal(TorchDispatchMode):
         values = tree_map_only(OnDevice, lambda of: of.held, (args, kwargs))
         made = func(*values[0], **values[1] | ({"device": torch.device("cpu")} if asked else {}))
         same = {id(of.held): of for of in tensors if isinstance(of, OnDevice)}  # what an operation in place returns
-        return tree_map_only(torch.Tensor, lambda of: same.get(id(of)) or self.as_on_device(of), made)
+        return tree_map_only(torch.Tensor, lambda of: same[id(of)] if id(of) in same else self.as_on_device(of), made)
+
+    def move(self, model):
+        """A model to the device, in place, with its values."""
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in [(name, of) for name, of in tensors.items() if of is not None]:
+                    moved = OnDevice(tensor.detach(), self)
+                    tensors[name] = torch.nn.Parameter(moved, requires_grad=False) if tensors is module._parameters else moved
 
     def as_on_device(self, of):
-        return of.to(DEVICE) if of.is_floating_point() else OnDevice(of, self)
+        return of.to(DEVICE) if of.is_floating_point() and not self.values else OnDevice(of, self)
 
     def indices(self, of):
         """Those of a mask are how many its values say."""
@@ -125,5 +142,6 @@ class Made(TorchFunctionMode):
             and torch.device(kwargs["device"]) == DEVICE
         ):
             self.rehearsal.waits[func.__name__, place()] += 1
-            return self.rehearsal.as_on_device(func(*args, **kwargs | {"device": "cpu"}))
+            held = tree_map_only(OnDevice, lambda of: of.held, args)
+            return self.rehearsal.as_on_device(func(*held, **kwargs | {"device": "cpu"}))
         return func(*args, **kwargs)
