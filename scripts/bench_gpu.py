@@ -210,9 +210,27 @@ def rows(report: Report, folder: Path) -> None:
             rounding = torch.finfo(DTYPE).eps
             if not (loss <= max(rounding, 1e-5) and gradient <= max(8 * rounding, 1e-4)):
                 raise ArithmeticError(f"the loss differs by {loss:.3g}, a gradient by {gradient:.3g}")
+            waits = waited(lambda: loop.row_loss(run, join(examples)).backward())
+            if waits:
+                raise ArithmeticError(f"the GPU was waited for in a row: {waits[0]}")
             return {"loss differs by": loss, "gradients by": gradient}
 
         report.measure(f"{name.rsplit('-', 1)[0]}, packed and one by one", compare)
+
+
+def waited(run: Callable[[], object]) -> list[str]:
+    """Where the GPU is waited for, by torch's own count; without one nothing is."""
+    if not CUDA:
+        run()
+        return []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [f"{Path(of.filename).name}:{of.lineno}" for of in said if "synchroniz" in str(of.message)]
 
 
 def command(arguments: Sequence[str], log: Path, fills: bool = False) -> None:
