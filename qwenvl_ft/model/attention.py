@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.model.waits import on_cpu
 
 VARLEN = "flash_varlen"  # for a name that holds "flash" transformers builds no mask and passes the segments' bounds
 HALF = (torch.float16, torch.bfloat16)
@@ -86,7 +87,7 @@ def attention(
         bounds = (cu_seq_lens_q, cu_seq_lens_k)
         most = (int(max_length_q or cu_seq_lens_q.diff().max()), int(max_length_k or cu_seq_lens_k.diff().max()))
         return by_kernel(*states, bounds, most, scaling, causal), None
-    queries, keys = cu_seq_lens_q.diff().tolist(), cu_seq_lens_k.diff().tolist()
+    queries, keys = (on_cpu(of).diff().tolist() for of in (cu_seq_lens_q, cu_seq_lens_k))
     parted = (of.split_with_sizes(sizes, dim=2) for of, sizes in zip(states, (queries, keys, keys), strict=True))
     segments = list(zip(*parted, strict=True))
     attended: list[torch.Tensor] = [query] * len(segments)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from qwenvl_ft.data.chat import IGNORE
 from qwenvl_ft.data.rows import FEATURES, KEYS, MAY_KEEP, PIXELS, SCALES, SIZES, Row, as_floats
 from qwenvl_ft.model.attention import attention_of
-from qwenvl_ft.model.waits import sent, sent_bounds, tower_places
+from qwenvl_ft.model.waits import all_sent, sent, tower_places
 
 Keep = Callable[[torch.Tensor], None]
 
@@ -42,9 +42,9 @@ def vision_features(
     else:
         tower = getattr(model, "get_base_model", lambda: model)().model.visual
         grids = torch.cat([row[name] for _, name in shown.values()])
-        floats = as_floats({name: sent(row[name], device) for name in (SCALES, *(name for name, _ in shown.values()))})
+        floats = as_floats(all_sent({name: row[name] for name in (SCALES, *(name for name, _ in shown.values()))}, device))
         patches = torch.cat([floats[name] for name, _ in shown.values()]).to(tower.dtype)
-        places = {name: sent(of, device) for name, of in tower_places(tower, grids).items()}
+        places = all_sent(tower_places(tower, grids), device)
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             found = tower(patches, grid_thw=sent(grids, device), return_dict=True, **places)
             features = torch.cat([found.pooler_output, *(getattr(found, "deepstack_features", None) or [])], 1)
@@ -73,9 +73,7 @@ def summed_loss(
     labels = row["labels"][0].index_select(0, taught_at + 1)
     shown = vision_features(bare_model, row, tower_trains, keep, device)
     not_taken = {"labels", SCALES, FEATURES, SIZES, MAY_KEEP, *(name for names in PIXELS.values() for name in names)}
-    inputs = {
-        key: (sent_bounds if key.startswith("cu_seq_lens") else sent)(of, device) for key, of in row.items() if key not in not_taken
-    }
+    inputs = all_sent({key: of for key, of in row.items() if key not in not_taken}, device)
     head = bare_model.get_output_embeddings()
     head.labels, taught_at = sent(labels, device), sent(taught_at, device)
     try:

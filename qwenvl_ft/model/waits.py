@@ -5,6 +5,7 @@ transformers reads a row's grids on the device, counts its placeholders and find
 """
 
 import sys
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
@@ -20,16 +21,17 @@ def sent(of: Any, device: torch.device | None) -> Any:
     return (of.pin_memory() if device.type == "cuda" and of.device.type == "cpu" else of).to(device, non_blocking=True)
 
 
-def sent_bounds(bounds: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-    """`sent`, and what is on the device knows its values on the CPU."""
-    there: torch.Tensor = sent(bounds, device)
-    if there is not bounds:
-        there.known = bounds  # type: ignore[attr-defined]
+def all_sent(named: Mapping[str, Any], device: torch.device | None) -> dict[str, Any]:
+    """What has names, `sent`; what on the device are bounds of segments know their values on the CPU."""
+    there = {name: sent(of, device) for name, of in named.items()}
+    for name, of in named.items():
+        if name.startswith("cu_") and there[name] is not of:
+            there[name].known = of
     return there
 
 
 def on_cpu(bounds: torch.Tensor) -> torch.Tensor:
-    """The values of bounds, which are waited for where they were not `sent_bounds`."""
+    """The values of bounds, which are waited for where they were not `sent`."""
     known: torch.Tensor = getattr(bounds, "known", bounds)
     return known
 

@@ -23,10 +23,10 @@ def rows(family_model, trees, tmp_path_factory):  # noqa: F811
     return [rows[0], rows[2], rows[3], trees[0]]
 
 
-def rehearsed(model_dir, row, on, **settings):
-    """A row forward and back in bfloat16."""
-    config = Config(model=model_dir, train_meta_file="none", output_dir="none", lora_on=on, **settings)
-    model = shape_of(config, bf16=True)
+def rehearsed(model_dir, row, on, bf16=True):
+    """A row forward and back."""
+    config = Config(model=model_dir, train_meta_file="none", output_dir="none", lora_on=on)
+    model = shape_of(config, bf16)
     with Rehearsal() as rehearsal:
         summed_loss(model, model, row, tower_trains(config.lora_on), device=DEVICE).backward()
     return rehearsal
@@ -39,6 +39,11 @@ def test_no_row_waits_and_what_it_needs_is_sent_before(family_model, rows, kind)
     films = kind == "trees" and family_model.name == "qwen3_vl"  # transformers sorts a row's pictures from its films by masks
     assert not found.mixed and bool(found.waits) == films, (found.mixed, found.waits)
     assert found.sent and all("waits.py" in place for _, place in found.sent)
+
+
+def test_in_float32_where_no_kernel_has_segments_a_row_does_not_wait_either(family_model, rows):
+    found = rehearsed(family_model, rows[0], ["language"], bf16=False)
+    assert not found.mixed and not found.waits, found.waits
 
 
 @pytest.mark.parametrize("kind", ["packed", "trees"])
