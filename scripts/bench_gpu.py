@@ -230,7 +230,7 @@ def waited(run: Callable[[], object]) -> list[str]:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return [f"{Path(of.filename).name}:{of.lineno}" for of in said if "synchroniz" in str(of.message)]
+    return [f"{Path(of.filename).name}:{of.lineno}" for of in said if "called a synchronizing" in str(of.message)]
 
 
 def command(arguments: Sequence[str], log: Path, fills: bool = False) -> None:

@@ -49,12 +49,14 @@ def _keep_apart(net: nn.Module) -> None:
 
 class Pieces(NamedTuple):
     """Of a row's pieces their lengths, and of each the one that it goes on from, if there is one; `order` are the row's tokens
-    as they are computed, those that others go on from first, and `back` is the way back; None where that is their own order."""
+    as they are computed, those that others go on from first, `back` is the way back, and `followed` are, of the pieces that go on,
+    the places of those before them among the others; None where the row's order is theirs."""
 
     lengths: list[int]
     before: list[int | None]
-    order: torch.Tensor | None
-    back: torch.Tensor | None
+    order: torch.Tensor | None = None
+    back: torch.Tensor | None = None
+    followed: torch.Tensor | None = None
 
 
 @lru_cache(1)  # every layer asks for those of the same row
@@ -66,10 +68,11 @@ def pieces_of(bounds: torch.Tensor, bounds_of_keys: torch.Tensor) -> Pieces:
         first = number if sees == length else first
         before.append(None if sees == length else first)
     if before == [None] * len(before):
-        return Pieces(lengths, before, None, None)
-    parts = torch.arange(sum(lengths)).split_with_sizes(lengths)
-    order = torch.cat([parts[at] for at in _by_turn(before)])
-    return Pieces(lengths, before, sent(order, bounds.device), sent(order.argsort(), bounds.device))
+        return Pieces(lengths, before)
+    parts, turns = torch.arange(sum(lengths)).split_with_sizes(lengths), _by_turn(before)
+    order = torch.cat([parts[at] for at in turns])
+    followed = torch.tensor([turns.index(at) for at in before if at is not None])
+    return Pieces(lengths, before, *(sent(of, bounds.device) for of in (order, order.argsort(), followed)))
 
 
 @lru_cache(8)
@@ -110,14 +113,13 @@ def convolved(net: Any, mixed: torch.Tensor, pieces: Pieces) -> torch.Tensor:
 
 def recalled(states: Sequence[torch.Tensor], pieces: Pieces) -> torch.Tensor:
     """(1, S, H, D): the gated delta rule over each piece, of queries, keys, values, decays and learning rates (1, S, H, ...)."""
-    if pieces.order is None or pieces.back is None:
+    if pieces.order is None or pieces.back is None or pieces.followed is None:
         return _by_rule(states, pieces.lengths)[0]
     turns, num_firsts = _by_turn(pieces.before), pieces.before.count(None)
     firsts, rests = ([pieces.lengths[at] for at in some] for some in (turns[:num_firsts], turns[num_firsts:]))
     parts = [of.index_select(1, pieces.order).split_with_sizes([sum(firsts), sum(rests)], 1) for of in states]
     beginnings, ends = _by_rule([first for first, _ in parts], firsts, leaves_ends=True)
-    followed = [turns.index(before) for before in pieces.before if before is not None]
-    following, _ = _by_rule([rest for _, rest in parts], rests, ends[followed])
+    following, _ = _by_rule([rest for _, rest in parts], rests, ends.index_select(0, pieces.followed))
     return torch.cat([beginnings, following], 1).index_select(1, pieces.back)
 
 
@@ -140,7 +142,7 @@ def _by_rule(
     found: list[tuple[torch.Tensor, torch.Tensor]] = [(states[0], states[0])] * len(parts)
     for places in by_length([(length, length) for length in lengths]):
         together = [torch.cat(of) for of in zip(*(parts[place] for place in places), strict=True)]
-        outs, ends = rule(together, None if start is None else start[places])
+        outs, ends = rule(together, None if start is None else torch.stack([start[place] for place in places]))
         for place, out, end in zip(places, outs.split_with_sizes([1] * len(places)), ends if leaves_ends else places, strict=True):
             found[place] = out, end
     return torch.cat([out for out, _ in found], 1), torch.stack([end for _, end in found]) if leaves_ends else states[0]

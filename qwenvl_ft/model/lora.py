@@ -164,7 +164,9 @@ def is_gated(layer: nn.Module) -> bool:
 
 def gated_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     """(..., H) -> (..., H): down(silu(gate(x)) * up(x))."""
-    return cast(torch.Tensor, mlp.down_proj.gated(mlp.gate_proj(x), mlp.up_proj(x)))
+    if not isinstance(mlp.down_proj, FusedLora):  # its LoRA was merged and is gone
+        return cast(torch.Tensor, type(mlp).forward(mlp, x))
+    return mlp.down_proj.gated(mlp.gate_proj(x), mlp.up_proj(x))
 
 
 def multiply_in_dtype_of_input(module: nn.Module) -> None:

@@ -18,7 +18,9 @@ def sent(of: Any, device: torch.device | None) -> Any:
     """A tensor on the device, if there is one, its way there not waited for; what else a row holds as it is."""
     if device is None or not isinstance(of, torch.Tensor):
         return of
-    return (of.pin_memory() if device.type == "cuda" and of.device.type == "cpu" else of).to(device, non_blocking=True)
+    if device.type != "cuda":  # what is not pinned may be gone before it is there
+        return of.to(device)
+    return (of.pin_memory() if of.device.type == "cpu" else of).to(device, non_blocking=True)
 
 
 def all_sent(named: Mapping[str, Any], device: torch.device | None) -> dict[str, Any]:

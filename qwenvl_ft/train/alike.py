@@ -16,8 +16,9 @@ from qwenvl_ft.console import print_line
 from qwenvl_ft.data.chat import IGNORE
 from qwenvl_ft.data.families import NAMES
 from qwenvl_ft.data.records import Part, Picture, Record, Turn, Video
-from qwenvl_ft.data.rows import Row, Rows, as_floats, pixels, positions_of
+from qwenvl_ft.data.rows import PIXELS, Row, Rows, as_floats, pixels, positions_of
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.model.loss import vision_features
 from qwenvl_ft.train.state import Run
 
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of a loss: what another order of sums may change
@@ -99,10 +100,19 @@ def _unlike(run: Run, record: Record) -> Iterator[str]:
     if ids != wanted["input_ids"][0].tolist():
         yield "the tokens"
         return
-    ours = as_floats(pixels(script.media, chat, processor))
+    looked_at = pixels(script.media, chat, processor)
+    ours = as_floats(looked_at)
     for name in wanted.keys() & {"pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"}:
         if not torch.equal(ours[name], wanted[name]):
             yield f"the {name}"
+    device = run.accelerator.device
+    with torch.no_grad():
+        seen = vision_features(run.bare, looked_at | {"input_ids": wanted["input_ids"]}, False, device=device) or {}
+        for kind, found in seen.items():
+            shows = [ours[name].to(device) for name in PIXELS[kind]]
+            stock = torch.cat(tuple(getattr(run.bare, f"get_{kind}_features")(*shows, return_dict=True).pooler_output))
+            if not torch.allclose(found.pooler_output[0], stock, rtol=0, atol=CLOSE[stock.dtype] * float(stock.abs().max())):
+                yield f"the {kind} features"
     timed = {"second_per_grid_ts": wanted["second_per_grid_ts"]} if "second_per_grid_ts" in wanted else {}
     grids = (wanted.get("image_grid_thw"), wanted.get("video_grid_thw"))
     places, _ = run.bare.base_model.model.model.get_rope_index(wanted["input_ids"], wanted["mm_token_type_ids"], *grids, **timed)
@@ -112,4 +122,4 @@ def _unlike(run: Run, record: Record) -> Iterator[str]:
 
 def shown(record: Record) -> str:
     """What a record shows, in words."""
-    return " and ".join(f"a {medium.kind}" for medium in record.media) or "text alone"
+    return " and ".join("a video" if isinstance(of, Video) else "a picture" for of in record.media) or "text alone"

@@ -57,6 +57,10 @@ class Signals:
     and kills after 30 s by itself.
     """
 
+    def __init__(self, ddp_timeout: int):
+        self.timeout = timedelta(seconds=ddp_timeout)
+        self.cpus: Any = None  # the group of all processes in which they agree, where it is not the one of their gradients
+
     def __enter__(self) -> "Signals":
         self.received, self.since = 0, 0.0
         self.terminals = [number for number in (1, 2) if os.isatty(number)]
@@ -92,11 +96,13 @@ class Signals:
         """The signal that any process got, or 0: the same in all of them, so all have to ask. `midway` through a step one counts
         only after the time that it was given to end."""
         counts = self.received and not (midway and time.monotonic() - self.since < GRACE_SECONDS)
-        device = accelerator.device if accelerator.num_processes > 1 else "cpu"  # a look at a GPU waits for all that it has to do
-        got = torch.tensor([bool(counts and self.received == number) for number in STOPS], device=device).long()
-        agreed = accelerator.reduce(got).tolist()
+        got = torch.tensor([bool(counts and self.received == number) for number in STOPS]).long()
+        if accelerator.num_processes > 1:  # over the CPUs: a look at a GPU waits for all that it has to do
+            if self.cpus is None and accelerator.device.type != "cpu":
+                self.cpus = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
+            torch.distributed.all_reduce(got, group=self.cpus)
         self.heard = bool(self.received)
-        return next((int(number) for number, count in zip(STOPS, agreed, strict=True) if count), 0)
+        return next((int(number) for number, count in zip(STOPS, got.tolist(), strict=True) if count), 0)
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         self.heard = True

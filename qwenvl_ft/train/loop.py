@@ -356,7 +356,7 @@ def run_steps(
 
     said: set[Problem] = set()
     multiplied = Multiplications(run.bare)
-    with Signals() as signals:  # to the end: what is learnt is written though one comes
+    with Signals(config.ddp_timeout) as signals:  # to the end: what is learnt is written though one comes
         try:
             if resume and held_out and is_evaluated(done) and not was_evaluated(resume, config.eval_metric):
                 if (evaluated := score(done, held_out)) is None:

@@ -20,7 +20,7 @@ INDEXING = (ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default, 
 WAITS = {
     ATEN.nonzero.default, ATEN.masked_select.default, ATEN.masked_scatter_backward.default, ATEN._unique2.default,
     ATEN.unique_consecutive.default, ATEN.unique_dim.default, ATEN.repeat_interleave.Tensor, ATEN.bincount.default,
-    ATEN._local_scalar_dense.default, ATEN.equal.default,
+    ATEN._local_scalar_dense.default, ATEN.equal.default, ATEN.allclose.default,
 }  # fmt: skip
 
 
@@ -85,7 +85,7 @@ class Rehearsal(TorchDispatchMode):
         there, here = [of for of in tensors if on_device(of)], [of for of in tensors if not on_device(of)]
         asked = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
         moves = func in (ATEN._to_copy.default, ATEN.copy_.default)
-        if func in WAITS and there:
+        if there and (func in WAITS or (func is ATEN.copy_.default and not on_device(args[0]))):
             self.waits[str(func), place()] += 1
         if there and asked and asked.type == "cpu":
             self.waits[str(func), place()] += 1
@@ -128,7 +128,7 @@ class Rehearsal(TorchDispatchMode):
 
 
 class Made(TorchFunctionMode):
-    """What is made of Python's numbers on the device: it is sent there at once, which waits."""
+    """What is made of Python's numbers on the device, an index among it: it is sent there at once, which waits."""
 
     def __init__(self, rehearsal):
         super().__init__()
@@ -136,12 +136,13 @@ class Made(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if (
-            func in (torch.tensor, torch.as_tensor)
-            and kwargs.get("device") is not None
-            and torch.device(kwargs["device"]) == DEVICE
-        ):
+        device = kwargs.get("device")
+        if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device) == DEVICE:
             self.rehearsal.waits[func.__name__, place()] += 1
             held = tree_map_only(OnDevice, lambda of: of.held, args)
             return self.rehearsal.as_on_device(func(*held, **kwargs | {"device": "cpu"}))
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.new_tensor) and on_device(args[0]):
+            of = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if func is torch.Tensor.new_tensor or any(isinstance(part, list) for part in of):
+                self.rehearsal.waits[func.__name__, place()] += 1
         return func(*args, **kwargs)

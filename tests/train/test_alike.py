@@ -43,7 +43,22 @@ class Leaky(Qwen3VLForConditionalGeneration):
         return found
 
 
-for of_config, of_model in ((CopyConfig, Copy), (LeakyConfig, Leaky)):
+class DimConfig(Qwen3VLConfig):
+    model_type = "dim_copy_of_qwen3_vl"
+
+
+class Dim(Qwen3VLForConditionalGeneration):
+    """It does something to what its tower sees."""
+
+    config_class = DimConfig
+
+    def get_image_features(self, *given, **named):
+        found = super().get_image_features(*given, **named)
+        found.pooler_output = [of * 0.9 for of in found.pooler_output]
+        return found
+
+
+for of_config, of_model in ((CopyConfig, Copy), (LeakyConfig, Leaky), (DimConfig, Dim)):
     AutoConfig.register(of_config.model_type, of_config)
     AutoModelForImageTextToText.register(of_config, of_model)
 
@@ -76,6 +91,12 @@ def test_one_that_is_not_alike_is_refused_with_the_property_that_it_lacks(tmp_pa
     with pytest.raises(UserError, match=r"its layers are those of qwen3_vl, but the loss of a record with a video is .* alone and"):
         run(tmp_path, model=model, max_steps=1, max_pixels=16 * 32 * 32)
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_one_whose_features_are_not_its_towers_is_refused(tmp_path):
+    model = renamed(tmp_path / "model", "dim_copy_of_qwen3_vl", "qwen3_vl")
+    with pytest.raises(UserError, match="but the image features of a prompt with a picture differ from transformers'"):
+        run(tmp_path, model=model, max_steps=1, max_pixels=16 * 32 * 32)
 
 
 def test_one_with_another_layer_is_refused_by_it_and_one_that_transformers_does_not_know_too(tmp_path):

@@ -91,6 +91,9 @@ def test_the_rehearsal_sees_what_a_gpu_would_refuse_or_wait_for():
         assert len(found.mixed) == 1 and len(found.sent) == 2 and not found.waits
         assert ids.tolist() == [0, 1, 1] and int(ids[2]) == 1 and (ids == 1).nonzero().flatten().shape == (2,)
         assert states[:3][ids == 1].shape == (2, 2) and torch.tensor([5], device=DEVICE).to("cpu").item() == 5
+        assert states[[0, 1]].shape == (2, 2) and states.new_tensor([1.0]).shape == (1,)
+        torch.zeros(3, dtype=torch.long).copy_(ids)
     assert [name for name, _ in found.waits] == [
         "tolist", "aten._local_scalar_dense.default", "aten.nonzero.default", "a mask as index", "tensor", "aten._to_copy.default",
+        "__getitem__", "new_tensor", "aten.copy_.default",
     ]  # fmt: skip

@@ -10,6 +10,7 @@ import sys
 import termios
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from qwenvl_ft.train import launch as launching
 from qwenvl_ft.train import loop
 from qwenvl_ft.train.state import Run
 from tests.runs import BASE, ROOT, few_records, launch, metrics, run, same
+from tests.train.rehearsal import DEVICE, Rehearsal
 
 LONG = {"max_steps": 100_000, "logging_steps": 1, "dataloader_num_workers": 2}
 
@@ -166,7 +168,7 @@ def test_a_process_that_decodes_pictures_and_is_gone_is_said_however_it_shows(er
 def test_nohup_is_obeyed(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with launching.Signals() as signals:
+        with launching.Signals(1800) as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not signals.received
     finally:
@@ -178,13 +180,29 @@ def test_a_process_that_waits_for_one_that_is_gone_says_how_to_go_on(monkeypatch
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(launching, "STUCK_SECONDS", 0)
-    with launching.Signals() as signals:
+    with launching.Signals(1800) as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         deadline, said = time.monotonic() + 60, ""
         while "go on with resume=true" not in said and time.monotonic() < deadline:
             said += capsys.readouterr().out
             time.sleep(0.01)
         assert "another process of this run seems to be gone; go on with resume=true" in said and signals.received
+
+
+def test_processes_on_gpus_agree_over_their_cpus(monkeypatch):
+    """A sum over GPUs before each row waited for all that they had to do. Here the other process is one that got no signal."""
+    accelerator, groups = SimpleNamespace(num_processes=2, device=DEVICE), []
+    stock = torch.distributed.new_group
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **named: groups.append(named["backend"]) or stock(**named))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with launching.Signals(1800) as signals, Rehearsal() as found:
+            assert signals.stop(accelerator) == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.stop(accelerator) == signal.SIGTERM
+    finally:
+        torch.distributed.destroy_process_group()
+    assert groups == ["gloo"] and not found.waits and not found.sent
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path):
