@@ -7,7 +7,7 @@ a file that changed just now is not kept, since one more change within a tick of
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +17,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import sha256
 
 THREADS = 8  # reading and hashing both let go of Python's lock
+AT_ONCE = 64  # small files, each of which would cost more to hand over than to hash
 TICK_NS = 2_000_000_000  # the coarsest clock of a file system, FAT's
 PATIENCE_S = 2.0  # before a bar is shown
 Digests = dict[str, list[object]]  # by whole path: what the file system says, and the digest
@@ -38,12 +39,13 @@ def digests(paths: Iterable[Path], cache: Path, what: str) -> dict[Path, str]:
     try:
         marks = {name: _mark(name) for name in wanted.values()}
         lacking = [name for name, mark in marks.items() if known.get(name, [None])[0] != mark]
-        pool = ThreadPoolExecutor(THREADS)
+        pool, step = ThreadPoolExecutor(THREADS), max(1, min(AT_ONCE, len(lacking) // (4 * THREADS)))
+        parts = [lacking[start : start + step] for start in range(0, len(lacking), step)]
         try:
             with counting(what, PATIENCE_S) as tell:
-                for number, (name, digest) in enumerate(zip(lacking, pool.map(_sha256, lacking), strict=True), 1):
-                    known[name] = [marks[name], digest]
-                    tell(number, len(lacking))
+                for number, (some, hashed) in enumerate(zip(parts, pool.map(_sha256, parts), strict=True), 1):
+                    known |= {name: [marks[name], digest] for name, digest in zip(some, hashed, strict=True)}
+                    tell(min(number * step, len(lacking)), len(lacking))
         finally:
             pool.shutdown(cancel_futures=True)  # or Ctrl-C would wait for every file
         found = {path: str(known[name][1]) for path, name in wanted.items()}
@@ -58,8 +60,8 @@ def digests(paths: Iterable[Path], cache: Path, what: str) -> dict[Path, str]:
     return found
 
 
-def _sha256(name: str) -> str:
-    return sha256(Path(name))
+def _sha256(names: Sequence[str]) -> list[str]:
+    return [sha256(Path(name)) for name in names]
 
 
 def _mark(name: str) -> list[int]:
