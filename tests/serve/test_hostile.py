@@ -91,11 +91,12 @@ def test_hostile_requests_are_refused_and_leave_nothing_behind(served, secret, t
             if not refused(answer, path):
                 wrong[name, path] = answer.status_code, answer.text[:300]
     assert not wrong
-    before = served.megabytes
-    for _ in range(2):
+    held = []
+    for _ in range(2):  # what the largest of them needed once, the allocator keeps
         for body in bodies.values():
             send(served, CHAT, body)
-    assert served.megabytes < before + 60
+        held.append(served.megabytes)
+    assert held[1] < held[0] + 10
     assert callers == []
     assert send(served, CHAT, question_body()).status_code == 200
     assert "qwenvl_requests_now 0" in httpx.get(served.url + "/metrics", headers={"Authorization": KEY}).text
