@@ -60,13 +60,7 @@ def train(overrides: Overrides = None, config: ConfigFile = LORA_YAML) -> None:
     from qwenvl_ft.data.prepare import make_ready
 
     with counting("reading records") as on_record:
-
-        def tell(done: int, total: int | None) -> None:
-            on_record(done, total)
-            if not done:  # other processes read, and torch takes seconds to import
-                import qwenvl_ft.train.loop  # noqa: F401
-
-        ready = make_ready(settings, tell)
+        ready = make_ready(settings, on_record)
     from qwenvl_ft.train.loop import train as run
 
     run(settings, ready, on_saved)

@@ -5,7 +5,7 @@ Nothing here grows with the records: a part is a few arrays, and whoever takes i
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -149,17 +149,15 @@ def parts_of(
     meta: Meta, data_dir: Path | str | None, tally: Tally, chat: Chat | None = None, reading: Reading = AS_FOUND, seed: int = 0,
     on_record: OnRecord = lambda done, total: None, keep_records: bool = False, against: Against | None = None,
 ) -> Iterator[Part]:  # fmt: skip
-    """Reads all entries, and with a chat writes their scripts, `on_record` told after each part, and of 0 once other processes have
-    enough to read. `tally` counts them, and knows afterwards what `said_once` asks for. `against` are the records of
-    evaluation, which the checks compare with."""
+    """Reads all entries, and with a chat writes their scripts, `on_record` told after each part. `tally` counts them, and knows
+    afterwards what `said_once` asks for. `against` are the records of evaluation, which the checks compare with."""
     entries = stream_entries(meta, data_dir, reading, tally, seed)
     first, cores = list(islice(entries, FEW_RECORDS)), num_cores()
     jobs = _some(chain(first, entries))
     reader = Reader(reading, chat, against, keep_records)
     done = 0
     try:
-        alone = len(first) < FEW_RECORDS or cores < 2
-        for part in map(reader.read, jobs) if alone else _in_parallel(reader, jobs, cores, lambda: on_record(0, None)):
+        for part in map(reader.read, jobs) if len(first) < FEW_RECORDS or cores < 2 else _in_parallel(reader, jobs, cores):
             tally.forms.update(part.tally.forms)
             tally.used.update(part.tally.used)
             tally.positions.update(part.tally.positions)
@@ -200,17 +198,14 @@ def _read(jobs: Sequence[Job]) -> Part:
     return READERS[0].read(jobs)
 
 
-def _in_parallel(reader: Reader, jobs: Iterator[list[Job]], cores: int, begun: Callable[[], None]) -> Iterator[Part]:
+def _in_parallel(reader: Reader, jobs: Iterator[list[Job]], cores: int) -> Iterator[Part]:
     """The parts in their order, few of them ahead of whoever takes them. New processes: a fork copies what threads hold."""
     waiting: deque[Future[Part]] = deque()
-    pool, told = ProcessPoolExecutor(cores, get_context("spawn"), _start, (reader,)), False
+    pool = ProcessPoolExecutor(cores, get_context("spawn"), _start, (reader,))
     try:
         for some in jobs:
             waiting.append(pool.submit(_read, some))
-            if len(waiting) > 4 * cores:
-                if not told:
-                    begun()
-                told = True
+            if len(waiting) > 2 * cores:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

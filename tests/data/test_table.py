@@ -174,19 +174,17 @@ def test_a_missing_picture_that_comes_makes_another_table(tmp_path, talk, pictur
 
 def test_several_processes_make_the_table_of_one_and_read_it(tmp_path, meta, monkeypatch):
     chat = open_chat(TINY, thinking="off")
-    monkeypatch.setattr(parts, "RECORDS", 4)
+    monkeypatch.setattr(parts, "RECORDS", 7)
     monkeypatch.setattr(parts, "FEW_RECORDS", 10)
-    folders, told = [], []
+    folders = []
     for cores in (1, 2):
         monkeypatch.setattr(parts, "num_cores", lambda cores=cores: cores)
         folders.append(tmp_path / f"table-{cores}")
         folders[-1].mkdir()
         writer = TableWriter(folders[-1])
-        told.append([])
-        for part in parts_of(meta, None, Tally(), chat, on_record=lambda done, total: told[-1].append(done)):
+        for part in parts_of(meta, None, Tally(), chat):
             writer.add(part.scripts, part.media, part.num_records)
         writer.close({"placeholders": [chat.picture_id, chat.video_id]})
-    assert told[0] == [*range(4, 41, 4)] and told[1] == [0, *told[0]], "who waits for others is told, and can do something else"
     for name in ("scripts.arrow", "media.arrow", "files.arrow", "numbers.i32", "facts.json"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
