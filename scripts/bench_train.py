@@ -217,8 +217,9 @@ def run(
     home = str(folder / "home")  # what a toolkit keeps from one run to the next would not be paid for
     own = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "HF_HOME", "MODELSCOPE_CACHE"), home)
     own["PYTHONPATH"] = str(ROOT) * (toolkit == "ours")
-    same = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
-            "MIN_PIXELS": "3136", "MAX_PIXELS": str(MAX_PIXELS)}  # fmt: skip
+    # Bytecode is kept, as users have it: else each start would compile what it imports.
+    same = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_VISIBLE_DEVICES": "", "MIN_PIXELS": "3136", "MAX_PIXELS": str(MAX_PIXELS)}  # fmt: skip
     try:
         command = [str(python_of(toolkit, envs)), str(PROBE), str(folder / "job.json")]
         began = time.time()

@@ -1,11 +1,11 @@
 """A linear layer with LoRA as one function of autograd: y = x W' + b + s (x A') B', in the dtype of the frozen weights.
 
-In an MLP the layer after the gate is one function with it: what gate and up come to, the widest tensor of a layer, is made again on
-the way back instead of kept, which takes a third off what a layer keeps.
-
 PEFT runs it as six: the adapter's product is written, scaled, written again, added, and each on the way back, too. And in what
 dtype PEFT's adapters multiply hangs on autocast, which DeepSpeed's engine switches off; here it does not, though the adapter's
 own weights and their gradients are float32.
+
+In an MLP the last of the three is one function with the gate: silu(gate) * up, as wide as either, is made again on the way back and
+not kept, nor is silu(gate). It takes no matmul, and a layer keeps two tensors of that width in place of four.
 
     >>> fuse_lora(model)  # what PEFT made; names, saving and merging stay PEFT's
 """
