@@ -26,12 +26,18 @@ class Mark(NamedTuple):
 
 
 class Stray(NamedTuple):
-    """What begins as a box and is none; `fix` says how one is written."""
+    """What begins as a box and is none; `fix` says how one is written. A placeholder has no number: a prompt says with it what an
+    answer looks like."""
 
     text: str
     fix: str
 
+    @property
+    def is_placeholder(self) -> bool:
+        return VALUE.search(self.text) is None
 
+
+VALUE = re.compile(r"(?<![\w.])[-.]?\d")  # a number by itself, as the 1 of x1 is not
 NUMBER = r"-?\d{1,9}+(?:\.\d{1,30}+)?(?:[eE][-+]?\d{1,2})?"
 POINT = rf"\(\s*+{NUMBER}\s*+,\s*+{NUMBER}\s*+\)"
 PLACE = rf"\s*+{POINT}(?:\s*+,\s*+{POINT})?+\s*+"
@@ -47,11 +53,11 @@ LIST = rf"\[\s*+{OBJECT}(?:\s*+,\s*+{OBJECT})*+\s*+\]"
 KEYS = ("bbox_2d", "bbox", "point_2d", "point")
 NUMBERS = rf"\[\s*+{NUMBER}\s*+,\s*+{NUMBER}(?:\s*+,\s*+{NUMBER}\s*+,\s*+{NUMBER})?+\s*+\]"
 PLACES = rf"{NUMBERS}|\[\s*+{NUMBERS}(?:\s*+,\s*+{NUMBERS})*+\s*+\]"
-KEYED = rf"""["'](?:{"|".join(KEYS)})["']\s*+:\s*+(?:(?P<places>{PLACES})|\[(?!\s*+\]))"""
+KEYED = rf"""["'](?:{"|".join(KEYS)})["']\s*+:\s*+(?:(?P<places>{PLACES})|\[(?!\s*+\])[\[\s]*+[^\[\]{{}}\n]{{0,60}}+\]?+)"""
 TAGGED = "|".join((
     rf"(?P<tag>(?:{TAG_REF}\s*+)?{TAG_BOX}(?:[ \t]*+{TAG_BOX})*+|{TAG_REF})",
     rf"(?P<token>(?:{TOKEN_REF}\s*+)?{TOKEN_BOX}(?:[ \t]*+{TOKEN_BOX})*+|{TOKEN_REF})",
-    r"(?P<stray>(?P<box><box>[^<]*+</box>)|<quad>\s*+\(|<\|(?:box|object_ref)_(?:start|end)\|>)",
+    r"(?P<stray>(?P<box><box>[^<]*+</box>)|(?:<quad>\s*+\(|<\|box_start\|>)[^<]{0,60}+|<\|(?:box_end|object_ref_(?:start|end))\|>)",
 ))  # fmt: skip
 
 IN_TAGS = re.compile(TAGGED, re.DOTALL)
@@ -65,7 +71,7 @@ FIXES = {"<quad>": "write its box, <box>(x1,y1),(x2,y2)</box>: later families ha
 KEYED_FIX = "write the four numbers of a box or the two of a point"
 NUMBER_OF, OBJECT_OF, KEYED_OF, NUMBERS_OF = map(re.compile, (NUMBER, OBJECT, KEYED, NUMBERS))
 TAG = re.compile(r"<(?:ref|box|quad)>|<\|(?:box|object_ref)_")
-JSON_KEY = re.compile(rf"""["'](?:{"|".join(KEYS)})["']\s*+:\s*+\[(?!\s*+\])""")
+JSON_KEY = re.compile(rf"""["'](?:{"|".join(KEYS)})["']\s*+:\s*+\[[\[\s]*+(?!\])(["']?[-.]?\d)?""")
 
 
 def has_tags(text: str) -> bool:
@@ -76,6 +82,11 @@ def has_tags(text: str) -> bool:
 def has_json(text: str) -> bool:
     """Whether there may be marks in JSON; quick where there are none."""
     return ("bbox" in text or "point" in text) and JSON_KEY.search(text) is not None
+
+
+def has_numbers(text: str) -> bool:
+    """Whether there are marks in JSON that begin with a number: no placeholders of a prompt."""
+    return ("bbox" in text or "point" in text) and any(match[1] for match in JSON_KEY.finditer(text))
 
 
 def marks(text: str, as_json: bool) -> Iterator[str | Mark | Stray]:
@@ -134,7 +145,9 @@ def _bare(said: str, label: str) -> Iterator[str | Mark | Stray]:
     at = 0
     for keyed in KEYED_OF.finditer(said):
         if keyed["places"] is None:
-            yield Stray(said[keyed.start() : keyed.end() + 40], KEYED_FIX)
+            yield said[at : keyed.start()]
+            yield Stray(keyed[0], KEYED_FIX)
+            at = keyed.end()
             continue
         for place in NUMBERS_OF.finditer(said, keyed.start("places"), keyed.end()):
             yield said[at : place.start()]

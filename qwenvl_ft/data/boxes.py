@@ -20,13 +20,15 @@ from typing import Any, NamedTuple
 from qwenvl_ft.data.box_marks import Mark, Stray, has_json, has_tags, marks
 from qwenvl_ft.data.families import BoxForm
 from qwenvl_ft.data.reading import Numbers
-from qwenvl_ft.data.records import Box, Part, Picture, Turn
+from qwenvl_ft.data.records import Box, Call, Part, Picture, Turn
 from qwenvl_ft.errors import Problem, UserError
 
 THOUSAND = 1000
 ROUNDED_AWAY = 0.001  # of a side, or one px: so far outside a corner may lie by rounding
 TOKEN = re.compile(r"<\|[a-z_]+\|>")
+IN_CALL = 'write its numbers as "bbox_2d" or "point_2d" of the arguments, and set `boxes` to what they are'
 BETWEEN = re.compile(r"\s*,?\s*")  # of neighbours, which become one JSON list
+FENCE, FENCE_END = re.compile(r"```json\s*+\Z"), re.compile(r"\s*+```")
 
 
 class Seen(NamedTuple):
@@ -42,40 +44,52 @@ class Seen(NamedTuple):
 
 
 def placed(turns: Sequence[Turn], places: Sequence[str], numbers: Numbers | None, problems: list[Problem]) -> list[Turn]:
-    """The turns with the boxes and references of their texts as parts; what is wrong with one is added to `problems`, at its turn's
-    place.
+    """The turns with the boxes and references of their texts as parts, also those in their calls; what is wrong with one is added
+    to `problems`, at its turn's place.
 
     A box lies in the last picture before it, or in the first if none is before it. Tags of the first Qwen-VL are thousandths,
     tokens of Qwen2-VL are what `numbers` says, else thousandths; JSON is read if `numbers` says what it holds.
     """
-    texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
+    texts = [text for turn in turns for text in (*turn.parts, *turn.calls) if isinstance(text, str)]
     if not any(has_tags(text) or (numbers and has_json(text)) for text in texts):
         return list(turns)
     pictures = [medium for turn in turns for medium in turn.media if isinstance(medium, Picture)]
     of_v1 = any("<box>" in text for text in texts)  # elsewhere <ref> is a footnote
     shown = 0
 
-    def part_of(mark: Mark, place: str) -> Part:
+    def part_of(mark: Mark, place: str) -> str | Box:
         if not mark.numbers:
             return Box((), mark.label) if of_v1 or mark.kind == "token" else f"<ref>{mark.label}</ref>"
         unit = "thousand" if mark.kind == "tag" or not numbers else numbers
         box = box_in(pictures, max(shown - 1, 0), mark.numbers, unit, mark.label, place)
         return replace(box, bare=True) if mark.kind == "bare" else box
 
+    def read(text: str, role: str, place: str, in_call: bool = False) -> Iterator[str | Box]:
+        for piece in marks(text, numbers is not None):
+            if isinstance(piece, str):
+                yield piece
+            elif isinstance(piece, Stray):
+                if role != "assistant" and piece.is_placeholder:  # a question that says how to answer
+                    yield piece.text
+                else:
+                    problems.append(Problem(place, f"holds {piece.text[:60]}, which is no box", piece.fix, kind=piece.fix))
+            elif in_call and piece.numbers and piece.kind != "bare":
+                problems.append(Problem(place, "has a box in tags within a call of a tool", IN_CALL))
+            else:
+                try:
+                    yield part_of(piece, place)
+                except UserError as error:
+                    problems.extend(error.problems)
+
     found = []
     for turn, place in zip(turns, places, strict=True):
         parts: list[Part] = []
         for part in turn.parts:
             shown += isinstance(part, Picture)
-            for piece in marks(part, numbers is not None) if isinstance(part, str) else [part]:
-                if isinstance(piece, Stray):
-                    problems.append(Problem(place, f"holds {piece.text[:60]}, which is no box", piece.fix, kind=piece.fix))
-                    continue
-                try:
-                    parts.append(part_of(piece, place) if isinstance(piece, Mark) else piece)
-                except UserError as error:
-                    problems.extend(error.problems)
-        found.append(replace(turn, parts=tuple(part for part in parts if part != "")))
+            parts += read(part, turn.role, place) if isinstance(part, str) else [part]
+        calls = [(call, tuple(read(call, turn.role, place, in_call=True))) for call in turn.calls if isinstance(call, str)]
+        with_boxes = tuple(pieces if any(isinstance(of, Box) for of in pieces) else call for call, pieces in calls)
+        found.append(replace(turn, parts=tuple(part for part in parts if part != ""), calls=with_boxes))
     return found
 
 
@@ -118,15 +132,19 @@ def written(turns: Sequence[Turn], form: BoxForm, seen: Sequence[Seen]) -> list[
     README of Qwen3-VL (0 to 1000). Other than the notebook, which ends at the last px, a box may end at the picture's edge. The
     point of Qwen2-VL, one pair in the tokens of a box, is that of ms-swift and UI-TARS, point_2d that of Qwen's cookbooks.
     """
+
+    def call_of(call: Call) -> str:
+        return call if isinstance(call, str) else "".join(map(str, _pieces(call, form, seen)))
+
     return [
-        replace(turn, parts=tuple(_pieces(turn.parts, form, seen))) if any(isinstance(part, Box) for part in turn.parts) else turn
+        replace(turn, parts=tuple(_pieces(turn.parts, form, seen)), calls=tuple(map(call_of, turn.calls))) if turn.boxes else turn
         for turn in turns
     ]
 
 
 def _pieces(parts: Sequence[Part], form: BoxForm, seen: Sequence[Seen]) -> Iterator[Part]:
     """The parts, each run of boxes as one text: in JSON across white space and commas, too."""
-    at = 0
+    at, parts = 0, _unfenced(parts) if form == "tokens" else parts
     while at < len(parts):
         part = parts[at]
         at += 1
@@ -144,6 +162,21 @@ def _pieces(parts: Sequence[Part], form: BoxForm, seen: Sequence[Seen]) -> Itera
             run.append(following)
             at = after + 1
         yield _said(run, form, seen)
+
+
+def _unfenced(parts: Sequence[Part]) -> list[Part]:
+    """Without the fences of JSON around boxes that become tokens."""
+    found, opened = list(parts), -1
+    for at, part in enumerate(parts):
+        if isinstance(part, str):
+            before = found[opened] if opened >= 0 else ""
+            if isinstance(before, str) and before and (end := FENCE_END.match(part)):
+                found[opened], found[at] = FENCE.sub("", before), part[end.end() :]
+            if not _joins(part):
+                opened = at if FENCE.search(part) else -1
+        elif not isinstance(part, Box) or part.bare:
+            opened = -1
+    return [part for part in found if part != ""]
 
 
 def _joins(part: Part) -> bool:

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from qwenvl_ft.data.boxes import Seen, written
 from qwenvl_ft.data.families import Family, family_of
 from qwenvl_ft.data.geometry import Limits, VideoLimits, grid_of, read_limits, read_video_limits, tokens_of
-from qwenvl_ft.data.records import Box, Medium, Picture, Record, Turn, Video
+from qwenvl_ft.data.records import Medium, Picture, Record, Turn, Video
 from qwenvl_ft.data.template import (
     CLOSE_THOUGHT,
     OPEN_THOUGHT,
@@ -143,7 +143,7 @@ class Chat:
 
     def written(self, turns: Sequence[Turn]) -> list[Turn]:
         """The turns of a conversation from its beginning, their boxes as the texts that the family reads and says."""
-        boxes = any(isinstance(part, Box) for turn in turns for part in turn.parts)
+        boxes = any(turn.boxes for turn in turns)
         return written(turns, self.family.boxes, self.seen(turns)) if boxes else list(turns)
 
     def seen(self, turns: Sequence[Turn]) -> list[Seen]:
@@ -294,7 +294,7 @@ class Chat:
         if thought:
             message["reasoning_content"] = self._marked(thought, mark)
         if turn.calls:
-            message["tool_calls"] = [self._marked_object(call_of(call), mark) for call in turn.calls]
+            message["tool_calls"] = [self._marked_object(call_of(str(call)), mark) for call in turn.calls]
         return message
 
     def _marked(self, text: str, mark: str) -> str:
@@ -442,7 +442,7 @@ def _reads_no_special(tokenizer: Tokenizer) -> Tokenizer:
 def _mark(turns: Sequence[Turn], tools: Sequence[str]) -> str:
     """A letter that stands nowhere in them."""
     texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
-    objects = [call_of(call) for turn in turns for call in turn.calls] + [function_of(tool) for tool in tools]
+    objects = [call_of(str(call)) for turn in turns for call in turn.calls] + [function_of(tool) for tool in tools]
     texts += [json.dumps(value, ensure_ascii=False) for value in objects]
     return next(mark for mark in map(chr, range(0xF8FF, 0, -1)) if not any(mark in text for text in texts))
 

@@ -157,7 +157,7 @@ class Checks:
                 if isinstance(medium.source, Source) and self.against.may_show(medium):
                     self.media.setdefault(medium.source, record.where)
         self._count(PICTURES, any(_numbered_above(turn.text, len(pictures)) for turn in record.turns), record.where)
-        boxes = [part for turn in record.turns for part in turn.parts if isinstance(part, Box)]
+        boxes = [box for turn in record.turns for box in turn.boxes]
         self._count(BOXES, sum(_covers(box, pictures) for box in boxes), record.where)
         for asked, answer in zip(record.turns, record.turns[1:], strict=False):
             if answer.role == "assistant" and answer.taught and asked.role == "user":
@@ -346,7 +346,7 @@ def hash_of(record: Record) -> int:
     """8 bytes of all that a record shows and says, its media on whichever side of the text; the same in every process."""
     texts = [*record.tools]
     for turn in placed(record, "first").turns:
-        texts += [turn.role, *turn.calls, *map(_named, turn.parts)]
+        texts += [turn.role, *map(str, turn.calls), *map(_named, turn.parts)]
     return _hash("\0".join(texts).encode("utf-8", "surrogatepass"))
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from qwenvl_ft.data.box_marks import has_json, has_tags
+from qwenvl_ft.data.box_marks import has_numbers, has_tags
 from qwenvl_ft.data.records import Record, Turn
 
 
@@ -37,8 +37,9 @@ class Noted:
 
     def add(self, record: Record) -> None:
         """One more record."""
-        self._count(JSON_BOX, any(has_json(turn.text) for turn in record.turns), record.where)
-        self._count(TAGGED, any(has_tags(turn.text) for turn in record.turns), record.where)
+        texts = [text for turn in record.turns for text in (turn.text, *turn.calls) if isinstance(text, str)]
+        self._count(JSON_BOX, any(map(has_numbers, texts)), record.where)
+        self._count(TAGGED, any(map(has_tags, texts)), record.where)
         answers = [turn for turn in record.turns if turn.role == "assistant" and turn.taught]
         self._count(SPACED, sum(map(_begins_with_space, answers)), record.where)
 

@@ -120,12 +120,13 @@ class Box:
 
 Medium = Picture | Video
 Part = str | Medium | Box
+Call = str | tuple[str | Box, ...]  # a JSON object of name and arguments; where there are boxes in it, in pieces
 
 
 @dataclass(frozen=True)
 class Turn:
     """`role` is system, user, assistant or tool; `parts` are texts, boxes and media in their order; `taught` is false for an answer
-    that is shown and not learnt; `calls` are an assistant's calls of tools, each a JSON object of name and arguments.
+    that is shown and not learnt; `calls` are an assistant's calls of tools.
 
     Neighbouring texts become one part: a control token in halves would be whole again once a template has joined them.
     """
@@ -133,7 +134,7 @@ class Turn:
     role: str
     parts: tuple[Part, ...]
     taught: bool = True
-    calls: tuple[str, ...] = ()
+    calls: tuple[Call, ...] = ()
 
     def __post_init__(self) -> None:
         joined: list[Part] = []
@@ -148,6 +149,12 @@ class Turn:
     def media(self) -> list[Medium]:
         """Its pictures and videos in their order."""
         return [part for part in self.parts if isinstance(part, Picture | Video)]
+
+    @property
+    def boxes(self) -> list[Box]:
+        """Its boxes in their order, those of its calls last."""
+        pieces = [*self.parts, *(piece for call in self.calls if not isinstance(call, str) for piece in call)]
+        return [piece for piece in pieces if isinstance(piece, Box)]
 
     @property
     def text(self) -> str:

@@ -16,7 +16,7 @@ from qwenvl_ft.data.geometry import tokens_of
 from qwenvl_ft.data.meta_file import Found, OnRecord, Tally
 from qwenvl_ft.data.page import BEGINNING, Frame, Look, Shown, media_of, page, places
 from qwenvl_ft.data.pictures import opened
-from qwenvl_ft.data.records import Box, Medium, Picture, Video
+from qwenvl_ft.data.records import Medium, Picture, Video
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import writing
 
@@ -145,7 +145,7 @@ def _shown(found: Found, chat: Chat) -> Shown:
         scripts = chat.write_scripts(record)
     except UserError as error:
         return Shown(found.where, [], problems=error.problems)
-    boxes = [part for turn in record.turns for part in turn.parts if isinstance(part, Box) and part.corners]
+    boxes = [box for turn in record.turns for box in turn.boxes if box.corners]
     return Shown(found.where, scripts, boxes)
 
 

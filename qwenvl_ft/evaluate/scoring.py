@@ -170,7 +170,7 @@ def prediction(question: Question, answer: str, cut: bool) -> Prediction:
 
 def _written(record: Record, chat: Chat) -> Record:
     """The record with its boxes as the texts that the model reads and says."""
-    boxes = any(isinstance(part, Box) for turn in record.turns for part in turn.parts)
+    boxes = any(turn.boxes for turn in record.turns)
     return replace(record, turns=tuple(chat.written(record.turns))) if boxes else record
 
 
@@ -218,4 +218,5 @@ def _shown(record: Record) -> list[list[str]]:
         _, num_bytes, mtime_ns = sources.stamp(part.source)
         return json.dumps([sources.key(part.source), num_bytes, mtime_ns])
 
-    return [[turn.role, *map(shown, turn.parts), *turn.calls] for turn in record.turns] + [[tool] for tool in record.tools]
+    turns = [[turn.role, *map(shown, turn.parts), *map(str, turn.calls)] for turn in record.turns]
+    return turns + [[tool] for tool in record.tools]

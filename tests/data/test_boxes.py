@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,16 +100,64 @@ def test_a_picture_that_lies_on_its_side_is_measured_as_it_is_seen(read, tmp_pat
     (None, "<box>(0,0),(1002,9)</box>", "box (0,0),(1002,9) lies outside its picture a.png, 200 x 100 px, as thousand"),
     (None, "<box>(9,0),(1,9)</box>", "box (9,0),(1,9) ends before it begins"),
     ("unit", '{"bbox_2d": [0.5, 0.5, 0.6, 0.4]}', "box (0.5,0.5),(0.6,0.4) ends before it begins"),
-    ("pixels", '{"bbox_2d": [1, 2, 3]}', 'holds "bbox_2d": [1, 2, 3]}, which is no box'),
+    ("pixels", '{"bbox_2d": [1, 2, 3]}', 'holds "bbox_2d": [1, 2, 3], which is no box'),
     ("pixels", '{"bbox_2d": [1, 2, 3, 4], "label": "\\u003c|im_end|>"}', "has a token or half a character in its label"),
     ("pixels", '{"bbox_2d": [1, 2, 3, 4], "label": "\\ud800"}', "has a token or half a character in its label"),
-    (None, "<quad>(1,1),(2,1),(2,2),(1,2)</quad>", "holds <quad>(, which is no box"),
+    (None, "<quad>(1,1),(2,1),(2,2),(1,2)</quad>", "holds <quad>(1,1),(2,1),(2,2),(1,2), which is no box"),
     (None, "<box>[[1,2,3,4]]</box>", "holds <box>[[1,2,3,4]]</box>, which is no box"),
-    (None, "<|box_start|>(1,2),(3,4", "holds <|box_start|>, which is no box"),
+    (None, "<|box_start|>(1,2),(3,4", "holds <|box_start|>(1,2),(3,4, which is no box"),
 ])  # fmt: skip
 def test_what_its_picture_does_not_hold_is_a_problem_with_its_numbers(boxes, text, what, read):
     turns, problems = read("<img>a.png</img>\nWhere?", f"There: {text}", boxes=boxes)
     assert not turns and problems[0].where == "train.json[0].conversations[1]" and what in problems[0].what
+
+
+@pytest.mark.parametrize(("boxes", "shape"), [
+    ("pixels", '[{"bbox_2d": [x1, y1, x2, y2], "label": "dog"}]'),
+    ("pixels", '{"bbox_2d": [...], "label": "dog"}'),
+    ("pixels", '{"bbox": [["xmin", "ymin", "xmax", "ymax"], ...]}'),
+    (None, "<ref>dog</ref><box>(x1,y1),(x2,y2)</box>"),
+    (None, "<|box_start|>(x1,y1),(x2,y2)<|box_end|>"),
+])  # fmt: skip
+def test_a_question_may_say_what_a_box_looks_like_and_an_answer_may_not(boxes, shape, read):
+    """Every record of a file whose prompts stated the form of the answer was refused."""
+    question, answer = f"Find. Write {shape}.", '{"bbox_2d": [20, 20, 60, 40]}'
+    turns, problems = read(f"<img>a.png</img>\n{question}", answer, boxes=boxes)
+    assert not problems and turns[0].text.replace("dog", "") == question.replace("<ref>dog</ref>", "").replace("dog", "")
+    assert len(turns[1].boxes) == bool(boxes) and not (boxes and Noted([Record("x", turns)]).lines)
+    _, problems = read("<img>a.png</img>", shape, boxes=boxes)
+    assert problems and all("which is no box" in problem.what for problem in problems)
+
+
+def test_boxes_of_calls_are_written_as_those_of_texts(pictures, chat):
+    """A call of a tool that zooms in was taught in px of the file's picture, its answer in the family's grid."""
+    call = {"name": "zoom", "arguments": {"bbox_2d": [84, 28, 168, 112], "all": [{"point": [0, 56], "label": "<b>"}], "n": 3}}
+    turns = [{"from": "human", "value": "<image>Zoom."}, {"from": "function_call", "value": json.dumps(call)},
+             {"from": "observation", "value": "ok"}, {"from": "gpt", "value": "Done."}]  # fmt: skip
+    (pictures / "train.json").write_text(json.dumps([{"images": ["a.png"], "conversations": turns}]))
+    (record,), problems, _ = read_records(pictures / "train.json", pictures, reading=Reading(boxes="pixels"))
+    assert not problems and [box.corners for box in record.turns[1].boxes] == [(84, 28, 168, 112), (0, 56)]
+    said = written(record.turns, "thousand", [Seen(112, 168, 112, 168)])[1].calls
+    wanted = {"bbox_2d": [500, 250, 1000, 1000], "all": [{"point": [0, 500], "label": "<b>"}], "n": 3}
+    assert [json.loads(text) for text in said] == [{"name": "zoom", "arguments": wanted}]
+    if chat._knows_tools:
+        assert "[500, 250, 1000, 1000]" in "".join("".join(chat.taught_texts(script)) for script in chat.write_scripts(record))
+    (unread,), _, _ = read_records(pictures / "train.json", pictures)
+    assert unread.turns[1].calls == (json.dumps(call),) and "boxes in JSON" in Noted([unread]).lines[0]
+    turns[1]["value"] = json.dumps({"name": "zoom", "arguments": {"at": "<box>(1,2),(3,4)</box>"}})
+    (pictures / "train.json").write_text(json.dumps([{"images": ["a.png"], "conversations": turns}]))
+    _, (problem,), _ = read_records(pictures / "train.json", pictures)
+    assert "in tags within a call" in problem.what
+
+
+def test_json_that_becomes_tokens_loses_its_fence():
+    seen, box = [Seen(100, 100, 112, 112)], Box((0, 0, 50, 50), "a")
+    fenced = [Turn("assistant", ("Here:\n```json\n", box, ",\n", replace(box, label="b"), "\n```\nDone.", "```json\n{}\n```"))]
+    tokens = [f"<|object_ref_start|>{label}<|object_ref_end|><|box_start|>(0,0),(500,500)<|box_end|>" for label in "ab"]
+    assert written(fenced, "tokens", seen)[0].text == f"Here:\n{tokens[0]},\n{tokens[1]}\nDone.```json\n{{}}\n```"
+    assert written(fenced, "thousand", seen)[0].text.count("```json") == 2
+    bare = [Turn("assistant", ('```json\n{"bbox_2d": ', replace(box, bare=True), ', "n": 1}\n```'))]
+    assert written(bare, "tokens", seen)[0].text == '```json\n{"bbox_2d": [0, 0, 500, 500], "n": 1}\n```'
 
 
 def test_a_box_without_a_picture_is_a_problem_and_a_missing_picture_is_one_only(read):

@@ -12,7 +12,7 @@ from typing import Any
 
 from qwenvl_ft.data.formats import read_entry
 from qwenvl_ft.data.formats.talk import Finder
-from qwenvl_ft.data.records import Box, InTable, InTar, Picture, Record, Turn, Video
+from qwenvl_ft.data.records import Box, Call, InTable, InTar, Picture, Record, Turn, Video
 from qwenvl_ft.errors import Problem, UserError
 
 THOUSAND = 1000  # what the tags of the first Qwen-VL count a picture's sides in
@@ -44,8 +44,15 @@ def _turns(turn: Turn, record: Record, root: Path) -> Iterator[dict[str, Any]]:
         value = "".join(_written(part, record, root) for part in turn.parts)
         yield {"from": "observation" if turn.role == "tool" else turn.role, "value": value, **mask}
     if turn.calls:
-        calls = [json.loads(call) for call in turn.calls]
+        calls = [_call(call, record) for call in turn.calls]
         yield {"from": "function_call", "value": json.dumps(calls if len(calls) > 1 else calls[0], ensure_ascii=False), **mask}
+
+
+def _call(call: Call, record: Record) -> Any:
+    if isinstance(call, str):
+        return json.loads(call)
+    fix = "train on the file as it is: the tags of boxes have no place in a call"
+    raise UserError(Problem(record.where, "has a box in a call of a tool", fix))
 
 
 def _written(part: str | Picture | Video | Box, record: Record, root: Path) -> str:
