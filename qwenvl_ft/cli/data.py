@@ -123,7 +123,7 @@ def validate_meta(
         "pictures": len(pictures) if whole else 0,
         "shown": shown if whole else 0,
         "tokens": tokens,
-        "notes": noted.lines + notes_of(looked) if whole else [],
+        "notes": noted.lines + notes_of(looked) + (chat.notes if chat else []) if whole else [],
         "checks": looked,
         "problems": [found.facts for found in alike(problems, len(problems) if list_all else MOST_ALONE)],
     }

@@ -155,6 +155,12 @@ class Chat:
             Seen(of.height, of.width, rows * patch, columns * patch) for of, (_, rows, columns) in zip(pictures, grids, strict=True)
         ]
 
+    @property
+    def notes(self) -> list[str]:
+        """Which of its settings changes nothing."""
+        unheeded = self.thinking == "on" and not self.thinks
+        return ["thinking: on changes nothing: the model's chat template knows no thoughts"] * unheeded
+
     def opens_thought(self, prompt: Sequence[int]) -> bool:
         """Whether the prompt ends within a thought, whose opening tag the answer then lacks."""
         return self.said(prompt[-8:]).endswith(OPEN_THOUGHT)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from qwenvl_ft.data.box_marks import has_numbers, has_tags
 from qwenvl_ft.data.records import Record, Turn
+from qwenvl_ft.data.template import split_thought
 
 
 class Note(NamedTuple):
@@ -23,7 +24,9 @@ AS_JSON = "boxes in JSON, which are taught as they stand: set `boxes` to what th
 JSON_BOX = Note("record holds", "records hold", AS_JSON)
 TAGGED = Note("record holds", "records hold", "<ref> or <box> without the numbers of a box, which is taught as letters")
 SPACED = Note("answer begins", "answers begin", "with white space, which is taught as it stands: take it out if it is not meant")
-NOTES = (JSON_BOX, TAGGED, SPACED)
+AS_TEXT = "with a thought, which is taught as text: the model's chat template knows none, and `thinking` changes nothing"
+THOUGHT = Note("answer begins", "answers begin", AS_TEXT)
+NOTES = (JSON_BOX, TAGGED, SPACED, THOUGHT)
 
 
 class Noted:
@@ -35,13 +38,14 @@ class Noted:
         for record in records:
             self.add(record)
 
-    def add(self, record: Record) -> None:
-        """One more record."""
+    def add(self, record: Record, thinks: bool = True) -> None:
+        """One more record, for a template that knows thoughts, or not."""
         texts = [text for turn in record.turns for text in (turn.text, *turn.calls) if isinstance(text, str)]
         self._count(JSON_BOX, any(map(has_numbers, texts)), record.where)
         self._count(TAGGED, any(map(has_tags, texts)), record.where)
         answers = [turn for turn in record.turns if turn.role == "assistant" and turn.taught]
         self._count(SPACED, sum(map(_begins_with_space, answers)), record.where)
+        self._count(THOUGHT, 0 if thinks else sum(bool(split_thought(turn.text)[0]) for turn in answers), record.where)
 
     def join(self, other: "Noted") -> None:
         """What was met behind it."""

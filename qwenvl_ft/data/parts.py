@@ -121,7 +121,7 @@ class Reader:
 
     def _written(self, record: Record, part: Part) -> list[Script]:
         part.num_shown += len(record.pictures)
-        part.noted.add(record)
+        part.noted.add(record, self.chat is None or self.chat.thinks)
         if self.keep_records:
             part.records.append(record)
         try:

@@ -259,7 +259,7 @@ def write_table(
     facts = tally.facts | {
         "placeholders": [chat.picture_id, chat.video_id],
         "problems": [[problem.where, problem.what, problem.fix, problem.kind] for problem in problems],
-        "notes": noted.lines + few.lines + notes_of(looked),
+        "notes": noted.lines + few.lines + notes_of(looked) + chat.notes,
         "checks": looked,
         "mirrors": [called_folder(folder) for folder, media in tally.media.items() if media.mirror and media.mirror.was_asked],
     }

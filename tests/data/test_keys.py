@@ -7,6 +7,8 @@ import sys
 import pytest
 from PIL import Image
 
+from qwenvl_ft.cli.main import main
+from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.formats.json_entries import kind_of
 from qwenvl_ft.data.formats.keys import FIXES, TURN_FIXES
 from qwenvl_ft.data.formats.lists import KNOWN
@@ -15,6 +17,7 @@ from qwenvl_ft.data.formats.turns import OLD
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.notes import Noted
 from qwenvl_ft.data.records import Turn
+from tests.conftest import TINY
 
 QUESTION, ANSWER = {"from": "user", "value": "<img>a.png</img>\nWhat colour?"}, {"from": "assistant", "value": "Red."}
 KNOWN_TO_PEERS = """
@@ -137,6 +140,20 @@ def test_reasoning_stands_in_an_answer_only(read):
 
 def test_a_known_key_has_no_fix():
     assert FIXES.keys() & KNOWN["conversations"] == {"conversations"} and not TURN_FIXES.keys() & KNOWN_OF_A_TURN[OLD]
+
+
+def test_thoughts_that_a_template_does_not_know_are_noted(talk, tmp_path, capsys):
+    """`thinking` did nothing with such a model, and no command said so."""
+    meta = talk(["q", "<think>hm</think>a", "r", "<think>\nso\n</think>\n\nb"], ["q", "a <think>"])
+    with pytest.raises(SystemExit):
+        main(["validate-meta", str(meta), "--model", str(TINY), "--thinking", "on", "--json"])
+    assert json.loads(capsys.readouterr().out)["notes"] == [
+        "2 answers begin with a thought, which is taught as text: the model's chat template knows none, and `thinking` changes nothing "
+        "(train.json[0] for one)",
+        "thinking: on changes nothing: the model's chat template knows no thoughts",
+    ]
+    records, _, _ = read_records(meta, tmp_path)
+    assert not Noted(records).lines and open_chat(TINY).write_scripts(records[0]) and not open_chat(TINY).notes
 
 
 def test_answers_that_begin_with_white_space_are_noted(talk, tmp_path):
