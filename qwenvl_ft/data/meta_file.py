@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from qwenvl_ft.data.files.containers import container_of, entries_of, files_of, names_of
 from qwenvl_ft.data.files.entry import Entry
-from qwenvl_ft.data.formats import form_of, read_entry, unpacked
+from qwenvl_ft.data.formats import form_of, names_no_medium, read_entry, unpacked
 from qwenvl_ft.data.media import FOLDER_KEYS, Media
 from qwenvl_ft.data.media_position import placed, position_of
 from qwenvl_ft.data.mirror import local_folder
@@ -61,6 +61,8 @@ class MetaFile(NamedTuple):
 class Found(NamedTuple):
     """What one entry came to: a record and how often it counts, by its part's weight, or its problems.
 
+    A record `is_blank` that is text alone while its entry has a key or column for media.
+
     `where` is "" of a problem of a whole file, after which what was read of that file may not be all there is.
     """
 
@@ -68,6 +70,7 @@ class Found(NamedTuple):
     record: Record | None
     problems: list[Problem]
     times: int = 1
+    is_blank: bool = False
 
 
 @dataclass
@@ -172,7 +175,8 @@ def read_job(job: Job, media: Mapping[Path, Media], tally: Tally) -> Found:
         tally.positions["moved"] += record is not written
     times = job.times if record else 0
     tally.used[job.part] += times
-    return Found(entry.where, record, problems, times)
+    is_blank = bool(record and not record.media) and names_no_medium(entry.value, entry.empty, own.reading)
+    return Found(entry.where, record, problems, times, is_blank)
 
 
 def _not_shown(record: Record, entry: Entry) -> str:

@@ -108,7 +108,7 @@ class Reader:
             part.problems += found.problems
             part.whole &= bool(found.where)
             if found.record and found.times:
-                written = self._written(found.record, part)
+                written = self._written(found.record, found.is_blank, part)
                 scripts += [(part.num_records, script) for script in written] * found.times
                 for medium in found.record.media:
                     media.setdefault(medium, len(media))
@@ -119,9 +119,9 @@ class Reader:
         part.checks.against = None  # which whoever asked has himself
         return part
 
-    def _written(self, record: Record, part: Part) -> list[Script]:
+    def _written(self, record: Record, is_blank: bool, part: Part) -> list[Script]:
         part.num_shown += len(record.pictures)
-        part.noted.add(record, self.chat is None or self.chat.thinks)
+        part.noted.add(record, self.chat is None or self.chat.thinks, is_blank)
         if self.keep_records:
             part.records.append(record)
         try:

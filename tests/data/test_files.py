@@ -21,8 +21,9 @@ from qwenvl_ft.data.files.containers import entries_of, files_of, names_of
 from qwenvl_ft.data.files.entry import Entry
 from qwenvl_ft.data.media import Media
 from qwenvl_ft.data.meta_file import Tally, read_records, stream_records
+from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.pictures import PictureChanged, load, opened
-from qwenvl_ft.data.reading import AS_FOUND
+from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import InTable, InTar, Record
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.values import Part
@@ -326,6 +327,24 @@ def test_a_csv_is_its_rows_whatever_its_delimiter_quotes_and_mark(tmp_path):
             found = entries(tmp_path / name)
             assert [entry.value for entry in found] == rows
             assert [entry.where for entry in found] == [f"{name}:2", f"{name}:4"]  # the first has a newline in it
+
+
+def test_records_whose_picture_is_empty_are_counted(loose, tmp_path):
+    """Rows of a table whose picture was null, and records with `images: []`, trained as text without a word."""
+    said, named = {"question": "q", "answer": "a"}, pictures_of(loose)[0].name
+    struct = pa.array([{"bytes": (loose / named).read_bytes(), "path": None}, None])
+    pq.write_table(pa.table({"image": struct} | {key: [text] * 2 for key, text in said.items()}), tmp_path / "a.parquet")
+    (tmp_path / "b.csv").write_text(f"bild,question,answer\n,q,a\n{named},q,a\n")
+    talk = [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]
+    entries = [said | {"images": []}, {"image": None, "conversations": talk}, said, {"conversations": talk}]
+    (tmp_path / "c.json").write_text(json.dumps(entries))
+    for name, columns, blank in (("a.parquet", {}, [1]), ("b.csv", {"image": "bild"}, [0]), ("c.json", {}, [0, 1])):
+        found = list(stream_records(tmp_path / name, loose, Reading(columns=columns)))
+        assert all(of.record for of in found) and [at for at, of in enumerate(found) if of.is_blank] == blank, name
+    (part,) = parts_of(tmp_path / "c.json", loose, Tally())
+    assert part.noted.lines == [
+        "2 records are taught as text alone, since the key or column of pictures or videos is empty there (c.json[0] for one)"
+    ]
 
 
 @pytest.mark.parametrize(("text", "where", "what"), [

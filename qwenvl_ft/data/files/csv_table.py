@@ -35,7 +35,8 @@ def csv_entries(file: Path, name: str) -> Iterator[Entry]:
             for cells in rows:
                 if cells:
                     held = True
-                    yield Entry(f"{name}:{begins}", _entry(header, cells, f"{name}:{begins}"))
+                    empty = [column for column, cell in zip(header, cells, strict=False) if not cell.strip()]
+                    yield Entry(f"{name}:{begins}", _entry(header, cells, f"{name}:{begins}"), empty=empty)
                 begins = rows.line_num + 1
             if not held:
                 yield Entry("", Problem(name, "holds no rows below its header", "write a record a row"))

@@ -1,6 +1,6 @@
 """What every container yields."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qwenvl_ft.data.records import Source
@@ -11,10 +11,11 @@ class Entry(NamedTuple):
     container; or a Problem.
 
     `where` is "" of a Problem of the whole file. `beside` are the media that lie with it, by name; where it is `shared`, other
-    records have them, too.
+    records have them, too. `empty` are the columns of a table that hold nothing here.
     """
 
     where: str
     value: Any
     beside: Mapping[str, Source] = {}
     shared: bool = False
+    empty: Sequence[str] = ()

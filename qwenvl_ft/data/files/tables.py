@@ -34,7 +34,7 @@ def table_entries(file: Path, name: str, is_parquet: bool) -> Iterator[Entry]:
             for at in range(batch.num_rows):
                 where = f"{name}[{row + at}]"
                 entry = {column: values[at] for column, values in columns.items() if values[at] is not None}
-                yield Entry(where, _checked(entry, where))
+                yield Entry(where, _checked(entry, where), empty=[column for column in columns if column not in entry])
             row += batch.num_rows
     except DAMAGED as error:
         said = (str(error).splitlines() or [""])[0][:200]

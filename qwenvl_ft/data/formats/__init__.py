@@ -15,14 +15,14 @@
 A form is a small reader that makes a Talk of an entry; `assemble` makes the record of it and says everything that is wrong.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qwenvl_ft.data.formats.assemble import assemble
 from qwenvl_ft.data.formats.json_entries import EXAMPLE, kind_of
 from qwenvl_ft.data.formats.keys import FIXES, Complaints, is_empty
 from qwenvl_ft.data.formats.lists import are_in_parts, read_list
-from qwenvl_ft.data.formats.rows import ANSWER, QUESTION, is_pairs, read_pairs, read_row
+from qwenvl_ft.data.formats.rows import ANSWER, PICTURE, QUESTION, VIDEO, is_pairs, read_pairs, read_row
 from qwenvl_ft.data.formats.talk import Finder, Talk
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Record
@@ -47,6 +47,7 @@ FORMS: Mapping[str, Form] = {
     "pairs": Form(read_pairs, ()),
     "columns": Form(read_row, ()),
 }
+MEDIA = frozenset((*PICTURE, *VIDEO))
 FORCED_FIX = "delete the setting format, which names that form, or name the right one"
 
 
@@ -98,6 +99,12 @@ def read_entry(entry: Any, where: str, media: Finder, problems: list[Problem], r
     talk = FORMS[name].read(entry, where, complaints)
     record = assemble(talk, where, media, complaints, reading.boxes)
     return record if len(problems) == before else None
+
+
+def names_no_medium(entry: Any, empty: Sequence[str], reading: Reading = AS_FOUND) -> bool:
+    """Whether an entry has a place for a picture or a video and nothing in it; `empty` are its columns without a value."""
+    whole = _named(dict.fromkeys(empty) | entry, reading.columns)
+    return any(key in MEDIA and is_empty(value) for key, value in whole.items())
 
 
 def unpacked(where: str, value: Any) -> Iterator[tuple[str, Any]]:
