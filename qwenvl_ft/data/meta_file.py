@@ -61,7 +61,7 @@ class MetaFile(NamedTuple):
 class Found(NamedTuple):
     """What one entry came to: a record and how often it counts, by its part's weight, or its problems.
 
-    A record `is_blank` that is text alone while its entry has a key or column for media.
+    A record `is_blank` that is text alone while its entry has a key or column for media; it `has_unread` as its entry has.
 
     `where` is "" of a problem of a whole file, after which what was read of that file may not be all there is.
     """
@@ -71,6 +71,7 @@ class Found(NamedTuple):
     problems: list[Problem]
     times: int = 1
     is_blank: bool = False
+    has_unread: bool = False
 
 
 @dataclass
@@ -176,7 +177,7 @@ def read_job(job: Job, media: Mapping[Path, Media], tally: Tally) -> Found:
     times = job.times if record else 0
     tally.used[job.part] += times
     is_blank = bool(record and not record.media) and names_no_medium(entry.value, entry.empty, own.reading)
-    return Found(entry.where, record, problems, times, is_blank)
+    return Found(entry.where, record, problems, times, is_blank, entry.has_unread)
 
 
 def _not_shown(record: Record, entry: Entry) -> str:

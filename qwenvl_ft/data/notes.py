@@ -27,7 +27,8 @@ SPACED = Note("answer begins", "answers begin", "with white space, which is taug
 AS_TEXT = "with a thought, which is taught as text: the model's chat template knows none, and `thinking` changes nothing"
 THOUGHT = Note("answer begins", "answers begin", AS_TEXT)
 BLANK = Note("record is", "records are", "taught as text alone, since the key or column of pictures or videos is empty there")
-NOTES = (JSON_BOX, TAGGED, SPACED, THOUGHT, BLANK)
+UNREAD = Note("record is", "records are", "made of a txt, and the json beside it, which is no talk, is not read")
+NOTES = (JSON_BOX, TAGGED, SPACED, THOUGHT, BLANK, UNREAD)
 
 
 class Noted:
@@ -39,12 +40,16 @@ class Noted:
         for record in records:
             self.add(record)
 
-    def add(self, record: Record, thinks: bool = True, is_blank: bool = False) -> None:
-        """One more record, for a template that knows thoughts, or not; `is_blank` as in Found."""
+    def add_found(self, where: str, is_blank: bool, has_unread: bool) -> None:
+        """What was found of a record besides: see `meta_file.Found`."""
+        self._count(BLANK, is_blank, where)
+        self._count(UNREAD, has_unread, where)
+
+    def add(self, record: Record, thinks: bool = True) -> None:
+        """One more record, for a template that knows thoughts, or not."""
         texts = [text for turn in record.turns for text in (turn.text, *turn.calls) if isinstance(text, str)]
         self._count(JSON_BOX, any(map(has_numbers, texts)), record.where)
         self._count(TAGGED, any(map(has_tags, texts)), record.where)
-        self._count(BLANK, is_blank, record.where)
         answers = [turn for turn in record.turns if turn.role == "assistant" and turn.taught]
         self._count(SPACED, sum(map(_begins_with_space, answers)), record.where)
         self._count(THOUGHT, 0 if thinks else sum(bool(split_thought(turn.text)[0]) for turn in answers), record.where)

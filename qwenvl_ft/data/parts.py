@@ -108,7 +108,8 @@ class Reader:
             part.problems += found.problems
             part.whole &= bool(found.where)
             if found.record and found.times:
-                written = self._written(found.record, found.is_blank, part)
+                part.noted.add_found(found.where, found.is_blank, found.has_unread)
+                written = self._written(found.record, part)
                 scripts += [(part.num_records, script) for script in written] * found.times
                 for medium in found.record.media:
                     media.setdefault(medium, len(media))
@@ -119,9 +120,9 @@ class Reader:
         part.checks.against = None  # which whoever asked has himself
         return part
 
-    def _written(self, record: Record, is_blank: bool, part: Part) -> list[Script]:
+    def _written(self, record: Record, part: Part) -> list[Script]:
         part.num_shown += len(record.pictures)
-        part.noted.add(record, self.chat is None or self.chat.thinks, is_blank)
+        part.noted.add(record, self.chat is None or self.chat.thinks)
         if self.keep_records:
             part.records.append(record)
         try:

@@ -131,6 +131,23 @@ def test_a_text_alone_is_what_is_said_of_the_picture(loose, tmp_path):
     assert [opened(of.pictures[0]).tobytes() for of in records] == [load(path, "").tobytes() for path in pictures_of(loose)]
 
 
+def test_beside_a_text_a_json_that_is_no_talk_is_not_read_and_counted(loose, tmp_path):
+    """img2dataset packs 000.jpg, 000.json and 000.txt: no sample of such a tar was read."""
+    facts = {"caption": "zero", "url": "http://x/0.jpg", "key": "000", "status": "success", "width": 8}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key, said in (("0", json.dumps(facts)), ("1", json.dumps(talk("1.png", "one"))), ("2", "{")):
+            add(tar, f"{key}.png", (loose / "0.png").read_bytes())
+            add(tar, f"{key}.json", said.encode())
+            add(tar, f"{key}.txt", f"caption {key}".encode())
+    (part,) = parts_of(tmp_path / "a.tar", None, Tally(), keep_records=True)
+    assert [(record.where, record.turns[1].text) for record in part.records] == [("a.tar:0", "caption 0")]
+    what = "record is made of a txt, and the json beside it, which is no talk, is not read"
+    assert part.noted.lines == [f"1 {what} (a.tar:0 for one)"]
+    assert [(problem.where, problem.what[:24]) for problem in part.problems] == [
+        ("a.tar:1", "has a json that is a tal"), ("a.tar:2", "is not JSON: expecting p"),
+    ]  # fmt: skip
+
+
 def test_a_sample_whose_json_names_no_picture_is_given_its_own(loose, tmp_path):
     one, other = pictures_of(loose)[:2]
     with tarfile.open(tmp_path / "a.tar", "w") as tar:

@@ -11,7 +11,8 @@ class Entry(NamedTuple):
     container; or a Problem.
 
     `where` is "" of a Problem of the whole file. `beside` are the media that lie with it, by name; where it is `shared`, other
-    records have them, too. `empty` are the columns of a table that hold nothing here.
+    records have them, too. `empty` are the columns of a table that hold nothing here. It `has_unread` a json of a tar
+    that is no talk, beside a text.
     """
 
     where: str
@@ -19,3 +20,4 @@ class Entry(NamedTuple):
     beside: Mapping[str, Source] = {}
     shared: bool = False
     empty: Sequence[str] = ()
+    has_unread: bool = False

@@ -1,6 +1,7 @@
 """WebDataset: a tar whose files of one name, but for what follows its first dot, are one sample. It is not unpacked.
 
-000.jpg 000.json 001.jpg 001.txt: the json is an entry in any form; a text alone is what is said of the picture.
+000.jpg 000.json 001.jpg 001.txt: the json is an entry in any form; a text is what is said of the picture. A json
+beside a text that is no talk, such as img2dataset's with the URL and the size, is not read, which is counted.
 """
 
 import tarfile
@@ -11,12 +12,14 @@ from typing import Any
 from qwenvl_ft.data import sources
 from qwenvl_ft.data.files.entry import Entry
 from qwenvl_ft.data.files.json_text import NOT_UTF8, line_problem, parse
+from qwenvl_ft.data.formats.rows import QUESTION
 from qwenvl_ft.data.magic import PICTURE_ENDINGS
 from qwenvl_ft.data.records import InTar
 from qwenvl_ft.errors import Problem
 
 VIDEOS = ("mp4", "mkv", "webm", "mov", "avi", "m4v", "mpeg", "mpg", "ts", "flv")
 TEXTS = ("txt", "text", "caption")
+TALKS = frozenset((*QUESTION, "conversations", "messages", "conversation", "texts"))  # one of these keys has a json that is a talk
 NAMING = ("image", "images", "video", "videos", "image_url", "video_url")  # keys that name a medium
 AGAIN = "copy it again from its source, or pack it again"
 BLOCK = 512
@@ -82,21 +85,29 @@ def _sample(where: str, members: dict[str, InTar]) -> Entry:
         what = f"holds {', '.join(unknown)}, which {'is' if len(unknown) == 1 else 'are'} not read"
         fix = f"pack the tar without .{ending}: pictures, films, json and txt are read"
         return Entry(where, Problem(where, what, fix, kind=f"a member .{ending}"))
-    if len(told := [*of_kind["json"], *of_kind["text"]]) != 1:
+    told = [*of_kind["json"], *of_kind["text"]]
+    if not told or max(len(of_kind["json"]), len(of_kind["text"])) > 1:
         what = f"has {len(of_kind['json'])} json and {len(of_kind['text'])} txt"
         return Entry(where, Problem(where, what, "pack one json, or one txt, with each sample"))
     try:
-        text = sources.read(told[0]).decode("utf-8-sig")
-        if not of_kind["json"]:
+        value = None
+        if of_kind["json"]:
+            read = of_kind["json"][0]
+            value = parse(sources.read(read).decode("utf-8-sig"))
+        if of_kind["text"]:
+            if isinstance(value, list) or (isinstance(value, dict) and TALKS & value.keys()):
+                what, fix = "has a json that is a talk, and a txt", "pack the sample with one of them"
+                return Entry(where, Problem(where, what, fix))
+            read = of_kind["text"][0]
+            text = sources.read(read).decode("utf-8-sig")
             tagged = [("img", of.name) for of in of_kind["image"]] + [("video", of.name) for of in of_kind["video"]]
             if not tagged:
                 return Entry(where, Problem(where, "is a text without a picture", "pack its picture, too"))
             shown = "".join(f"<{tag}>{of}</{tag}>" for tag, of in tagged)
             turns = [{"from": "user", "value": shown}, {"from": "assistant", "value": text.strip()}]
-            return Entry(where, {"conversations": turns}, beside)
-        value = parse(text)
+            return Entry(where, {"conversations": turns}, beside, has_unread=bool(of_kind["json"]))
     except UnicodeDecodeError:
-        return Entry(where, Problem(f"{where}.{told[0].name.rpartition('.')[2]}", *NOT_UTF8))
+        return Entry(where, Problem(f"{where}.{read.name.rpartition('.')[2]}", *NOT_UTF8))
     except OSError as error:
         return Entry(where, Problem(where, str(error), AGAIN))
     except ValueError as error:
