@@ -55,18 +55,30 @@ def find_layers(config: Config) -> list[str]:
     known = ", ".join(dict.fromkeys(map(_short, linear)))
     found, problems = dict[str, None](), list[Problem]()
     for one in [wanted] if isinstance(wanted, str) else wanted:
-        pattern = one if isinstance(wanted, str) else rf"(?:.*\.)?{re.escape(one)}"
+        pattern = one if isinstance(wanted, str) else _named(one)
         chosen = [name for name in here if re.fullmatch(pattern, name)]
         if others := [name for name in chosen if not here[name]]:
             problems.append(Problem(f"lora_targets: {one}", f"{others[0]} is no linear layer", f"choose among {known}"))
         elif not chosen:
             elsewhere = sorted({tower_of(name) for name in everywhere if name != "lm_head" and re.fullmatch(pattern, name)})
             fix = f"add {' and '.join(elsewhere)} to lora_on, or choose among {known}" if elsewhere else f"choose among {known}"
+            if isinstance(wanted, str):
+                names = [name.strip() for name in one.split(",")]
+                there = all(any(re.fullmatch(_named(name), layer) for layer in everywhere) for name in names)
+                listed = f"[{', '.join(names)}]" if there else "[q_proj]"
+                fix = f"a text is a regular expression over whole names: for names write a list, {listed}" + f"; {fix}" * (
+                    not there
+                )
             problems.append(Problem(f"lora_targets: {one}", f"names no layer of {' and '.join(on)}", fix))
         found |= dict.fromkeys(chosen)
     if problems:
         raise UserError(*problems)
     return list(found)
+
+
+def _named(name: str) -> str:
+    """A regular expression of the layers of this name, alone or with modules before it."""
+    return rf"(?:.*\.)?{re.escape(name)}"
 
 
 def _short(name: str) -> str:
