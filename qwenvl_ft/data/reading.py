@@ -16,8 +16,8 @@ Numbers = Literal["pixels", "unit", "thousand"]  # what the numbers of boxes are
 class Reading:
     """The settings that every reader of records is given; each field is a key of the config.
 
-    `format` is the name of a form; None: told from each entry. `columns` gives, by our word for them, the keys of an entry; one
-    without a key of its own is left out.
+    `format` is the name of a form; None: told from each entry. `columns` gives, by our word for them, the keys of an entry and its
+    turns; one without a key of its own is left out.
     """
 
     fetch_media: bool = False

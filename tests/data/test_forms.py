@@ -275,6 +275,23 @@ def test_a_key_is_left_out_at_every_level_where_columns_says_so(read):
     assert len(read(entry)[1]) == 2 and not read(entry, columns={"model": None})[1]
 
 
+def test_columns_names_the_keys_of_turns_too(read):
+    """{from: speaker} was told that there was no such column, and the turn to write it as "from"."""
+    talk = [{"speaker": "human", "text": "q", "train": False}, {"speaker": "gpt", "text": "a"}]
+    columns = {"from": "speaker", "value": "text", "train": None}
+    record, problems = read({"conversations": talk, "value": 3}, columns=columns)
+    assert [problem.what for problem in problems] == ['has a key "value", which is not read']
+    record, problems = read({"conversations": talk, "text": 3}, columns=columns | {"text": None})
+    assert not problems and [(turn.role, turn.text) for turn in record.turns] == [("user", "q"), ("assistant", "a")]
+    parts = [{"who": "user", "said": [{"type": "text", "text": "q"}]}, {"who": "assistant", "said": "a", "loss": True},
+             {"who": "user", "said": "r"}, {"who": "assistant", "said": "b", "loss": False}]  # fmt: skip
+    record, problems = read({"messages": parts}, columns={"role": "who", "content": "said"})
+    assert not problems and [turn.taught for turn in record.turns] == [True, True, True, False]
+    record, problems = read({"messages": parts, "loss": 2}, columns={"role": "who", "content": "said", "loss": None})
+    assert not problems and all(turn.taught for turn in record.turns), "null leaves a key out of turns, too"
+    assert form_of({"messages": parts}, Reading(columns={"role": "who", "content": "said"})) == "openai"
+
+
 def test_a_form_that_is_forced_and_wrong_is_a_problem_that_names_the_key(read):
     assert not read(ROWS["VQA"], format="columns")[1]
     for form in FORMS.keys() - {"documented", "v1", "llava", "sharegpt"}:

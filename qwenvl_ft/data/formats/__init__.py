@@ -24,6 +24,7 @@ from qwenvl_ft.data.formats.keys import FIXES, Complaints, is_empty
 from qwenvl_ft.data.formats.lists import are_in_parts, read_list
 from qwenvl_ft.data.formats.rows import ANSWER, PICTURE, QUESTION, VIDEO, is_pairs, read_pairs, read_row
 from qwenvl_ft.data.formats.talk import Finder, Talk
+from qwenvl_ft.data.formats.turns import TURN_KEYS
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Record
 from qwenvl_ft.errors import Problem
@@ -48,6 +49,7 @@ FORMS: Mapping[str, Form] = {
     "columns": Form(read_row, ()),
 }
 MEDIA = frozenset((*PICTURE, *VIDEO))
+TALKS = ("conversations", "messages", "prompt", "completion")  # keys that may hold a list of turns
 FORCED_FIX = "delete the setting format, which names that form, or name the right one"
 
 
@@ -84,7 +86,7 @@ def read_entry(entry: Any, where: str, media: Finder, problems: list[Problem], r
     if reading.columns:
         complaints.left_out = [key for key, column in reading.columns.items() if column is None]
         for key, column in reading.columns.items():
-            if column is not None and column not in entry:
+            if column is not None and key not in TURN_KEYS and column not in entry:
                 complaints.say(
                     where, f'has no key "{column}", which columns names as its {key}', "mend columns", kind=f"columns {key}"
                 )
@@ -116,9 +118,16 @@ def unpacked(where: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _named(entry: dict[str, Any], columns: Mapping[str, str | None]) -> dict[str, Any]:
-    """The entry with our names for the keys that `columns` names, and without those that are to be left out."""
+    """The entry, and its turns, with our names for the keys that `columns` names, and without those that are to be left out."""
     if not columns:
         return entry
+    of_turns = {key: column for key, column in columns.items() if key in TURN_KEYS}
+    entry = _renamed(entry, {key: column for key, column in columns.items() if key not in TURN_KEYS})
+    lists = [key for key in TALKS if of_turns and isinstance(entry.get(key), list)]
+    return entry | {key: [_renamed(turn, of_turns) if isinstance(turn, dict) else turn for turn in entry[key]] for key in lists}
+
+
+def _renamed(entry: dict[str, Any], columns: Mapping[str, str | None]) -> dict[str, Any]:
     ours = {column: key for key, column in columns.items() if column is not None}
     return {ours.get(key, key): value for key, value in entry.items() if key in ours or key not in columns}
 

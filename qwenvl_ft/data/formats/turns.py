@@ -17,6 +17,7 @@ ROLES = {
 SAYS = frozenset(("loss", "weight", "reasoning", "reasoning_content", "tool_calls", "tool_call_id"))  # what both ways may have
 OLD, NEW = ("from", "value"), ("role", "content")
 KNOWN = {OLD: SAYS | {*OLD}, NEW: SAYS | {*NEW}}
+TURN_KEYS = SAYS | {*OLD, *NEW, "name"}
 FIXES = {OLD: TURN_FIXES, NEW: MESSAGE_FIXES}
 EXAMPLES = {OLD: 'write {"from": "user", "value": "..."}', NEW: 'write {"role": "user", "content": "..."}'}
 KINDS = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}  # of parts that are no text
