@@ -80,10 +80,15 @@ class Media:
         return found
 
     def meant(self, name: str) -> str | None:
-        """The one file whose plain name is that of `name`, or of `name` without its first folders."""
+        """The one file whose plain name is that of `name`, or of `name` without its first folders, first in the same ones."""
         parts = [part for part in _plain(name).split("/") if part not in ("", ".")][-MOST_FOLDERS:]
-        found = (self.by_plain_name.get("/".join(parts[start:]), []) for start in range(len(parts)))
-        return next((names[0] for names in found if len(names) == 1), None)
+        for start in range(len(parts)):
+            plain = "/".join(parts[start:])
+            names = self.by_plain_name.get(plain, [])
+            for some in ([of for of in names if _plain(of) == plain], names):
+                if len(some) == 1:
+                    return some[0]
+        return None
 
     def close_to(self, name: str) -> str | None:
         """A file with a name like it, never one with another number; of the first missing ones only, see MAX_COMPARED."""

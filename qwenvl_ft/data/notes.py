@@ -3,6 +3,7 @@
 What looks like a box and is none is taught as it stands; white space before an answer is learnt, too.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -28,7 +29,9 @@ AS_TEXT = "with a thought, which is taught as text: the model's chat template kn
 THOUGHT = Note("answer begins", "answers begin", AS_TEXT)
 BLANK = Note("record is", "records are", "taught as text alone, since the key or column of pictures or videos is empty there")
 UNREAD = Note("record is", "records are", "made of a txt, and the json beside it, which is no talk, is not read")
-NOTES = (JSON_BOX, TAGGED, SPACED, THOUGHT, BLANK, UNREAD)
+HTML = Note("question holds", "questions hold", "<img src=...>, which is text here: a picture is shown by <img>file.png</img>")
+NOTES = (JSON_BOX, TAGGED, SPACED, THOUGHT, BLANK, UNREAD, HTML)
+SOURCE = re.compile(r"<(?:img|image|video)\s[^<>]*src\s*=", re.IGNORECASE)
 
 
 class Noted:
@@ -50,6 +53,8 @@ class Noted:
         texts = [text for turn in record.turns for text in (turn.text, *turn.calls) if isinstance(text, str)]
         self._count(JSON_BOX, any(map(has_numbers, texts)), record.where)
         self._count(TAGGED, any(map(has_tags, texts)), record.where)
+        asked = (turn.text for turn in record.turns if turn.role == "user")
+        self._count(HTML, sum("<" in text and SOURCE.search(text) is not None for text in asked), record.where)
         answers = [turn for turn in record.turns if turn.role == "assistant" and turn.taught]
         self._count(SPACED, sum(map(_begins_with_space, answers)), record.where)
         self._count(THOUGHT, 0 if thinks else sum(bool(split_thought(turn.text)[0]) for turn in answers), record.where)

@@ -318,6 +318,17 @@ def test_a_parquet_that_names_its_pictures_and_one_of_plain_bytes(loose, tmp_pat
     assert [sources.read(value["raw"]) for value in found] == plain.to_pylist()
 
 
+def test_a_table_s_texts_may_hold_json_as_those_of_a_csv(tmp_path):
+    """A parquet of talks as JSON text was refused, though a CSV of the same was read."""
+    talks = [json.dumps(talk("a.png", "x")["conversations"]), "[no JSON", '{"a": 1, "a": 2}']
+    pq.write_table(pa.table({"conversations": talks}), tmp_path / "a.parquet")
+    with (tmp_path / "b.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["conversations"], *([text] for text in talks)])
+    theirs, ours = ([entry.value for entry in entries(tmp_path / name)] for name in ("b.csv", "a.parquet"))
+    assert ours[:2] == theirs[:2] == [talk("a.png", "x"), {"conversations": "[no JSON"}]
+    assert ours[2].what == theirs[2].what == 'an object has the key "a" twice'
+
+
 def test_a_folder_of_splits_asks_for_one(loose, tmp_path):
     datasets.DatasetDict(train=image_rows(loose), test=image_rows(loose)).save_to_disk(tmp_path / "both")
     with pytest.raises(UserError, match=r"2 splits: test, train(.|\n)*name one: .*/both/test"):

@@ -10,6 +10,7 @@ from PIL import Image
 from qwenvl_ft.data import media
 from qwenvl_ft.data.formats.json_entries import EXAMPLE
 from qwenvl_ft.data.meta_file import read_records
+from qwenvl_ft.data.notes import Noted
 from qwenvl_ft.data.records import Picture, Turn
 from qwenvl_ft.errors import Problem, alike
 
@@ -121,6 +122,7 @@ RECORDS = [
      "sound is not trained on: leave the record out, or take the tag out if the talk needs none"),
     (talk("<IMG>a.png</IMG>q", "a"), USER, "holds <IMG>, which is no tag here: it would be read as text", TAG),
     (talk("<img>a.png</img><Img>a.png</Img>", "a"), USER, "holds <Img>, which is no tag here: it would be read as text", TAG),
+    (talk("<image>a.png</image>q", "a") | {"image": "a.png"}, USER, "holds </image>, which is no tag here: it would be read as text", TAG),
     (talk("<img>b</img>", "a"), USER, "b is not a regular file", "name a picture file"),
     (talk("q", "a") | {"image": "a.png"}, "", "holds 0 <image> and names 1 picture",
      "write <image> once for each picture, where it is seen"),
@@ -154,7 +156,7 @@ def test_a_missing_meta_file_and_a_missing_folder_are_named(folder):
     no_file, no_folder = folder / "no.json", folder / "no"
     (folder / "train.json").write_text(json.dumps([talk("q", "a")]))
     fix = "give the JSON file of conversations (a config's train_meta_file)"
-    assert read_records(no_file, folder) == ([], [Problem(str(no_file), "cannot be read as a file", fix)], 0)
+    assert read_records(no_file, folder) == ([], [Problem(str(no_file), "is not there", fix)], 0)
     fix = "give the folder of the pictures (train_data_dir, --data-dir)"
     assert read_records(folder / "train.json", no_folder) == ([], [Problem(str(no_folder), "is not a folder", fix)], 1)
 
@@ -234,6 +236,20 @@ def test_a_tag_takes_one_newline_and_everything_else_stays(value, parts, folder)
     assert parts_of(folder, value) == ([parts] if isinstance(parts, str) else parts)
 
 
+@pytest.mark.parametrize("value", ["<image></image>\nq", "<image>\nq"])
+def test_a_placeholder_may_be_closed(value, folder):
+    """`<image></image>`, as some write it, left its second half in the question."""
+    (record,), _ = read(folder, [talk(value, "a") | {"image": "a.png"}])
+    assert [part if isinstance(part, str) else part.name for part in record.turns[0].parts] == ["a.png", "q"]
+
+
+def test_html_that_shows_a_picture_is_text_and_noted(folder):
+    records, _ = read(folder, [talk('<IMG alt="x" src = "a.png">q', "a"), talk("q <img>a.png</img> src=", '<img src="a">')])
+    assert len(records) == 2 and Noted(records).lines == [
+        "1 question holds <img src=...>, which is text here: a picture is shown by <img>file.png</img> (train.json[0] for one)"
+    ]
+
+
 def test_a_picture_knows_its_file_and_its_size(folder):
     (record,), _ = read(folder, [talk("<img>b/../a.png</img>", "a")])
     assert record.pictures == [Picture(folder.resolve() / "a.png", height=40, width=50)]
@@ -267,12 +283,12 @@ def test_a_folder_of_missing_pictures_is_not_compared_name_by_name_for_hours(fol
 @pytest.mark.parametrize(("name", "meant"), [
     ("A.PNG", "a.png"), ("./images/a.png", "a.png"), ("a%2Epng", "a.png"), ("images\\a.png", "a.png"), ("x/IMAGES/A.png", "a.png"),
     ("pic_2.jpg", "pic_02.jpg"), ("pic_002.jpg", "pic_02.jpg"), ("x/cafe\u0301.png", "caf\u00e9.png"), ("deep.png", "sub/deep.png"),
-    ("set/sub/deep.png", "sub/deep.png"),
+    ("set/sub/deep.png", "sub/deep.png"), ("same.png", "same.PNG"),
 ])  # fmt: skip
 def test_a_picture_in_another_spelling_is_told_which_it_is(name, meant, folder):
     """pic_2.jpg was told pic_29.jpg though pic_02.jpg was there, A.PNG to look for another folder."""
     (folder / "sub").mkdir()
-    for file in ("pic_02.jpg", "pic_29.jpg", "caf\u00e9.png", "sub/deep.png", "sub/same.png"):
+    for file in ("pic_02.jpg", "pic_29.jpg", "caf\u00e9.png", "sub/deep.png", "sub/same.png", "same.PNG"):
         Image.new("RGB", (50, 40)).save(folder / file)
     _, problems = read(folder, [talk("<img>a.png</img>q", "a"), talk(f"<img>{name}</img>q", "a")])
     assert [problem.fix for problem in problems] == [f"did you mean {meant}?"]

@@ -53,7 +53,7 @@ def entries_of(file: Path, name: str) -> Iterator[Entry]:
     head = head_of(file)
     if head is None:
         fix = "give the JSON file of conversations (a config's train_meta_file)"
-        yield Entry("", Problem(str(file), "cannot be read as a file", fix))
+        yield Entry("", Problem(str(file), "cannot be read as a file" if file.exists() else "is not there", fix))
         return
     if (kind := what_it_is(head)) and kind.as_meta:
         yield Entry("", Problem(name, f"is {kind.what}", kind.as_meta))

@@ -65,12 +65,14 @@ def _of_header(header: list[str], name: str) -> Problem | None:
 def _entry(header: list[str], cells: list[str], where: str) -> Any:
     if len(cells) != len(header):
         return Problem(where, f"has {len(cells)} cells, and the first row {len(header)}", QUOTE)
-    entry: dict[str, Any] = {}
-    for column, cell in zip(header, cells, strict=True):
-        if not cell.strip():
-            continue
-        entry[column] = cell
-        if column in NESTED and cell.lstrip()[0] in "[{":
+    return nested({column: cell for column, cell in zip(header, cells, strict=True) if cell.strip()}, where)
+
+
+def nested(entry: dict[str, Any], where: str) -> Any:
+    """The row with the JSON that its cells hold; a Problem for what is not quite JSON."""
+    for column in NESTED:
+        cell = entry.get(column)
+        if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
             try:
                 entry[column] = parse(cell)
             except json.JSONDecodeError:  # text after all, such as a file name in brackets

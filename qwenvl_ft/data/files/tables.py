@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from qwenvl_ft.data.files.csv_table import nested
 from qwenvl_ft.data.files.entry import Entry
 from qwenvl_ft.data.records import InTable
 from qwenvl_ft.errors import Problem, UserError
@@ -150,7 +151,7 @@ def _checked(entry: dict[str, Any], where: str) -> Any:
     for column, value in entry.items():
         if _has_bytes(value):
             return Problem(f"{where}.{column}", "holds bytes within other things", "put its pictures into a column of their own")
-    return entry
+    return nested(entry, where)
 
 
 def _has_bytes(value: Any) -> bool:

@@ -18,7 +18,7 @@ OPEN_VIDEO, CLOSE_VIDEO = "<video>", "</video>"
 PLACEHOLDERS = {"<image>": "image", "<video>": "video"}
 TAG = re.compile(r"<img>|<image>|<video>")
 # Tags that peers read, in another case, too: what a user meant as a picture would train as text. HTML's have attributes.
-FOREIGN_TAG = re.compile(r"<(?:(?i:image|video|audio)|(?!img)(?i:img))>")
+FOREIGN_TAG = re.compile(r"<(?:(?i:image|video|audio)|(?!img)(?i:img))>|</(?i:image)>")
 TAG_FIXES = {
     "<video>": "write <video>clip.mp4</video>",
     "<audio>": "sound is not trained on: leave the record out, or take the tag out if the talk needs none",
@@ -85,11 +85,13 @@ def read_parts(text: str, place: str, media: Media, complaints: Complaints) -> I
                 break
             part = media.named("image", text[at:end].strip(), place)
             at = end + len(CLOSE)
-        elif found[0] == OPEN_VIDEO and (end := _video_end(text, at)) >= 0:
+        elif found[0] == OPEN_VIDEO and (end := _video_end(text, at)) > at:
             part = media.named("video", text[at:end].strip(), place)
             at = end + len(CLOSE_VIDEO)
         elif media.lists(PLACEHOLDERS[found[0]]):
             part = media.next(PLACEHOLDERS[found[0]])
+            closing = f"</{found[0][1:]}"  # which some write directly behind it
+            at += len(closing) * text.startswith(closing, at)
         else:
             foreign = foreign or found[0]
             part = found[0]
