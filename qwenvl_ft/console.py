@@ -38,9 +38,10 @@ def print_line(text: str, style: str = "") -> None:
     console.print(Text(text, style), soft_wrap=True)
 
 
-def print_note(text: str) -> None:
-    """One line on standard error, beside an answer on standard output."""
-    error_console.print(Text(text, "yellow"), soft_wrap=True)
+def print_note(*lines: str) -> None:
+    """Lines on standard error, beside an answer on standard output."""
+    for line in lines:
+        error_console.print(Text(line, "yellow"), soft_wrap=True)
 
 
 def pass_on(text: str) -> None:

@@ -189,6 +189,7 @@ def show(
     if html:
         return _show_page(html, meta, data_dir, chat, reading, *((start or 0, limit or 200) if number is None else (number, 1)))
     assert number is not None
+    print_note(*chat.notes)
     scripts = chat.write_scripts(record_at(meta, data_dir, number, reading))
     if as_json:
         print_json(facts_of(scripts[-1], chat))  # where a template rewrites turns, the last example has the whole talk

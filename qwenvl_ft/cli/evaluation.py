@@ -92,6 +92,7 @@ class Asked(NamedTuple):
             read_answers(out(control))  # what is wrong with it is said before the model is loaded
         note_quantized([adapter] if adapter else [])
         engine = Engine.open(model, adapter, False, *settings)
+        print_note(*engine.chat.notes)
         limits = engine.limits("image")
         how = [vars(limits), vars(engine.chat.video_limits), reading.video_fps, reading.video_max_frames, engine.chat.source]
         who = who_answers(model, adapter, how)

@@ -150,6 +150,7 @@ def ask(
         from qwenvl_ft.infer.engine import Engine
 
         engine = Engine.open(model, adapter, False, *chat_settings)
+        print_note(*engine.chat.notes)
         of_videos = [vars(engine.chat.video_limits), engine.reading.video_fps, engine.reading.video_max_frames]
         who = who_answers(model, adapter, [vars(engine.limits("image")), *of_videos, engine.chat.source])
         with counting("answering") as on_answer:
@@ -171,6 +172,7 @@ def ask(
     # Before torch is imported.
     shown = read_messages([{"role": "user", "content": media}], reading=reading)[0].parts if media else ()
     engine = Engine.open(model, adapter, False, *chat_settings)
+    print_note(*engine.chat.notes)
     talk: list[Turn] = []
     if question and as_json:
         from qwenvl_ft.data.boxes import facts_of

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import typer
 
 from qwenvl_ft.cli.options import MaxPixels, MinPixels, SettingsOf, ThinkingOption, note_quantized, read_chat_settings
-from qwenvl_ft.console import print_line
+from qwenvl_ft.console import print_line, print_note
 from qwenvl_ft.data.fetch import is_loopback
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.serve.api import Backend, Bounds
@@ -109,6 +109,7 @@ def serve(
         from qwenvl_ft.infer.engine import check_folders, open_adapter, open_beside
 
         engines = open_beside(model, folders, *chat_settings)
+        print_note(*engines[None].chat.notes)
         from qwenvl_ft.serve.transformers_backend import TransformersBackend
 
         named = dict.fromkeys(names, engines[None]) | {name: engines[name] for name in folders}
