@@ -9,6 +9,7 @@ from transformers import AutoProcessor
 from qwenvl_ft.cli.evaluation import _records
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.cli.options import own_reading, read_reading
+from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.checks import hash_of
 from qwenvl_ft.data.media_position import placed, position_of
 from qwenvl_ft.data.meta_file import read_records
@@ -127,7 +128,7 @@ def test_ask_has_the_media_where_the_run_had_them(tmp_path, monkeypatch):
     """The Try page does by the same function."""
     asked = []
     monkeypatch.setattr("qwenvl_ft.infer.engine.check_folders", lambda *of: None)  # the runs hold settings only
-    monkeypatch.setattr(Engine, "open", lambda *of, **named: Engine(None, None, None))
+    monkeypatch.setattr(Engine, "open", lambda *of, **named: Engine(None, None, open_chat(TINY)))
     monkeypatch.setattr(
         Engine, "stream", lambda engine, talk, *of, **named: asked.append([type(part) for part in talk[0].parts]) or []
     )
