@@ -29,6 +29,7 @@ from qwenvl_ft.data.packed import GONE
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.table import Scripts
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.objects import Unreachable
 from qwenvl_ft.folders.whole import MANIFEST, sha256, short_hash, write_whole
 
 TABLES = 8  # that are kept: the ones opened last
@@ -72,6 +73,8 @@ def _states(file: Path) -> list[Any]:
     try:
         files = files_of(file)
         return [(str(path.absolute()), str(path.resolve()), *_state(path)) for path in files]  # whose folder may be a link
+    except Unreachable:
+        raise
     except (UserError, OSError):  # whoever reads it will say so
         return [str(file)]
 

@@ -19,7 +19,7 @@ from qwenvl_ft.data.table import TableWriter
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.folders import objects
 from qwenvl_ft.folders.objects import Objects, address_of
-from tests.conftest import SAMPLE
+from tests.conftest import SAMPLE, TINY
 from tests.objects import BUCKET, Server
 
 PICTURES = sorted((SAMPLE / "images").iterdir())[:3]
@@ -200,6 +200,38 @@ class Refusing:
 
     def info(self, path):
         raise PermissionError("the secret is words-nobody-may-see")
+
+
+@pytest.mark.parametrize("address, environment, problem", [
+    ("oss://bucket/train.json", {}, "nothing says which server has it: set OSS_ENDPOINT"),
+    ("s3://bucket/train.json", {"AWS_ENDPOINT_URL": "no-url"}, "cannot be asked for (ValueError): mend the address, or its endpoint"),
+    ("http://127.0.0.1:99999/train.json", {}, "cannot be asked for (ValueError): mend the address, then"),
+])  # fmt: skip
+def test_an_address_that_cannot_be_asked_for_says_what_to_mend_at_once(address, environment, problem, monkeypatch, tmp_path):
+    """Such errors of the libraries once passed as they were, or were waited out."""
+    pytest.importorskip({"oss": "ossfs", "s3": "s3fs"}.get(address.partition(":")[0], "aiohttp"))
+    monkeypatch.delenv("OSS_ENDPOINT", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(objects.time, "sleep", lambda seconds: pytest.fail("waits"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        Mirror(address).bring([""])
+    (found,) = error.value.problems
+    assert f"{found.what}: {found.fix}".startswith(problem)
+
+
+def test_a_server_that_does_not_answer_is_waited_for_once_and_said_to_be(monkeypatch, tmp_path, capsys):
+    """The table's name was asked of it first, a minute in vain and without a word, then the records."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(objects, "PAUSES", (0.01,) * 3)
+    monkeypatch.setattr(objects, "PATIENCE_S", 0)
+    address = "https://127.0.0.1:9/train.json"
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", "configs/demo.yaml", f"model={TINY}", f"train_meta_file={address}"])
+    assert (
+        capsys.readouterr().err.count(f"{address} cannot be reached, or its connection is cut (ClientConnectorError); it is") == 1
+    )
 
 
 def test_a_web_server_s_files_are_read_and_a_signed_address_is_refused(tmp_path, here, monkeypatch):
