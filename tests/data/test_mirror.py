@@ -252,3 +252,18 @@ def test_a_web_server_s_files_are_read_and_a_signed_address_is_refused(tmp_path,
     assert problem.where == f"{home}/train.json" and problem.what.startswith("cannot be reached")
     (problem,) = read_records("https://host/train.json?X-Amz-Signature=secret").problems
     assert problem.where == "https://host/train.json" and "secret" not in str(problem)
+
+
+def test_a_web_address_is_asked_of_the_proxy_of_the_environment(tmp_path, here, monkeypatch):
+    """A server whose folder has the name of a URL stands for the proxy."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(objects, "PAUSES", ())
+    folder = tmp_path / "http:" / "host.invalid"
+    folder.mkdir(parents=True)
+    (folder / "train.json").write_text(json.dumps(LOCAL))
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(tmp_path))) as web:
+        Thread(target=web.serve_forever, daemon=True).start()
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{web.server_port}")
+        assert sizes(read_records("http://host.invalid/train.json", SAMPLE / "images")) == here
+        web.shutdown()

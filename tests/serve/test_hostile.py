@@ -221,7 +221,9 @@ def test_slow_bodies_are_given_up_and_honest_clients_do_not_wait_for_them():
 @pytest.mark.parametrize("arguments, message", [
     (["--host", "0.0.0.0"], "without a key"), (["--host", "::"], "without a key"), (["--api-key-env", "NO_SUCH_KEY"], "is not set"),
     (["--allowed-origin", "*"], "every page"), (["--allowed-origin", "https://a.example/page"], "no origin"), (["--allowed-origin", "a"], "no origin"),
-    (["--api-key-env", "ODD_KEY"], "no header"), (["--adapter", "a=data/nothing"], "adapter_config.json"), (["--adapter", "tiny=runs/x"], "names the base"),
+    (["--allow-host", "https://a.example/"], "host alone"), (["--allow-host", "a.example:443"], "host alone"),
+    (["--allow-host", "*.a.example"], "host alone"), (["--api-key-env", "ODD_KEY"], "no header"),
+    (["--adapter", "a=data/nothing"], "adapter_config.json"), (["--adapter", "tiny=runs/x"], "names the base"),
 ])  # fmt: skip
 def test_a_server_that_would_be_open_or_wrong_does_not_start(arguments, message, monkeypatch):
     from typer.testing import CliRunner
