@@ -126,8 +126,6 @@ def measured(
             raise UserError(*(replace(problem, where=problem.where or where) for problem in error.problems)) from error
         return replace(film, min_pixels=least, max_pixels=most)
     check_number(len(source), where, drawing)
-    if "nframes" in options:
-        raise UserError(Problem(where, "has nframes and is a list of frames", "delete it: all frames of a list are shown"))
     sizes = [size_of(frame, where) for frame in source]
     if len(set(sizes)) > 1:
         raise several_sizes(where, [(width, height) for height, width in sizes])
@@ -136,9 +134,11 @@ def measured(
 
 
 def check_number(number: int, where: str, drawing: Drawing) -> None:
-    """Raises UserError for a list of frames that is too short for a video, or too long."""
+    """Raises UserError for a list of frames that is too short for a video, or too long, or of which some are to be drawn."""
     if not FRAME_PAIR <= number <= drawing.max_frames:
         raise UserError(Problem(where, f"has {number} frames", f"send {FRAME_PAIR} to {drawing.max_frames}"))
+    if drawing.nframes is not None:
+        raise UserError(Problem(where, "has nframes and is a list of frames", "delete it: all frames of a list are shown"))
 
 
 def several_sizes(where: str, sizes: Sequence[tuple[int, int]]) -> UserError:

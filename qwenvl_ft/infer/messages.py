@@ -16,10 +16,11 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image
 
 from qwenvl_ft.data.fetch import fetch
+from qwenvl_ft.data.formats.keys import OF_QWEN
 from qwenvl_ft.data.pictures import as_seen, check_aspect, decode
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Part, Picture, Turn, Video
-from qwenvl_ft.data.videos import Allowance, Drawing, check_number, read_video, several_sizes
+from qwenvl_ft.data.videos import OPTIONS, Allowance, Drawing, check_number, read_video, several_sizes
 from qwenvl_ft.errors import Problem, UserError
 
 MOST_MESSAGES, MOST_PARTS = 1000, 10_000
@@ -106,6 +107,7 @@ class _Opening:
                 yield part
                 continue
             kind = _kind(part, place)
+            _check_options(part, kind, place)
             source = part[kind]
             if isinstance(source, dict):  # OpenAI's {"image_url": {"url": ...}}
                 source = source.get("url")
@@ -173,6 +175,16 @@ def _kind(part: Any, place: str) -> str:
     if said and said.removesuffix("_url") != found[0].removesuffix("_url"):
         raise UserError(Problem(place, f"its type is {said}, and it holds {found[0]}", "send what its type says"))
     return found[0]
+
+
+def _check_options(part: dict[str, Any], kind: str, place: str) -> None:
+    """Raises UserError for what would change what is seen, and is not followed, or not where it stands. Other keys are left alone:
+    clients send many."""
+    within = part[kind] if isinstance(part[kind], dict) else {}
+    unread = {key: fix for key, fix in OF_QWEN.items() if part.get(key) is not None or within.get(key) is not None}
+    unread |= {key: f'write it beside "{kind}", not within' for key in OPTIONS if within.get(key) is not None}
+    if unread:
+        raise UserError(*(Problem(place, f'has a key "{key}", which is not read', fix) for key, fix in unread.items()))
 
 
 def _count(part: dict[str, Any], key: str, place: str) -> int | None:

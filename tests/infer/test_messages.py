@@ -1,6 +1,8 @@
 """Conversations in the forms that people send, and the inputs that the model gets of them, against transformers."""
 
 import base64
+import inspect
+import re
 import struct
 import threading
 from functools import partial
@@ -19,7 +21,7 @@ from transformers.video_utils import VideoMetadata
 
 from qwenvl_ft.data.reading import AS_FOUND
 from qwenvl_ft.data.records import Picture, Video
-from qwenvl_ft.data.videos import Allowance, Drawing, read_video
+from qwenvl_ft.data.videos import OPTIONS, Allowance, Drawing, read_video
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.infer.messages import read_messages
@@ -201,6 +203,8 @@ def test_bounds_that_the_processor_would_override_are_refused(engine, part):
         (user({"video": "x.mp4", "fps": 1, "nframes": 4}), "has fps and nframes"),
         (user({"video": [str(CHART)]}), "has 1 frames"),
         (user({"video": [str(CHART), str(SAMPLE / "images" / "two_col_103562.png")]}), "send frames of one size"),
+        (user({"video": [str(CHART)] * 2, "nframes": 2}), "has nframes and is a list of frames"),
+        (user({"image_url": {"url": str(CHART), "max_pixels": 9000}}), 'beside "image_url", not within'),
         (user({"text": 5}), "its text is no text"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "end with the assistant"),
     ],
@@ -208,6 +212,24 @@ def test_bounds_that_the_processor_would_override_are_refused(engine, part):
 def test_what_is_wrong_is_said_with_its_place(messages, complaint):
     with pytest.raises(UserError, match=complaint):
         read_messages(messages)
+
+
+def test_every_option_that_qwen_vl_utils_follows_is_followed_or_refused():
+    """A film from its third second on was shown from its first, without a word."""
+    source = inspect.getsource(vision_process)
+    known = {*re.findall(r'\b(?:ele|process_info)(?:\.get|\.pop)?[(\[]"(\w+)"', source), *re.findall(r'"(\w+)" in ele\b', source)}
+    options = known - {"type", "text", "image", "image_url", "video"}
+    assert {"video_start", "resized_width", "total_pixels", "fps"} <= options
+    for key in sorted(options - set(OPTIONS)):
+        for part in ({"video": str(CHART), key: 1}, {"video_url": {"url": str(CHART), key: 1}}):
+            with pytest.raises(UserError, match=f'has a key "{key}", which is not read'):
+                read_messages(user(part))
+
+
+def test_what_clients_send_beside_a_picture_is_no_option():
+    url = {"url": data_url(CHART), "detail": "low", "format": "image/png"}
+    sent = user({"type": "image_url", "image_url": url, "uuid": "a", "cache_control": {}, "resized_width": None})
+    assert read_messages(sent)[0].parts[0].source.size == Image.open(CHART).copy().size
 
 
 @pytest.mark.parametrize("part", [
