@@ -112,7 +112,9 @@ def ask(
     model: ModelArgument,
     question: Annotated[str | None, typer.Argument(help="What to ask; without it, a chat: a line is a question.")] = None,
     image: Annotated[list[str] | None, typer.Option("--image", help="A picture: file or URL; may be given several times.")] = None,
-    video: Annotated[list[str] | None, typer.Option("--video", help="A video: file or URL; may be given several times.")] = None,
+    video: Annotated[
+        list[str] | None, typer.Option("--video", help="A video: file, URL or folder of frames; may be given several times.")
+    ] = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames taken from each second of a video; 2 if not given.")] = None,
     adapter: Adapter = None,
     config: SettingsOf = None,
@@ -166,7 +168,7 @@ def ask(
     from qwenvl_ft.infer.messages import read_messages
 
     media: list[dict[str, Any]] = [{"type": "image", "image": source} for source in image or []]
-    media += [{"type": "video", "video": source} | ({"fps": fps} if fps else {}) for source in video or []]
+    media += [{"type": "video", "video": _film(source)} | ({"fps": fps} if fps else {}) for source in video or []]
     reading = read_reading(config, False, own=own_reading([(model, adapter)]))
     # Before torch is imported.
     shown = read_messages([{"role": "user", "content": media}], reading=reading)[0].parts if media else ()
@@ -190,6 +192,13 @@ def ask(
         if was_cut:
             print_note(f"cut after {max_new_tokens} tokens: --max-new-tokens raises that")
         talk.append(Turn("assistant", (answer,)))
+
+
+def _film(source: str) -> str | list[Path]:
+    """A film's file or URL; of a folder its frames."""
+    from qwenvl_ft.data.sources import frames_of
+
+    return frames_of(Path(source)) if os.path.isdir(source) else source
 
 
 def chat_lines() -> Iterator[str]:

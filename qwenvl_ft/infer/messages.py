@@ -7,11 +7,11 @@ A picture is a path, file://, data:, http(s) or a PIL image; a video a file of t
 
 import base64
 import binascii
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
@@ -20,6 +20,7 @@ from qwenvl_ft.data.formats.keys import OF_QWEN
 from qwenvl_ft.data.pictures import as_seen, check_aspect, decode
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Part, Picture, Turn, Video
+from qwenvl_ft.data.sources import paths_of
 from qwenvl_ft.data.videos import OPTIONS, Allowance, Drawing, check_number, read_video, several_sizes
 from qwenvl_ft.errors import Problem, UserError
 
@@ -33,11 +34,15 @@ def open_anywhere(source: str) -> bytes:
     """The bytes of a path, file:// or http(s) URL: for a user's own messages, never for those that come over a network."""
     if source.startswith(("http://", "https://")):
         return fetch(source)
-    path = Path(unquote(urlsplit(source).path) if source.startswith("file://") else source)
+    paths = paths_of(source)
+    path = Path(next(filter(os.path.exists, paths), paths[0]))
+    if os.path.isdir(path):
+        raise UserError(Problem(source, "is a folder", "name a file of it, or of a film's frames the list of their files"))
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(Problem(source, f"cannot be read ({error.strerror})", "give the path of a file")) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        what = error.strerror if isinstance(error, OSError) else error
+        raise UserError(Problem(source, f"cannot be read ({what})", "give the path of a file")) from error
 
 
 def read_messages(messages: Sequence[Any], open_source: Fetch = open_anywhere, allowance: Allowance | None = None,

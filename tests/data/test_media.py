@@ -97,12 +97,27 @@ def test_several_at_once_do_not_meet_half_a_file(site):
 
 @pytest.mark.parametrize(("name", "what"), [
     ("SITE/no.txt", "answered with status 404"), ("http://127.0.0.1:1/a.png", "cannot be reached"), ("ftp://x/a.png", "is no http"),
-    ("file:///etc/passwd", "is no http"), ("data:image/png;base64,@@@", "is no base64"), ("data:image/png,abc", "is no base64"),
+    ("file:///etc/passwd", "/etc/passwd lies outside"), ("data:image/png;base64,@@@", "is no base64"), ("data:image/png,abc", "is no base64"),
     (data_url(b"no picture"), "is not a picture"), ("s3://bucket/a.png", "is no http"),
 ])  # fmt: skip
 def test_what_cannot_be_brought_is_a_problem_of_its_record(name, what, site, tmp_path):
     _, (problem,), _ = read_records(meta(tmp_path, name.replace("SITE", site)), reading=FETCH)
     assert problem.where.startswith("train.jsonl:1") and what in problem.what and problem.fix
+
+
+def test_a_file_url_is_read_like_the_path_that_it_names(tmp_path):
+    """It was told to set fetch_media, and then to be no URL."""
+    path = tmp_path / "a %20?b.png"
+    path.write_bytes(png(30))
+    media = Media(tmp_path, AS_FOUND)
+    for name in (
+        f"file://{path}",
+        path.as_uri(),
+        "file://a %20?b.png",
+        "file://a%20%2520%3Fb.png",
+        path.as_uri().replace("file://", "file://localhost"),
+    ):
+        assert media.picture(name, "here").source == path, name
 
 
 def test_the_commands_bring_them_when_asked_to(site, tmp_path, capsys):

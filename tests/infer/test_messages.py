@@ -76,6 +76,17 @@ def test_a_picture_is_the_same_in_every_form(tmp_path, kind):
     assert message.parts[0].source.tobytes() == Image.open(CHART).convert("RGB").tobytes() and message.parts[1] == "read"
 
 
+def test_a_file_url_names_the_file_that_qwens_reader_takes(tmp_path, monkeypatch):
+    """A relative one, a question mark and a %20 that is part of the name were not found."""
+    monkeypatch.chdir(tmp_path)
+    for side, name in enumerate(("a.png", "q?x#y.png", "a b%20c.png", "图.png"), start=30):
+        Image.new("RGB", (side, side)).save(name)
+        for url in (f"file://{name}", f"file://{tmp_path / name}"):
+            (message,) = read_messages(user({"image": url}))
+            assert message.parts[0].source.size == (side, side)
+            assert vision_process.fetch_image({"image": url, "resized_width": 56, "resized_height": 56}).size == (56, 56)
+
+
 def test_a_picture_comes_from_a_url():
     server = HTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=CHART.parent))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -194,6 +205,8 @@ def test_bounds_that_the_processor_would_override_are_refused(engine, part):
         (user({"type": "text", "text": None}), "is not one part"),
         (user({"type": "input_audio", "text": "a"}), r"type: is 'input_audio'"),
         (user({"image": "nowhere.png"}), "cannot be read"),
+        (user({"image": "a\0b.png"}), "cannot be read"),
+        (user({"video": str(CHART.parent)}), "is a folder"),
         (user({"image": 5}), "names no picture"),
         (user({"image": "data:image/png;base64,???"}), "is no base64"),
         (user({"image": "data:image/png;base64,aGVsbG8="}), "is not a picture that can be read"),
