@@ -412,6 +412,9 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = (), job: Seq
     for key in [key for key in values if key not in Config.model_fields]:
         problems.append(Problem(lines[key], f"unknown key {key}", _right_key(key)))
         del values[key]
+    for key in values:
+        if values[key] == "None" and Config.model_fields[key].default is None:  # as Python writes it, and PAI's hyperparameters do
+            values[key] = None
     try:
         config = Config(**values)
     except ValidationError as error:

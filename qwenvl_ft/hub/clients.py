@@ -20,6 +20,10 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import sha256
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# The address of a repository's page, or of what git clones.
+PAGE = re.compile(
+    r"https?://[^/]+/(?:models/|datasets/)?([^/?#@]+/[^/?#@]+?)(?:\.git)?(?:/(?:summary|files)?|/tree/([^/?#]+)/?)?(?:[?#].*)?"
+)
 MODEL, DATA_SET = "model", "dataset"  # what a repository is, in both hubs' words
 LATER = "run the same command again: it brings what is missing"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -191,7 +195,8 @@ class Source(NamedTuple):
 
 
 def read_source(text: str) -> Source | None:
-    """`modelscope:ORG/NAME` or `hf:ORG/NAME`, `@REVISION` behind it or not; None if the text names no hub, so it is a path.
+    """`modelscope:ORG/NAME` or `hf:ORG/NAME`, `@REVISION` behind it or not, or the address of its page in place of ORG/NAME; None
+    if the text names no hub, so it is a path.
 
     Raises UserError if what follows the hub is no ORG/NAME.
     """
@@ -199,6 +204,8 @@ def read_source(text: str) -> Source | None:
     if not colon or hub not in HUBS:
         return None
     repo, _, revision = rest.strip("/").partition("@")
+    if page := PAGE.fullmatch(rest):
+        repo, revision = page[1], page[2] or ""
     if repo.count("/") != 1 or ".." in repo or not all(repo.split("/")):
         raise UserError(Problem(text, "names no repository", f"write {hub}:ORG/NAME, such as {hub}:Qwen/Qwen2-VL-7B-Instruct"))
     return Source(hub, repo, revision or None)

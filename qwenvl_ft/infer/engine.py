@@ -296,7 +296,7 @@ def turns_of(conversation: Conversation, reading: Reading = AS_FOUND) -> Sequenc
         return conversation.turns
     if isinstance(conversation, str):
         return [Turn("user", (conversation,))]
-    turns = [turn for turn in conversation if isinstance(turn, Turn)]
+    turns = [turn for turn in conversation if isinstance(turn, Turn)] if isinstance(conversation, list | tuple) else []
     return turns if turns and len(turns) == len(conversation) else read_messages(conversation, reading=reading)
 
 

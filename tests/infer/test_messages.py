@@ -142,6 +142,12 @@ def test_a_films_own_rate_reaches_the_model(family_engine, family_model, video):
     assert engine.ask(messages, max_new_tokens=3) is not None
 
 
+@pytest.mark.parametrize("conversation", [None, 5, {"role": "user", "content": "hi"}, b"hi"])
+def test_what_is_no_conversation_is_said_to_be_none(engine, conversation):
+    with pytest.raises(UserError, match="is no list of messages"):
+        engine.ask(conversation)
+
+
 def test_a_list_of_frames_is_a_film_with_its_rate():
     """The usual snippet's fps is ignored: qwen_vl_utils reads sample_fps there."""
     frames = [Image.new("RGB", (56, 56), (shade, 0, 0)) for shade in (0, 80, 160, 240)]
