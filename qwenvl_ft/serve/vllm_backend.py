@@ -24,7 +24,7 @@ import httpx
 from jinja2 import Template
 
 from qwenvl_ft.data.chat import Chat, open_chat
-from qwenvl_ft.data.geometry import Limits, read_limits
+from qwenvl_ft.data.geometry import Limits, read_limits, tokens_of
 from qwenvl_ft.data.records import Turn
 from qwenvl_ft.data.template import Thinking, knows_tools, render
 from qwenvl_ft.errors import Problem, UserError
@@ -45,7 +45,7 @@ from qwenvl_ft.serve.api import (
     no_thoughts,
     unknown_model,
 )
-from qwenvl_ft.serve.open_request import Opener
+from qwenvl_ft.serve.open_request import Opener, check_length, invalid_messages
 from qwenvl_ft.serve.vllm_request import read_events, read_pieces, read_usage, sized, with_calls, write_message, write_request
 
 log = logging.getLogger("qwenvl_ft.serve")
@@ -177,6 +177,13 @@ class VllmBackend:
     def _write(self, chat: ChatRequest, messages: Sequence[Turn]) -> list[dict[str, Any]]:
         known = self.chats.get(chat.model)
         limits = known.limits if known else None
+        if known:
+            try:
+                grids = [known.grid_of(medium) for message in messages for medium in message.media]
+            except UserError as error:
+                raise invalid_messages(error) from error
+            of_media = sum(tokens_of(grid, known.limits.merge_size) for grid in grids)
+            check_length(of_media, of_media, self.opener.bounds)
         fitting = (replace(message, parts=tuple(sized(part, limits, self.own) for part in message.parts)) for message in messages)
         written = [with_calls(write_message(message), sent) for message, sent in zip(fitting, chat.messages, strict=True)]
         told = "tools" in chat.more or any(message["role"] == "tool" or "tool_calls" in message for message in written)
