@@ -22,6 +22,7 @@ from qwenvl_ft.serve.api import (
     Usage,
     invalid_adapter,
     model_failed,
+    model_stopped,
     no_thoughts,
     unknown_model,
 )
@@ -58,7 +59,7 @@ class TransformersBackend:
         if (engine := self.engines.get(chat.model)) is None:
             raise unknown_model(self.names)
         if not self.batcher.alive:
-            raise ApiError(503, "unavailable", "the model has stopped")
+            raise model_stopped()
         self.using[chat.model] += 1
         try:
             async with aclosing(self._answer(engine, chat, request_id, until)) as pieces:
@@ -163,4 +164,5 @@ class TransformersBackend:
 
     def status(self) -> dict[str, float]:
         """Requests in the batch and waiting for it."""
-        return {"active": self.batcher.active, "queued": self.batcher.waiting.qsize(), "alive": self.batcher.alive}
+        queued = len(self.batcher.waiting) + self.batcher.sent.qsize()
+        return {"active": self.batcher.active, "queued": queued, "alive": self.batcher.alive}
