@@ -116,12 +116,12 @@ def test_what_has_too_many_tokens_is_refused_before_pixels_are_made_of_it(monkey
     opener, engine = Opener(Bounds(prompt_tokens=2000)), Engine.open(TINY)
     monkeypatch.setattr("qwenvl_ft.serve.vllm_backend.sized", lambda *_: pytest.fail("pixels were made"))
     monkeypatch.setattr("qwenvl_ft.serve.vllm_backend.names_at", lambda url: ["tiny"])
-    vllm = VllmBackend("http://a", opener, chats={"tiny": engine.chat}, own=engine.chat.limits)
+    vllm = VllmBackend("http://a", opener, chats={"tiny": (engine.chat, engine.reading)}, own=engine.chat.limits)
     backend = TransformersBackend({"tiny": engine}, opener, 1)
     film = shown([picture(448, 448)] * 40, kind="video")
     for body, least, tokens in ((shown(*[picture(56, 56)] * 16), 448 * 448, 16 * 256), (film, None, 20 * 256)):
         chat = ChatRequest("tiny", body["messages"], Sampling(), min_pixels=least)
-        for then in (partial(backend._inputs, engine, chat), partial(vllm._write, chat)):
+        for then in (partial(backend._inputs, engine, chat), partial(vllm._write, chat, engine.chat)):
             with pytest.raises(ApiError, match=f"{tokens} of them of pictures and videos") as refusal:
                 asyncio.run(opener.open(chat, time.monotonic() + 60, then))
             assert refusal.value.code == "prompt_too_long"
