@@ -15,7 +15,6 @@ from qwenvl_ft.cli.options import (
     META,
     Adapter,
     BoxesOption,
-    ChatSettings,
     DataDir,
     FetchMedia,
     Json,
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
     from qwenvl_ft.data.records import Record
     from qwenvl_ft.evaluate.controls import Control
     from qwenvl_ft.evaluate.table import Column
+    from qwenvl_ft.infer.engine import ChatSettings
 
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered at a time.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="An answer is cut here.")]
@@ -83,7 +83,7 @@ class Asked(NamedTuple):
     max_new_tokens: int
 
     def of_folder(
-        self, name: str, model: Path, adapter: Path | None, settings: ChatSettings, reading: Reading, out: Callable[[str], Path]
+        self, name: str, model: Path, adapter: Path | None, settings: "ChatSettings", out: Callable[[str], Path]
     ) -> tuple["Column", dict[str, int]]:
         """The answers of a model in a folder, and its limits of pixels; `out` says where those under a control go ("": none)."""
         from qwenvl_ft.evaluate.scoring import batches
@@ -93,10 +93,8 @@ class Asked(NamedTuple):
         for control in ("", *self.controls):
             read_answers(out(control))  # what is wrong with it is said before the model is loaded
         note_quantized([adapter] if adapter else [])
-        engine = Engine.open(model, adapter, False, *settings)
-        limits = engine.limits("image")
-        how = [vars(limits), vars(engine.chat.video_limits), reading.video_fps, reading.video_max_frames, engine.chat.source]
-        who = who_answers(model, adapter, how)
+        engine = Engine.open(model, adapter, *settings)
+        limits, who = engine.chat.limits, who_answers(model, adapter, engine)
         column = self._column(name, who, batches(engine, self.batch_size, self.max_new_tokens), out, engine)
         return column, {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels}
 
@@ -200,7 +198,7 @@ def evaluate(
     target = out or (adapter or Path()) / f"predictions-{of}.jsonl"
     asked = Asked(records, _controls(records, blank, shuffled, no_pictures, text_first), limit, seed, batch_size, max_new_tokens)
     name = f"{folder}{f'+{adapter}' if adapter else ''}"
-    column, limits = asked.of_folder(name, folder, adapter, chat_settings, reading, partial(_beside, target))
+    column, limits = asked.of_folder(name, folder, adapter, chat_settings._replace(reading=reading), partial(_beside, target))
     scores = score(column.predictions) | limits | skipped | {"predictions": str(target)}
     table = tabulate([column], metric or [], seed)
     if adapter and not out:
@@ -319,7 +317,7 @@ def compare(
         place = partial(_beside, target / f"{file}.jsonl")
         try:
             if spec in folders:
-                column, limits[spec] = asked.of_folder(spec, *folders[spec], chat_settings, reading, place)
+                column, limits[spec] = asked.of_folder(spec, *folders[spec], chat_settings._replace(reading=reading), place)
                 columns.append(column)
             else:
                 columns.append(asked.of_service(spec, concurrency, place))
