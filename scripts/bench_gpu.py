@@ -42,6 +42,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qwenvl_ft.cli.main import main as command_line
 from qwenvl_ft.data.families import FAMILIES
+from qwenvl_ft.data.features import Features
 from qwenvl_ft.data.rows import SCALES, Row, as_floats, join
 from qwenvl_ft.model import head
 from qwenvl_ft.model.attention import VARLEN, attention, attention_of
@@ -78,8 +79,7 @@ def trained(config: Any) -> Any:
     for name, parameter in trainable(model).items():
         if "lora_B" in name:  # 0 in a fresh one, which would leave half of the gradients at 0
             torch.nn.init.normal_(parameter, std=0.01)
-    accelerator = SimpleNamespace(device=DEVICE)
-    return SimpleNamespace(accelerator=accelerator, model=model, bare=model, bf16=DTYPE is torch.bfloat16, tower_trains=False)
+    return SimpleNamespace(accelerator=SimpleNamespace(device=DEVICE), model=model, bare=model, tower_trains=False)
 
 
 def wait() -> None:
@@ -211,8 +211,9 @@ def rows(report: Report, folder: Path) -> None:
             rounding = torch.finfo(DTYPE).eps
             if not (loss <= max(rounding, 1e-5) and gradient <= max(8 * rounding, 1e-4)):
                 raise ArithmeticError(f"the loss differs by {loss:.3g}, a gradient by {gradient:.3g}")
-            waits = waited(lambda: Run.loss(run, join(examples)).backward())
-            if waits:
+            width = config.text_config.hidden_size * (1 + len(getattr(config.vision_config, "deepstack_visual_indexes", [])))
+            keep = partial(Features(folder / name, 1, width, DTYPE).write, 0)
+            if waits := waited(lambda: Run.loss(run, join(examples), keep).backward()):
                 raise ArithmeticError(f"the GPU was waited for in a row: {waits[0]}")
             return {"loss differs by": loss, "gradients by": gradient}
 
