@@ -207,6 +207,7 @@ class Display:
         self.progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
         self.task = self.progress.add_task("training", total=total, completed=done)
         self.progress.start()
+        self.told: set[Problem] = set()
 
     def step(self, step: int, facts: dict[str, float]) -> None:
         """`facts`: learning_rate, tokens_per_s, taught_tokens_per_s, epoch; with line_loss, which is the mean since the last line,
@@ -223,6 +224,13 @@ class Display:
         """A line beside the bar."""
         if not self.quiet:
             self.progress.console.print(Text(line), soft_wrap=True)
+
+    def skipped(self, problems: Sequence[Problem]) -> None:
+        """Says what was left out, each record once in a run."""
+        for problem in problems:
+            if problem not in self.told:
+                self.say(f"skipped {problem.where}: {problem.what}")
+        self.told.update(problems)
 
     def stop(self) -> None:
         """Takes the bar away."""

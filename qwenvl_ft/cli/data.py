@@ -81,14 +81,13 @@ def validate_meta(
 
     Example: validate-meta data/sample/train.json --data-dir data/sample/images --model data/tiny
     """
-    from qwenvl_ft.data.chat import open_chat
     from qwenvl_ft.data.checks import Against, Checks, notes_of, token_counts
     from qwenvl_ft.data.meta_file import Tally
     from qwenvl_ft.data.notes import Noted
     from qwenvl_ft.data.parts import parts_of
 
     meta = local_meta(meta, print_note)
-    chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking)) if model else None
+    chat = training_chat_settings(config, min_pixels, max_pixels, thinking).open(model)[0] if model else None
     reading, tally, noted = read_reading(config, fetch_media, format, boxes=boxes), Tally(), Noted()
     problems, records, lengths = list[Problem](), list["Record"](), Counter[int]()
     pictures: set[bytes] = set()
@@ -178,13 +177,12 @@ def show(
         raise typer.BadParameter("--html takes --start and --limit or a number, and neither --svg nor --json")
     if not html and (number is None or start is not None or limit is not None):
         raise typer.BadParameter("give the number of a record, or --html with --start and --limit")
-    from qwenvl_ft.data.chat import open_chat
     from qwenvl_ft.data.show import check_page, draw_record, facts_of
 
     if html:
         check_page(html)
     meta = local_meta(meta, print_note)
-    chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
+    chat, _ = training_chat_settings(config, min_pixels, max_pixels, thinking).open(model)
     reading = read_reading(config, fetch_media, format, boxes=boxes)
     if html:
         return _show_page(html, meta, data_dir, chat, reading, *((start or 0, limit or 200) if number is None else (number, 1)))

@@ -151,9 +151,8 @@ def ask(
         read_answers(out)  # what is wrong with it is said before the model is loaded
         from qwenvl_ft.infer.engine import Engine
 
-        engine = Engine.open(model, adapter, False, *chat_settings)
-        of_videos = [vars(engine.chat.video_limits), engine.reading.video_fps, engine.reading.video_max_frames]
-        who = who_answers(model, adapter, [vars(engine.limits("image")), *of_videos, engine.chat.source])
+        engine = Engine.open(model, adapter, *chat_settings)
+        who = who_answers(model, adapter, engine)
         with counting("answering") as on_answer:
             before, problems = answer_file(engine, lines, out, batch_size, max_new_tokens, on_answer, who)
         if problems:
@@ -172,7 +171,7 @@ def ask(
     reading = read_reading(config, False, own=own_reading([(model, adapter)]))
     # Before torch is imported.
     shown = read_messages([{"role": "user", "content": media}], reading=reading)[0].parts if media else ()
-    engine = Engine.open(model, adapter, False, *chat_settings)
+    engine = Engine.open(model, adapter, *chat_settings)
     talk: list[Turn] = []
     if question and as_json:
         from qwenvl_ft.data.boxes import facts_of

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -16,6 +16,9 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import quantization_of
 from qwenvl_ft.folders.objects import address_of
 from qwenvl_ft.values import FOUR_TOKENS, Form, Part
+
+if TYPE_CHECKING:
+    from qwenvl_ft.infer.engine import ChatSettings
 
 META = typer.Argument(
     help="JSON, JSON lines, CSV, parquet, Arrow, a WebDataset tar; a folder or a 'pattern*'; s3://, oss://, https://, hf:."
@@ -37,7 +40,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings in place o
 
 SettingsOf = Annotated[
     Path | None,
-    typer.Option("--config", help="Take min_pixels, max_pixels and thinking of these settings: RUN/config.yaml."),
+    typer.Option("--config", help="Take bounds of pixels, thinking and how videos are drawn from these settings: RUN/config.yaml."),
 ]
 MinPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Enlarge smaller pictures to this area, in px.")]
 MaxPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Shrink larger pictures to this area, in px.")]
@@ -89,9 +92,6 @@ def read_settings(config: Path | None, overrides: list[str] | None, say: Callabl
     return settings
 
 
-ChatSettings = tuple[int | None, int | None, Thinking | None, int | None]
-
-
 def parts_of(meta: Path | list[Part] | None) -> list[Path]:
     """The paths of a meta-file, or of several."""
     return [part.file for part in meta] if isinstance(meta, list) else [meta] if meta else []
@@ -117,22 +117,25 @@ def local_meta(meta: Path, say: Callable[[str], None]) -> Path:
 
 def read_chat_settings(
     config: Path | None, min_pixels: int | None, max_pixels: int | None, thinking: Thinking | None
-) -> ChatSettings:
-    """What `open_chat` and `Engine.open` take of a command's options, else of the settings that --config names. None: not given."""
-    if config:
-        settings = load_config(config)
-        own = settings.min_pixels, settings.max_pixels, settings.thinking
-        return min_pixels or own[0], max_pixels or own[1], thinking or own[2], settings.video_max_pixels
-    return min_pixels, max_pixels, thinking, None
+) -> "ChatSettings":
+    """Those of a command's options, else of the settings that --config names. None: not given."""
+    from qwenvl_ft.infer.engine import ChatSettings
+
+    given = ChatSettings(min_pixels, max_pixels, thinking)
+    if not config:
+        return given
+    of = load_config(config)
+    own = ChatSettings(of.min_pixels, of.max_pixels, of.thinking, of.video_max_pixels, Reading.of(of))
+    return ChatSettings._make(mine or theirs for mine, theirs in zip(given, own, strict=True))
 
 
 def training_chat_settings(
     config: Path | None, min_pixels: int | None, max_pixels: int | None, thinking: Thinking | None
-) -> ChatSettings:
+) -> "ChatSettings":
     """What `plan` and `train` would use: that of `read_chat_settings`, else a config's defaults."""
-    least, most, thinks, of_video = read_chat_settings(config, min_pixels, max_pixels, thinking)
-    defaults = {key: Config.model_fields[key].default for key in ("max_pixels", "thinking", "video_max_pixels")}
-    return least, most or defaults["max_pixels"], thinks or defaults["thinking"], of_video or defaults["video_max_pixels"]
+    found = read_chat_settings(config, min_pixels, max_pixels, thinking)
+    keys = ("max_pixels", "thinking", "video_max_pixels")
+    return found._replace(**{key: getattr(found, key) or Config.model_fields[key].default for key in keys})
 
 
 def own_reading(folders: Sequence[tuple[Path, Path | None]], boxes: Numbers | None = None) -> Reading:

@@ -102,14 +102,14 @@ def serve(
         from qwenvl_ft.serve.vllm_backend import VllmBackend, start_vllm
 
         if model:
-            backend = start_vllm(model, names, folders, engine_arg or [], opener, *chat_settings, changes=admin_key is not None)
+            backend = start_vllm(model, names, folders, engine_arg or [], opener, chat_settings, admin_key is not None)
         else:
             first, *others = engine_url or [""]
             backend = VllmBackend(first, opener, others=others)
     else:
         from qwenvl_ft.infer.engine import check_folders, open_adapter, open_beside
 
-        engines = open_beside(model, folders, *chat_settings)
+        engines = open_beside(model, folders, chat_settings)
         from qwenvl_ft.serve.transformers_backend import TransformersBackend
 
         named = dict.fromkeys(names, engines[None]) | {name: engines[name] for name in folders}
@@ -117,7 +117,7 @@ def serve(
 
         def opens(beside: "Engine", folder: Path, slot: str) -> "Engine":
             check_folders(base, [folder])
-            return open_adapter(beside, base, folder, slot, *chat_settings)
+            return open_adapter(beside, base, folder, slot, chat_settings)
 
         backend = TransformersBackend(named, opener, max_batch, prefix_mib << 20, opens, folders)
     note_quantized(folders.values())

@@ -152,6 +152,20 @@ def is_loopback(host: str) -> bool:
     return ipaddress.ip_address(host).is_loopback if is_address(host) else host == "localhost"
 
 
+def host_of(url: str) -> str:
+    """The host of a URL in lower case, an IPv6 one without its brackets; nothing for what is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_own_page(origin: str, called: str) -> bool:
+    """Whether an Origin header names the very server that the Host header `called`: its port counts, for other pages of this
+    machine are other people's, too."""
+    return origin.lower().partition("://")[2] == called.lower()
+
+
 class _Pinned(http.client.HTTPConnection):
     """A connection to a checked address that speaks to the host by its name."""
 

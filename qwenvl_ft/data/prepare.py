@@ -27,7 +27,7 @@ from qwenvl_ft.data.quantization import quantization_problems
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Video
 from qwenvl_ft.data.table import Scripts, TableWriter
-from qwenvl_ft.data.targets import find_layers, num_trained, said_of
+from qwenvl_ft.data.targets import find_layers, num_trained, only_tower_trains, said_of
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import check_base
 from qwenvl_ft.folders.problems import check_adapter, check_model
@@ -128,6 +128,7 @@ class Prepared:
             "notes": notes(len(self.plan.rows), len(steps), config)
             + self._shared(steps, config)
             + self._held(taught, config)
+            + self._unseen(config)
             + facts["notes"],
         }
 
@@ -156,6 +157,14 @@ class Prepared:
         rule = f"about {TOKENS_A_WEIGHT} of them a weight, by a rule of thumb"
         held = f"{taught:,} taught tokens may be more than the adapter's {weights:,} weights hold, {rule}"
         return [f"{held}: raise lora_rank from {config.lora_rank}, if the loss stays high"]
+
+    def _unseen(self, config: Config) -> list[str]:
+        """A note, where records teach nothing since they show nothing."""
+        if not only_tower_trains(config.lora_on):
+            return []
+        unseen = len(np.unique(self.scripts.records[:][self.scripts.media_tokens[:] == 0]))
+        what = f"{unseen:,} records show no picture or video: they teach nothing with LoRA on {' and '.join(config.lora_on)} alone"
+        return [f"{what}: add language to lora_on"] if unseen else []
 
     def _used(self) -> tuple[int, int]:
         """How many records have a script in a row, and how many tokens those teach. Scripts of one record stand together."""
@@ -230,6 +239,9 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
                 problems.append(Problem("on_bad_record", f"is error, and {found} found",
                                         "mend them, or set on_bad_record: skip to train without these records"))  # fmt: skip
             raise UserError(*problems)
+        if not evaluation and only_tower_trains(config.lora_on) and not any(of.any() for _, of in blocks(scripts.media_tokens)):
+            what = f"is {' and '.join(config.lora_on)} alone, and no record shows a picture or video: nothing would be learnt"
+            raise UserError(Problem("lora_on", what, "add language"))
         return Prepared(scripts, plan, problems, chat)
 
     name = table_name(meta, data_dir, config.model, chat, reading, config.seed, held_out, held_out_dir)

@@ -215,8 +215,8 @@ class Rows:
     """The rows of a plan, each built when it is asked for. `processor` is the model's own.
 
     `always_look` gives a row without pictures and videos a blank one, in a record of its own that teaches nothing: where processes
-    share out the vision tower's weights or gradients, one that does not run it leaves the others waiting for ever. A row that
-    `features` has is built without its pictures.
+    share out the vision tower's weights or gradients, one that does not run it leaves the others waiting for ever; and where the
+    tower alone trains a loss cannot go backward without it. A row that `features` has is built without its pictures.
     """
 
     def __init__(

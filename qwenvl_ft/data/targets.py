@@ -34,6 +34,11 @@ def tower_trains(on: Collection[Tower]) -> bool:
     return not {"vision", "merger"}.isdisjoint(on)
 
 
+def only_tower_trains(on: Collection[Tower]) -> bool:
+    """Whether what shows no picture or video teaches nothing."""
+    return {"language", "experts"}.isdisjoint(on)
+
+
 def find_layers(config: Config) -> list[str]:
     """Whole names of the layers that `lora_targets` chooses in the towers that get LoRA; none where it is not set.
 

@@ -5,8 +5,6 @@
 A picture is a path, file://, data:, http(s) or a PIL image; a video a file of the same kinds or a list of pictures.
 """
 
-import base64
-import binascii
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from qwenvl_ft.data.brought import decoded
 from qwenvl_ft.data.fetch import fetch
 from qwenvl_ft.data.formats.keys import OF_QWEN
 from qwenvl_ft.data.pictures import as_seen, check_aspect, decode
@@ -142,12 +141,7 @@ class _Opening:
             source = str(source)
         if not isinstance(source, str) or not source:
             raise UserError(Problem(place, "names no picture and no video", "send a URL, data: or the path of a file"))
-        if not source.startswith("data:"):
-            return self.open_source(source)
-        try:
-            return base64.b64decode(source.partition(",")[2], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise UserError(Problem(place, "is no base64", "send data:image/png;base64,... without line breaks")) from error
+        return decoded(source, place) if source.startswith("data:") else self.open_source(source)
 
     def video(self, part: dict[str, Any], source: Any, place: str) -> Video:
         """A video sampled as Qwen does: `fps` frames a second, or `nframes` of them, rounded to pairs."""

@@ -179,6 +179,11 @@ def no_thoughts() -> ApiError:
     return ApiError(400, "unsupported_parameter", "enable_thinking: this model's chat template knows no thoughts")
 
 
+def model_stopped() -> ApiError:
+    """What whoever asks gets once the model answers nobody any more."""
+    return ApiError(503, "unavailable", "the model has stopped")
+
+
 def model_failed() -> ApiError:
     """What is said where an answer breaks off; why is in the log only."""
     return ApiError(500, "model_error", "the model failed on this request")

@@ -52,7 +52,7 @@ def whole(value: Any) -> Any:
     if isinstance(value, list):
         return [whole(part) for part in value]
     if isinstance(value, dict):
-        return {key: whole(part) for key, part in value.items() if part is not None}
+        return {key: whole(part) for key, part in value.items()}
     return address_of(value) or str(value.resolve()) if isinstance(value, Path) else value
 
 
@@ -121,6 +121,8 @@ def print_next(config: Config) -> None:
     seen = "" if config.eval_meta_file else "  # the training records: how it does on others it does not say"
     meta, data = (meta, data) if isinstance(meta, Path) else (meta[0].file, meta[0].data_dir or data)
     where = f" --data-dir {shlex.quote(as_written(data))}" if data else ""
+    if config.columns or config.format or config.on_bad_record == "skip":  # without which the same file is not read alike
+        where += f" --config {adapter}/config.yaml"
     print_line(f"  qwenvl-ft eval {base} {shlex.quote(as_written(meta))}{where} --adapter {adapter}{seen}")
     print_line(f"  qwenvl-ft export --adapter {adapter} --out {shlex.quote(str(config.output_dir) + '-merged')}")
 

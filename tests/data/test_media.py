@@ -89,6 +89,12 @@ def test_what_was_damaged_in_the_cache_is_brought_again(site, tmp_path):
     assert bring(f"{site}/a.png", "here").read_bytes() == png(30) and len(Site.asked) == 2
 
 
+def test_base64_may_stand_in_lines_and_need_not_be_named(site):
+    """What a meta-file took in lines a question did not, and what a question took unnamed a meta-file did not: two readers."""
+    lines, unnamed = f"data:image/png;base64,{base64.encodebytes(png(30)).decode()}", data_url(png(30)).replace(";base64", "")
+    assert [bring(url, "here").read_bytes() for url in (lines, unnamed)] == [png(30)] * 2
+
+
 def test_several_at_once_do_not_meet_half_a_file(site):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda at: bring(f"{site}/{at % 2}.png", "here").read_bytes(), range(40)))

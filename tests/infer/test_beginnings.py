@@ -9,12 +9,12 @@ from PIL import Image
 
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.packing import LEAST_SHARED
-from qwenvl_ft.evaluate.scoring import evaluate
 from qwenvl_ft.infer.batch_file import BATCHES_AHEAD, answer_file
 from qwenvl_ft.infer.beginnings import beginnings
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.serve.batching import Batcher
 from tests.conftest import SAMPLE, TINY
+from tests.evaluate.asking import predictions_of
 from tests.serve.test_batching import submit
 from tests.serving import CHARTS, random_adapter
 
@@ -204,6 +204,6 @@ def test_eval_asks_the_questions_about_a_picture_together_whatever_their_length(
     (tmp_path / "meta.json").write_text(json.dumps(talk))
     records, problems, _ = read_records(tmp_path / "meta.json", SAMPLE / "images")
     assert not problems
-    _, predictions = evaluate(noted, records, 3, 6, lambda done, total: None)
+    predictions = predictions_of(noted, records, 3, 6)
     assert batches == [[[0, 1, 2]]] * 3
     assert [line["answer"] for line in predictions] == [alone(noted, record.turns[:1], 6) for record in records]

@@ -62,15 +62,16 @@ def sources(tmp_path):
         "file://": {"type": "image", "image": f"file://{CHART}"},
         "file:// with %20": {"type": "image", "image": spaced.as_uri()},
         "data:": {"type": "image", "image": f"data:image/png;base64,{data}"},
+        "data: in lines": {"image": f"data:image/png;base64,{base64.encodebytes(CHART.read_bytes()).decode()}"},
+        "data: without base64": {"image": f"data:image/png,{data}"},
         "a PIL image": {"type": "image", "image": Image.open(CHART).copy()},
         "OpenAI's": {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
         "DashScope's": {"image": f"file://{CHART}"},
     }
 
 
-@pytest.mark.parametrize(
-    "kind", ["a path", "a Path", "file://", "file:// with %20", "data:", "a PIL image", "OpenAI's", "DashScope's"]
-)
+@pytest.mark.parametrize("kind", ["a path", "a Path", "file://", "file:// with %20", "data:", "data: in lines", "data: without base64",
+                                  "a PIL image", "OpenAI's", "DashScope's"])  # fmt: skip
 def test_a_picture_is_the_same_in_every_form(tmp_path, kind):
     (message,) = read_messages(user(sources(tmp_path)[kind], {"type": "text", "text": "read"}))
     assert message.parts[0].source.tobytes() == Image.open(CHART).convert("RGB").tobytes() and message.parts[1] == "read"

@@ -7,7 +7,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from qwenvl_ft.serve import dashscope_api, openai_api, responses_api
-from qwenvl_ft.serve.api import JSON_VALUES, ApiError, Bounds, ChatRequest, Sampling, Usage, read_json, unknown_model
+from qwenvl_ft.serve.api import JSON_VALUES, ApiError, Bounds, ChatRequest, Piece, Sampling, Usage, read_json, unknown_model
 from qwenvl_ft.serve.app import State
 from qwenvl_ft.serve.middleware import is_allowed
 from qwenvl_ft.serve.uploads import FIELDS, FILE_BYTES, KEY_BYTES, Uploads, read_form
@@ -121,7 +121,7 @@ def test_openais_newer_words_are_understood():
 
 
 def test_openai_is_written():
-    answer = openai_api.write_answer(ChatRequest("tiny", MESSAGES, Sampling()), "id", "größe", "stop", USAGE)
+    answer = openai_api.write_whole(ChatRequest("tiny", MESSAGES, Sampling()), "id", [Piece("größe", "stop", USAGE)])
     assert answer == {
         "id": "chatcmpl-id", "object": "chat.completion", "created": 1700000000, "model": "tiny",
         "choices": [{"index": 0, "message": {"role": "assistant", "content": "größe"}, "finish_reason": "stop", "logprobs": None}],

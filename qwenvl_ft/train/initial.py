@@ -17,7 +17,7 @@ from qwenvl_ft.model.pissa import State, as_plain, plain_settings, take_out, tak
 TOP = "base_model.model."
 
 
-def begin(model: Any, config: Config, device: torch.device, checkpoint: Path | None, weights: Path | None) -> State:
+def set_initial(model: Any, config: Config, device: torch.device, checkpoint: Path | None, weights: Path | None) -> State:
     """Gives the model's LoRA, which is fresh, the weights that the run begins with: those of the checkpoint that it goes on from,
     or of an adapter. Returns what PiSSA began with, if it is PiSSA. Raises UserError for an adapter that is none of this model's.
     """
