@@ -107,6 +107,8 @@ def _get_by_proxy(parts: SplitResult, max_bytes: int, until: float) -> tuple[int
                 body += piece
             return response.status, response.getheader("Location"), bytes(body)
     except OSError as error:
+        if time.monotonic() >= until:
+            raise
         raise _Refused(f"cannot be reached through the proxy that {parts.scheme}_proxy names") from error
 
 
