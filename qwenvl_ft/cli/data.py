@@ -94,7 +94,7 @@ def validate_meta(
     pictures: set[bytes] = set()
     used = shown = 0
     whole = True  # of a file that breaks nothing is trusted
-    theirs = Against.read(against, against_data_dir or data_dir, reading) if against else None
+    theirs = Against.read(local_meta(against, print_note), against_data_dir or data_dir, reading) if against else None
     checks = Checks(chat.limits if chat else None, theirs)
     with counting("reading records") as on_record:
         for part in parts_of(meta, data_dir, tally, chat, reading, 0, on_record, keep_records=deep, against=theirs):
@@ -252,6 +252,7 @@ def convert(
     """
     from qwenvl_ft.data import convert as converting
 
+    meta = local_meta(meta, print_note)
     with counting("writing records") as on_record:
         reading = replace(read_reading(config, fetch_media, format, boxes=boxes), media_position="as_written")
         tally = converting.convert(meta, out, data_dir, reading, on_record)

@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from qwenvl_ft.data.cache import cache_folder
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.cache import cache_folder
 
 
 def is_elsewhere(name: str) -> bool:

@@ -20,7 +20,6 @@ import tokenizers
 from filelock import FileLock
 
 from qwenvl_ft.console import print_note
-from qwenvl_ft.data.cache import cache_folder
 from qwenvl_ft.data.chat import Chat
 from qwenvl_ft.data.files.containers import files_of
 from qwenvl_ft.data.meta_file import Meta
@@ -29,6 +28,7 @@ from qwenvl_ft.data.packed import GONE
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.table import Scripts
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.cache import cache_folder
 from qwenvl_ft.folders.whole import MANIFEST, sha256, short_hash, write_whole
 
 TABLES = 8  # that are kept: the ones opened last

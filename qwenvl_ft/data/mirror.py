@@ -18,8 +18,8 @@ from posixpath import normpath
 from filelock import BaseFileLock, FileLock, Timeout
 
 from qwenvl_ft.console import counting, print_note
-from qwenvl_ft.data.cache import cache_folder, free_bytes
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.cache import cache_folder, free_bytes
 from qwenvl_ft.folders.objects import Objects, State, address_of
 
 BOUND = "QWENVL_FT_CACHE_GIB"  # the variable that says how much may lie there

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from qwenvl_ft.config import Config
-from qwenvl_ft.data.cache import features_folder, free_bytes
 from qwenvl_ft.data.chat import Chat, open_chat
 from qwenvl_ft.data.checks import Against, Checks, notes_of, token_counts
 from qwenvl_ft.data.families import feature_width
@@ -30,6 +29,7 @@ from qwenvl_ft.data.table import Scripts, TableWriter
 from qwenvl_ft.data.targets import find_layers, num_trained, said_of
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import check_base
+from qwenvl_ft.folders.cache import features_folder, free_bytes
 from qwenvl_ft.folders.problems import check_adapter, check_model
 from qwenvl_ft.folders.runs import check_output_dir
 

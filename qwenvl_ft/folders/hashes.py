@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qwenvl_ft.console import counting
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.cache import cache_folder
 from qwenvl_ft.folders.whole import sha256
 
 THREADS = 8  # reading and hashing both let go of Python's lock
@@ -26,7 +27,7 @@ SEEN: Digests = {}  # by this process, which looks again at each adapter of a ba
 
 def user_cache() -> Path:
     """Where digests are kept of what belongs to no run: the bases."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "qwenvl_ft" / "hashes.json"
+    return cache_folder() / "hashes.json"
 
 
 def digests(paths: Iterable[Path], cache: Path, what: str) -> dict[Path, str]:

@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from qwenvl_ft.config import Config
 from qwenvl_ft.console import print_line
-from qwenvl_ft.data.cache import features_folder
 from qwenvl_ft.data.families import feature_width
 from qwenvl_ft.data.features import Features
 from qwenvl_ft.data.kept import code_of
@@ -34,6 +33,7 @@ from qwenvl_ft.data.table import Scripts
 from qwenvl_ft.data.targets import tower_trains
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.adapter import base_fingerprint
+from qwenvl_ft.folders.cache import features_folder
 from qwenvl_ft.folders.hashes import TICK_NS, digests
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS, read_model_json
 from qwenvl_ft.folders.runs import PICTURE_HASHES, PROCESSORS, checkpoints, earlier, newest, rotate
