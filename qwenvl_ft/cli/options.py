@@ -10,12 +10,11 @@ import typer
 
 from qwenvl_ft.config import Config, load_config, read_yaml
 from qwenvl_ft.console import print_note
-from qwenvl_ft.data.reading import AS_FOUND, Numbers, Reading
-from qwenvl_ft.data.template import Thinking
+from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import quantization_of
 from qwenvl_ft.folders.objects import address_of
-from qwenvl_ft.values import FOUR_TOKENS, Form, Part
+from qwenvl_ft.values import FOUR_TOKENS, BoxUnit, Form, Part, Thinking
 
 META = typer.Argument(
     help="JSON, JSON lines, CSV, parquet, Arrow, a WebDataset tar; a folder or a 'pattern*'; s3://, oss://, https://, hf:."
@@ -42,7 +41,7 @@ SettingsOf = Annotated[
 MinPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Enlarge smaller pictures to this area, in px.")]
 MaxPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Shrink larger pictures to this area, in px.")]
 BoxesOption = Annotated[
-    Numbers | None,
+    BoxUnit | None,
     typer.Option("--boxes", help="What the numbers of the file's boxes are, else as --config says."),
 ]
 ThinkingOption = Annotated[
@@ -135,7 +134,7 @@ def training_chat_settings(
     return least, most or defaults["max_pixels"], thinks or defaults["thinking"], of_video or defaults["video_max_pixels"]
 
 
-def own_reading(folders: Sequence[tuple[Path, Path | None]], boxes: Numbers | None = None) -> Reading:
+def own_reading(folders: Sequence[tuple[Path, Path | None]], boxes: BoxUnit | None = None) -> Reading:
     """How models with their adapters are asked where nothing says otherwise: films are drawn as the first one's processor does, the
     numbers of boxes are what they were to the runs unless `boxes` says it, and media stand where the first run has them.
 
@@ -148,10 +147,10 @@ def own_reading(folders: Sequence[tuple[Path, Path | None]], boxes: Numbers | No
         return Reading(boxes=boxes)
     paths = [run_folder_of(adapter) / "config.yaml" for _, adapter in folders if adapter]
     runs = {path: read_yaml(path)[0] for path in paths if path.is_file()}
-    said: dict[Numbers | None, Path] = {}
+    said: dict[BoxUnit | None, Path] = {}
     for path, settings in runs.items():
-        if (numbers := settings.get("boxes")) not in (None, *get_args(Numbers)):
-            raise UserError(Problem(f"{path}: boxes", f"is {numbers!r}", f"write one of {', '.join(get_args(Numbers))}"))
+        if (numbers := settings.get("boxes")) not in (None, *get_args(BoxUnit)):
+            raise UserError(Problem(f"{path}: boxes", f"is {numbers!r}", f"write one of {', '.join(get_args(BoxUnit))}"))
         said.setdefault(numbers, path)
     known = {numbers: path for numbers, path in said.items() if numbers}
     if boxes is None and len(known) > 1:
@@ -166,7 +165,7 @@ def own_reading(folders: Sequence[tuple[Path, Path | None]], boxes: Numbers | No
 
 
 def read_reading(
-    config: Path | None, fetch_media: bool, format: Form | None = None, own: Reading = AS_FOUND, boxes: Numbers | None = None
+    config: Path | None, fetch_media: bool, format: Form | None = None, own: Reading = AS_FOUND, boxes: BoxUnit | None = None
 ) -> Reading:
     """How records are read: as the settings that --config names have it, else as `own` does, and as the command's options do."""
     reading = Reading.of(load_config(config)) if config else own

@@ -204,16 +204,16 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     Raises UserError with every problem, unless `on_bad_record` is skip and something is left to train on.
     """
     meta = config.eval_meta_file if evaluation and config.eval_meta_file else config.train_meta_file
-    data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
+    data_dir = config.held_out_dir if evaluation else config.train_data_dir
     chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking, config.video_max_pixels)
     reading = Reading.of(config)
     find_layers(config)
 
-    held_out, held_out_dir = None if evaluation else config.eval_meta_file, config.eval_data_dir or config.train_data_dir
+    held_out = None if evaluation else config.eval_meta_file
 
     def make(folder: Path) -> None:
         """Raises UserError for records that the config has no use for: whoever mends them is to be believed the next time."""
-        against = Against.read(held_out, held_out_dir, reading) if held_out else None
+        against = Against.read(held_out, config.held_out_dir, reading) if held_out else None
         scripts, found, whole = write_table(folder, meta, data_dir, chat, reading, config.seed, on_record, against)
         if not whole or not len(scripts) or (found and config.on_bad_record == "error"):
             planned(scripts if whole else None, found)
@@ -232,7 +232,7 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
             raise UserError(*problems)
         return Prepared(scripts, plan, problems, chat)
 
-    name = table_name(meta, data_dir, config.model, chat, reading, config.seed, held_out, held_out_dir)
+    name = table_name(meta, data_dir, config.model, chat, reading, config.seed, held_out, config.held_out_dir)
     scripts = kept_table(name, make)
     return planned(scripts, [Problem(*problem) for problem in scripts.facts["problems"]])
 

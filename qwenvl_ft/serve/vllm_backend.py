@@ -26,7 +26,7 @@ from jinja2 import Template
 from qwenvl_ft.data.chat import Chat, open_chat
 from qwenvl_ft.data.geometry import Limits, read_limits
 from qwenvl_ft.data.records import Turn
-from qwenvl_ft.data.template import Thinking, knows_tools, render
+from qwenvl_ft.data.template import knows_tools, render
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import beyond_vllm, vllm_rank
 from qwenvl_ft.folders.model import read_model_json
@@ -47,6 +47,7 @@ from qwenvl_ft.serve.api import (
 )
 from qwenvl_ft.serve.open_request import Opener
 from qwenvl_ft.serve.vllm_request import read_events, read_pieces, read_usage, sized, with_calls, write_message, write_request
+from qwenvl_ft.values import Thinking
 
 log = logging.getLogger("qwenvl_ft.serve")
 Process = subprocess.Popen[bytes]

@@ -115,7 +115,7 @@ def print_next(config: Config) -> None:
     """The exact commands that use what was trained; the last lines of a run."""
     base, adapter = shlex.quote(str(config.model)), shlex.quote(str(config.output_dir))
     meta = config.eval_meta_file or config.train_meta_file
-    data = (config.eval_data_dir if config.eval_meta_file else None) or config.train_data_dir
+    data = config.held_out_dir if config.eval_meta_file else config.train_data_dir
     print_line(f"\nThe adapter is in {config.output_dir}. Next:", "bold")
     print_line(f'  qwenvl-ft ask {base} --adapter {adapter} --image PICTURE "QUESTION"')
     seen = "" if config.eval_meta_file else "  # the training records: how it does on others it does not say"
