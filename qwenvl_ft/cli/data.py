@@ -297,7 +297,7 @@ def plan(
 
 def _memory(settings: "Config", prepared: "Prepared", card: "Card | None") -> dict[str, Any] | None:
     """The forecast for a card, or for the one that is here; None if there is none, or no forecast, which is said."""
-    with counting("simulating the heaviest row") as tell:
+    with counting("simulating the heaviest row", patience_s=0) as tell:
         tell(0, None)  # torch and transformers take seconds to be imported
         from qwenvl_ft.train.forecast import memory_of, present_card
 

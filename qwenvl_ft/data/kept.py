@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from qwenvl_ft.data.packed import GONE
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.table import Scripts
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.cache import cache_folder
+from qwenvl_ft.folders.cache import cache_folder, remove_old
 from qwenvl_ft.folders.whole import MANIFEST, sha256, short_hash, write_whole
 
 TABLES = 8  # that are kept: the ones opened last
@@ -117,7 +117,7 @@ def kept_table(name: str, make: Callable[[Path], None]) -> Scripts:
             write_whole(newest, make)
             found = Scripts(newest)
         os.utime(newest)
-        _remove_old(folder)
+        remove_old(folder, MANIFEST, TABLES)  # a process that has one open keeps what it has mapped
     return found
 
 
@@ -147,10 +147,3 @@ def _as_they_were(scripts: Scripts) -> bool:
             if state.st_size != num_bytes or state.st_mtime_ns != mtime_ns:
                 return False
     return True
-
-
-def _remove_old(folder: Path) -> None:
-    """Those that were not opened for longest. A process that has one open keeps what it has mapped."""
-    tables: Iterable[Path] = [path for path in folder.iterdir() if (path / MANIFEST).is_file()]
-    for old in sorted(tables, key=lambda path: path.stat().st_mtime)[:-TABLES]:
-        shutil.rmtree(old, ignore_errors=True)

@@ -144,7 +144,7 @@ class Media:
     def _frames(self, folder: Path, where: str) -> list[Source]:
         """The pictures of a folder, a2 before a10, none of which may be a link out of ours."""
         found = [path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in PICTURE_ENDINGS and path.is_file()]
-        found.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
+        found.sort(key=lambda path: sources.natural(path.name))
         return [self._file(str(path.relative_to(self.root)), where) if path.is_symlink() else path for path in found]
 
     def _source(self, name: Named, where: str, or_folder: bool = False) -> Source:

@@ -26,7 +26,7 @@ from qwenvl_ft.data.quantization import quantization_problems
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Video
 from qwenvl_ft.data.table import Scripts, TableWriter
-from qwenvl_ft.data.targets import find_layers, num_trained, said_of
+from qwenvl_ft.data.targets import SEEING, find_layers, num_trained, said_of
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import check_base
 from qwenvl_ft.folders.cache import features_folder, free_bytes
@@ -187,7 +187,7 @@ def not_kept(config: Config, again: bool) -> str | None:
     """Why what the vision tower makes of rows is made each time; None if it is kept. `again`: they are run again."""
     if config.cache_features == "off":
         return "cache_features is off"
-    if trains := {"vision", "merger"} & set(config.lora_on):
+    if trains := SEEING & set(config.lora_on):
         return f"LoRA on {' and '.join(sorted(trains))} changes it with every step"
     return None if again else "every row is run once"
 

@@ -43,7 +43,7 @@ from qwenvl_ft.train.dtypes import Multiplications
 from qwenvl_ft.train.groups import groups_of
 from qwenvl_ft.train.launch import Signals, alone, check_shared, lost, open_trackers, start
 from qwenvl_ft.train.memory import memory_for, out_of_memory, peak_bytes
-from qwenvl_ft.train.output_dir import METRICS, Metrics, read_metrics, was_evaluated, write_results, write_settings
+from qwenvl_ft.train.output_dir import METRICS_FILE, Metrics, read_metrics, was_evaluated, write_results, write_settings
 from qwenvl_ft.train.sharded import share_out
 from qwenvl_ft.train.state import STATE, OnSaved, Run, find_resume, find_weights, fingerprint
 
@@ -395,7 +395,7 @@ def run_steps(
                         facts |= evaluated.scores
                     tell(skipped)
                     if metrics:
-                        with writing(config.output_dir / METRICS):
+                        with writing(config.output_dir / METRICS_FILE):
                             facts = metrics.add(step, facts, skipped)
                     accelerator.log(facts, step=step)
                     display.step(step, facts)
@@ -421,7 +421,7 @@ def run_steps(
         finally:
             display.stop()
             if metrics:
-                with writing(config.output_dir / METRICS):  # what is left of a line goes out with it
+                with writing(config.output_dir / METRICS_FILE):  # what is left of a line goes out with it
                     metrics.close()
         state = run.adapter_state()
         if metrics:

@@ -24,7 +24,7 @@ from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_lines,
 from qwenvl_ft.train.best import Best
 from qwenvl_ft.train.curves import draw_losses, mean_loss
 
-METRICS, CURVES = "metrics.jsonl", "loss.svg"
+METRICS_FILE, CURVES = "metrics.jsonl", "loss.svg"
 
 
 def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
@@ -127,7 +127,7 @@ def print_next(config: Config) -> None:
 
 def read_metrics(checkpoint: Path) -> list[dict[str, Any]]:
     """The lines of every step up to a checkpoint's."""
-    return [json.loads(line) for line in (checkpoint / METRICS).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (checkpoint / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
 
 
 def was_evaluated(checkpoint: Path, metric: str) -> bool:
@@ -148,12 +148,12 @@ class Metrics:
         self.lines: list[dict[str, Any]] = read_metrics(resume) if resume else []
         self.taught = sum(line["taught_tokens"] for line in self.lines)
         self.write(output_dir)
-        self.file = (output_dir / METRICS).open("a", encoding="utf-8")
+        self.file = (output_dir / METRICS_FILE).open("a", encoding="utf-8")
 
     def write(self, folder: Path) -> None:
         """The lines so far into a folder's file."""
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines)
-        (folder / METRICS).write_text(text, encoding="utf-8")
+        (folder / METRICS_FILE).write_text(text, encoding="utf-8")
 
     def add(self, step: int, facts: dict[str, float], skipped: Sequence[Problem] = ()) -> dict[str, float]:
         """Writes the step's line; returns what it says, means included, but for the records that broke. `facts` has `loss`,
