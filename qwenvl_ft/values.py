@@ -61,7 +61,7 @@ def _trackers(value: Any) -> Any:
 Trackers = Annotated[list[Literal["wandb", "tensorboard", "swanlab", "mlflow"]], BeforeValidator(_trackers)]
 
 
-class Part(BaseModel):
+class MixedFile(BaseModel):
     """One of several meta-files that are mixed: each of its records counts `weight` times."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,25 +72,25 @@ class Part(BaseModel):
 
 
 def _meta(value: Any) -> Any:
-    """A path, or a list of parts, each of which may be a path alone; complained about as one thing."""
+    """A path, or a list of several, each of which may be a path alone; complained about as one thing."""
     if not isinstance(value, list):
         if not isinstance(value, str | Path):
             raise ValueError("it should be a path, a text, or a list of {file, data_dir, weight}")
         return Path(value)
-    parts = []
-    for number, part in enumerate(value):
+    files = []
+    for number, file in enumerate(value):
         try:
-            parts.append(Part.model_validate({"file": part} if isinstance(part, str | Path) else part))
+            files.append(MixedFile.model_validate({"file": file} if isinstance(file, str | Path) else file))
         except ValidationError as error:
             first = error.errors()[0]
             at, said = ".".join(map(str, [number, *first["loc"]])), first["msg"][0].lower() + first["msg"][1:]
             raise ValueError(f"write each of the list as {{file, data_dir, weight}}: of {at} {said}") from error
-    if not parts:
+    if not files:
         raise ValueError("list at least one file")
-    return parts
+    return files
 
 
-Meta = Annotated[Path | list[Part], PlainValidator(_meta)]
+Meta = Annotated[Path | list[MixedFile], PlainValidator(_meta)]
 
 
 class Own(BaseModel):

@@ -81,11 +81,11 @@ def validate_meta(
 
     Example: validate-meta data/sample/train.json --data-dir data/sample/images --model data/tiny
     """
+    from qwenvl_ft.data.batches import batches_of
     from qwenvl_ft.data.chat import open_chat
     from qwenvl_ft.data.checks import Against, Checks, notes_of, token_counts
     from qwenvl_ft.data.meta_file import Tally
     from qwenvl_ft.data.notes import Noted
-    from qwenvl_ft.data.parts import parts_of
 
     meta = local_meta(meta, print_note)
     chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking)) if model else None
@@ -97,14 +97,14 @@ def validate_meta(
     theirs = Against.read(local_meta(against, print_note), against_data_dir or data_dir, reading) if against else None
     checks = Checks(chat.limits if chat else None, theirs)
     with counting("reading records") as on_record:
-        for part in parts_of(meta, data_dir, tally, chat, reading, 0, on_record, keep_records=deep, against=theirs):
-            problems += part.problems
-            records += part.records
-            pictures.update(medium.digest for medium in part.media if medium.is_picture)
-            lengths.update(part.scripts.numbers[:, 0].tolist())
-            noted.join(part.noted)
-            checks.join(part.checks)
-            used, shown, whole = used + part.num_used, shown + part.num_shown, whole and part.whole
+        for batch in batches_of(meta, data_dir, tally, chat, reading, 0, on_record, keep_records=deep, against=theirs):
+            problems += batch.problems
+            records += batch.records
+            pictures.update(medium.digest for medium in batch.media if medium.is_picture)
+            lengths.update(batch.scripts.numbers[:, 0].tolist())
+            noted.join(batch.noted)
+            checks.join(batch.checks)
+            used, shown, whole = used + batch.num_used, shown + batch.num_shown, whole and batch.whole
     problems = tally.said_once(problems)
     if deep:
         from qwenvl_ft.data.deep import decode_all

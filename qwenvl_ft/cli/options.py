@@ -14,7 +14,7 @@ from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import quantization_of
 from qwenvl_ft.folders.objects import address_of
-from qwenvl_ft.values import FOUR_TOKENS, BoxUnit, Form, Part, Thinking
+from qwenvl_ft.values import FOUR_TOKENS, BoxUnit, Form, MixedFile, Thinking
 
 META = typer.Argument(
     help="JSON, JSON lines, CSV, parquet, Arrow, a WebDataset tar; a folder or a 'pattern*'; s3://, oss://, https://, hf:."
@@ -70,7 +70,7 @@ def read_settings(config: Path | None, overrides: list[str] | None, say: Callabl
     problems = []
     for key in ("train_meta_file", "train_data_dir", "eval_meta_file", "eval_data_dir"):
         value = getattr(settings, key)
-        for path in parts_of(value) if key.endswith("file") else [value]:
+        for path in paths_of(value) if key.endswith("file") else [value]:
             if path and not is_there(path):
                 of = "file of conversations" if key.endswith("file") else "folder of pictures"
                 problems.append(Problem(f"{key}: {path}", "is not there", f"put your {of} there, or set {key} to where it is"))
@@ -91,9 +91,9 @@ def read_settings(config: Path | None, overrides: list[str] | None, say: Callabl
 ChatSettings = tuple[int | None, int | None, Thinking | None, int | None]
 
 
-def parts_of(meta: Path | list[Part] | None) -> list[Path]:
+def paths_of(meta: Path | list[MixedFile] | None) -> list[Path]:
     """The paths of a meta-file, or of several."""
-    return [part.file for part in meta] if isinstance(meta, list) else [meta] if meta else []
+    return [of.file for of in meta] if isinstance(meta, list) else [meta] if meta else []
 
 
 def is_there(path: Path) -> bool:

@@ -49,8 +49,8 @@ def table_name(
     records are compared with, settings, tokenizer, code."""
     weights = [1.0] if isinstance(meta, Path | str) else [of.weight for of in meta]
     made_from = {
-        "parts": _parts(meta),
-        "held out": [_parts(held_out), str(held_out_dir and held_out_dir.resolve())] if held_out else [],
+        "parts": _files(meta),
+        "held out": [_files(held_out), str(held_out_dir and held_out_dir.resolve())] if held_out else [],
         "data_dir": str(data_dir and data_dir.resolve()),
         "tokenizer": sha256(model / "tokenizer.json"),
         "chat": [repr(getattr(chat, part.name)) for part in fields(chat) if part.name != "tokenizer"],
@@ -61,7 +61,7 @@ def table_name(
     return short_hash(made_from)
 
 
-def _parts(meta: Meta) -> list[Any]:
+def _files(meta: Meta) -> list[Any]:
     """Each file of a meta-file, where its media lie, how often it counts."""
     if isinstance(meta, Path | str):
         return [_states(Path(meta))]

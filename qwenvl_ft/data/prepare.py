@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qwenvl_ft.config import Config
+from qwenvl_ft.data.batches import batches_of
 from qwenvl_ft.data.chat import Chat, open_chat
 from qwenvl_ft.data.checks import Against, Checks, notes_of, token_counts
 from qwenvl_ft.data.families import feature_width
@@ -21,7 +22,6 @@ from qwenvl_ft.data.notes import Noted
 from qwenvl_ft.data.numbers import Indices, blocks
 from qwenvl_ft.data.packed import PackedMedium, read_medium
 from qwenvl_ft.data.packing import Alike, Plan, Schedule, is_little, pack
-from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.quantization import quantization_problems
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Video
@@ -246,14 +246,14 @@ def write_table(
     checks = Checks(chat.limits, against)
     problems: list[Problem] = []
     whole = True
-    for part in parts_of(meta, data_dir, tally, chat, reading, seed, on_record, against=against):
-        few.add(writer.add(part.scripts, part.media, part.num_records))
-        for missed in part.missed.values():
+    for batch in batches_of(meta, data_dir, tally, chat, reading, seed, on_record, against=against):
+        few.add(writer.add(batch.scripts, batch.media, batch.num_records))
+        for missed in batch.missed.values():
             writer.add_files(missed.failed)
-        noted.join(part.noted)
-        checks.join(part.checks)
-        problems += part.problems
-        whole &= part.whole
+        noted.join(batch.noted)
+        checks.join(batch.checks)
+        problems += batch.problems
+        whole &= batch.whole
     problems = tally.said_once(problems)
     looked = checks.facts()
     facts = tally.facts | {

@@ -13,15 +13,15 @@ from PIL import Image
 
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.data import checks as checks_module
+from qwenvl_ft.data.batches import batches_of
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.checks import Against, Checks, Places
 from qwenvl_ft.data.geometry import Limits, shrunk
 from qwenvl_ft.data.meta_file import Tally, read_records
 from qwenvl_ft.data.numbers import Spool
-from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.records import Box, Picture, Record, Turn, Video
 from qwenvl_ft.errors import UserError
-from qwenvl_ft.values import Part
+from qwenvl_ft.values import MixedFile
 from tests.conftest import TINY
 
 CHAT = open_chat(TINY)
@@ -93,9 +93,9 @@ def test_records_that_say_the_same_of_the_same_pictures_are_duplicates():
 
 
 def test_a_record_that_counts_twice_by_its_weight_is_no_duplicate(tmp_path, talk):
-    mixed, checks, tally = [Part(file=talk(["one?", "1"], ["two?", "2"]), weight=2)], Checks(), Tally()
-    for part in parts_of(mixed, tmp_path, tally):
-        checks.join(part.checks)
+    mixed, checks, tally = [MixedFile(file=talk(["one?", "1"], ["two?", "2"]), weight=2)], Checks(), Tally()
+    for batch in batches_of(mixed, tmp_path, tally):
+        checks.join(batch.checks)
     assert not checks.facts() and tally.used[0] == 4
 
 
