@@ -15,7 +15,6 @@ from urllib.parse import unquote
 
 from qwenvl_ft.data import sources
 from qwenvl_ft.data.brought import bring, is_elsewhere
-from qwenvl_ft.data.cache import cache_folder
 from qwenvl_ft.data.formats.documented import OPEN
 from qwenvl_ft.data.formats.talk import Named, Options
 from qwenvl_ft.data.magic import PICTURE_ENDINGS
@@ -25,6 +24,7 @@ from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Source, Video
 from qwenvl_ft.data.sizes import Sizes
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.cache import cache_folder
 
 NUMBER, ZEROS = re.compile(r"\d+"), re.compile(r"(?<!\d)0+(?=\d)")
 MOST_FOLDERS = 8  # of a name, the last of which may be what is meant
@@ -144,7 +144,7 @@ class Media:
     def _frames(self, folder: Path, where: str) -> list[Source]:
         """The pictures of a folder, a2 before a10, none of which may be a link out of ours."""
         found = [path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in PICTURE_ENDINGS and path.is_file()]
-        found.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
+        found.sort(key=lambda path: sources.natural(path.name))
         return [self._file(str(path.relative_to(self.root)), where) if path.is_symlink() else path for path in found]
 
     def _source(self, name: Named, where: str, or_folder: bool = False) -> Source:

@@ -103,9 +103,9 @@ class Plan:
     fill: float
 
 
-def pack(lengths: Numbers, row_tokens: int, share: bool = True, alike: "Alike | None" = None) -> Plan:
-    """Best fit, longest first: each record goes into the fullest row that still has room. `share=False`: one record a row.
-    `alike` says what records share: see `grouped`.
+def pack(lengths: Numbers, row_tokens: int, alike: "Alike | None" = None) -> Plan:
+    """Best fit, longest first: each record goes into the fullest row that still has room. `alike` says what records share: see
+    `grouped`.
 
     Rows keep their records in file order and stand in the order of their first record, so equal input gives equal rows. A window
     of records is packed by itself; what is kept of a record is 4 bytes on the disk. Records of one length are placed together, so
@@ -120,7 +120,7 @@ def pack(lengths: Numbers, row_tokens: int, share: bool = True, alike: "Alike | 
         back, shared = np.zeros((2, len(window)), np.int32)
         if alike:
             back, shared = (np.asarray(of[start : start + WINDOW], np.int32) for of in alike)
-        packed = _pack_window(grouped(window, back, shared, row_tokens), row_tokens, share)
+        packed = _pack_window(grouped(window, back, shared, row_tokens), row_tokens)
         members.extend(np.where(packed.members < 0, packed.members - start, packed.members + start))
         sizes.append(packed.sizes)
         tokens.append(packed.tokens)
@@ -174,7 +174,7 @@ class _Window(NamedTuple):
     tokens: Indices
 
 
-def _pack_window(found: Groups, row_tokens: int, share: bool) -> _Window:
+def _pack_window(found: Groups, row_tokens: int) -> _Window:
     fits = np.flatnonzero(found.tokens <= row_tokens)
     tokens = found.tokens[fits]
     by_length = np.argsort(-tokens, kind="stable")
@@ -182,7 +182,7 @@ def _pack_window(found: Groups, row_tokens: int, share: bool) -> _Window:
     room = Room(row_tokens)
     rows, takes = array("q"), array("q")
     for length, count in zip((-lengths).tolist(), counts.tolist(), strict=True):
-        for row, taken in room.take(length, count) if share else room.take_alone(count):
+        for row, taken in room.take(length, count):
             rows.append(row)
             takes.append(taken)
     row_of = np.empty(len(tokens), np.int64)
@@ -260,12 +260,6 @@ class Room:
         self.row_tokens, self.num_rows = row_tokens, 0
         self.rows: defaultdict[int, list[int]] = defaultdict(list)
         self.bits = 0
-
-    def take_alone(self, count: int) -> Iterator[tuple[int, int]]:
-        """Places `count` records in a row each."""
-        for _ in range(count):
-            yield self.num_rows, 1
-            self.num_rows += 1
 
     def take(self, length: int, count: int) -> Iterator[tuple[int, int]]:
         """Places `count` records of `length` tokens, not longer than any before: (row, how many of them it takes) of each row.

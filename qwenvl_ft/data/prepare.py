@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qwenvl_ft.config import Config
-from qwenvl_ft.data.cache import features_folder, free_bytes
+from qwenvl_ft.data.batches import batches_of
 from qwenvl_ft.data.chat import Chat, open_chat
 from qwenvl_ft.data.checks import Against, Checks, notes_of, token_counts
 from qwenvl_ft.data.families import feature_width
@@ -22,14 +22,14 @@ from qwenvl_ft.data.notes import Noted
 from qwenvl_ft.data.numbers import Indices, blocks
 from qwenvl_ft.data.packed import PackedMedium, read_medium
 from qwenvl_ft.data.packing import Alike, Plan, Schedule, is_little, pack
-from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.quantization import quantization_problems
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Video
 from qwenvl_ft.data.table import Scripts, TableWriter
-from qwenvl_ft.data.targets import find_layers, num_trained, only_tower_trains, said_of
+from qwenvl_ft.data.targets import SEEING, find_layers, num_trained, only_tower_trains, said_of
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import check_base
+from qwenvl_ft.folders.cache import features_folder, free_bytes
 from qwenvl_ft.folders.problems import check_adapter, check_model
 from qwenvl_ft.folders.runs import check_output_dir
 
@@ -196,7 +196,7 @@ def not_kept(config: Config, again: bool) -> str | None:
     """Why what the vision tower makes of rows is made each time; None if it is kept. `again`: they are run again."""
     if config.cache_features == "off":
         return "cache_features is off"
-    if trains := {"vision", "merger"} & set(config.lora_on):
+    if trains := SEEING & set(config.lora_on):
         return f"LoRA on {' and '.join(sorted(trains))} changes it with every step"
     return None if again else "every row is run once"
 
@@ -213,16 +213,16 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     Raises UserError with every problem, unless `on_bad_record` is skip and something is left to train on.
     """
     meta = config.eval_meta_file if evaluation and config.eval_meta_file else config.train_meta_file
-    data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
+    data_dir = config.held_out_dir if evaluation else config.train_data_dir
     chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking, config.video_max_pixels)
     reading = Reading.of(config)
     find_layers(config)
 
-    held_out, held_out_dir = None if evaluation else config.eval_meta_file, config.eval_data_dir or config.train_data_dir
+    held_out = None if evaluation else config.eval_meta_file
 
     def make(folder: Path) -> None:
         """Raises UserError for records that the config has no use for: whoever mends them is to be believed the next time."""
-        against = Against.read(held_out, held_out_dir, reading) if held_out else None
+        against = Against.read(held_out, config.held_out_dir, reading) if held_out else None
         scripts, found, whole = write_table(folder, meta, data_dir, chat, reading, config.seed, on_record, against)
         if not whole or not len(scripts) or (found and config.on_bad_record == "error"):
             planned(scripts if whole else None, found)
@@ -244,7 +244,7 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
             raise UserError(Problem("lora_on", what, "add language"))
         return Prepared(scripts, plan, problems, chat)
 
-    name = table_name(meta, data_dir, config.model, chat, reading, config.seed, held_out, held_out_dir)
+    name = table_name(meta, data_dir, config.model, chat, reading, config.seed, held_out, config.held_out_dir)
     scripts = kept_table(name, make)
     return planned(scripts, [Problem(*problem) for problem in scripts.facts["problems"]])
 
@@ -258,14 +258,14 @@ def write_table(
     checks = Checks(chat.limits, against)
     problems: list[Problem] = []
     whole = True
-    for part in parts_of(meta, data_dir, tally, chat, reading, seed, on_record, against=against):
-        few.add(writer.add(part.scripts, part.media, part.num_records))
-        for missed in part.missed.values():
+    for batch in batches_of(meta, data_dir, tally, chat, reading, seed, on_record, against=against):
+        few.add(writer.add(batch.scripts, batch.media, batch.num_records))
+        for missed in batch.missed.values():
             writer.add_files(missed.failed)
-        noted.join(part.noted)
-        checks.join(part.checks)
-        problems += part.problems
-        whole &= part.whole
+        noted.join(batch.noted)
+        checks.join(batch.checks)
+        problems += batch.problems
+        whole &= batch.whole
     problems = tally.said_once(problems)
     looked = checks.facts()
     facts = tally.facts | {

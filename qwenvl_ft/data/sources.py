@@ -3,11 +3,14 @@
 Whatever cannot be read is an OSError.
 """
 
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 from qwenvl_ft.data.records import InTable, InTar, Source
+
+NUMBER = re.compile(r"(\d+)")
 
 
 class Stamp(NamedTuple):
@@ -16,6 +19,11 @@ class Stamp(NamedTuple):
     path: Path
     num_bytes: int
     mtime_ns: int
+
+
+def natural(text: str) -> list[int | str]:
+    """What sorts a2 before a10."""
+    return [int(part) if part.isdecimal() else part for part in NUMBER.split(text)]
 
 
 def holder(source: Source) -> Path:

@@ -21,7 +21,7 @@ from qwenvl_ft.data.chat import Chat, Script, open_chat
 from qwenvl_ft.data.geometry import reading_of
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Box, Medium, Picture, Record, Turn, Video
-from qwenvl_ft.data.template import Thinking, split_thought
+from qwenvl_ft.data.template import split_thought
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import check_base, read_header
 from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_model_json
@@ -30,7 +30,7 @@ from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.infer.decoding import read_decoding
 from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.messages import read_messages
-from qwenvl_ft.values import Quantization
+from qwenvl_ft.values import Quantization, Thinking
 
 MAX_NEW_TOKENS = 512
 Conversation = str | Record | Sequence[Turn | dict[str, Any]]
