@@ -162,8 +162,8 @@ class Config(BaseModel):
 
     @field_validator("init_adapter")
     @classmethod
-    def one_beginning(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        """PiSSA is a beginning, too."""
+    def one_start(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        """PiSSA is a start, too."""
         if value and info.data.get("init_lora_weights") is not True:
             raise ValueError("choose one of init_adapter and init_lora_weights: pissa")
         return value

@@ -144,7 +144,7 @@ def draw_checks(checks: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def draw_paid(paid: dict[str, int], tokens: int) -> list[tuple[str, str]]:
-    """A row for `draw_counts`, where records share their beginning: what they show, and how much of it is run."""
+    """A row for `draw_counts`, where records share a prefix: what they show, and how much of it is run."""
     if paid["tokens"] == tokens:
         return []
     shown = f"{paid['media_shown']:,} pictures and videos shown, {paid['media']:,} paid for; " * (paid["media_shown"] > 0)

@@ -63,7 +63,7 @@ class Prepared:
         return int(self._taught[row])
 
     def tokens(self, row: int) -> int:
-        """How many tokens a row has, a beginning that records share counted once."""
+        """How many tokens a row has, a prefix that records share counted once."""
         return int(self.plan.tokens[row])
 
     def cost(self, row: int) -> int:
@@ -81,13 +81,13 @@ class Prepared:
 
     def heaviest(self, tower_trains: bool) -> list[int]:
         """The rows that take most memory to train on: by their tokens, by the keys that these see, which are gathered where a
-        beginning is shared, and, where the tower keeps something, by the tokens of their pictures and videos."""
+        prefix is shared, and, where the tower keeps something, by the tokens of their pictures and videos."""
         keys = self.plan.rows.sums(self.scripts.lengths)
         return sorted({int(of.argmax()) for of in (self.plan.tokens, keys, *[self.media_tokens] * tower_trains)})
 
     @property
     def shares(self) -> bool:
-        """Whether a row holds a beginning once for several records."""
+        """Whether a row holds a prefix once for several records."""
         return self.plan.rows.shares
 
     def places(self, row: int) -> str:
@@ -139,15 +139,15 @@ class Prepared:
         return {"bytes": num_bytes, "not_kept": not_kept(config, len(steps) > steps.steps_per_epoch) or no_room(num_bytes)}
 
     def _shared(self, steps: Schedule, config: Config) -> list[str]:
-        """A note, where a step takes fewer rows than it may since they share beginnings, or where records share one that rows do
+        """A note, where a step takes fewer rows than it may since they share prefixes, or where records share one that rows do
         not."""
         if (fewer := -(-steps.num_rows // max(1, steps.steps_per_epoch))) < min(config.rows_per_step, steps.num_rows) / 1.5:
             more = f"; for more rows of the same records lower row_tokens, now {config.row_tokens}"
-            return [f"a step takes {fewer} rows, which teach what {config.rows_per_step} would that share no beginnings" + more]
+            return [f"a step takes {fewer} rows, which teach what {config.rows_per_step} would that share no prefixes" + more]
         why = not_shared(config)
         lengths = self.scripts.lengths
         shared = why and any(not is_little(of, lengths[start : start + len(of)]).all() for start, of in blocks(self.scripts.shared))
-        return [f"records that share their beginning pay for it each: {why}"] if shared else []
+        return [f"records that share a prefix pay for it each: {why}"] if shared else []
 
     def _held(self, taught: int, config: Config) -> list[str]:
         """A note, where more is taught than an adapter of this rank holds."""
@@ -182,7 +182,7 @@ Ready = tuple[Prepared, Prepared | None]
 
 
 def not_shared(config: Config) -> str | None:
-    """Why rows hold no beginning once for several records; None if they do."""
+    """Why rows hold no prefix once for several records; None if they do."""
     if config.share_prefix == "off":
         return "share_prefix is off"
     if config.attn_implementation not in ("auto", "varlen"):

@@ -37,7 +37,7 @@ def tower_trains(on: Collection[Tower]) -> bool:
 
 def only_tower_trains(on: Collection[Tower]) -> bool:
     """Whether what shows no picture or video teaches nothing."""
-    return SEEING.issuperset(on)
+    return {*on} <= SEEING
 
 
 def find_layers(config: Config) -> list[str]:

@@ -143,13 +143,13 @@ class Engine:
 
     def _begun(self, scripts: Sequence[Script]) -> Any:
         """The inputs, what several scripts begin with read already. Linear attention has a state in place of keys and values, in
-        which no padding may stand between a beginning and a rest: there each is read whole."""
-        from qwenvl_ft.infer.beginnings import beginnings, read_beginnings
+        which no padding may stand between a prefix and a rest: there each is read whole."""
+        from qwenvl_ft.infer.shared_prefix import prefixes, read_prefixes
 
-        found = beginnings(scripts)
+        found = prefixes(scripts)
         if self.chat.family.linear_attention or len(found) == len(scripts):
             return self.inputs_of(scripts)
-        return read_beginnings(self.model, self.processor, self.chat, scripts, found)
+        return read_prefixes(self.model, self.processor, self.chat, scripts, found)
 
     def ask_many(
         self, conversations: Sequence[Conversation], max_new_tokens: int = MAX_NEW_TOKENS, thinking: bool | None = None
