@@ -49,7 +49,7 @@ def train(overrides: Overrides = None, config: ConfigFile = LORA_YAML) -> None:
     is_scratch = bool(outputs and settings.output_dir == outputs.scratch)
     if outputs and is_scratch and os.environ.get("LOCAL_RANK", "0") == "0":
         outputs.bring_back()
-    from qwenvl_ft.data.cache import cache_folder
+    from qwenvl_ft.folders.cache import cache_folder
     from qwenvl_ft.folders.remote_run import RemoteRun
 
     on_saved = outputs.keep if outputs and is_scratch else None

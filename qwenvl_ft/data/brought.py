@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from qwenvl_ft.data.cache import cache_folder
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.cache import cache_folder
 
 BLANKS = str.maketrans("", "", " \t\r\n")  # not split and joined: a word of two letters takes 50 bytes of memory
 

@@ -15,7 +15,6 @@ from urllib.parse import unquote
 
 from qwenvl_ft.data import sources
 from qwenvl_ft.data.brought import bring, is_elsewhere
-from qwenvl_ft.data.cache import cache_folder
 from qwenvl_ft.data.formats.documented import OPEN
 from qwenvl_ft.data.formats.talk import Named, Options
 from qwenvl_ft.data.mirror import called, mirror_of
@@ -24,6 +23,7 @@ from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Source, Video
 from qwenvl_ft.data.sizes import Sizes
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.cache import cache_folder
 
 NUMBER, ZEROS = re.compile(r"\d+"), re.compile(r"(?<!\d)0+(?=\d)")
 MOST_FOLDERS = 8  # of a name, the last of which may be what is meant

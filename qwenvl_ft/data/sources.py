@@ -12,6 +12,8 @@ from urllib.parse import unquote
 from qwenvl_ft.data.magic import PICTURE_ENDINGS
 from qwenvl_ft.data.records import InTable, InTar, Source
 
+NUMBER = re.compile(r"(\d+)")
+
 
 class Stamp(NamedTuple):
     """What tells a file from what it was before."""
@@ -19,6 +21,11 @@ class Stamp(NamedTuple):
     path: Path
     num_bytes: int
     mtime_ns: int
+
+
+def natural(text: str) -> list[int | str]:
+    """What sorts a2 before a10."""
+    return [int(part) if part.isdecimal() else part for part in NUMBER.split(text)]
 
 
 def paths_of(name: str) -> list[str]:
@@ -33,7 +40,7 @@ def paths_of(name: str) -> list[str]:
 def frames_of(folder: Path) -> list[Path]:
     """The pictures of a folder, a2 before a10."""
     found = [path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in PICTURE_ENDINGS and path.is_file()]
-    return sorted(found, key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
+    return sorted(found, key=lambda path: natural(path.name))
 
 
 def holder(source: Source) -> Path:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from qwenvl_ft.data import sources
-from qwenvl_ft.data.pictures import MAX_PIXELS, PictureChanged, check_aspect, opened, size_of
+from qwenvl_ft.data.pictures import LIES_ON_ITS_SIDE, MAX_PIXELS, PictureChanged, check_aspect, opened, size_of
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Picture, Source, Video
 from qwenvl_ft.errors import Problem, UserError
@@ -276,7 +276,7 @@ def _plan(source: Source | BytesIO, where: str, drawing: Drawing, allowance: All
         first = next(iter(container.decode(stream)), None)
         if first is None:
             raise UserError(Problem(where, "has no frame that can be decoded", "write it anew (ffmpeg -i FILE NEW.mp4)"))
-        lies = _turn(first, where) in (TURN.ROTATE_270, TURN.ROTATE_90, TURN.TRANSPOSE, TURN.TRANSVERSE)
+        lies = _turn(first, where) in LIES_ON_ITS_SIDE
         width, height = (first.height, first.width) if lies else (first.width, first.height)
     num_bytes = None if isinstance(source, BytesIO) else sources.num_bytes(source)
     kept = source if isinstance(source, Source) else ()

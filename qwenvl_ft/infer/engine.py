@@ -21,7 +21,7 @@ from qwenvl_ft.data.chat import Chat, Script, open_chat
 from qwenvl_ft.data.geometry import reading_of
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Box, Medium, Picture, Record, Turn, Video
-from qwenvl_ft.data.template import Thinking, split_thought
+from qwenvl_ft.data.template import split_thought
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import check_base, read_header
 from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_model_json
@@ -30,7 +30,7 @@ from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.infer.decoding import read_decoding
 from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.messages import read_messages
-from qwenvl_ft.values import Quantization
+from qwenvl_ft.values import Quantization, Thinking
 
 MAX_NEW_TOKENS = 512
 Conversation = str | Record | Sequence[Turn | dict[str, Any]]
@@ -143,13 +143,13 @@ class Engine:
 
     def _begun(self, scripts: Sequence[Script]) -> Any:
         """The inputs, what several scripts begin with read already. Linear attention has a state in place of keys and values, in
-        which no padding may stand between a beginning and a rest: there each is read whole."""
-        from qwenvl_ft.infer.beginnings import beginnings, read_beginnings
+        which no padding may stand between a prefix and a rest: there each is read whole."""
+        from qwenvl_ft.infer.shared_prefix import prefixes, read_prefixes
 
-        found = beginnings(scripts)
+        found = prefixes(scripts)
         if self.chat.family.linear_attention or len(found) == len(scripts):
             return self.inputs_of(scripts)
-        return read_beginnings(self.model, self.processor, self.chat, scripts, found)
+        return read_prefixes(self.model, self.processor, self.chat, scripts, found)
 
     def ask_many(
         self, conversations: Sequence[Conversation], max_new_tokens: int = MAX_NEW_TOKENS, thinking: bool | None = None

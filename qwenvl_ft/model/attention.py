@@ -2,7 +2,7 @@
 
 transformers' own takes a packed row with an S x S mask and pays for all of it; its vision towers call it once a picture or window.
 The same numbers come out here, by a kernel for segments on a GPU, elsewhere by a call for each, or for all short ones of a length.
-What follows a beginning that records share has more keys than queries: the beginning's are gathered for each of them.
+What follows a prefix that records share has more keys than queries: the prefix's are gathered for each of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -102,7 +102,7 @@ def attention(
 
 class Gathered(torch.autograd.Function):
     """(1, H, S, D) and (K) places -> (1, H, K, D). Gradients of what is seen often are summed in float32: in 16 bits what many
-    records add to their beginning would be rounded off."""
+    records add to their prefix would be rounded off."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, Top
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.engine import Engine
-from qwenvl_ft.infer.prefixes import PREFIX_BYTES, Prefixes, Prompt
+from qwenvl_ft.infer.prefix_cache import PREFIX_BYTES, Prefixes, Prompt
 from qwenvl_ft.serve.api import Sampling, model_stopped
 from qwenvl_ft.serve.schema import Grammar
 

@@ -13,7 +13,7 @@ from typing import Any
 from qwenvl_ft.data.records import Turn
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine, check_mergers
-from qwenvl_ft.infer.prefixes import PREFIX_BYTES, shown_hash
+from qwenvl_ft.infer.prefix_cache import PREFIX_BYTES, shown_hash
 from qwenvl_ft.serve.api import (
     ApiError,
     ChatRequest,

@@ -31,7 +31,7 @@ from qwenvl_ft.train.dtypes import Multiplications
 from qwenvl_ft.train.launch import Signals, alone, check_shared, lost, start
 from qwenvl_ft.train.memory import memory_for, out_of_memory, peak_bytes
 from qwenvl_ft.train.origin import agree
-from qwenvl_ft.train.output_dir import METRICS, was_evaluated, write_results
+from qwenvl_ft.train.output_dir import METRICS_FILE, was_evaluated, write_results
 from qwenvl_ft.train.setup import processor_of, set_up
 from qwenvl_ft.train.state import OnSaved, Run
 
@@ -252,7 +252,7 @@ def run_steps(
         finally:
             display.stop()
             if run.metrics:
-                with writing(config.output_dir / METRICS):  # what is left of a line goes out with it
+                with writing(config.output_dir / METRICS_FILE):  # what is left of a line goes out with it
                     run.metrics.close()
         state = run.adapter_state()
         if run.metrics:
@@ -304,7 +304,7 @@ def take_steps(run: Run, steps: Schedule, evaluations: "Evaluations", signals: S
                 facts |= evaluated.scores
             display.skipped(skipped)
             if run.metrics:
-                with writing(config.output_dir / METRICS):
+                with writing(config.output_dir / METRICS_FILE):
                     facts = run.metrics.add(step, facts, skipped)
             run.accelerator.log(facts, step=step)
             display.step(step, facts)

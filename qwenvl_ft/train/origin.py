@@ -141,7 +141,7 @@ def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -
         "pictures": short_hash(names(prepared)),
         "contents": short_hash(content(prepared)),
         "packed rows": rows_hash(prepared.plan.rows),
-        "shared beginnings": "auto" if prepared.shares else "off",
+        "shared prefixes": "auto" if prepared.shares else "off",
         "grids": grids(prepared),
         **({"asked": f"{config.eval_samples} {config.eval_max_new_tokens}"} if config.eval_metric != "loss" else {}),
         **({"held out": short_hash([records(held_out), names(held_out), grids(held_out), content(held_out)])} if held_out else {}),
@@ -156,7 +156,7 @@ def version_of(package: str) -> str:
 
 
 def rows_hash(rows: PackedRows) -> str:
-    """Names which records share which row, and which of them their beginning."""
+    """Names which records share which row, and which of them their prefix."""
     digest = hashlib.sha256(rows.starts.data)
     for _, members in blocks(rows.members):
         digest.update(members.data)
@@ -199,9 +199,7 @@ def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared)
     if "processor" in changed:
         said.append("the base model's processor changed: its settings of pictures")
     if {"thinking", "media_position"} & set(changed):  # which write all records otherwise
-        changed = [
-            key for key in changed if key not in ("training records", "packed rows", "grids", "shared beginnings", "held out")
-        ]
+        changed = [key for key in changed if key not in ("training records", "packed rows", "grids", "shared prefixes", "held out")]
     if "training records" in changed:
         count, records = before["records"], prepared.num_records
         said.append("the training records changed" + (f": {count:,} before, {records:,} now" if count != records else ""))
@@ -211,10 +209,10 @@ def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared)
         tokens, room = before["row_tokens"], prepared.plan.row_tokens
         if tokens != room:
             said.append(f"row_tokens was {tokens} and is now {room}")
-        elif "shared beginnings" not in changed or "grids" in changed:
+        elif "shared prefixes" not in changed or "grids" in changed:
             said.append("pictures are seen in other sizes: min_pixels or max_pixels changed")
         elif "lora_dropout" not in changed:  # which is said, and is why
-            now_is = f"share_prefix was {was['shared beginnings']} and is now {now['shared beginnings']}"
+            now_is = f"share_prefix was {was['shared prefixes']} and is now {now['shared prefixes']}"
             said.append(f"{now_is}, by itself or by attn_implementation")
     elif "contents" in changed:
         said.append("the pictures changed: what is in them, under the same names and in the same sizes")

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from qwenvl_ft.config import Config
-from qwenvl_ft.data.cache import features_folder
 from qwenvl_ft.data.families import feature_width
 from qwenvl_ft.data.features import Features
 from qwenvl_ft.data.kept import code_of
@@ -27,6 +26,7 @@ from qwenvl_ft.data.rows import FEATURES, MAY_KEEP, Built, Row, Rows, with_featu
 from qwenvl_ft.data.targets import only_tower_trains, tower_trains
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.adapter import base_fingerprint
+from qwenvl_ft.folders.cache import features_folder
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.runs import PICTURE_HASHES, rotate
 from qwenvl_ft.folders.whole import short_hash, write_whole

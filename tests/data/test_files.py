@@ -25,7 +25,7 @@ from qwenvl_ft.data.pictures import PictureChanged, load, opened
 from qwenvl_ft.data.reading import AS_FOUND
 from qwenvl_ft.data.records import InTable, InTar, Record
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.values import Part
+from qwenvl_ft.values import MixedFile
 
 NUMBER = 7
 
@@ -409,7 +409,7 @@ def test_a_folder_and_a_pattern_are_their_files_in_order(loose, tmp_path):
 
 def test_mixed_files_count_by_their_weights_and_alike_for_one_seed(loose, tmp_path):
     (tmp_path / "many.jsonl").write_text("\n".join(json.dumps(talk("0.png", str(number))) for number in range(400)))
-    mixed = [Part(file=loose / "train.json", weight=2), Part(file=tmp_path / "many.jsonl", data_dir=loose, weight=1.25)]
+    mixed = [MixedFile(file=loose / "train.json", weight=2), MixedFile(file=tmp_path / "many.jsonl", data_dir=loose, weight=1.25)]
 
     def drawn(seed: int) -> list[tuple[str, int]]:
         tally = Tally()

@@ -11,6 +11,7 @@ from threading import Thread
 import pytest
 
 from qwenvl_ft.cli.main import main
+from qwenvl_ft.data.convert import convert
 from qwenvl_ft.data.files.containers import files_of
 from qwenvl_ft.data.kept import kept_table
 from qwenvl_ft.data.meta_file import read_records
@@ -79,6 +80,15 @@ def test_a_file_a_folder_and_a_pattern_are_read_with_pictures_elsewhere(bucket, 
     found = read_records(f"{HOME}/{meta}".rstrip("/"), f"{HOME}/images")
     assert sizes(found) == here
     assert {called(record.pictures[0].source) for record in found.records} == {f"{HOME}/images/{of.name}" for of in PICTURES}
+
+
+def test_a_folder_is_converted_with_names_within_it(bucket, here, tmp_path):
+    """The names were those within the folder above it, where nothing is looked up."""
+    for picture in PICTURES:
+        bucket.put_file(str(picture), f"{BUCKET}/set/{picture.name}")
+    bucket.pipe_file(f"{BUCKET}/set/train.json", json.dumps(LOCAL).encode())
+    convert(Path(f"s3://{BUCKET}/set"), tmp_path / "out.json")
+    assert sizes(read_records(tmp_path / "out.json", SAMPLE / "images")) == here
 
 
 def test_a_pattern_finds_what_glob_finds_in_folders(bucket, tmp_path):

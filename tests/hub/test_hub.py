@@ -769,6 +769,12 @@ def test_a_data_set_of_a_hub_is_brought_once_and_read(hub, kind, tmp_path, monke
     assert {name for name, _ in hub.asked} == {name for name in hub.files if name != "README.md"}
     hub.close()
     assert count("#train") == 2 and len(hub.asked) == asked
+    test, out = f"{kind}:org/tiny#test", tmp_path / "out.jsonl"
+    for command in (["convert", test, str(out)], ["validate-meta", str(out), "--against", test]):
+        with pytest.raises(SystemExit) as exit:
+            main(command)
+        assert exit.value.code == 0, capsys.readouterr().err
+    assert "1 record is in evaluation, too" in capsys.readouterr().out
     settings = {"model": TINY, "train_meta_file": [f"{kind}:org/tiny#train"], "output_dir": "out"}
     assert with_local_data(Config(**settings), print).train_meta_file[0].file.name == "*train*"
 

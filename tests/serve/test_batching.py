@@ -6,7 +6,7 @@ from concurrent.futures import Future
 import pytest
 
 from qwenvl_ft.infer.engine import Engine
-from qwenvl_ft.infer.prefixes import shown_hash
+from qwenvl_ft.infer.prefix_cache import shown_hash
 from qwenvl_ft.serve.api import ApiError, Sampling
 from qwenvl_ft.serve.batching import Batcher, Request
 from tests.conftest import TINY

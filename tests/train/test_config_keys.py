@@ -77,7 +77,7 @@ def test_trees_are_run_by_varlen_and_what_keeps_records_from_them_is_said(tmp_pa
         summary = prepared.summary(known)
         paid, total = summary["paid"], sum(prepared.tokens(row) for row in range(summary["rows"]))
         assert paid["tokens"] == total and (total < summary["tokens"]["total"]) == (paid["media"] < paid["media_shown"])
-        return prepared.shares, " ".join(note for note in summary["notes"] if "share their beginning" in note)
+        return prepared.shares, " ".join(note for note in summary["notes"] if "share a prefix" in note)
 
     assert planned() == (True, "") and planned(attn_implementation="varlen") == (True, "")
     reasons = {"share_prefix": "off", "lora_dropout": 0.1, "attn_implementation": "sdpa"}

@@ -60,7 +60,7 @@ def test_a_row_that_does_not_fit_is_named_and_what_is_saved_goes_on(checkpointin
         assert same(run(tmp_path, **SETTINGS, resume=True, gradient_checkpointing=True), adapter(plain))
 
 
-def test_where_beginnings_are_shared_that_is_named_as_something_to_leave_out(tmp_path):
+def test_where_prefixes_are_shared_that_is_named_as_something_to_leave_out(tmp_path):
     for shares in (True, False):
         fix = out_of_memory(FULL, config(tmp_path), "here", "a row", keeps=False, shares=shares).fix
         assert ("max_pixels (now 1003520), or set share_prefix: off, and choose" in fix) is shares
