@@ -19,12 +19,16 @@ from ruamel.yaml.events import AliasEvent, CollectionStartEvent, ScalarEvent
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.values import (
     MAX_NEW_TOKENS,
+    VIDEO_FPS,
+    VIDEO_MAX_FRAMES,
     Area,
+    BoxUnit,
     Checkpointing,
     Count,
     Form,
     Layers,
     LoraOn,
+    MediaPosition,
     Meta,
     Metric,
     Number,
@@ -36,8 +40,9 @@ from qwenvl_ft.values import (
     Share,
     Start,
     Step,
+    Thinking,
     Tower,
-    Tracker,
+    Trackers,
     rate_by_width,
 )
 
@@ -56,15 +61,15 @@ class Config(BaseModel):
 
     min_pixels: Area | None = None
     max_pixels: Annotated[Area, Field(validate_default=True)] = 1280 * 28 * 28
-    video_fps: Annotated[Rate, Field(le=120)] = 2.0
-    video_max_frames: Annotated[Number, Field(ge=2)] = 768
+    video_fps: Annotated[Rate, Field(le=120)] = VIDEO_FPS
+    video_max_frames: Annotated[Number, Field(ge=2)] = VIDEO_MAX_FRAMES
     video_max_pixels: Area = 768 * 28 * 28
     row_tokens: Positive = 4096
     share_prefix: Literal["auto", "off"] = "auto"
     cache_features: Literal["auto", "off"] = "auto"
-    thinking: Literal["off", "on", "template"] = "off"
-    boxes: Literal["pixels", "unit", "thousand"] | None = None
-    media_position: Literal["as_written", "first", "last", "both"] = "as_written"
+    thinking: Thinking = "off"
+    boxes: BoxUnit | None = None
+    media_position: MediaPosition = "as_written"
     fetch_media: StrictBool = False
     format: Form | None = None
     columns: dict[str, str | None] = {}
@@ -110,7 +115,7 @@ class Config(BaseModel):
     keep_best: StrictBool = False
     early_stopping_patience: Positive | None = None
     resume: Resume = False
-    report_to: list[Tracker] = []
+    report_to: Trackers = []
     run_name: str | None = None
 
     @field_validator("max_pixels")
@@ -120,6 +125,11 @@ class Config(BaseModel):
         if (info.data.get("min_pixels") or 0) > value:
             raise ValueError(f"set it to at least min_pixels, {info.data['min_pixels']}")
         return value
+
+    @property
+    def held_out_dir(self) -> Path | None:
+        """Where the pictures of evaluation are: those of training, where nothing else is said."""
+        return self.eval_data_dir or self.train_data_dir
 
     @property
     def own(self) -> dict[Tower, Own]:
@@ -152,8 +162,8 @@ class Config(BaseModel):
 
     @field_validator("init_adapter")
     @classmethod
-    def one_beginning(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        """PiSSA is a beginning, too."""
+    def one_start(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        """PiSSA is a start, too."""
         if value and info.data.get("init_lora_weights") is not True:
             raise ValueError("choose one of init_adapter and init_lora_weights: pissa")
         return value
@@ -185,14 +195,6 @@ class Config(BaseModel):
             return rate_by_width((settings.get("text_config") or settings)["hidden_size"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError("set a number: auto goes by the hidden_size in the model's config.json, which is not there") from error
-
-    @field_validator("report_to", mode="before")
-    @classmethod
-    def one_is_a_list(cls, value: Any) -> Any:
-        """`report_to: wandb` means `report_to: [wandb]`, and none means none."""
-        if isinstance(value, str):
-            return [] if value == "none" else [value]
-        return value
 
     @field_validator("thinking", mode="before")
     @classmethod
@@ -412,6 +414,8 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = (), job: Seq
     for key in [key for key in values if key not in Config.model_fields]:
         problems.append(Problem(lines[key], f"unknown key {key}", _right_key(key)))
         del values[key]
+    # What Python, and with it PAI's hyperparameters, call null.
+    values |= {key: None for key in values if values[key] == "None" and Config.model_fields[key].default is None}
     try:
         config = Config(**values)
     except ValidationError as error:

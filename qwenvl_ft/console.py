@@ -25,10 +25,10 @@ error_console = Console(stderr=True, highlight=False)
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output, for a program."""
-    console.file.write(_writable(json.dumps(value, ensure_ascii=False, indent=1)) + "\n")
+    console.file.write(writable(json.dumps(value, ensure_ascii=False, indent=1)) + "\n")
 
 
-def _writable(text: str) -> str:
+def writable(text: str) -> str:
     """Half of a surrogate pair, from a broken JSON or a broken file name, as its escape: no stream takes it as it is."""
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -46,7 +46,7 @@ def print_note(*lines: str) -> None:
 
 def pass_on(text: str) -> None:
     """What another program says, as it is, on standard error."""
-    error_console.file.write(_writable(text))
+    error_console.file.write(writable(text))
     error_console.file.flush()
 
 
@@ -59,9 +59,9 @@ def print_problems(problems: Sequence[Problem], every: bool = False, more: str =
     """Where, what and the fix of each kind, or of `every` problem, on standard error; then how many, and how to see `more`."""
     groups = alike(problems, len(problems) if every else MOST_ALONE)
     for group in groups:
-        where, what, fix = map(_writable, (group.first.where, group.first.what, group.first.fix))
+        where, what, fix = map(writable, (group.first.where, group.first.what, group.first.fix))
         if group.count > 1:
-            where = _writable(", ".join(group.places[:MOST_ALONE])) + f" and {group.count - MOST_ALONE:,} more"
+            where = writable(", ".join(group.places[:MOST_ALONE])) + f" and {group.count - MOST_ALONE:,} more"
             what += ", for one" * group.differ
         error_console.print(Text.assemble((where, "bold"), ": ", what, ("\n  fix: ", "green"), fix), soft_wrap=True)
     count = f"{len(problems):,} problem{'s' * (len(problems) != 1)}"
@@ -71,7 +71,7 @@ def print_problems(problems: Sequence[Problem], every: bool = False, more: str =
 
 
 @contextmanager
-def counting(what: str, patience_s: float = 0) -> Iterator[Callable[[int, int | None], None]]:
+def counting(what: str, patience_s: float = 2) -> Iterator[Callable[[int, int | None], None]]:
     """A progress bar for work that calls back with (done, total; None if nobody knows it), once it has taken `patience_s` seconds.
 
     On standard error, so that --json stays clean.
@@ -116,7 +116,7 @@ def draw_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -
     """A table with a line over its columns."""
     table = Table(*head, title=title, title_justify="left", box=SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*map(_writable, row))
+        table.add_row(*map(writable, row))
     return table
 
 
@@ -145,7 +145,7 @@ def draw_checks(checks: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def draw_paid(paid: dict[str, int], tokens: int) -> list[tuple[str, str]]:
-    """A row for `draw_counts`, where records share their beginning: what they show, and how much of it is run."""
+    """A row for `draw_counts`, where records share a prefix: what they show, and how much of it is run."""
     if paid["tokens"] == tokens:
         return []
     shown = f"{paid['media_shown']:,} pictures and videos shown, {paid['media']:,} paid for; " * (paid["media_shown"] > 0)
@@ -208,6 +208,7 @@ class Display:
         self.progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
         self.task = self.progress.add_task("training", total=total, completed=done)
         self.progress.start()
+        self.told: set[Problem] = set()
 
     def step(self, step: int, facts: dict[str, float]) -> None:
         """`facts`: learning_rate, tokens_per_s, taught_tokens_per_s, epoch; with line_loss, which is the mean since the last line,
@@ -224,6 +225,13 @@ class Display:
         """A line beside the bar."""
         if not self.quiet:
             self.progress.console.print(Text(line), soft_wrap=True)
+
+    def skipped(self, problems: Sequence[Problem]) -> None:
+        """Says what was left out, each record once in a run."""
+        for problem in problems:
+            if problem not in self.told:
+                self.say(f"skipped {problem.where}: {problem.what}")
+        self.told.update(problems)
 
     def stop(self) -> None:
         """Takes the bar away."""

@@ -36,6 +36,11 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 # The forms of records that are told from what a meta-file holds; data/formats reads them.
 Form = Literal["documented", "v1", "llava", "sharegpt", "messages", "openai", "prompt_completion", "query_response", "alpaca",
                "pairs", "columns"]  # fmt: skip
+Thinking = Literal["off", "on", "template"]  # a thought before the answer; template: as the model's own chat template has it
+BoxUnit = Literal["pixels", "unit", "thousand"]  # what the numbers of boxes are; pixels: of the picture as it is seen
+MediaPosition = Literal["as_written", "first", "last", "both"]  # of media in their turn: before its text or behind it
+# Qwen's own: what the bases were trained with, and what others draw who serve the merged model. Source: qwen_vl_utils.
+VIDEO_FPS, VIDEO_MAX_FRAMES = 2.0, 768
 Tower = Literal[
     "language", "experts", "vision", "merger"
 ]  # experts are the language model's, but trained only where they are named
@@ -46,10 +51,17 @@ Metric = Literal["loss", "exact", "relaxed", "anls", "f1", "cer", "wer", "choice
 # Of a set's questions, in `eval`, `compare` and evaluations in training, unless told otherwise: how many are asked at a time,
 # and how many tokens an answer has at most.
 BATCH_SIZE, MAX_NEW_TOKENS = 8, 128
-Tracker = Literal["wandb", "tensorboard", "swanlab", "mlflow"]
 
 
-class Part(BaseModel):
+def _trackers(value: Any) -> Any:
+    """`report_to: wandb` means `report_to: [wandb]`, and none means none."""
+    return ([] if value == "none" else [value]) if isinstance(value, str) else value
+
+
+Trackers = Annotated[list[Literal["wandb", "tensorboard", "swanlab", "mlflow"]], BeforeValidator(_trackers)]
+
+
+class MixedFile(BaseModel):
     """One of several meta-files that are mixed: each of its records counts `weight` times."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,25 +72,25 @@ class Part(BaseModel):
 
 
 def _meta(value: Any) -> Any:
-    """A path, or a list of parts, each of which may be a path alone; complained about as one thing."""
+    """A path, or a list of several, each of which may be a path alone; complained about as one thing."""
     if not isinstance(value, list):
         if not isinstance(value, str | Path):
             raise ValueError("it should be a path, a text, or a list of {file, data_dir, weight}")
         return Path(value)
-    parts = []
-    for number, part in enumerate(value):
+    files = []
+    for number, file in enumerate(value):
         try:
-            parts.append(Part.model_validate({"file": part} if isinstance(part, str | Path) else part))
+            files.append(MixedFile.model_validate({"file": file} if isinstance(file, str | Path) else file))
         except ValidationError as error:
             first = error.errors()[0]
             at, said = ".".join(map(str, [number, *first["loc"]])), first["msg"][0].lower() + first["msg"][1:]
             raise ValueError(f"write each of the list as {{file, data_dir, weight}}: of {at} {said}") from error
-    if not parts:
+    if not files:
         raise ValueError("list at least one file")
-    return parts
+    return files
 
 
-Meta = Annotated[Path | list[Part], PlainValidator(_meta)]
+Meta = Annotated[Path | list[MixedFile], PlainValidator(_meta)]
 
 
 class Own(BaseModel):

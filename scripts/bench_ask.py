@@ -1,4 +1,4 @@
-"""Measures what several questions about each picture cost: each read whole, as transformers does, and their beginning read once, in
+"""Measures what several questions about each picture cost: each read whole, as transformers does, and their prefix read once, in
 batches as `ask --jsonl` and `eval` have them, and one after another as a server has them.
 
     python scripts/bench_ask.py [--model data/tiny] [--pictures 8] [--questions 5] [--tokens 256] [--batch-size 8]
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from qwenvl_ft.infer.engine import Engine
-from qwenvl_ft.infer.prefixes import PREFIX_BYTES, shown_hash
+from qwenvl_ft.infer.prefix_cache import PREFIX_BYTES, shown_hash
 from qwenvl_ft.serve.api import Sampling
 from qwenvl_ft.serve.batching import Batcher, Request
 
@@ -77,7 +77,7 @@ def main() -> None:
     batches, tokens = [talks[at : at + args.batch_size] for at in range(0, len(talks), args.batch_size)], args.new_tokens
     ways: dict[str, Callable[[], list[str]]] = {
         "in batches, each read whole": lambda: [answer for batch in batches for answer in whole(engine, batch, tokens)],
-        "in batches, a beginning once": lambda: [answer for batch in batches for answer in engine.ask_many(batch, tokens)],
+        "in batches, a prefix once": lambda: [answer for batch in batches for answer in engine.ask_many(batch, tokens)],
         "served in turn, each read whole": lambda: serve(engine, talks, tokens, 0),
         "served in turn, from what is kept": lambda: serve(engine, talks, tokens, PREFIX_BYTES),
     }

@@ -35,19 +35,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from real_shapes import LEVERS, PICTURE, SHAPES, config_of, floor_flops, record, records
+from real_shapes import LEVERS, PICTURE, SHAPES, config_of, floor_flops, looked_at, lora_runs, record, records
 from torch.nn.attention import varlen
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qwenvl_ft.cli.main import main as command_line
 from qwenvl_ft.data.families import FAMILIES
+from qwenvl_ft.data.features import Features
 from qwenvl_ft.data.rows import SCALES, Row, as_floats, join
 from qwenvl_ft.model import head
 from qwenvl_ft.model.attention import VARLEN, attention, attention_of
 from qwenvl_ft.model.load import add_lora, load_base, refit, trainable
 from qwenvl_ft.model.lora import fuse_lora
 from qwenvl_ft.train import loop
+from qwenvl_ft.train.state import Run
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.cuda.is_available()
@@ -77,8 +79,7 @@ def trained(config: Any) -> Any:
     for name, parameter in trainable(model).items():
         if "lora_B" in name:  # 0 in a fresh one, which would leave half of the gradients at 0
             torch.nn.init.normal_(parameter, std=0.01)
-    accelerator = SimpleNamespace(device=DEVICE)
-    return SimpleNamespace(accelerator=accelerator, model=model, bare=model, bf16=DTYPE is torch.bfloat16, tower_trains=False)
+    return SimpleNamespace(accelerator=SimpleNamespace(device=DEVICE), model=model, bare=model, tower_trains=False)
 
 
 def wait() -> None:
@@ -201,7 +202,7 @@ def rows(report: Report, folder: Path) -> None:
 
             def gradients(of: Sequence[Row]) -> tuple[float, torch.Tensor]:
                 run.model.zero_grad()
-                losses = [loop.row_loss(run, row) for row in of]
+                losses = [Run.loss(run, row) for row in of]
                 sum(losses).backward()  # type: ignore[union-attr]
                 return sum(loss.item() for loss in losses), torch.cat([p.grad.flatten() for p in trainable(run.model).values()])
 
@@ -210,8 +211,9 @@ def rows(report: Report, folder: Path) -> None:
             rounding = torch.finfo(DTYPE).eps
             if not (loss <= max(rounding, 1e-5) and gradient <= max(8 * rounding, 1e-4)):
                 raise ArithmeticError(f"the loss differs by {loss:.3g}, a gradient by {gradient:.3g}")
-            waits = waited(lambda: loop.row_loss(run, join(examples)).backward())
-            if waits:
+            width = config.text_config.hidden_size * (1 + len(getattr(config.vision_config, "deepstack_visual_indexes", [])))
+            keep = partial(Features(folder / name, 1, width, DTYPE).write, 0)
+            if waits := waited(lambda: Run.loss(run, join(examples), keep).backward()):
                 raise ArithmeticError(f"the GPU was waited for in a row: {waits[0]}")
             return {"loss differs by": loss, "gradients by": gradient}
 
@@ -311,16 +313,15 @@ def allowed(gib: float | None) -> Iterator[None]:
 
 def training(
     run: Any, config: Any, matmul: float, attends: str = "varlen", recompute: bool = True, tokens: int = 4096, taught: int = 410,
-    chunk: int = head.CHUNK, cudnn: bool = False, gib: float | None = None,
+    chunk: int = head.CHUNK, cudnn: bool = False, gib: float | None = None, lora: str = "fused", kept: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Steps of one row, no two of one size; the first two are not counted."""
     if not CUDA:
         tokens, taught = tokens // 16, taught // 16
     made = [join(records(config, tokens, 3 * tokens // (4096 if CUDA else 256), taught, seed)) for seed in range(10 if CUDA else 4)]
+    made = [looked_at(run, row) for row in made] if kept else made
     if CUDA:
-        made = [
-            {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in row.items()} for row in made
-        ]
+        made = [{key: of.pin_memory() if isinstance(of, torch.Tensor) else of for key, of in row.items()} for row in made]
     for module in run.model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = VARLEN if attends == "varlen" else attends
@@ -332,14 +333,14 @@ def training(
     optimizer = torch.optim.AdamW(trainable(run.model).values(), lr=1e-5, fused=CUDA or None)
 
     def step(row: Row) -> None:
-        loop.row_loss(run, row).div(taught).backward()
+        Run.loss(run, row).div(taught).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
     head.CHUNK = chunk
     try:
-        with allowed(gib):
+        with allowed(gib), lora_runs(run.model, lora):
             times = [seconds(partial(step, row)) for row in made][2:]
     finally:
         optimizer.zero_grad()
@@ -360,6 +361,10 @@ LINES: dict[str, dict[str, Any]] = {
     "sdpa with a mask, cuDNN on": {"attends": "sdpa", "cudnn": True},
     "varlen, cuDNN on": {"cudnn": True},
     "nothing recomputed": {"recompute": False},
+    "nothing recomputed, gate kept": {"recompute": False, "lora": "gate kept"},
+    "LoRA as PEFT runs it": {"lora": "PEFT"},
+    "features kept": {"kept": True},
+    "features kept, nothing recomputed": {"kept": True, "recompute": False},
     "2,048 tokens taught, head by chunks": {"taught": 2048},
     "2,048 tokens taught, head at once": {"taught": 2048, "chunk": 2**30},
     "rows of 8,192": {"tokens": 8192, "taught": 820},

@@ -161,9 +161,9 @@ class Watching(MetaPathFinder):
 
 def ours(job: dict, counts: Counts) -> None:
     from qwenvl_ft.cli.main import main
-    from qwenvl_ft.train import loop
+    from qwenvl_ft.train import setup
 
-    def measured(*args, stock=loop.keep_what_fits):
+    def measured(*args, stock=setup.keep_what_fits):
         """Its forward pass decides what is recomputed and trains on nothing: it belongs to the start."""
         counts.begun = True
         kept = stock(*args)
@@ -171,7 +171,7 @@ def ours(job: dict, counts: Counts) -> None:
         counts.begun = False
         return kept
 
-    loop.keep_what_fits = measured
+    setup.keep_what_fits = measured
     Path("empty.yaml").write_text("seed: 42\n")
     main(["train", "--config", "empty.yaml", *(f"{key}={value}" for key, value in job["settings"].items())])
 

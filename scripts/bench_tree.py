@@ -80,12 +80,12 @@ def main() -> None:
         numbers = pack_scripts([*enumerate(scripts)], media).numbers
         length, back, shared = (numbers[:, NUMBERS.index(name)] for name in ("length", "back", "shared"))
         plans = {
-            "each alone": pack(length, args.row_tokens, share=False),
-            "packed": pack(length, args.row_tokens),
-            "trees": pack(length, args.row_tokens, alike=Alike(back, shared)),
+            "each alone": [[at] for at, script in enumerate(scripts) if script.length <= args.row_tokens],
+            "packed": pack(length, args.row_tokens).rows,
+            "trees": pack(length, args.row_tokens, alike=Alike(back, shared)).rows,
         }
         processor = limited(AutoProcessor.from_pretrained(args.model), chat)
-        ways = {name: [*Rows(scripts, plan.rows, chat, processor)] for name, plan in plans.items()}
+        ways = {name: [*Rows(scripts, plan, chat, processor)] for name, plan in plans.items()}
     found = {name: [run(model, rows)] for name, rows in ways.items()}  # the first is not counted: it warms up
     for _ in range(args.repeats):  # in turn, so that what else the machine does falls on all
         for name, rows in ways.items():

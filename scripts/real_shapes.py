@@ -1,15 +1,19 @@
-"""The real shapes of Qwen-VL models, and random records for them: what scripts/bench_gpu.py trains and asks."""
+"""The real shapes of Qwen-VL models, random records for them, and ways to run LoRA: what scripts/bench_gpu.py trains and asks."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
+from peft.tuners.lora import Linear
 from transformers import AutoConfig
 
 from qwenvl_ft.data.chat import IGNORE
-from qwenvl_ft.data.rows import SCALES, Row, positions
+from qwenvl_ft.data.rows import SCALES, Row, positions, with_features
+from qwenvl_ft.model.lora import FusedLora, fuse_lora, is_gated
+from qwenvl_ft.model.loss import vision_features
 
 # From the published config.json files; the ids of the placeholders are low ones, since nothing here was ever taught.
 START, END, PICTURE, FILM, FIRST_WORD, WORDS = 3, 4, 5, 6, 10, 1000
@@ -106,13 +110,41 @@ def floor_flops(config: Any, model: Any, rows: Sequence[Row]) -> float:
             sizes[part or ("lora_" if "lora_" in name else "layers")] += parameter.numel()
     total = 0.0
     for row in rows:
-        tokens, patches = row["input_ids"].numel(), len(row["pixel_values"])
+        tokens, patches = row["input_ids"].numel(), len(row.get("pixel_values", ()))
         bounds = row["cu_seq_lens_q"].tolist() if "cu_seq_lens_q" in row else [0, tokens]
         taught = int((row["labels"] != IGNORE).sum())
         total += tokens * (4 * sizes["layers"] + 6 * sizes["lora_"]) + 4 * taught * language.vocab_size * language.hidden_size
+        if not patches:  # their features were kept
+            continue
         total += 2 * patches * (sizes["tower"] + sizes["merger"] / 4)
         total += sum(6 * (end - start) ** 2 * heads for start, end in pairwise(bounds)) * language.num_hidden_layers
         for _, height, width_p in row["image_grid_thw"].tolist():
             own = height * width_p
             total += 4 * own * width * (own * len(whole) + 64 * (tower.depth - len(whole)))
     return total
+
+
+def looked_at(run: Any, row: Row) -> Row:
+    """The row as it is from the second epoch on: with features in place of pictures."""
+    features = list[torch.Tensor]()
+    vision_features(run.bare, row, False, lambda of: features.append(of.cpu()), run.accelerator.device)
+    return with_features(row, features[0], run.bare.config.vision_config.spatial_merge_size)
+
+
+@contextmanager
+def lora_runs(model: Any, how: str) -> Iterator[None]:
+    """Within it a model whose LoRA is "fused" keeps what its gates let through ("gate kept"), too, or runs all as "PEFT" has it."""
+    if how != "fused":
+        for layer in filter(is_gated, model.modules()):
+            del layer.forward
+    for layer in model.modules():
+        if how == "PEFT" and type(layer) is FusedLora:
+            layer.__class__ = Linear
+            layer.cast_input_dtype_enabled = True
+    try:
+        with torch.autocast(
+            next(model.parameters()).device.type, torch.bfloat16, enabled=how == "PEFT" and model.dtype == torch.bfloat16
+        ):
+            yield
+    finally:
+        fuse_lora(model)

@@ -120,10 +120,10 @@ def reading_others(who: int):
     """The training records of this process are others than those of the rest."""
 
     def start(rank: int) -> None:
-        from qwenvl_ft.train import loop
+        from qwenvl_ft.train import origin
 
-        stock = loop.fingerprint
-        loop.fingerprint = lambda *of: stock(*of) | ({"training records": "others"} if rank == who else {})
+        stock = origin.fingerprint
+        origin.fingerprint = lambda *of: stock(*of) | ({"training records": "others"} if rank == who else {})
 
     return start
 

@@ -4,9 +4,9 @@ import sys
 import time
 
 from qwenvl_ft.cli.main import main
-from qwenvl_ft.train import loop
+from qwenvl_ft.train.state import Run
 
-stock, rows = loop.row_loss, 0
+stock, rows = Run.loss, 0
 
 
 def slow(*row):
@@ -19,7 +19,7 @@ def slow(*row):
     return loss
 
 
-loop.row_loss = slow
+Run.loss = slow
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

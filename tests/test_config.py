@@ -85,6 +85,13 @@ def test_overrides_come_last_and_are_read_as_yaml(load):
     assert (config.run_name, config.max_steps) == ("a: b", None)
 
 
+def test_pythons_none_is_none_where_a_key_may_be(load, complaints):
+    """A PAI job's hyperparameter eval_meta_file=None was a file called None."""
+    config = load("eval_meta_file: None\n", "max_steps=None", "boxes=None")
+    assert config.eval_meta_file is config.max_steps is config.boxes is None
+    assert complaints("", "seed=None")[0][1] == "seed is None"
+
+
 def test_one_word_is_a_list_of_one_and_none_is_no_one(load):
     assert load("report_to: wandb\n").report_to == ["wandb"]
     assert load("report_to: none\n").report_to == []

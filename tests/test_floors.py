@@ -2,9 +2,14 @@
 
 import ast
 import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 # From the ground up: a room imports from the floors below its own only, so two rooms of one floor know nothing of each other.
 ORDER = "errors values | config console | folders | data | model | infer | evaluate | train export | hub serve cloud board | cli | __main__"
@@ -87,6 +92,19 @@ def test_nobody_writes_into_what_others_wrote():
             if roots & theirs:
                 written.append(f"{name}.py:{node.lineno}")
     assert written == []
+
+
+def test_what_is_imported_is_declared():
+    """Four packages were here only because others brought them, and whoever leaves one out next breaks us."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {canonicalize_name(Requirement(text).name) for of in lists for text in of}
+    of_alipai = {"oss2", "Tea", "alibabacloud_credentials"}  # of the versions that it pins
+    wanted = {module.split(".")[0] for tree in TREES.values() for module, _ in imports(tree)}
+    wanted -= {"qwenvl_ft", *of_alipai, *sys.stdlib_module_names}
+    known = packages_distributions()
+    lacking = {name for name in wanted if declared.isdisjoint(map(canonicalize_name, known.get(name, [name])))}
+    assert len(wanted) > 25 and not lacking
 
 
 def test_every_import_of_the_package_that_stands_in_a_text_is_there():

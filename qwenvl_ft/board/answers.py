@@ -193,7 +193,11 @@ def frame_of(path: str) -> tuple[int, int] | None:
 def small(path: Path) -> bytes:
     """A picture as WEBP, no larger than is shown. Raises UserError for a file that is no picture, or has too many px."""
     size_of(path, path.name)
-    image = load(path, path.name)
+    return as_webp(load(path, path.name))
+
+
+def as_webp(image: Image.Image) -> bytes:
+    """An image as WEBP, no larger than is shown. It becomes so small itself."""
     image.thumbnail((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
     file = BytesIO()
     image.save(file, "WEBP", quality=80, method=2)

@@ -8,12 +8,11 @@ import gc
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwenvl_ft.board.answers import SIDE_PX
+from qwenvl_ft.board.answers import as_webp
 from qwenvl_ft.board.runs import Run
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
@@ -59,10 +58,7 @@ class Asking:
         turns = [Turn("user", beside(shown, question, run.settings.get("media_position", "as_written")))]
         url = ""
         if image:
-            small, file = image.copy(), BytesIO()
-            small.thumbnail((SIDE_PX, SIDE_PX))
-            small.save(file, "WEBP", quality=80)
-            url = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+            url = f"data:image/webp;base64,{base64.b64encode(as_webp(image.copy())).decode()}"
         import torch
 
         from qwenvl_ft.train.memory import what_lacks

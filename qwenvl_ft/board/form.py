@@ -14,14 +14,13 @@ from typing import Any, Literal, get_args, get_origin
 
 from ruamel.yaml import YAML
 
-import qwenvl_ft
 from qwenvl_ft.board.effects import CHINESE_EFFECTS
 from qwenvl_ft.board.render import yaml
 from qwenvl_ft.config import NOT_YAML, Config, load_config
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.runs import check_output_dir
+from qwenvl_ft.folders.shipped import SHIPPED
 
-PACKAGE = Path(qwenvl_ft.__file__).parent
 KEY = re.compile(r"(\w+): .*?#\s*(.*)")
 SECTION = re.compile(r"# --- (.*?)(?: \(.*\))? ---")
 RUN_NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,99}", re.ASCII)
@@ -41,8 +40,7 @@ class Field:
 @lru_cache(maxsize=1)
 def sections() -> list[tuple[str, list[Field]]]:
     """(title, its fields) in the order of configs/lora.yaml."""
-    shipped = PACKAGE / "shipped"  # where a wheel has it; in a checkout configs/ lies beside the package
-    text = ((shipped if shipped.is_dir() else PACKAGE.parent) / "configs" / "lora.yaml").read_text(encoding="utf-8")
+    text = (SHIPPED / "configs" / "lora.yaml").read_text(encoding="utf-8")
     found: list[tuple[str, list[Field]]] = []
     for line in text.splitlines():
         if title := SECTION.match(line):

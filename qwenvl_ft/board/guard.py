@@ -7,7 +7,6 @@ it is loaded, still says its own name as Host. A form is taken with the token th
 import base64
 import binascii
 import hmac
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +14,13 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 
-from qwenvl_ft.data.fetch import is_loopback
+from qwenvl_ft.data.fetch import host_of, is_loopback, is_own_page
 
 FORM_BYTES, PICTURE_BYTES = 256 << 10, 32 << 20  # of a form; of one with a picture
 POLICY = (
     "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
-HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::\d+)?", re.ASCII)
 HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
@@ -78,9 +76,9 @@ class Guard:
         if self.key is not None:
             if not hmac.compare_digest(key_of(headers.get("authorization", "")).encode("utf-8", "replace"), self.key.encode()):
                 return 401, "the key is wrong or missing: give it as the password"
-        elif len(headers.getlist("host")) != 1 or not is_loopback(name_of(called)):
+        elif len(headers.getlist("host")) != 1 or not is_loopback(host_of(f"//{called}")):
             return 403, "this board asks for no key and is called localhost only"
-        if origin is not None and origin.lower().partition("://")[2] != called.lower():
+        if origin is not None and not is_own_page(origin, called):
             return 403, "this board answers no page of another site"
         if method == "POST":
             length = headers.get("content-length", "")
@@ -90,9 +88,3 @@ class Guard:
             if int(length[:20]) > most:
                 return 413, f"the form has more than {most:,} bytes"
         return None
-
-
-def name_of(host: str) -> str:
-    """The name in a Host header, without its port and an IPv6 address's brackets; nothing for what is none."""
-    found = HOST.fullmatch(host.lower())
-    return (found[1] or found[2] or "") if found else ""

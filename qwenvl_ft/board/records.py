@@ -28,7 +28,7 @@ def draw_records(run: Run, part: str, start: int, lang: str) -> str:
     """
     config = load_config(run.folder / "config.yaml")
     meta = config.train_meta_file if part == "training" else config.eval_meta_file
-    folder = config.train_data_dir if part == "training" else config.eval_data_dir or config.train_data_dir
+    folder = config.train_data_dir if part == "training" else config.held_out_dir
     if meta is None:
         raise UserError(Problem(part, f"{run.name} has none", "look at its training records"))
     chat: Chat = chat_of(config.model, config.min_pixels, config.max_pixels, config.thinking, config.video_max_pixels)

@@ -7,8 +7,8 @@ import typer
 
 from qwenvl_ft.cli.serve import bind, callers_key
 from qwenvl_ft.console import counting, print_line
-from qwenvl_ft.data.cache import cache_folder
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.cache import cache_folder
 from qwenvl_ft.folders.objects import address_of
 
 

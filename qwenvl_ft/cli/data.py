@@ -81,30 +81,29 @@ def validate_meta(
 
     Example: validate-meta data/sample/train.json --data-dir data/sample/images --model data/tiny
     """
-    from qwenvl_ft.data.chat import open_chat
+    from qwenvl_ft.data.batches import batches_of
     from qwenvl_ft.data.checks import Against, Checks, notes_of, token_counts
     from qwenvl_ft.data.meta_file import Tally
     from qwenvl_ft.data.notes import Noted
-    from qwenvl_ft.data.parts import parts_of
 
     meta = local_meta(meta, print_note)
-    chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking)) if model else None
+    chat = training_chat_settings(config, min_pixels, max_pixels, thinking).open(model)[0] if model else None
     reading, tally, noted = read_reading(config, fetch_media, format, boxes=boxes), Tally(), Noted()
     problems, records, lengths = list[Problem](), list["Record"](), Counter[int]()
     pictures: set[bytes] = set()
     used = shown = 0
     whole = True  # of a file that breaks nothing is trusted
-    theirs = Against.read(against, against_data_dir or data_dir, reading) if against else None
+    theirs = Against.read(local_meta(against, print_note), against_data_dir or data_dir, reading) if against else None
     checks = Checks(chat.limits if chat else None, theirs)
     with counting("reading records") as on_record:
-        for part in parts_of(meta, data_dir, tally, chat, reading, 0, on_record, keep_records=deep, against=theirs):
-            problems += part.problems
-            records += part.records
-            pictures.update(medium.digest for medium in part.media if medium.is_picture)
-            lengths.update(part.scripts.numbers[:, 0].tolist())
-            noted.join(part.noted)
-            checks.join(part.checks)
-            used, shown, whole = used + part.num_used, shown + part.num_shown, whole and part.whole
+        for batch in batches_of(meta, data_dir, tally, chat, reading, 0, on_record, keep_records=deep, against=theirs):
+            problems += batch.problems
+            records += batch.records
+            pictures.update(medium.digest for medium in batch.media if medium.is_picture)
+            lengths.update(batch.scripts.numbers[:, 0].tolist())
+            noted.join(batch.noted)
+            checks.join(batch.checks)
+            used, shown, whole = used + batch.num_used, shown + batch.num_shown, whole and batch.whole
     problems = tally.said_once(problems)
     if deep:
         from qwenvl_ft.data.deep import decode_all
@@ -178,13 +177,12 @@ def show(
         raise typer.BadParameter("--html takes --start and --limit or a number, and neither --svg nor --json")
     if not html and (number is None or start is not None or limit is not None):
         raise typer.BadParameter("give the number of a record, or --html with --start and --limit")
-    from qwenvl_ft.data.chat import open_chat
     from qwenvl_ft.data.show import check_page, draw_record, facts_of
 
     if html:
         check_page(html)
     meta = local_meta(meta, print_note)
-    chat = open_chat(model, *training_chat_settings(config, min_pixels, max_pixels, thinking))
+    chat, _ = training_chat_settings(config, min_pixels, max_pixels, thinking).open(model)
     reading = read_reading(config, fetch_media, format, boxes=boxes)
     if html:
         return _show_page(html, meta, data_dir, chat, reading, *((start or 0, limit or 200) if number is None else (number, 1)))
@@ -253,6 +251,7 @@ def convert(
     """
     from qwenvl_ft.data import convert as converting
 
+    meta = local_meta(meta, print_note)
     with counting("writing records") as on_record:
         reading = replace(read_reading(config, fetch_media, format, boxes=boxes), media_position="as_written")
         tally = converting.convert(meta, out, data_dir, reading, on_record)
@@ -297,7 +296,7 @@ def plan(
 
 def _memory(settings: "Config", prepared: "Prepared", card: "Card | None") -> dict[str, Any] | None:
     """The forecast for a card, or for the one that is here; None if there is none, or no forecast, which is said."""
-    with counting("simulating the heaviest row") as tell:
+    with counting("simulating the heaviest row", patience_s=0) as tell:
         tell(0, None)  # torch and transformers take seconds to be imported
         from qwenvl_ft.train.forecast import memory_of, present_card
 

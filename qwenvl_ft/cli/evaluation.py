@@ -15,7 +15,6 @@ from qwenvl_ft.cli.options import (
     META,
     Adapter,
     BoxesOption,
-    ChatSettings,
     DataDir,
     FetchMedia,
     Json,
@@ -30,6 +29,7 @@ from qwenvl_ft.cli.options import (
     read_chat_settings,
     read_reading,
 )
+from qwenvl_ft.config import load_config
 from qwenvl_ft.console import (
     counting,
     draw_counts,
@@ -40,6 +40,7 @@ from qwenvl_ft.console import (
     print_json,
     print_line,
     print_note,
+    print_problems,
 )
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.errors import Problem, UserError
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from qwenvl_ft.data.records import Record
     from qwenvl_ft.evaluate.controls import Control
     from qwenvl_ft.evaluate.table import Column
+    from qwenvl_ft.infer.engine import ChatSettings
 
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered at a time.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="An answer is cut here.")]
@@ -81,7 +83,7 @@ class Asked(NamedTuple):
     max_new_tokens: int
 
     def of_folder(
-        self, name: str, model: Path, adapter: Path | None, settings: ChatSettings, reading: Reading, out: Callable[[str], Path]
+        self, name: str, model: Path, adapter: Path | None, settings: "ChatSettings", out: Callable[[str], Path]
     ) -> tuple["Column", dict[str, int]]:
         """The answers of a model in a folder, and its limits of pixels; `out` says where those under a control go ("": none)."""
         from qwenvl_ft.evaluate.scoring import batches
@@ -91,11 +93,9 @@ class Asked(NamedTuple):
         for control in ("", *self.controls):
             read_answers(out(control))  # what is wrong with it is said before the model is loaded
         note_quantized([adapter] if adapter else [])
-        engine = Engine.open(model, adapter, False, *settings)
+        engine = Engine.open(model, adapter, *settings)
         print_note(*engine.chat.notes)
-        limits = engine.limits("image")
-        how = [vars(limits), vars(engine.chat.video_limits), reading.video_fps, reading.video_max_frames, engine.chat.source]
-        who = who_answers(model, adapter, how)
+        limits, who = engine.chat.limits, who_answers(model, adapter, engine)
         column = self._column(name, who, batches(engine, self.batch_size, self.max_new_tokens), out, engine)
         return column, {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels}
 
@@ -194,13 +194,13 @@ def evaluate(
     check_folders(folder, [adapter] if adapter else [])
     chat_settings = read_chat_settings(config, min_pixels, max_pixels, thinking)
     reading = read_reading(config, fetch_media, own=own_reading([(folder, adapter)], boxes), boxes=boxes)
-    records, facts = _records(meta, data_dir, reading)
+    records, facts, skipped = _records(meta, data_dir, reading, config)
     of = f"{_file_name(meta.stem)}{'' if adapter else f'-{folder.resolve().name}'}"
     target = out or (adapter or Path()) / f"predictions-{of}.jsonl"
     asked = Asked(records, _controls(records, blank, shuffled, no_pictures, text_first), limit, seed, batch_size, max_new_tokens)
     name = f"{folder}{f'+{adapter}' if adapter else ''}"
-    column, limits = asked.of_folder(name, folder, adapter, chat_settings, reading, partial(_beside, target))
-    scores = score(column.predictions) | limits | {"predictions": str(target)}
+    column, limits = asked.of_folder(name, folder, adapter, chat_settings._replace(reading=reading), partial(_beside, target))
+    scores = score(column.predictions) | limits | skipped | {"predictions": str(target)}
     table = tabulate([column], metric or [], seed)
     if adapter and not out:
         write_json(adapter / SCORES.format(of), {"meta": meta.name, "table": table})
@@ -302,7 +302,7 @@ def compare(
     for model, adapter in folders.values():
         check_folders(model, [adapter] if adapter else [])
     reading = read_reading(config, fetch_media, own=own_reading([*folders.values()], boxes), boxes=boxes)
-    records, facts = _records(meta, data_dir, reading)
+    records, facts, skipped = _records(meta, data_dir, reading, config)
     if len(folders) < len(models):
         askable(records)
     files = [_file_name(re.sub(r"//[^/@]*@", "//", spec)) for spec in models]
@@ -318,7 +318,7 @@ def compare(
         place = partial(_beside, target / f"{file}.jsonl")
         try:
             if spec in folders:
-                column, limits[spec] = asked.of_folder(spec, *folders[spec], chat_settings, reading, place)
+                column, limits[spec] = asked.of_folder(spec, *folders[spec], chat_settings._replace(reading=reading), place)
                 columns.append(column)
             else:
                 columns.append(asked.of_service(spec, concurrency, place))
@@ -327,7 +327,7 @@ def compare(
     if problems:
         raise UserError(*problems)
     table = tabulate(columns, metric or [], seed)
-    table["models"] = {column.name: _counts(column) | limits.get(column.name, {}) for column in columns}
+    table["models"] = {column.name: _counts(column) | limits.get(column.name, {}) | skipped for column in columns}
     if len({tuple(of.values()) for of in limits.values()}) > 1:
         table["words"].append("the models in folders were shown pictures of other sizes: --config RUN/config.yaml makes them equal")
     (target / "compare.json").write_text(json.dumps(table, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -342,8 +342,11 @@ def compare(
     print_line(f"answers, compare.md and compare.json are in {target}")
 
 
-def _records(meta: Path, data_dir: Path | None, reading: Reading) -> tuple[Sequence["Record"], list[tuple[str, str]]]:
-    """The records, and what is said of their files. Raises UserError where one cannot be read."""
+def _records(
+    meta: Path, data_dir: Path | None, reading: Reading, config: Path | None
+) -> tuple[Sequence["Record"], list[tuple[str, str]], dict[str, int]]:
+    """The records, what is said of their files, and of how many what was wrong. Raises UserError where one cannot be read, unless
+    the settings say `on_bad_record: skip`: then that is said, and the others are asked about."""
     from qwenvl_ft.data.meta_file import Tally, read_records
     from qwenvl_ft.data.notes import Noted
     from qwenvl_ft.evaluate.metrics import check_stated
@@ -351,12 +354,16 @@ def _records(meta: Path, data_dir: Path | None, reading: Reading) -> tuple[Seque
     tally = Tally()
     reading = replace(reading, media_position="as_written")  # of whatever run: --text-first asks the other way round
     records, problems, _ = read_records(local_meta(meta, print_note), data_dir, reading=reading, tally=tally)
-    if problems:
+    if problems and not (records and config and load_config(config).on_bad_record == "skip"):
         raise UserError(*problems)
     check_stated(records)
     for note in Noted(records).lines:
         print_note(note)
-    return records, draw_files(tally.facts)
+    if not problems:
+        return records, draw_files(tally.facts), {}
+    print_problems(problems)
+    facts = [*draw_files(tally.facts), ("skipped", f"{len(problems):,} problems of records that are not asked about")]
+    return records, facts, {"skipped": len(problems)}
 
 
 def _controls(records: Sequence["Record"], blank: bool, shuffled: bool, no_pictures: bool, text_first: bool) -> list["Control"]:

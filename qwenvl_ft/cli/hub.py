@@ -7,10 +7,11 @@ import typer
 
 from qwenvl_ft.cli.options import Json
 from qwenvl_ft.console import draw_counts, print_drawing, print_json, print_line, print_problems
+from qwenvl_ft.errors import Problem, UserError
 
 
 def download(
-    model: Annotated[str, typer.Argument(help="ORG/NAME on the hub.")],
+    model: Annotated[str, typer.Argument(help="ORG/NAME on the hub, or the address of its page.")],
     hub: Annotated[Literal["modelscope", "hf"], typer.Option("--hub", help="Where from.")],
     local_dir: Annotated[Path, typer.Option("--local-dir", help="The folder to bring it to.")],
     file: Annotated[list[str] | None, typer.Option("--file", help="Only this file or pattern; may be given several times.")] = None,
@@ -28,8 +29,10 @@ def download(
     from qwenvl_ft.hub.download import alone
     from qwenvl_ft.hub.download import download as run
 
-    source = read_source(f"{hub}:{model}")
+    source = read_source(model) or read_source(f"{hub}:{model}")
     assert source
+    if source.hub != hub:
+        raise UserError(Problem(model, f"is not on the hub that --hub {hub} names", f"write --hub {source.hub}, or {hub}:..."))
     with alone(local_dir, print_line):
         manifest = run(source._replace(revision=revision or source.revision), local_dir, file or (), print_line)
     whole = "complete" if manifest["complete"] else "these files are right; leave --file out for the whole model"

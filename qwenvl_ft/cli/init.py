@@ -7,12 +7,10 @@ from typing import Annotated
 
 import typer
 
-import qwenvl_ft
 from qwenvl_ft.console import print_line
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.shipped import SHIPPED
 
-PACKAGE = Path(qwenvl_ft.__file__).parent
-SHIPPED = PACKAGE / "shipped"  # where pyproject.toml puts configs/ and data/ in a wheel; in a checkout they lie beside the package
 SAMPLE = {"model": "data/tiny", "train_meta_file": "data/sample/train.json", "train_data_dir": "data/sample/images"}
 
 
@@ -26,13 +24,12 @@ def init(
 
     Example: qwenvl-ft init && qwenvl-ft plan
     """
-    source = SHIPPED if SHIPPED.is_dir() else PACKAGE.parent
-    config = source / "configs" / path.name
+    config = SHIPPED / "configs" / path.name
     named = config.is_file() and path.name != "lora.yaml"
-    text = (config if named else source / "configs/lora.yaml").read_text(encoding="utf-8")
+    text = (config if named else SHIPPED / "configs/lora.yaml").read_text(encoding="utf-8")
     if not named:
         for key, of_the_sample in SAMPLE.items():
-            there = json.dumps(str(source / of_the_sample), ensure_ascii=False)  # which is YAML, too
+            there = json.dumps(str(SHIPPED / of_the_sample), ensure_ascii=False)  # which is YAML, too
             old = re.search(rf"^{key}: \S+ *", text, re.MULTILINE)
             text = text.replace(old[0], f"{key}: {there}   ") if old else text
     try:

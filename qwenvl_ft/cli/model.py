@@ -49,7 +49,7 @@ def train(overrides: Overrides = None, config: ConfigFile = LORA_YAML) -> None:
     is_scratch = bool(outputs and settings.output_dir == outputs.scratch)
     if outputs and is_scratch and os.environ.get("LOCAL_RANK", "0") == "0":
         outputs.bring_back()
-    from qwenvl_ft.data.cache import cache_folder
+    from qwenvl_ft.folders.cache import cache_folder
     from qwenvl_ft.folders.remote_run import RemoteRun
 
     on_saved = outputs.keep if outputs and is_scratch else None
@@ -112,7 +112,9 @@ def ask(
     model: ModelArgument,
     question: Annotated[str | None, typer.Argument(help="What to ask; without it, a chat: a line is a question.")] = None,
     image: Annotated[list[str] | None, typer.Option("--image", help="A picture: file or URL; may be given several times.")] = None,
-    video: Annotated[list[str] | None, typer.Option("--video", help="A video: file or URL; may be given several times.")] = None,
+    video: Annotated[
+        list[str] | None, typer.Option("--video", help="A video: file, URL or folder of frames; may be given several times.")
+    ] = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames taken from each second of a video; 2 if not given.")] = None,
     adapter: Adapter = None,
     config: SettingsOf = None,
@@ -149,10 +151,9 @@ def ask(
         read_answers(out)  # what is wrong with it is said before the model is loaded
         from qwenvl_ft.infer.engine import Engine
 
-        engine = Engine.open(model, adapter, False, *chat_settings)
+        engine = Engine.open(model, adapter, *chat_settings)
         print_note(*engine.chat.notes)
-        of_videos = [vars(engine.chat.video_limits), engine.reading.video_fps, engine.reading.video_max_frames]
-        who = who_answers(model, adapter, [vars(engine.limits("image")), *of_videos, engine.chat.source])
+        who = who_answers(model, adapter, engine)
         with counting("answering") as on_answer:
             before, problems = answer_file(engine, lines, out, batch_size, max_new_tokens, on_answer, who)
         if problems:
@@ -167,11 +168,11 @@ def ask(
     from qwenvl_ft.infer.messages import read_messages
 
     media: list[dict[str, Any]] = [{"type": "image", "image": source} for source in image or []]
-    media += [{"type": "video", "video": source} | ({"fps": fps} if fps else {}) for source in video or []]
+    media += [{"type": "video", "video": _film(source)} | ({"fps": fps} if fps else {}) for source in video or []]
     reading = read_reading(config, False, own=own_reading([(model, adapter)]))
     # Before torch is imported.
     shown = read_messages([{"role": "user", "content": media}], reading=reading)[0].parts if media else ()
-    engine = Engine.open(model, adapter, False, *chat_settings)
+    engine = Engine.open(model, adapter, *chat_settings)
     print_note(*engine.chat.notes)
     talk: list[Turn] = []
     if question and as_json:
@@ -192,6 +193,13 @@ def ask(
         if was_cut:
             print_note(f"cut after {max_new_tokens} tokens: --max-new-tokens raises that")
         talk.append(Turn("assistant", (answer,)))
+
+
+def _film(source: str) -> str | list[Path]:
+    """A film's file or URL; of a folder its frames."""
+    from qwenvl_ft.data.sources import frames_of
+
+    return frames_of(Path(source)) if os.path.isdir(source) else source
 
 
 def chat_lines() -> Iterator[str]:

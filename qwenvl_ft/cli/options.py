@@ -4,18 +4,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from qwenvl_ft.config import Config, load_config, read_yaml
 from qwenvl_ft.console import print_note
-from qwenvl_ft.data.reading import AS_FOUND, Numbers, Reading
-from qwenvl_ft.data.template import Thinking
+from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import quantization_of
 from qwenvl_ft.folders.objects import address_of
-from qwenvl_ft.values import FOUR_TOKENS, Form, Part
+from qwenvl_ft.values import FOUR_TOKENS, BoxUnit, Form, MixedFile, Thinking
+
+if TYPE_CHECKING:
+    from qwenvl_ft.infer.engine import ChatSettings
 
 META = typer.Argument(
     help="JSON, JSON lines, CSV, parquet, Arrow, a WebDataset tar; a folder or a 'pattern*'; s3://, oss://, https://, hf:."
@@ -37,12 +39,12 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings in place o
 
 SettingsOf = Annotated[
     Path | None,
-    typer.Option("--config", help="Take min_pixels, max_pixels and thinking of these settings: RUN/config.yaml."),
+    typer.Option("--config", help="Take bounds of pixels, thinking and how videos are drawn from these settings: RUN/config.yaml."),
 ]
 MinPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Enlarge smaller pictures to this area, in px.")]
 MaxPixels = Annotated[int | None, typer.Option(min=FOUR_TOKENS, help="Shrink larger pictures to this area, in px.")]
 BoxesOption = Annotated[
-    Numbers | None,
+    BoxUnit | None,
     typer.Option("--boxes", help="What the numbers of the file's boxes are, else as --config says."),
 ]
 ThinkingOption = Annotated[
@@ -71,7 +73,7 @@ def read_settings(config: Path | None, overrides: list[str] | None, say: Callabl
     problems = []
     for key in ("train_meta_file", "train_data_dir", "eval_meta_file", "eval_data_dir"):
         value = getattr(settings, key)
-        for path in parts_of(value) if key.endswith("file") else [value]:
+        for path in paths_of(value) if key.endswith("file") else [value]:
             if path and not is_there(path):
                 of = "file of conversations" if key.endswith("file") else "folder of pictures"
                 problems.append(Problem(f"{key}: {path}", "is not there", f"put your {of} there, or set {key} to where it is"))
@@ -89,12 +91,9 @@ def read_settings(config: Path | None, overrides: list[str] | None, say: Callabl
     return settings
 
 
-ChatSettings = tuple[int | None, int | None, Thinking | None, int | None]
-
-
-def parts_of(meta: Path | list[Part] | None) -> list[Path]:
+def paths_of(meta: Path | list[MixedFile] | None) -> list[Path]:
     """The paths of a meta-file, or of several."""
-    return [part.file for part in meta] if isinstance(meta, list) else [meta] if meta else []
+    return [of.file for of in meta] if isinstance(meta, list) else [meta] if meta else []
 
 
 def is_there(path: Path) -> bool:
@@ -117,25 +116,28 @@ def local_meta(meta: Path, say: Callable[[str], None]) -> Path:
 
 def read_chat_settings(
     config: Path | None, min_pixels: int | None, max_pixels: int | None, thinking: Thinking | None
-) -> ChatSettings:
-    """What `open_chat` and `Engine.open` take of a command's options, else of the settings that --config names. None: not given."""
-    if config:
-        settings = load_config(config)
-        own = settings.min_pixels, settings.max_pixels, settings.thinking
-        return min_pixels or own[0], max_pixels or own[1], thinking or own[2], settings.video_max_pixels
-    return min_pixels, max_pixels, thinking, None
+) -> "ChatSettings":
+    """Those of a command's options, else of the settings that --config names. None: not given."""
+    from qwenvl_ft.infer.engine import ChatSettings
+
+    given = ChatSettings(min_pixels, max_pixels, thinking)
+    if not config:
+        return given
+    of = load_config(config)
+    own = ChatSettings(of.min_pixels, of.max_pixels, of.thinking, of.video_max_pixels, Reading.of(of))
+    return ChatSettings._make(mine or theirs for mine, theirs in zip(given, own, strict=True))
 
 
 def training_chat_settings(
     config: Path | None, min_pixels: int | None, max_pixels: int | None, thinking: Thinking | None
-) -> ChatSettings:
+) -> "ChatSettings":
     """What `plan` and `train` would use: that of `read_chat_settings`, else a config's defaults."""
-    least, most, thinks, of_video = read_chat_settings(config, min_pixels, max_pixels, thinking)
-    defaults = {key: Config.model_fields[key].default for key in ("max_pixels", "thinking", "video_max_pixels")}
-    return least, most or defaults["max_pixels"], thinks or defaults["thinking"], of_video or defaults["video_max_pixels"]
+    found = read_chat_settings(config, min_pixels, max_pixels, thinking)
+    keys = ("max_pixels", "thinking", "video_max_pixels")
+    return found._replace(**{key: getattr(found, key) or Config.model_fields[key].default for key in keys})
 
 
-def own_reading(folders: Sequence[tuple[Path, Path | None]], boxes: Numbers | None = None) -> Reading:
+def own_reading(folders: Sequence[tuple[Path, Path | None]], boxes: BoxUnit | None = None) -> Reading:
     """How models with their adapters are asked where nothing says otherwise: films are drawn as the first one's processor does, the
     numbers of boxes are what they were to the runs unless `boxes` says it, and media stand where the first run has them.
 
@@ -148,10 +150,10 @@ def own_reading(folders: Sequence[tuple[Path, Path | None]], boxes: Numbers | No
         return Reading(boxes=boxes)
     paths = [run_folder_of(adapter) / "config.yaml" for _, adapter in folders if adapter]
     runs = {path: read_yaml(path)[0] for path in paths if path.is_file()}
-    said: dict[Numbers | None, Path] = {}
+    said: dict[BoxUnit | None, Path] = {}
     for path, settings in runs.items():
-        if (numbers := settings.get("boxes")) not in (None, *get_args(Numbers)):
-            raise UserError(Problem(f"{path}: boxes", f"is {numbers!r}", f"write one of {', '.join(get_args(Numbers))}"))
+        if (numbers := settings.get("boxes")) not in (None, *get_args(BoxUnit)):
+            raise UserError(Problem(f"{path}: boxes", f"is {numbers!r}", f"write one of {', '.join(get_args(BoxUnit))}"))
         said.setdefault(numbers, path)
     known = {numbers: path for numbers, path in said.items() if numbers}
     if boxes is None and len(known) > 1:
@@ -166,7 +168,7 @@ def own_reading(folders: Sequence[tuple[Path, Path | None]], boxes: Numbers | No
 
 
 def read_reading(
-    config: Path | None, fetch_media: bool, format: Form | None = None, own: Reading = AS_FOUND, boxes: Numbers | None = None
+    config: Path | None, fetch_media: bool, format: Form | None = None, own: Reading = AS_FOUND, boxes: BoxUnit | None = None
 ) -> Reading:
     """How records are read: as the settings that --config names have it, else as `own` does, and as the command's options do."""
     reading = Reading.of(load_config(config)) if config else own

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from qwenvl_ft.cli.init import PACKAGE, SHIPPED
 from qwenvl_ft.cli.options import LORA_YAML, ConfigFile, Overrides
 from qwenvl_ft.cloud import account as accounts
 from qwenvl_ft.cloud import files, jobs, services
 from qwenvl_ft.console import counting, print_json, print_line, print_note
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.shipped import SHIPPED
 
 app = typer.Typer(
     name="pai", no_args_is_help=True, help="Alibaba's PAI: submit, status, logs, stop, fetch; deploy, ask, delete. docs/pai.md"
@@ -43,7 +43,7 @@ def submit(
     Example: qwenvl-ft pai submit --config configs/lora.yaml --instance-type ecs.gn7i-c8g1.2xlarge --count 1
     """
     account = accounts.read_account()
-    script = (SHIPPED if SHIPPED.is_dir() else PACKAGE.parent) / "train.py"
+    script = SHIPPED / "train.py"
     job = jobs.plan_job(account, config, overrides or [], script, _image(image), instance_type, count)
     session = _to_send(account, job.body(account), dry_run, job.uploads)
     with counting("sending files") as on_file:

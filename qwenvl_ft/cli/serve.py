@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +14,7 @@ import typer
 
 from qwenvl_ft.cli.options import MaxPixels, MinPixels, SettingsOf, ThinkingOption, note_quantized, read_chat_settings
 from qwenvl_ft.console import print_line, print_note
-from qwenvl_ft.data.fetch import is_loopback
+from qwenvl_ft.data.fetch import is_address, is_loopback
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.serve.api import Backend, Bounds
 from qwenvl_ft.serve.middleware import SPARE_CONNECTIONS
@@ -84,7 +85,7 @@ def serve(
     bounds = Bounds(max_body_mib << 20, max_pictures, max_megapixels * 1_000_000, max_prompt_tokens, max_answer_tokens, timeout)
     from qwenvl_ft.serve.open_request import Opener
 
-    opener = Opener(bounds, map(str.lower, allow_host or []))
+    opener = Opener(bounds, map(_host, allow_host or []))
     folders = dict(map(_adapter, adapter or []))
     if (model is None) == (not engine_url):
         raise typer.BadParameter("give the model's folder, or --engine-url", param_hint="MODEL")
@@ -101,14 +102,14 @@ def serve(
         from qwenvl_ft.serve.vllm_backend import VllmBackend, start_vllm
 
         if model:
-            backend = start_vllm(model, names, folders, engine_arg or [], opener, *chat_settings, changes=admin_key is not None)
+            backend = start_vllm(model, names, folders, engine_arg or [], opener, chat_settings, admin_key is not None)
         else:
             first, *others = engine_url or [""]
             backend = VllmBackend(first, opener, others=others)
     else:
         from qwenvl_ft.infer.engine import check_folders, open_adapter, open_beside
 
-        engines = open_beside(model, folders, *chat_settings)
+        engines = open_beside(model, folders, chat_settings)
         print_note(*engines[None].chat.notes)
         from qwenvl_ft.serve.transformers_backend import TransformersBackend
 
@@ -117,7 +118,7 @@ def serve(
 
         def opens(beside: "Engine", folder: Path, slot: str) -> "Engine":
             check_folders(base, [folder])
-            return open_adapter(beside, base, folder, slot, *chat_settings)
+            return open_adapter(beside, base, folder, slot, chat_settings)
 
         backend = TransformersBackend(named, opener, max_batch, prefix_mib << 20, opens, folders)
     note_quantized(folders.values())
@@ -169,6 +170,15 @@ def callers_key(variable: str | None, host: str) -> str | None:
         what = "would answer everyone who reaches this machine, without a key"
         raise UserError(Problem(f"--host {host}", what, "put a key into the environment and name it with --api-key-env VAR"))
     return key
+
+
+def _host(text: str) -> str:
+    """A host as it is found in URLs. Raises UserError for what never is: a URL, a port, a pattern."""
+    host = text.lower().strip("[]")
+    if not (is_address(host) or re.fullmatch(r"[\w-]+(\.[\w-]+)*", host)):
+        fix = "write the host alone, such as images.example.com, once for each that there is"
+        raise UserError(Problem(f"--allow-host {text}", "is no host", fix))
+    return host
 
 
 def _origin(key: str | None, text: str) -> str:

@@ -16,6 +16,7 @@ from there whole files are copied, a folder's manifest last.
 
 import json
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -112,11 +113,15 @@ def own_words(words: Sequence[str], environ: Mapping[str, str]) -> list[str]:
 def launcher(environ: Mapping[str, str], arguments: Sequence[str]) -> list[str] | None:
     """The arguments for Python that start `qwenvl-ft ARGUMENTS` once for each GPU of this node, under torch's launcher.
 
-    None where that was done, and where one process is all there is to be. DLC starts one process a node.
+    None where that was done, and where one process is all there is to be. DLC starts one process a node. Raises UserError for
+    numbers that are none.
     """
     nodes, each = (environ.get(name) or "1" for name in ("WORLD_SIZE", "NPROC_PER_NODE"))
     if "LOCAL_RANK" in environ or (nodes, each) == ("1", "1") or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
         return None
+    numbers = {"WORLD_SIZE": nodes, "NPROC_PER_NODE": each, "RANK": environ["RANK"], "MASTER_PORT": environ["MASTER_PORT"]}
+    if wrong := [f"{name}={value}" for name, value in numbers.items() if not re.fullmatch(r"\d+|gpu|auto", value)]:
+        raise UserError(*(Problem(place, "is no number", "leave it to PAI, which sets it, or mend it") for place in wrong))
     options = torchrun(nodes, each, environ["RANK"], environ["MASTER_ADDR"], environ["MASTER_PORT"])
     return ["-m", "torch.distributed.run", *options, "--module", "qwenvl_ft", *arguments]
 

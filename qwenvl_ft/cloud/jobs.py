@@ -119,15 +119,13 @@ def _channels(settings: Config) -> tuple[dict[str, Path | str], list[Problem]]:
         else:
             fix = f"put it there, or set {key} to where it is; a pattern is no place, the folder above it is one"
             problems.append(Problem(where, "is not there", fix))
-    for meta, pictures in (("train_meta_file", "train_data_dir"), ("eval_meta_file", "eval_data_dir")):
-        if meta in found and Path(str(found[meta])).suffix in (".json", ".jsonl", ".csv") and not _pictures(settings, pictures):
-            fix = f"set {pictures} to their folder: only what a channel names is there"
+    for meta, key, pictures in (
+        ("train_meta_file", "train_data_dir", settings.train_data_dir), ("eval_meta_file", "eval_data_dir", settings.held_out_dir),
+    ):  # fmt: skip
+        if meta in found and Path(str(found[meta])).suffix in (".json", ".jsonl", ".csv") and not pictures:
+            fix = f"set {key} to their folder: only what a channel names is there"
             problems.append(Problem(f"{meta}: {getattr(settings, meta)}", "is sent without the pictures that it names", fix))
     return found, problems
-
-
-def _pictures(settings: Config, key: str) -> Path | None:
-    return getattr(settings, key) or settings.train_data_dir
 
 
 def submit(session: Any, job: Job) -> str:

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 from qwenvl_ft.data.box_marks import Mark, Stray, has_json, has_tags, marks
 from qwenvl_ft.data.families import BoxForm
-from qwenvl_ft.data.reading import Numbers
 from qwenvl_ft.data.records import Box, Call, Part, Picture, Turn
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.values import BoxUnit
 
 THOUSAND = 1000
 ROUNDED_AWAY = 0.001  # of a side, or one px: so far outside a corner may lie by rounding
@@ -43,7 +43,7 @@ class Seen(NamedTuple):
 # ---- from a file ----
 
 
-def placed(turns: Sequence[Turn], places: Sequence[str], numbers: Numbers | None, problems: list[Problem]) -> list[Turn]:
+def placed(turns: Sequence[Turn], places: Sequence[str], numbers: BoxUnit | None, problems: list[Problem]) -> list[Turn]:
     """The turns with the boxes and references of their texts as parts, also those in their calls; what is wrong with one is added
     to `problems`, at its turn's place.
 
@@ -93,7 +93,7 @@ def placed(turns: Sequence[Turn], places: Sequence[str], numbers: Numbers | None
     return found
 
 
-def box_in(pictures: Sequence[Picture], picture: int, numbers: Sequence[float], unit: Numbers, label: str, place: str) -> Box:
+def box_in(pictures: Sequence[Picture], picture: int, numbers: Sequence[float], unit: BoxUnit, label: str, place: str) -> Box:
     """The box of these numbers in px of its picture. Raises UserError for one that its picture does not hold."""
     said = ",".join(f"({x:g},{y:g})" for x, y in zip(numbers[::2], numbers[1::2], strict=False))
     name = f"{'box' if len(numbers) == 4 else 'point'} {said}" + (f" of {label[:40]!r}" if label else "")

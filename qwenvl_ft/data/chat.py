@@ -27,7 +27,6 @@ from qwenvl_ft.data.records import Medium, Picture, Record, Turn, Video
 from qwenvl_ft.data.template import (
     CLOSE_THOUGHT,
     OPEN_THOUGHT,
-    Thinking,
     compile_template,
     knows_tools,
     render,
@@ -41,6 +40,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.model import read_config, read_model_json, read_template
 from qwenvl_ft.folders.problems import talk_problems
 from qwenvl_ft.folders.runs import processor_folder
+from qwenvl_ft.values import Thinking
 
 SHORT, MOST_SHORT = 64, 50_000  # letters of a text whose ids are kept beyond its record; and of how many texts
 IGNORE = -100  # the label that torch's cross entropy skips

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from qwenvl_ft.data import sources
 from qwenvl_ft.data.chat import IGNORE, Script
-from qwenvl_ft.data.geometry import Limits, resized
+from qwenvl_ft.data.geometry import Limits, resized, shrunk
 from qwenvl_ft.data.media_position import placed
 from qwenvl_ft.data.meta_file import Meta, stream_records
 from qwenvl_ft.data.numbers import Spool
@@ -29,7 +29,6 @@ from qwenvl_ft.data.records import Box, Medium, Part, Picture, Record, Source, V
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.hashes import digests, user_cache
 
-ROUNDED_AWAY = 0.1  # of a picture's area; less is how every picture is rounded
 NEARLY_ALL = 0.95  # of a picture's area
 LONG_ANSWER = 20  # letters; shorter ones stand in many a question that offers a choice
 PICTURE_NUMBER = re.compile(r"(?:[Pp]icture|[Ii]mage) ([1-9][0-9]?)\b")  # more digits are a year, or a name
@@ -52,13 +51,11 @@ class Against:
     `num_missed` are those that could not be read, and so are not compared.
     """
 
-    def __init__(self, records: Iterable[Record] = ()):
+    def __init__(self) -> None:
         self.hashes: dict[int, str] = {}
         self.media: dict[Source, str] = {}
         self.sizes: dict[tuple[int, int], set[int | None]] = {}  # height, width: bytes, None where these are not known
         self.num_missed = 0
-        for record in records:
-            self.add(record)
 
     @classmethod
     def read(cls, meta: Meta, data_dir: Path | None, reading: Reading = AS_FOUND) -> "Against":
@@ -135,13 +132,9 @@ class Checks:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
         self.media: dict[Source, str] = {}  # those that may be evaluation's, too
-        self.last = ""
 
     def add(self, record: Record, scripts: Sequence[Script] = ()) -> None:
-        """One more record. One that counts several times by its weight comes several times in a row, and is looked at once."""
-        if record.where == self.last:
-            return
-        self.last = record.where
+        """One more record, once however often it counts by its weight."""
         self.hashes.extend(np.array([hash_of(record)], np.uint64))
         self.places.add(record.where)
         if scripts:
@@ -179,11 +172,6 @@ class Checks:
             self._once_each()
             self.most_shrunk = max(MOST_SHRUNK, 2 * len(self.shrunk))
         self.media = other.media | self.media
-        self.last = other.last
-
-    def notes(self) -> list[str]:
-        """A line of each thing that was found, with its count and its first place."""
-        return notes_of(self.facts())
 
     def facts(self) -> dict[str, Any]:
         """For a program: by its name what was found of each kind with its `note`, and what is so of any records as it is `shown`.
@@ -365,11 +353,7 @@ def _named(part: Part) -> str:
 @lru_cache(4096)
 def _factor(height: int, width: int, limits: Limits) -> float:
     """How often a side of the picture is longer than what the model sees of it; 1 where nothing but rounding was done."""
-    new_height, new_width = resized(height, width, limits)
-    unit = limits.unit_px
-    rounded = round(height / unit) * unit * (round(width / unit) * unit)
-    shrunk = new_height * new_width < rounded or new_height * new_width <= (1 - ROUNDED_AWAY) * height * width
-    return math.sqrt(height * width / (new_height * new_width)) if shrunk else 1.0
+    return math.sqrt(height * width / math.prod(resized(height, width, limits))) if shrunk(height, width, limits) else 1.0
 
 
 def _numbered_above(text: str, number: int) -> bool:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from qwenvl_ft.data.formats.write import documented
 from qwenvl_ft.data.meta_file import OnRecord, Tally, stream_records
-from qwenvl_ft.data.mirror import local_folder
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.errors import Problem, UserError
 
@@ -45,7 +44,6 @@ def convert(
 def _write(
     write: Callable[[str], int], lines: bool, meta: Path, data_dir: Path | None, reading: Reading, tally: Tally, on_record: OnRecord
 ) -> list[Problem]:
-    root = local_folder(Path(data_dir or (meta if meta.is_dir() else meta.parent))).resolve()
     problems: list[Problem] = []
     number = 0
     for found in stream_records(meta, data_dir, reading, tally):
@@ -53,8 +51,9 @@ def _write(
         on_record(tally.num_records, None)
         if found.record is None:
             continue
+        (media,) = tally.media.values()
         try:
-            entry = documented(found.record, root, next(iter(tally.media.values())))
+            entry = documented(found.record, media.root, media)
         except UserError as error:
             problems += error.problems
             continue

@@ -9,8 +9,6 @@ and is made again.
 """
 
 import os
-import shutil
-import time
 import zlib
 from collections import deque
 from collections.abc import Iterable
@@ -25,6 +23,7 @@ import torch
 from qwenvl_ft.console import print_note
 from qwenvl_ft.data.packed import holders
 from qwenvl_ft.data.records import Medium
+from qwenvl_ft.folders.cache import remove_old
 
 INDEX = "index"
 ENTRY = np.dtype([("part", "<u4"), ("crc", "<u4"), ("start", "<u8"), ("end", "<u8")])
@@ -46,7 +45,7 @@ class Features:
         with (folder / INDEX).open("ab") as index:
             index.truncate(num_rows * ENTRY.itemsize)
         os.utime(folder)
-        _remove_old(folder.parent)
+        remove_old(folder.parent, INDEX, KEPT, IN_USE_S)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"part": None, "waiting": deque()}
@@ -121,12 +120,3 @@ class Features:
     def num_kept(self) -> int:
         """How many rows are there."""
         return int((np.fromfile(self.folder / INDEX, ENTRY)["part"] > 0).sum())
-
-
-def _remove_old(folder: Path) -> None:
-    """Those that were not used for longest. Another process may be doing the same."""
-    with suppress(OSError):
-        kept: Iterable[Path] = [path for path in folder.iterdir() if (path / INDEX).is_file()]
-        for old in sorted(kept, key=lambda path: path.stat().st_mtime)[:-KEPT]:
-            if time.time() - old.stat().st_mtime > IN_USE_S:
-                shutil.rmtree(old, ignore_errors=True)

@@ -215,6 +215,6 @@ def video_settings(model_dir: Path) -> dict[str, Any]:
 
 def shrunk(height: int, width: int, limits: Limits) -> bool:
     """Whether a picture is made smaller: by `max_pixels`, or by rounding to whole units, if that takes a tenth of it or more."""
-    seen = resized(height, width, limits)
+    seen, area = resized(height, width, limits), height * width
     rounded = resized(height, width, replace(limits, max_pixels=sys.maxsize))
-    return seen != rounded or math.prod(seen) <= (1 - ROUNDED_AWAY) * height * width
+    return math.prod(seen) < area and (seen != rounded or math.prod(seen) <= (1 - ROUNDED_AWAY) * area)

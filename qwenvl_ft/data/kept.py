@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import tokenizers
 from filelock import FileLock
 
 from qwenvl_ft.console import print_note
-from qwenvl_ft.data.cache import cache_folder
 from qwenvl_ft.data.chat import Chat
 from qwenvl_ft.data.files.containers import files_of
 from qwenvl_ft.data.meta_file import Meta
@@ -29,6 +28,8 @@ from qwenvl_ft.data.packed import GONE
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.table import Scripts
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.cache import cache_folder, remove_old
+from qwenvl_ft.folders.objects import Unreachable
 from qwenvl_ft.folders.whole import MANIFEST, sha256, short_hash, write_whole
 
 TABLES = 8  # that are kept: the ones opened last
@@ -49,8 +50,8 @@ def table_name(
     records are compared with, settings, tokenizer, code."""
     weights = [1.0] if isinstance(meta, Path | str) else [of.weight for of in meta]
     made_from = {
-        "parts": _parts(meta),
-        "held out": [_parts(held_out), str(held_out_dir and held_out_dir.resolve())] if held_out else [],
+        "parts": _files(meta),
+        "held out": [_files(held_out), str(held_out_dir and held_out_dir.resolve())] if held_out else [],
         "data_dir": str(data_dir and data_dir.resolve()),
         "tokenizer": sha256(model / "tokenizer.json"),
         "chat": [repr(getattr(chat, part.name)) for part in fields(chat) if part.name != "tokenizer"],
@@ -61,7 +62,7 @@ def table_name(
     return short_hash(made_from)
 
 
-def _parts(meta: Meta) -> list[Any]:
+def _files(meta: Meta) -> list[Any]:
     """Each file of a meta-file, where its media lie, how often it counts."""
     if isinstance(meta, Path | str):
         return [_states(Path(meta))]
@@ -72,6 +73,8 @@ def _states(file: Path) -> list[Any]:
     try:
         files = files_of(file)
         return [(str(path.absolute()), str(path.resolve()), *_state(path)) for path in files]  # whose folder may be a link
+    except Unreachable:
+        raise
     except (UserError, OSError):  # whoever reads it will say so
         return [str(file)]
 
@@ -117,7 +120,7 @@ def kept_table(name: str, make: Callable[[Path], None]) -> Scripts:
             write_whole(newest, make)
             found = Scripts(newest)
         os.utime(newest)
-        _remove_old(folder)
+        remove_old(folder, MANIFEST, TABLES)  # a process that has one open keeps what it has mapped
     return found
 
 
@@ -147,10 +150,3 @@ def _as_they_were(scripts: Scripts) -> bool:
             if state.st_size != num_bytes or state.st_mtime_ns != mtime_ns:
                 return False
     return True
-
-
-def _remove_old(folder: Path) -> None:
-    """Those that were not opened for longest. A process that has one open keeps what it has mapped."""
-    tables: Iterable[Path] = [path for path in folder.iterdir() if (path / MANIFEST).is_file()]
-    for old in sorted(tables, key=lambda path: path.stat().st_mtime)[:-TABLES]:
-        shutil.rmtree(old, ignore_errors=True)

@@ -15,16 +15,15 @@ from urllib.parse import unquote
 
 from qwenvl_ft.data import sources
 from qwenvl_ft.data.brought import bring, is_elsewhere
-from qwenvl_ft.data.cache import cache_folder
 from qwenvl_ft.data.formats.documented import OPEN
 from qwenvl_ft.data.formats.talk import Named, Options
-from qwenvl_ft.data.magic import PICTURE_ENDINGS
 from qwenvl_ft.data.mirror import called, mirror_of
 from qwenvl_ft.data.pictures import size_of
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Source, Video
 from qwenvl_ft.data.sizes import Sizes
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.cache import cache_folder
 
 NUMBER, ZEROS = re.compile(r"\d+"), re.compile(r"(?<!\d)0+(?=\d)")
 MOST_FOLDERS = 8  # of a name, the last of which may be what is meant
@@ -147,9 +146,8 @@ class Media:
         return measured(found, where, options, self.reading)
 
     def _frames(self, folder: Path, where: str) -> list[Source]:
-        """The pictures of a folder, a2 before a10, none of which may be a link out of ours."""
-        found = [path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in PICTURE_ENDINGS and path.is_file()]
-        found.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
+        """The frames of a folder, none of which may be a link out of ours."""
+        found = sources.frames_of(folder)
         return [self._file(str(path.relative_to(self.root)), where) if path.is_symlink() else path for path in found]
 
     def _source(self, name: Named, where: str, or_folder: bool = False) -> Source:
@@ -215,11 +213,16 @@ class Media:
             raise UserError(Problem(where, "an <img> tag is empty", "write <img>file.png</img>"))
         if OPEN in name:
             raise UserError(Problem(where, "an <img> tag stands inside another", "close the first one: <img>file.png</img>"))
+        if name.startswith("file://"):
+            paths = sources.paths_of(name)
+            name = next((path for path in paths if os.path.exists(self.root / path)), paths[0])
         if is_elsewhere(name):
             if self.reading.fetch_media:
                 return bring(name, where)
             what = "holds the file itself" if name.startswith("data:") else "is not a file name"
-            fix = f"set fetch_media: true to bring such files once, or put the file into {self.folder} and name it"
+            fix = f"put the file into {self.folder} and name it"
+            if name.startswith(("data:", "http://", "https://")):
+                fix = f"set fetch_media: true to bring such files once, or {fix}"
             raise UserError(Problem(where, f"{name[:60]} {what}", fix))
         try:
             path = (self.root / name).resolve()

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Literal
 
 from qwenvl_ft.data.records import Part, Picture, Record, Turn, Video
-
-MediaPosition = Literal["as_written", "first", "last", "both"]
+from qwenvl_ft.values import MediaPosition
 
 
 def placed(record: Record, position: MediaPosition) -> Record:

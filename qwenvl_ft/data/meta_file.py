@@ -6,9 +6,10 @@ A record with a problem is left out of what is returned, never mended in silence
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from qwenvl_ft.data.files.containers import container_of, entries_of, files_of, names_of
 from qwenvl_ft.data.files.entry import Entry
@@ -21,33 +22,17 @@ from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Record
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.objects import address_of, as_written
+from qwenvl_ft.values import MixedFile
 
 OnRecord = Callable[[int, int | None], None]  # (done, of how many; None where nobody knows that yet)
 
 
-class Part(Protocol):
-    """One of several meta-files that are mixed; `weight` is how often each of its records counts."""
-
-    @property
-    def file(self) -> Path: ...
-    @property
-    def data_dir(self) -> Path | None: ...
-    @property
-    def weight(self) -> float: ...
-
-
-Meta = Path | str | Sequence[Part]
+Meta = Path | str | Sequence[MixedFile]
 
 
 def called(meta: Meta) -> str:
     """A name of all of them, for a message."""
-    return Path(meta).name if isinstance(meta, Path | str) else ", ".join(part.file.name for part in meta)
-
-
-class _Alone(NamedTuple):
-    file: Path
-    data_dir: Path | None = None
-    weight: float = 1
+    return Path(meta).name if isinstance(meta, Path | str) else ", ".join(of.file.name for of in meta)
 
 
 class MetaFile(NamedTuple):
@@ -59,7 +44,7 @@ class MetaFile(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What one entry came to: a record and how often it counts, by its part's weight, or its problems.
+    """What one entry came to: a record and how often it counts, by its file's weight, or its problems.
 
     A record `is_blank` that is text alone while its entry has a key or column for media; it `has_unread` as its entry has.
 
@@ -76,7 +61,7 @@ class Found(NamedTuple):
 
 @dataclass
 class Counts:
-    """Of one part: its containers, each with how many files, and its records."""
+    """Of one meta-file: its containers, each with how many files, and its records."""
 
     meta: str
     weight: float = 1
@@ -86,11 +71,11 @@ class Counts:
 
 @dataclass
 class Tally:
-    """What was read so far; `forms` counts the records by the name of their form, `used` those of each part, weighed; `positions`
-    the good ones by where their media stand, and those whose media were moved there."""
+    """What was read so far, of each of the `mixed` files; `forms` counts the records by the name of their form, `used` those of
+    each file, weighed; `positions` the good ones by where their media stand, and those whose media were moved there."""
 
     num_records: int = 0
-    parts: list[Counts] = field(default_factory=list)
+    mixed: list[Counts] = field(default_factory=list)
     forms: Counter[str] = field(default_factory=Counter)
     used: Counter[int] = field(default_factory=Counter)
     positions: Counter[str] = field(default_factory=Counter)
@@ -99,9 +84,7 @@ class Tally:
     @property
     def facts(self) -> dict[str, Any]:
         """For a program."""
-        files = [
-            vars(part) | {"containers": dict(part.containers), "used": self.used[number]} for number, part in enumerate(self.parts)
-        ]
+        files = [vars(of) | {"containers": dict(of.containers), "used": self.used[number]} for number, of in enumerate(self.mixed)]
         positions = {name: self.positions[name] for name in ("first", "last", "mixed", "moved")}
         return {"files": files, "forms": dict(self.forms), "media_position": positions}
 
@@ -112,55 +95,55 @@ class Tally:
         return problems
 
 
-class Job(NamedTuple):
-    """An entry to be read: the folder of its media, None where there is none; the number of its part; how often it counts."""
+class EntryToRead(NamedTuple):
+    """An entry with the folder of its media, None where there is none; the number of its meta-file; how often it counts."""
 
     entry: Entry
     folder: Path | None = None
-    part: int = 0
+    number: int = 0
     times: int = 1
 
 
-def stream_entries(meta: Meta, data_dir: Path | str | None, reading: Reading, tally: Tally, seed: int = 0) -> Iterator[Job]:
-    """Every entry, as `read_job` reads it, here or in another process. `tally` counts them."""
-    parts = [_Alone(Path(meta))] if isinstance(meta, Path | str) else meta
+def stream_entries(meta: Meta, data_dir: Path | str | None, reading: Reading, tally: Tally, seed: int = 0) -> Iterator[EntryToRead]:
+    """Every entry, as `read_one` reads it, here or in another process. `tally` counts them."""
+    mixed = [MixedFile(file=Path(meta))] if isinstance(meta, Path | str) else meta
     files: list[list[Path]] = []
-    for part in parts:
+    for of in mixed:
         try:
-            files.append(files_of(part.file))
+            files.append(files_of(of.file))
         except UserError as error:
             files.append([])
-            yield from (Job(Entry("", problem)) for problem in error.problems)
-    names = iter(names_of([file for of_part in files for file in of_part]))
+            yield from (EntryToRead(Entry("", problem)) for problem in error.problems)
+    names = iter(names_of(list(chain.from_iterable(files))))
     try:
-        for number, (part, of_part) in enumerate(zip(parts, files, strict=True)):
-            counts, draw = Counts(as_written(part.file), part.weight), Random(f"{seed} {number}")
-            tally.parts.append(counts)
-            folder = local_folder(Path(part.data_dir or data_dir or _beside(part.file, of_part)))
+        for number, (of, its_files) in enumerate(zip(mixed, files, strict=True)):
+            counts, draw = Counts(as_written(of.file), of.weight), Random(f"{seed} {number}")
+            tally.mixed.append(counts)
+            folder = local_folder(Path(of.data_dir or data_dir or _beside(of.file, its_files)))
             if folder not in tally.media and folder.is_dir():
                 tally.media[folder] = Media(folder, reading)
-            for file, name in zip(of_part, names, strict=False):
+            for file, name in zip(its_files, names, strict=False):
                 counts.containers[container_of(file)] += 1
                 entries = _each(entries_of(file, name))
                 for entry in brought(entries, tally.media[folder]) if folder in tally.media else entries:
-                    times = int(part.weight) + (draw.random() < part.weight % 1)
+                    times = int(of.weight) + (draw.random() < of.weight % 1)
                     counts.records += bool(entry.where)
                     tally.num_records += bool(entry.where)
-                    yield Job(entry, folder if folder in tally.media else None, number, times)
+                    yield EntryToRead(entry, folder if folder in tally.media else None, number, times)
             if folder not in tally.media:
                 what, fix = "is not a folder", f"give the folder of the pictures {FOLDER_KEYS}"
-                yield Job(Entry("", Problem(str(folder), what, fix)))
+                yield EntryToRead(Entry("", Problem(str(folder), what, fix)))
     finally:
         for media in tally.media.values():
             media.sizes.save()
 
 
-def read_job(job: Job, media: Mapping[Path, Media], tally: Tally) -> Found:
+def read_one(one: EntryToRead, media: Mapping[Path, Media], tally: Tally) -> Found:
     """What an entry comes to; `tally` counts its form, and how often it is used."""
-    entry = job.entry
-    if isinstance(entry.value, Problem) or job.folder is None:
+    entry = one.entry
+    if isinstance(entry.value, Problem) or one.folder is None:
         return Found(entry.where, None, [entry.value] if isinstance(entry.value, Problem) else [], 0)
-    own = media[job.folder]
+    own = media[one.folder]
     own.beside = entry.beside
     problems: list[Problem] = []
     tally.forms[form_of(entry.value, own.reading) or "none that is known"] += 1
@@ -174,8 +157,8 @@ def read_job(job: Job, media: Mapping[Path, Media], tally: Tally) -> Found:
         written, record = record, placed(record, own.reading.media_position)
         tally.positions.update([side] if (side := position_of(record)) else [])
         tally.positions["moved"] += record is not written
-    times = job.times if record else 0
-    tally.used[job.part] += times
+    times = one.times if record else 0
+    tally.used[one.number] += times
     is_blank = bool(record and not record.media) and names_no_medium(entry.value, entry.empty, own.reading)
     return Found(entry.where, record, problems, times, is_blank, entry.has_unread)
 
@@ -192,11 +175,11 @@ def stream_records(
     """What each entry comes to, one after another and none of them kept. `tally` counts them.
 
     Pictures are resolved against `data_dir`, else the folder of the meta-file, and must lie inside it; only their headers are
-    read. A record of a part of weight 2.3 counts twice, and three times in 0.3 of the cases: the same ones for the same `seed`.
+    read. A record of a file of weight 2.3 counts twice, and three times in 0.3 of the cases: the same ones for the same `seed`.
     """
     tally = tally or Tally()
-    for job in stream_entries(meta, data_dir, reading, tally, seed):
-        yield read_job(job, tally.media, tally)
+    for one in stream_entries(meta, data_dir, reading, tally, seed):
+        yield read_one(one, tally.media, tally)
 
 
 def _beside(meta: Path, files: Sequence[Path]) -> Path:

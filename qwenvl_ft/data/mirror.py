@@ -18,14 +18,14 @@ from posixpath import normpath
 from filelock import BaseFileLock, FileLock, Timeout
 
 from qwenvl_ft.console import counting, print_note
-from qwenvl_ft.data.cache import cache_folder, free_bytes
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.cache import cache_folder, free_bytes
 from qwenvl_ft.folders.objects import Objects, State, address_of
 
 BOUND = "QWENVL_FT_CACHE_GIB"  # the variable that says how much may lie there
 SHARE = 0.5  # of what is free and what lies there already, which is the bound where nobody says one
 AT_ONCE = 32  # objects that are asked for or brought at a time
-PATIENCE_S = 2.0  # before a bar is shown
+PATIENCE_S = 2.0  # before it is said that another process is waited for
 LISTS = 32  # of what dead processes used: of earlier ones is no memory
 MIB = 2**20
 
@@ -179,7 +179,7 @@ class Mirror:
         total, done = sum(state.num_bytes or 0 for state in lacking.values()), 0
         pool = ThreadPoolExecutor(AT_ONCE)
         try:
-            with counting(f"bringing MiB of {self.objects.address}", PATIENCE_S) as tell:
+            with counting(f"bringing MiB of {self.objects.address}") as tell:
                 for num_bytes in pool.map(get, range(len(lacking)), lacking):
                     done += num_bytes
                     tell(done // MIB, total // MIB)

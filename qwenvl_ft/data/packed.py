@@ -36,7 +36,7 @@ class Packed:
     numbers: Ints = field(default_factory=lambda: np.zeros((0, len(NUMBERS)), np.int32))
 
 
-def beginning(script: Script) -> tuple[int, ...]:
+def prefix(script: Script) -> tuple[int, ...]:
     """The ids that scripts have in common if they share anything: those up to the last medium, or the least that is shared."""
     shown = (at for at, id in enumerate(script.ids) if id in script.placeholders)
     return tuple(script.ids[: max(shown, default=LEAST_SHARED - 1) + 1])
@@ -56,7 +56,7 @@ def pack_scripts(scripts: Sequence[tuple[int, Script]], media: Mapping[Medium, i
         for name, values in held.items():
             columns[name][0].extend(values)
             columns[name][1].append(len(values))
-        before, other = last.get(begins := (*shown, beginning(script)), (at, script))
+        before, other = last.get(begins := (*shown, prefix(script)), (at, script))
         last[begins] = at, script
         shared = script.shared_with(other) if at > before else 0
         taught = sum(spans[1::2]) - sum(spans[::2])

@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from qwenvl_ft.data.numbers import Indices, Ints, Numbers, Spool
 
 WINDOW = 2**18  # records that are packed together: more of them leave no fuller rows, and take more memory
-MOST_KEYS = 16  # to a token of a group: the keys of its beginning are gathered once for each record
+MOST_KEYS = 16  # to a token of a group: the keys of its prefix are gathered once for each record
 LEAST_SHARED = 64  # tokens: for fewer of them records are kept together only where they are half of the record
 
 
 class PackedRows(Sequence[list[int]]):
     """The indices that each row holds; those of row i are `members[starts[i] : starts[i + 1]]`.
 
-    One that shares the beginning of the index before it in its row stands there as ~index. `windows` are (row, record) that each
+    One that shares the prefix of the index before it in its row stands there as ~index. `windows` are (row, record) that each
     window of records begins with, and at last how many there are of both.
     """
 
@@ -49,7 +49,7 @@ class PackedRows(Sequence[list[int]]):
         return [index for group in self.groups(row) for index in group]
 
     def groups(self, row: int) -> list[list[int]]:
-        """What a row holds, by what shares its beginning."""
+        """What a row holds, by what shares its prefix."""
         at = range(len(self))[row]
         found: list[list[int]] = []
         for member in np.asarray(self.members[self.starts[at] : self.starts[at + 1]]).tolist():
@@ -61,7 +61,7 @@ class PackedRows(Sequence[list[int]]):
 
     @property
     def shares(self) -> bool:
-        """Whether a row holds a beginning once for several records."""
+        """Whether a row holds a prefix once for several records."""
         return any((members < 0).any() for _, members in self._windows())
 
     def __eq__(self, other: object) -> bool:
@@ -103,9 +103,9 @@ class Plan:
     fill: float
 
 
-def pack(lengths: Numbers, row_tokens: int, share: bool = True, alike: "Alike | None" = None) -> Plan:
-    """Best fit, longest first: each record goes into the fullest row that still has room. `share=False`: one record a row.
-    `alike` says what records share: see `grouped`.
+def pack(lengths: Numbers, row_tokens: int, alike: "Alike | None" = None) -> Plan:
+    """Best fit, longest first: each record goes into the fullest row that still has room. `alike` says what records share: see
+    `grouped`.
 
     Rows keep their records in file order and stand in the order of their first record, so equal input gives equal rows. A window
     of records is packed by itself; what is kept of a record is 4 bytes on the disk. Records of one length are placed together, so
@@ -120,7 +120,7 @@ def pack(lengths: Numbers, row_tokens: int, share: bool = True, alike: "Alike | 
         back, shared = np.zeros((2, len(window)), np.int32)
         if alike:
             back, shared = (np.asarray(of[start : start + WINDOW], np.int32) for of in alike)
-        packed = _pack_window(grouped(window, back, shared, row_tokens), row_tokens, share)
+        packed = _pack_window(grouped(window, back, shared, row_tokens), row_tokens)
         members.extend(np.where(packed.members < 0, packed.members - start, packed.members + start))
         sizes.append(packed.sizes)
         tokens.append(packed.tokens)
@@ -133,7 +133,7 @@ def pack(lengths: Numbers, row_tokens: int, share: bool = True, alike: "Alike | 
 
 
 class Alike(NamedTuple):
-    """What each record shares, of all records: how many records ago stood the last one that it shares a beginning with, 0 for none,
+    """What each record shares, of all records: how many records ago stood the last one that it shares a prefix with, 0 for none,
     and how many tokens both begin with."""
 
     back: Numbers
@@ -150,7 +150,7 @@ class Groups(NamedTuple):
 
 
 def grouped(lengths: Ints, back: Ints, shared: Ints, row_tokens: int) -> Groups:
-    """Records that share their beginning, to be packed as one: the beginning once and the rest of each. Most groups hold one.
+    """Records that share a prefix, to be packed as one: the prefix once and the rest of each. Most groups hold one.
 
     Two records are parted where they share little, or less than half of what either shares with its other neighbour, and where a
     row would be too short or see too many keys. Little is less than LEAST_SHARED tokens that are not half of the later record.
@@ -174,7 +174,7 @@ class _Window(NamedTuple):
     tokens: Indices
 
 
-def _pack_window(found: Groups, row_tokens: int, share: bool) -> _Window:
+def _pack_window(found: Groups, row_tokens: int) -> _Window:
     fits = np.flatnonzero(found.tokens <= row_tokens)
     tokens = found.tokens[fits]
     by_length = np.argsort(-tokens, kind="stable")
@@ -182,7 +182,7 @@ def _pack_window(found: Groups, row_tokens: int, share: bool) -> _Window:
     room = Room(row_tokens)
     rows, takes = array("q"), array("q")
     for length, count in zip((-lengths).tolist(), counts.tolist(), strict=True):
-        for row, taken in room.take(length, count) if share else room.take_alone(count):
+        for row, taken in room.take(length, count):
             rows.append(row)
             takes.append(taken)
     row_of = np.empty(len(tokens), np.int64)
@@ -261,12 +261,6 @@ class Room:
         self.rows: defaultdict[int, list[int]] = defaultdict(list)
         self.bits = 0
 
-    def take_alone(self, count: int) -> Iterator[tuple[int, int]]:
-        """Places `count` records in a row each."""
-        for _ in range(count):
-            yield self.num_rows, 1
-            self.num_rows += 1
-
     def take(self, length: int, count: int) -> Iterator[tuple[int, int]]:
         """Places `count` records of `length` tokens, not longer than any before: (row, how many of them it takes) of each row.
 
@@ -295,7 +289,7 @@ class Schedule(Sequence[tuple[int, list[int]]]):
     Its steps are as few as `rows_per_step` allows and take equally many rows, to within one: a step of the few rows that are
     left would take a full step's stride on them, and its loss would look like a jump. `max_steps` goes before `epochs`.
 
-    Where records share beginnings, rows are fewer than the `unshared` ones that these would fill each for itself, and hold more
+    Where records share prefixes, rows are fewer than the `unshared` ones that these would fill each for itself, and hold more
     of them: there are as many steps as of those, or the same epochs would take fewer steps, and teach less.
 
     >>> [(epoch, len(rows)) for epoch, rows in Schedule(9, rows_per_step=8, seed=42, epochs=2)]

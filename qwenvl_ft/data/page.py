@@ -18,6 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
 
+from qwenvl_ft.console import writable
 from qwenvl_ft.data.chat import IGNORE, Chat, Script
 from qwenvl_ft.data.geometry import tokens_of
 from qwenvl_ft.data.records import Box, Medium, Picture, Video
@@ -311,8 +312,7 @@ def nice_step(step: float) -> int:
 
 def text(said: str) -> str:
     """A text of somebody's for between tags and within quoted attributes: nothing of it is markup."""
-    plain = said.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair, from a broken file name
-    return escape(plain).replace("\r", "&#13;").replace("\0", "␀")  # which a browser would change, and leave out
+    return escape(writable(said)).replace("\r", "&#13;").replace("\0", "␀")  # which a browser would change, and leave out
 
 
 def _utf16(said: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qwenvl_ft.config import Config
-from qwenvl_ft.data.cache import features_folder, free_bytes
+from qwenvl_ft.data.batches import batches_of
 from qwenvl_ft.data.chat import Chat, open_chat
 from qwenvl_ft.data.checks import Against, Checks, notes_of, token_counts
 from qwenvl_ft.data.families import feature_width
@@ -22,14 +22,14 @@ from qwenvl_ft.data.notes import Noted
 from qwenvl_ft.data.numbers import Indices, blocks
 from qwenvl_ft.data.packed import PackedMedium, read_medium
 from qwenvl_ft.data.packing import Alike, Plan, Schedule, is_little, pack
-from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.quantization import quantization_problems
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.records import Picture, Video
 from qwenvl_ft.data.table import Scripts, TableWriter
-from qwenvl_ft.data.targets import find_layers, num_trained, said_of
+from qwenvl_ft.data.targets import SEEING, find_layers, num_trained, only_tower_trains, said_of
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import check_base
+from qwenvl_ft.folders.cache import features_folder, free_bytes
 from qwenvl_ft.folders.problems import check_adapter, check_model
 from qwenvl_ft.folders.runs import check_output_dir
 
@@ -63,7 +63,7 @@ class Prepared:
         return int(self._taught[row])
 
     def tokens(self, row: int) -> int:
-        """How many tokens a row has, a beginning that records share counted once."""
+        """How many tokens a row has, a prefix that records share counted once."""
         return int(self.plan.tokens[row])
 
     def cost(self, row: int) -> int:
@@ -81,13 +81,13 @@ class Prepared:
 
     def heaviest(self, tower_trains: bool) -> list[int]:
         """The rows that take most memory to train on: by their tokens, by the keys that these see, which are gathered where a
-        beginning is shared, and, where the tower keeps something, by the tokens of their pictures and videos."""
+        prefix is shared, and, where the tower keeps something, by the tokens of their pictures and videos."""
         keys = self.plan.rows.sums(self.scripts.lengths)
         return sorted({int(of.argmax()) for of in (self.plan.tokens, keys, *[self.media_tokens] * tower_trains)})
 
     @property
     def shares(self) -> bool:
-        """Whether a row holds a beginning once for several records."""
+        """Whether a row holds a prefix once for several records."""
         return self.plan.rows.shares
 
     def places(self, row: int) -> str:
@@ -128,6 +128,7 @@ class Prepared:
             "notes": notes(len(self.plan.rows), len(steps), config)
             + self._shared(steps, config)
             + self._held(taught, config)
+            + self._unseen(config)
             + facts["notes"],
         }
 
@@ -138,15 +139,15 @@ class Prepared:
         return {"bytes": num_bytes, "not_kept": not_kept(config, len(steps) > steps.steps_per_epoch) or no_room(num_bytes)}
 
     def _shared(self, steps: Schedule, config: Config) -> list[str]:
-        """A note, where a step takes fewer rows than it may since they share beginnings, or where records share one that rows do
+        """A note, where a step takes fewer rows than it may since they share prefixes, or where records share one that rows do
         not."""
         if (fewer := -(-steps.num_rows // max(1, steps.steps_per_epoch))) < min(config.rows_per_step, steps.num_rows) / 1.5:
             more = f"; for more rows of the same records lower row_tokens, now {config.row_tokens}"
-            return [f"a step takes {fewer} rows, which teach what {config.rows_per_step} would that share no beginnings" + more]
+            return [f"a step takes {fewer} rows, which teach what {config.rows_per_step} would that share no prefixes" + more]
         why = not_shared(config)
         lengths = self.scripts.lengths
         shared = why and any(not is_little(of, lengths[start : start + len(of)]).all() for start, of in blocks(self.scripts.shared))
-        return [f"records that share their beginning pay for it each: {why}"] if shared else []
+        return [f"records that share a prefix pay for it each: {why}"] if shared else []
 
     def _held(self, taught: int, config: Config) -> list[str]:
         """A note, where more is taught than an adapter of this rank holds."""
@@ -156,6 +157,14 @@ class Prepared:
         rule = f"about {TOKENS_A_WEIGHT} of them a weight, by a rule of thumb"
         held = f"{taught:,} taught tokens may be more than the adapter's {weights:,} weights hold, {rule}"
         return [f"{held}: raise lora_rank from {config.lora_rank}, if the loss stays high"]
+
+    def _unseen(self, config: Config) -> list[str]:
+        """A note, where records teach nothing since they show nothing."""
+        if not only_tower_trains(config.lora_on):
+            return []
+        unseen = len(np.unique(self.scripts.records[:][self.scripts.media_tokens[:] == 0]))
+        what = f"{unseen:,} records show no picture or video: they teach nothing with LoRA on {' and '.join(config.lora_on)} alone"
+        return [f"{what}: add language to lora_on"] if unseen else []
 
     def _used(self) -> tuple[int, int]:
         """How many records have a script in a row, and how many tokens those teach. Scripts of one record stand together."""
@@ -173,7 +182,7 @@ Ready = tuple[Prepared, Prepared | None]
 
 
 def not_shared(config: Config) -> str | None:
-    """Why rows hold no beginning once for several records; None if they do."""
+    """Why rows hold no prefix once for several records; None if they do."""
     if config.share_prefix == "off":
         return "share_prefix is off"
     if config.attn_implementation not in ("auto", "varlen"):
@@ -187,7 +196,7 @@ def not_kept(config: Config, again: bool) -> str | None:
     """Why what the vision tower makes of rows is made each time; None if it is kept. `again`: they are run again."""
     if config.cache_features == "off":
         return "cache_features is off"
-    if trains := {"vision", "merger"} & set(config.lora_on):
+    if trains := SEEING & set(config.lora_on):
         return f"LoRA on {' and '.join(sorted(trains))} changes it with every step"
     return None if again else "every row is run once"
 
@@ -204,16 +213,16 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
     Raises UserError with every problem, unless `on_bad_record` is skip and something is left to train on.
     """
     meta = config.eval_meta_file if evaluation and config.eval_meta_file else config.train_meta_file
-    data_dir = config.eval_data_dir if evaluation and config.eval_data_dir else config.train_data_dir
+    data_dir = config.held_out_dir if evaluation else config.train_data_dir
     chat = open_chat(config.model, config.min_pixels, config.max_pixels, config.thinking, config.video_max_pixels)
     reading = Reading.of(config)
     find_layers(config)
 
-    held_out, held_out_dir = None if evaluation else config.eval_meta_file, config.eval_data_dir or config.train_data_dir
+    held_out = None if evaluation else config.eval_meta_file
 
     def make(folder: Path) -> None:
         """Raises UserError for records that the config has no use for: whoever mends them is to be believed the next time."""
-        against = Against.read(held_out, held_out_dir, reading) if held_out else None
+        against = Against.read(held_out, config.held_out_dir, reading) if held_out else None
         scripts, found, whole = write_table(folder, meta, data_dir, chat, reading, config.seed, on_record, against)
         if not whole or not len(scripts) or (found and config.on_bad_record == "error"):
             planned(scripts if whole else None, found)
@@ -230,9 +239,12 @@ def prepare(config: Config, evaluation: bool = False, on_record: OnRecord = lamb
                 problems.append(Problem("on_bad_record", f"is error, and {found} found",
                                         "mend them, or set on_bad_record: skip to train without these records"))  # fmt: skip
             raise UserError(*problems)
+        if not evaluation and only_tower_trains(config.lora_on) and not any(of.any() for _, of in blocks(scripts.media_tokens)):
+            what = f"is {' and '.join(config.lora_on)} alone, and no record shows a picture or video: nothing would be learnt"
+            raise UserError(Problem("lora_on", what, "add language"))
         return Prepared(scripts, plan, problems, chat)
 
-    name = table_name(meta, data_dir, config.model, chat, reading, config.seed, held_out, held_out_dir)
+    name = table_name(meta, data_dir, config.model, chat, reading, config.seed, held_out, config.held_out_dir)
     scripts = kept_table(name, make)
     return planned(scripts, [Problem(*problem) for problem in scripts.facts["problems"]])
 
@@ -246,14 +258,14 @@ def write_table(
     checks = Checks(chat.limits, against)
     problems: list[Problem] = []
     whole = True
-    for part in parts_of(meta, data_dir, tally, chat, reading, seed, on_record, against=against):
-        few.add(writer.add(part.scripts, part.media, part.num_records))
-        for missed in part.missed.values():
+    for batch in batches_of(meta, data_dir, tally, chat, reading, seed, on_record, against=against):
+        few.add(writer.add(batch.scripts, batch.media, batch.num_records))
+        for missed in batch.missed.values():
             writer.add_files(missed.failed)
-        noted.join(part.noted)
-        checks.join(part.checks)
-        problems += part.problems
-        whole &= part.whole
+        noted.join(batch.noted)
+        checks.join(batch.checks)
+        problems += batch.problems
+        whole &= batch.whole
     problems = tally.said_once(problems)
     looked = checks.facts()
     facts = tally.facts | {

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from qwenvl_ft.data.media_position import MediaPosition
+from qwenvl_ft.values import VIDEO_FPS, VIDEO_MAX_FRAMES, BoxUnit, MediaPosition
 
 if TYPE_CHECKING:
     from qwenvl_ft.config import Config
-
-Numbers = Literal["pixels", "unit", "thousand"]  # what the numbers of boxes are; pixels: of the picture as it is seen
 
 
 @dataclass(frozen=True)
@@ -24,11 +22,9 @@ class Reading:
     format: str | None = None
     columns: Mapping[str, str | None] = field(default_factory=dict, hash=False)
 
-    # Qwen's own: what the bases were trained with, and what others draw who serve the merged model. Source: qwen_vl_utils.
-    video_fps: float = 2.0
-    video_max_frames: int = 768
-
-    boxes: Numbers | None = None
+    video_fps: float = VIDEO_FPS
+    video_max_frames: int = VIDEO_MAX_FRAMES
+    boxes: BoxUnit | None = None
     media_position: MediaPosition = "as_written"
 
     @classmethod

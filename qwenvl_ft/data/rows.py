@@ -5,10 +5,10 @@ apart is the text row of `position_ids`, which starts again at 0 with each recor
 it only while there is no `attention_mask` and no cache (`loss` sees to the cache). Each of these fails without a word when it is
 missing, so this is the one place where a row is built.
 
-Records that share their beginning stand in a row as a tree: that once, with its pictures, then the rest of each, whose positions go
+Records that share a prefix stand in a row as a tree: it once, with its pictures, then the rest of each, whose positions go
 on from it and whose tokens see it and themselves. Then the bounds of keys differ from those of queries: see KEYS.
 
-Axes: S = tokens in a row, P = patches, D = values of a patch, N = pictures, R = pieces of the row, which are records, or beginnings
+Axes: S = tokens in a row, P = patches, D = values of a patch, N = pictures, R = pieces of the row, which are records, or prefixes
 and what follows them.
 """
 
@@ -46,7 +46,7 @@ KEYS = "key_places"  # in a row with trees: (K) the place of every key that a pi
 FEATURES = "features"  # in a row whose media need not be shown: (T, W) what the vision tower made of them, see Features
 MAY_KEEP = "may_keep"  # in a row whose features are not kept: whether what is made of it may be
 SIZES = "feature_tokens"  # and how many of T are of pictures, and of videos, where there are any
-PIECES = "pieces"  # in an example that is a tree: the tokens of its beginning, then of each record's rest
+PIECES = "pieces"  # in an example that is a tree: the tokens of its prefix, then of each record's rest
 IN_8_BITS = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
 
 
@@ -196,13 +196,13 @@ def with_features(row: Row, features: torch.Tensor, merge_size: int) -> Row:
 
 
 def _key_places(pieces: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """For each piece of each example the places that it sees in the row: those of its beginning, and its own."""
+    """For each piece of each example the places that it sees in the row: those of its prefix, and its own."""
     found, at = list[torch.Tensor](), 0
     for first, *rests in pieces:
-        beginning = torch.arange(at, at := at + first)
-        found.append(beginning)
+        prefix = torch.arange(at, at := at + first)
+        found.append(prefix)
         for length in rests:
-            found += [beginning, torch.arange(at, at := at + length)]
+            found += [prefix, torch.arange(at, at := at + length)]
     return found
 
 
@@ -215,8 +215,8 @@ class Rows:
     """The rows of a plan, each built when it is asked for. `processor` is the model's own.
 
     `always_look` gives a row without pictures and videos a blank one, in a record of its own that teaches nothing: where processes
-    share out the vision tower's weights or gradients, one that does not run it leaves the others waiting for ever. A row that
-    `features` has is built without its pictures.
+    share out the vision tower's weights or gradients, one that does not run it leaves the others waiting for ever; and where the
+    tower alone trains a loss cannot go backward without it. A row that `features` has is built without its pictures.
     """
 
     def __init__(

@@ -3,11 +3,16 @@
 Whatever cannot be read is an OSError.
 """
 
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
+from qwenvl_ft.data.magic import PICTURE_ENDINGS
 from qwenvl_ft.data.records import InTable, InTar, Source
+
+NUMBER = re.compile(r"(\d+)")
 
 
 class Stamp(NamedTuple):
@@ -16,6 +21,26 @@ class Stamp(NamedTuple):
     path: Path
     num_bytes: int
     mtime_ns: int
+
+
+def natural(text: str) -> list[int | str]:
+    """What sorts a2 before a10."""
+    return [int(part) if part.isdecimal() else part for part in NUMBER.split(text)]
+
+
+def paths_of(name: str) -> list[str]:
+    """What a name may mean: itself, or of a file:// URL what follows, as it stands, which is how Qwen's own reader takes it, or
+    with its %20 and the like read."""
+    if not name.startswith("file://"):
+        return [name]
+    rest = name.removeprefix("file://")
+    return [*dict.fromkeys((rest, unquote(rest), unquote(rest).removeprefix("localhost")))]
+
+
+def frames_of(folder: Path) -> list[Path]:
+    """The pictures of a folder, a2 before a10."""
+    found = [path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in PICTURE_ENDINGS and path.is_file()]
+    return sorted(found, key=lambda path: natural(path.name))
 
 
 def holder(source: Source) -> Path:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from qwenvl_ft.console import writable
 from qwenvl_ft.data.chat import IGNORE, Script
 from qwenvl_ft.data.numbers import Ints
 from qwenvl_ft.data.packed import LISTS, NUMBERS, FileState, Packed, PackedMedium, read_medium
@@ -64,7 +65,7 @@ class TableWriter:
                 pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), values)
                 for values, counts in (columns[name] for name in LISTS)
             ]
-            self.scripts.add(pa.record_batch([pa.array(map(_writable, scripts.where), pa.string()), *lists], ["where", *LISTS]))
+            self.scripts.add(pa.record_batch([pa.array(map(writable, scripts.where), pa.string()), *lists], ["where", *LISTS]))
             before = [self.num_records if name == "record" else 0 for name in NUMBERS]
             self.numbers.write((scripts.numbers + np.array(before, np.int32)).tobytes())
         self.num_records += num_records
@@ -130,11 +131,6 @@ class _Stream:
         if self.waiting:
             self.stream.write_table(pa.Table.from_batches(self.waiting).combine_chunks())
         self.waiting = []
-
-
-def _writable(text: str) -> str:
-    """Broken names of files hold halves of surrogate pairs, which Arrow does not take."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _batch(columns: dict[str, Sequence[Any]]) -> "pyarrow.RecordBatch":

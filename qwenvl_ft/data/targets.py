@@ -4,7 +4,7 @@ Read from the headers of the base's files, so that what matches nothing is said 
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from math import prod
 from typing import Any
 
@@ -13,6 +13,7 @@ from qwenvl_ft.data.families import family_of, layers_of, shapes_of
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.values import Own, Tower
 
+SEEING: Set[Tower] = {"vision", "merger"}
 MERGERS = r"model\.visual\.(?:merger|deepstack_merger_list\.\d+)"
 EXPERTS = r"layers\.\d+\.mlp\.experts\."
 # Regular expressions over whole names of what lies in a tower, as transformers 5 has them.
@@ -31,7 +32,12 @@ def tower_of(name: str) -> Tower:
 
 def tower_trains(on: Collection[Tower]) -> bool:
     """Whether anything changes what the vision tower hands over."""
-    return not {"vision", "merger"}.isdisjoint(on)
+    return not SEEING.isdisjoint(on)
+
+
+def only_tower_trains(on: Collection[Tower]) -> bool:
+    """Whether what shows no picture or video teaches nothing."""
+    return {*on} <= SEEING
 
 
 def find_layers(config: Config) -> list[str]:

@@ -6,14 +6,14 @@ prompt. What a template does is found by rendering it, not by the name of its fa
 
 import json
 import re
-from typing import Any, Literal
+from typing import Any
 
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.values import Thinking
 
-Thinking = Literal["off", "on", "template"]
 OPEN_THOUGHT, CLOSE_THOUGHT = "<think>\n", "\n</think>\n\n"
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 MARK = "{{#- thinking: {} -#}}"  # a comment that says how a template was settled

@@ -11,8 +11,8 @@ from typing import Any
 
 from qwenvl_ft.errors import Problem, UserError
 
-FUNCTION = 'write {"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}'
-CALL = 'write {"name": ..., "arguments": {...}}'
+FUNCTION = 'write {"type": "function", "function": {"name": "...", "description": "...", "parameters": {...}}}'
+CALL = 'write {"name": "...", "arguments": {...}}'
 
 
 def function_of(text: str) -> dict[str, Any]:

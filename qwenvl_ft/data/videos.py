@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from qwenvl_ft.data import sources
-from qwenvl_ft.data.pictures import MAX_PIXELS, PictureChanged, check_aspect, opened, size_of
+from qwenvl_ft.data.pictures import LIES_ON_ITS_SIDE, MAX_PIXELS, PictureChanged, check_aspect, opened, size_of
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Picture, Source, Video
 from qwenvl_ft.errors import Problem, UserError
@@ -126,8 +126,6 @@ def measured(
             raise UserError(*(replace(problem, where=problem.where or where) for problem in error.problems)) from error
         return replace(film, min_pixels=least, max_pixels=most)
     check_number(len(source), where, drawing)
-    if "nframes" in options:
-        raise UserError(Problem(where, "has nframes and is a list of frames", "delete it: all frames of a list are shown"))
     sizes = [size_of(frame, where) for frame in source]
     if len(set(sizes)) > 1:
         raise several_sizes(where, [(width, height) for height, width in sizes])
@@ -136,9 +134,11 @@ def measured(
 
 
 def check_number(number: int, where: str, drawing: Drawing) -> None:
-    """Raises UserError for a list of frames that is too short for a video, or too long."""
+    """Raises UserError for a list of frames that is too short for a video, or too long, or of which some are to be drawn."""
     if not FRAME_PAIR <= number <= drawing.max_frames:
         raise UserError(Problem(where, f"has {number} frames", f"send {FRAME_PAIR} to {drawing.max_frames}"))
+    if drawing.nframes is not None:
+        raise UserError(Problem(where, "has nframes and is a list of frames", "delete it: all frames of a list are shown"))
 
 
 def several_sizes(where: str, sizes: Sequence[tuple[int, int]]) -> UserError:
@@ -276,7 +276,7 @@ def _plan(source: Source | BytesIO, where: str, drawing: Drawing, allowance: All
         first = next(iter(container.decode(stream)), None)
         if first is None:
             raise UserError(Problem(where, "has no frame that can be decoded", "write it anew (ffmpeg -i FILE NEW.mp4)"))
-        lies = _turn(first, where) in (TURN.ROTATE_270, TURN.ROTATE_90, TURN.TRANSPOSE, TURN.TRANSVERSE)
+        lies = _turn(first, where) in LIES_ON_ITS_SIDE
         width, height = (first.height, first.width) if lies else (first.width, first.height)
     num_bytes = None if isinstance(source, BytesIO) else sources.num_bytes(source)
     kept = source if isinstance(source, Source) else ()

@@ -178,7 +178,8 @@ def _training(run: Path) -> str:
         held_out = [f"step {step}: {loss:.4f}" for step, loss in results["eval_losses"].items()]
         lines.append(f"{results['steps']:,} steps, loss {results['train_loss']:.4f} a taught token over the run"
                      + f"; held-out loss at {', '.join(held_out[-3:])}" * bool(held_out) + ".")  # fmt: skip
-        lines += [f"Left out, as their pictures break: {len(results['skipped'])} records."] if results["skipped"] else []
+        if num := len(results["skipped"]):  # of a record there may be several, and one may be that of a whole file
+            lines.append(f"Records were left out for {num:,} problem{'s' * (num != 1)}, which all_results.json lists.")
     shown = {
         key: value for key, value in _settings(run).items()
         if value is not None and key != "model" and not key.endswith(("_dir", "_file"))

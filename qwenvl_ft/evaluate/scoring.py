@@ -77,19 +77,6 @@ class Sheet:
         ]
 
 
-def evaluate(
-    engine: Engine, records: Sequence[Record], batch_size: int, max_new_tokens: int, on_answer: Callable[[int, int], None],
-    out: Path | None = None, who: str = "",
-) -> tuple[dict[str, Any], list[Prediction]]:  # fmt: skip
-    """(scores, predictions) of all records. Scores: questions, exact and relaxed accuracy (0 to 1), empty answers, answers that
-    were cut; where boxes are wanted, how many, how many were answered, the mean overlap of the wanted ones and the share of at
-    least HIT. The rest is that of `ask_all`.
-    """
-    sheet = Sheet.of(records, engine.chat)
-    predictions = ask_all(sheet, batches(engine, batch_size, max_new_tokens), [who, max_new_tokens], on_answer, out, engine)
-    return score(predictions), predictions
-
-
 def ask_all(
     sheet: Sheet, replies: Replies, who: Any, on_answer: Callable[[int, int], None], out: Path | None = None,
     engine: Engine | None = None,
@@ -189,7 +176,9 @@ def box_facts(wanted: Sequence[Box], said: Sequence[Box]) -> dict[str, Any]:
 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """The scores of `evaluate`."""
+    """Questions, exact and relaxed accuracy (0 to 1), empty answers, answers that were cut; where boxes are wanted, how many, how
+    many were answered, the mean overlap of the wanted ones and the share of at least HIT.
+    """
     number = len(predictions) or 1
     overlaps = [overlap for of in predictions for overlap in of.get("iou", [])]
     said = sum("bbox_2d" in box for of in predictions for box in of.get("boxes", []))

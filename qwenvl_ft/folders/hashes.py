@@ -14,19 +14,19 @@ from pathlib import Path
 
 from qwenvl_ft.console import counting
 from qwenvl_ft.errors import Problem, UserError
+from qwenvl_ft.folders.cache import cache_folder
 from qwenvl_ft.folders.whole import sha256
 
 THREADS = 8  # reading and hashing both let go of Python's lock
 AT_ONCE = 64  # small files, each of which would cost more to hand over than to hash
 TICK_NS = 2_000_000_000  # the coarsest clock of a file system, FAT's
-PATIENCE_S = 2.0  # before a bar is shown
 Digests = dict[str, list[object]]  # by whole path: what the file system says, and the digest
 SEEN: Digests = {}  # by this process, which looks again at each adapter of a base, and may have no cache that it can write
 
 
 def user_cache() -> Path:
     """Where digests are kept of what belongs to no run: the bases."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "qwenvl_ft" / "hashes.json"
+    return cache_folder() / "hashes.json"
 
 
 def digests(paths: Iterable[Path], cache: Path, what: str) -> dict[Path, str]:
@@ -42,7 +42,7 @@ def digests(paths: Iterable[Path], cache: Path, what: str) -> dict[Path, str]:
         pool, step = ThreadPoolExecutor(THREADS), max(1, min(AT_ONCE, len(lacking) // (4 * THREADS)))
         parts = [lacking[start : start + step] for start in range(0, len(lacking), step)]
         try:
-            with counting(what, PATIENCE_S) as tell:
+            with counting(what) as tell:
                 for number, (some, hashed) in enumerate(zip(parts, pool.map(_sha256, parts), strict=True), 1):
                     known |= {name: [marks[name], digest] for name, digest in zip(some, hashed, strict=True)}
                     tell(min(number * step, len(lacking)), len(lacking))

@@ -7,6 +7,8 @@ from typing import Any
 from qwenvl_ft.errors import Problem, UserError
 
 INDEX = "model.safetensors.index.json"
+# Where a folder of models has them; nothing hidden, which may be half a download.
+BELOW = ("[!.]*", "[!.]*/[!.]*", "snapshots/*", "[!.]*--*/snapshots/*", "[!.]*/*--*/snapshots/*")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -27,8 +29,18 @@ def read_config(model_dir: Path) -> dict[str, Any]:
         if (model_dir / ADAPTER_CONFIG).is_file():
             raise UserError(Problem(str(model_dir), "is an adapter, not a model", "give its base, and this folder with --adapter"))
         fix = "download one: qwenvl-ft download Qwen/Qwen2-VL-7B-Instruct --hub modelscope --local-dir DIR"
+        if below := model_below(model_dir):
+            fix = f"give a model's folder below it, such as {below}"
         raise UserError(Problem(str(model_dir), "holds no config.json, so it is not a model's folder", fix))
     return read_model_json(model_dir / "config.json")
+
+
+def model_below(folder: Path) -> Path | None:
+    """A model's folder within one that is none itself: the cache_dir of a hub's own client has it some folders down."""
+    if (folder / "config.json").is_file():
+        return None
+    found = (path for shape in BELOW for path in sorted(folder.glob(shape)) if (path / "config.json").is_file())
+    return next((path for path in found if any(path.glob("*.safetensors"))), None)
 
 
 def read_template(model_dir: Path) -> str | None:

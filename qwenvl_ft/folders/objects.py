@@ -14,9 +14,11 @@ from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
+from qwenvl_ft.console import print_note
 from qwenvl_ft.errors import Problem, UserError
 
 ADDRESS = re.compile(r"(s3|oss|https?):/+(?=[^/])", re.IGNORECASE)  # pathlib makes one / of two
@@ -25,10 +27,18 @@ EXTRAS = {"s3": "s3fs", "oss": "ossfs"}
 KEYS = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", "oss": "OSS_ACCESS_KEY_ID and OSS_ACCESS_KEY_SECRET"}
 OF_OSS = {"key": "OSS_ACCESS_KEY_ID", "secret": "OSS_ACCESS_KEY_SECRET", "token": "OSS_SESSION_TOKEN"}
 PAUSES = (0.5, 1, 2, 4, 8, 16, 32)  # seconds before each further try; the libraries try again by themselves, too
+PATIENCE_S = 2.0  # before it is said what is waited for
 LIBRARIES = ("aiobotocore", "aiohttp", "aiooss2", "botocore", "oss2", "requests", "urllib3")  # whose errors are the network's
 LASTING = (errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what no further try mends: of a request, of the disk here
 SILENCE_S = 60  # of a web server, before the connection counts as cut
+# Of what is wrong with a setting: botocore's own errors have no class in common that says so.
+OF_SETTINGS = re.compile(r"Invalid|Validation|ProfileNotFound")
+NETWORK, ACCESS, SETTINGS = "network", "access", "settings"  # what is to be mended; only of the first may another try help
 Result = TypeVar("Result")
+
+
+class Unreachable(UserError):
+    """The server does not answer, after all tries: whoever asks it again waits as long again."""
 
 
 def address_of(path: Path | str) -> str | None:
@@ -68,6 +78,10 @@ class Objects:
             )
         if (extra := EXTRAS.get(self.scheme)) and not find_spec(extra):
             raise UserError(Problem(self.address, f"{extra} is not installed", f'pip install "qwenvl-ft[{self.scheme}]"'))
+        if self.scheme == "oss" and not os.environ.get("OSS_ENDPOINT"):
+            fix = "set OSS_ENDPOINT to that of the bucket's region, such as https://oss-cn-hangzhou.aliyuncs.com"
+            raise UserError(Problem(self.address, "nothing says which server has it", fix))
+        self.untold = Lock()  # held once it was said that it is waited for
 
     @property
     def is_web(self) -> bool:
@@ -147,22 +161,29 @@ class Objects:
         with suppress(FileNotFoundError):
             self._tried(name, lambda: self.fs.rm_file(self.at(name)))
 
-    def _keys(self) -> str:
+    def _fix(self, of: str) -> str:
+        if of == NETWORK:
+            return "see that its server and the network are up"
+        if of == SETTINGS:
+            return "mend the address" + ", or its endpoint, region or profile in the environment" * (not self.is_web)
         keys = KEYS.get(self.scheme)
         return f"set {keys} in the environment to keys that may do this" if keys else "give an address that anybody may read"
 
     def _tried(self, name: str, act: Callable[[], Result]) -> Result:
         """What `act` returns, at last. Raises FileNotFoundError for what is not there."""
+        began = time.monotonic()
         for pause in (*PAUSES, None):
             try:
                 return act()
             except Exception as error:
-                what, again = _said(error)
+                what, of = _said(error)
                 if not what:
                     raise
-                if pause is None or not again:
-                    fix = "see that its server and the network are up" if again else self._keys()
-                    raise UserError(Problem(self.called(name), what, f"{fix}, then run it again")) from error
+                if pause is None or of != NETWORK:
+                    kind = Unreachable if of == NETWORK else UserError
+                    raise kind(Problem(self.called(name), what, f"{self._fix(of)}, then run it again")) from error
+            if time.monotonic() - began >= PATIENCE_S and self.untold.acquire(blocking=False):
+                print_note(f"{self.called(name)} {what}; it is tried again for about a minute")
             time.sleep(pause)
         raise AssertionError
 
@@ -178,7 +199,9 @@ def _file_system(scheme: str, environment: tuple[tuple[str, str], ...], process:
     elif scheme not in EXTRAS:
         from aiohttp import ClientTimeout
 
-        given = {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)}}
+        given = {
+            "client_kwargs": {"trust_env": True, "timeout": ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)}
+        }
     return fsspec.filesystem(scheme, skip_instance_cache=True, **given)
 
 
@@ -189,18 +212,20 @@ def _state(info: dict[str, Any]) -> State:
     return State(info.get("size"), version)
 
 
-def _said(error: Exception) -> tuple[str, bool]:
-    """(what to say of it, whether another try may help); nothing to say of what is not there, or is not the network's doing."""
+def _said(error: Exception) -> tuple[str, str]:
+    """(what to say of it, what is to be mended); nothing to say of what is not there, or is not the network's doing."""
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:  # fsspec's, of whatever befell https
-        known = _said(error.__cause__) if isinstance(error.__cause__, Exception) else ("", False)
-        return known if getattr(error.__cause__, "status", 0) != 404 else ("", False)
+        known = _said(error.__cause__) if isinstance(error.__cause__, Exception) else ("", "")
+        return known if getattr(error.__cause__, "status", 0) != 404 else ("", "")
     status = getattr(error, "status", 0)
     if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in type(error).__name__:
-        return "access is refused, or no keys are given", False
+        return "access is refused, or no keys are given", ACCESS
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or status == 404:
-        return "", False
+        return "", ""
     if isinstance(error, OSError) and error.errno in LASTING:
-        return f"is refused: {os.strerror(error.errno)}", False
+        return f"is refused: {os.strerror(error.errno)}", ACCESS
+    if isinstance(error, ValueError) or OF_SETTINGS.search(type(error).__name__):
+        return f"cannot be asked for ({type(error).__name__})", SETTINGS
     if isinstance(error, OSError) or type(error).__module__.split(".")[0] in LIBRARIES:
-        return f"cannot be reached, or its connection is cut ({type(error).__name__})", True
-    return "", False
+        return f"cannot be reached, or its connection is cut ({type(error).__name__})", NETWORK
+    return "", ""

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, read_config, read_model_json, read_template
+from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, model_below, read_config, read_model_json, read_template
 from qwenvl_ft.folders.runs import FOR_RESUMING, PROCESSORS, checkpoints, holds_processor
 from qwenvl_ft.folders.whole import MANIFEST, damage
 
@@ -86,6 +86,8 @@ def model_problems(folder: Path) -> list[Problem]:
             read_config(folder)
     except UserError as error:
         found += error.problems
+    if model_below(folder):  # which is what is meant
+        return found
     found += broken_weights(folder)
     if not any(folder.glob("*.safetensors")) and not (folder / INDEX).is_file():
         pickles = any(folder.glob("*.bin"))
@@ -96,7 +98,9 @@ def model_problems(folder: Path) -> list[Problem]:
 
 def talk_problems(folder: Path) -> list[Problem]:
     """What a processor and a chat need beside the weights, and the folder lacks."""
-    found = []
+    found: list[Problem] = []
+    if model_below(folder):
+        return found
     if not holds_processor(folder):
         found.append(Problem(str(folder), f"holds no {' or '.join(sorted(PROCESSORS))}", AGAIN))
     if not (folder / "tokenizer.json").is_file():

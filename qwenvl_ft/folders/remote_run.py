@@ -16,8 +16,6 @@ from qwenvl_ft.folders.whole import INCOMING, LOCK, MANIFEST, discard, held, sho
 
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "OSS_ENDPOINT")  # one name may be two buckets
 
-PATIENCE_S = 2.0  # before a bar is shown
-
 
 @dataclass
 class RemoteRun:
@@ -75,7 +73,7 @@ class RemoteRun:
 
     def _get(self, folder: Path, names: list[str]) -> None:
         aside = folder.parent / INCOMING / folder.name
-        with counting(f"bringing back files of {folder.name}", PATIENCE_S) as tell:
+        with counting(f"bringing back files of {folder.name}") as tell:
             for number, name in enumerate(names, 1):
                 part = aside / name
                 part.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +101,7 @@ class RemoteRun:
         self.kept.delete(at := f"{name}/{MANIFEST}".lstrip("/"))
         found = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
         files = [path for path in found if not any(part.startswith(".") or NAME.match(part) for part in path.parts)]
-        with counting(f"sending files to {self.kept.called(name)}", PATIENCE_S) as tell:
+        with counting(f"sending files to {self.kept.called(name)}") as tell:
             for number, path in enumerate(files, 1):
                 self.kept.put(folder / path, f"{name}/{path.as_posix()}".lstrip("/"))
                 tell(number, len(files))

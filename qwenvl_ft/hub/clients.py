@@ -20,6 +20,10 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import sha256
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# The address of a repository's page, or of what git clones.
+PAGE = re.compile(
+    r"https?://[^/]+/(?:models/|datasets/)?([^/?#@]+/[^/?#@]+?)(?:\.git)?(?:/(?:summary|files)?|/tree/([^/?#]+)/?)?(?:[?#].*)?"
+)
 MODEL, DATA_SET = "model", "dataset"  # what a repository is, in both hubs' words
 LATER = "run the same command again: it brings what is missing"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -182,7 +186,7 @@ Hub = ModelScope | HuggingFace
 HUBS: dict[str, type[Hub]] = {"modelscope": ModelScope, "hf": HuggingFace}
 
 
-class Source(NamedTuple):
+class HubPlace(NamedTuple):
     """A model on a hub; `revision` is a branch, a tag or a commit, None for the hub's default or what was recorded."""
 
     hub: str
@@ -190,8 +194,9 @@ class Source(NamedTuple):
     revision: str | None = None
 
 
-def read_source(text: str) -> Source | None:
-    """`modelscope:ORG/NAME` or `hf:ORG/NAME`, `@REVISION` behind it or not; None if the text names no hub, so it is a path.
+def read_source(text: str) -> HubPlace | None:
+    """`modelscope:ORG/NAME` or `hf:ORG/NAME`, `@REVISION` behind it or not, or the address of its page in place of ORG/NAME; None
+    if the text names no hub, so it is a path.
 
     Raises UserError if what follows the hub is no ORG/NAME.
     """
@@ -199,12 +204,14 @@ def read_source(text: str) -> Source | None:
     if not colon or hub not in HUBS:
         return None
     repo, _, revision = rest.strip("/").partition("@")
+    if page := PAGE.fullmatch(rest):
+        repo, revision = page[1], page[2] or ""
     if repo.count("/") != 1 or ".." in repo or not all(repo.split("/")):
         raise UserError(Problem(text, "names no repository", f"write {hub}:ORG/NAME, such as {hub}:Qwen/Qwen2-VL-7B-Instruct"))
-    return Source(hub, repo, revision or None)
+    return HubPlace(hub, repo, revision or None)
 
 
-def pushable(where: str) -> Source:
+def pushable(where: str) -> HubPlace:
     """The repository that `where` names, made if it was not there; whoever is logged in with the hub's own tool owns it.
 
     Raises UserError if it names none, or one that this user may not write to: said before a merge, not after it.
@@ -223,7 +230,7 @@ def push(where: str, folder: Path) -> None:
         hub.push(source.repo, folder)
 
 
-def _place(where: str) -> tuple[Source, Hub]:
+def _place(where: str) -> tuple[HubPlace, Hub]:
     if not (source := read_source(where)) or source.revision:
         raise UserError(Problem(f"--push {where}", "names no repository on a hub", "write modelscope:ORG/NAME or hf:ORG/NAME"))
     return source, HUBS[source.hub]()

@@ -15,7 +15,7 @@ from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.whole import write_json
 from qwenvl_ft.hub.clients import DATA_SET, read_source
 from qwenvl_ft.hub.download import ASIDE, Say, alone, download
-from qwenvl_ft.values import Meta, Part
+from qwenvl_ft.values import Meta, MixedFile
 
 FOLDER = Path("datasets")
 BROUGHT = f"{ASIDE}/brought.json"  # which patterns of which revision were brought whole, and the sizes of their files
@@ -44,7 +44,7 @@ def with_local_data(config: Config, say: Say) -> Config:
 
     def here(meta: Meta) -> Meta:
         if isinstance(meta, list):
-            return [Part(file=local(part.file, say), data_dir=part.data_dir, weight=part.weight) for part in meta]
+            return [MixedFile(file=local(of.file, say), data_dir=of.data_dir, weight=of.weight) for of in meta]
         return local(meta, say)
 
     held_out = here(config.eval_meta_file) if config.eval_meta_file else None

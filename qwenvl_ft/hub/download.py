@@ -21,7 +21,7 @@ from qwenvl_ft.config import Config
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.problems import broken_weights, pointers, whole_problems
 from qwenvl_ft.folders.whole import sha256, write_json
-from qwenvl_ft.hub.clients import HUBS, LATER, MODEL, NO_ROOM, Source, Unreachable, Wanted, pieces, read_source
+from qwenvl_ft.hub.clients import HUBS, LATER, MODEL, NO_ROOM, HubPlace, Unreachable, Wanted, pieces, read_source
 
 ASIDE = ".download"
 MANIFEST, PARTS = f"{ASIDE}/manifest.json", f"{ASIDE}/parts"
@@ -53,7 +53,7 @@ def with_local_model(config: Config, say: Say) -> Config:
     return config.model_copy(update={"model": folder})
 
 
-def is_complete(folder: Path, source: Source) -> bool:
+def is_complete(folder: Path, source: HubPlace) -> bool:
     """Whether an earlier download ended here and every file still has its size; hashes are for `qwenvl-ft download`."""
     manifest = read_manifest(folder)
     sizes = {folder / name: of["bytes"] for name, of in manifest["files"].items()}
@@ -65,7 +65,7 @@ def is_complete(folder: Path, source: Source) -> bool:
     )
 
 
-def download(source: Source, folder: Path, names: Sequence[str], say: Say, kind: str = MODEL) -> dict[str, Any]:
+def download(source: HubPlace, folder: Path, names: Sequence[str], say: Say, kind: str = MODEL) -> dict[str, Any]:
     """Brings the whole model, or only the files of a model or a data set that `names` (patterns) match. Returns the manifest.
 
     Raises UserError with everything that is still missing or wrong; what is right stays for the next run.
@@ -150,7 +150,7 @@ def _record(wanted: Wanted, path: Path) -> dict[str, Any]:
 
 
 def _without_the_hub(
-    folder: Path, source: Source, before: dict[str, Any], names: Sequence[str], error: Unreachable, say: Say
+    folder: Path, source: HubPlace, before: dict[str, Any], names: Sequence[str], error: Unreachable, say: Say
 ) -> dict[str, Any]:
     """What is known of a folder that is whole while the hub does not answer: by the recorded hashes, or without a record by
     what a model must have. Else raises the hub's error and what is wrong here."""

@@ -157,10 +157,12 @@ def other_answers(out: Path) -> UserError:
     return UserError(Problem(str(out), what, "choose another --out, or delete it"))
 
 
-def who_answers(model_dir: Path, adapter: Path | None, engine_settings: Sequence[Any] = ()) -> str:
-    """A hash of what answers: the folders, their files by size and time, the template, `engine_settings` as they are."""
+def who_answers(model_dir: Path, adapter: Path | None, engine: Engine) -> str:
+    """A hash of what answers: the folders, their files by size and time, the templates, and within which limits it sees."""
     files = [*weight_files(model_dir), model_dir / "tokenizer.json"]
     files += [path] if (path := model_dir / GENERATION_CONFIG).is_file() else []
     files += [adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS] if adapter else []
     states = [(str(path.resolve()), (of := path.stat()).st_size, of.st_mtime_ns) for path in files]
-    return short_hash([states, read_template(model_dir), *engine_settings])
+    chat, reading = engine.chat, engine.reading
+    seen = [vars(chat.limits), vars(chat.video_limits), reading.video_fps, reading.video_max_frames]
+    return short_hash([states, read_template(model_dir), *seen, chat.source])

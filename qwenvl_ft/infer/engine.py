@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from qwenvl_ft.data.boxes import read_answer
 from qwenvl_ft.data.chat import Chat, Script, open_chat
-from qwenvl_ft.data.geometry import Limits, reading_of
+from qwenvl_ft.data.geometry import reading_of
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Box, Medium, Picture, Record, Turn, Video
-from qwenvl_ft.data.template import Thinking, split_thought
+from qwenvl_ft.data.template import split_thought
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import check_base, read_header
 from qwenvl_ft.folders.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_model_json
@@ -30,7 +30,7 @@ from qwenvl_ft.folders.runs import processor_folder
 from qwenvl_ft.infer.decoding import read_decoding
 from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.messages import read_messages
-from qwenvl_ft.values import Quantization
+from qwenvl_ft.values import Quantization, Thinking
 
 MAX_NEW_TOKENS = 512
 Conversation = str | Record | Sequence[Turn | dict[str, Any]]
@@ -45,9 +45,27 @@ class Answer:
     boxes: tuple[Box, ...] = ()
 
 
+class ChatSettings(NamedTuple):
+    """How a model is asked in place of what its processor and its template say, which is as in training; None: as they say."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    thinking: Thinking | None = None
+    video_max_pixels: int | None = None
+    reading: Reading | None = None  # how videos are drawn that do not say it themselves
+
+    def open(self, model_dir: Path, adapter: Path | None = None) -> tuple[Chat, Reading]:
+        """Reads it from a model's folder and its adapter's. Raises UserError as `open_chat` does."""
+        chat = open_chat(model_dir, self.min_pixels, self.max_pixels, self.thinking, self.video_max_pixels, adapter)
+        return chat, self.reading or reading_of(processor_folder(model_dir, adapter))
+
+
+AS_TRAINED = ChatSettings()
+
+
 @dataclass(frozen=True)
 class Engine:
-    """A model on its device. `blank` shows it white pictures of the same size: what it then still knows, it did not see.
+    """A model on its device.
 
     `adapter` is PEFT's name for this engine's adapter where several share a model: see `open_beside`.
     """
@@ -55,24 +73,23 @@ class Engine:
     model: Any
     processor: Any
     chat: Chat
-    blank: bool = False
     adapter: str | None = None
     reading: Reading = AS_FOUND
 
     @classmethod
     def open(
-        cls, model_dir: Path | str, adapter: Path | str | None = None, blank: bool = False, min_pixels: int | None = None,
+        cls, model_dir: Path | str, adapter: Path | str | None = None, min_pixels: int | None = None,
         max_pixels: int | None = None, thinking: Thinking | None = None, video_max_pixels: int | None = None,
-        quantization: Quantization = "none",
+        reading: Reading | None = None, quantization: Quantization = "none",
     ) -> "Engine":  # fmt: skip
         """Loads model and adapter, onto the GPU if there is one, onto several where one is too small. Pictures and videos are seen
         within the limits of the adapter's own processor, which are training's, else of the model's, and prompts end as training's
-        did; the bounds and `thinking` replace that. `quantization` holds the model's layers as training with that setting does.
-        Raises UserError for what is wrong with either folder.
+        did; what is given of ChatSettings replaces that. `quantization` holds the model's layers as training with that setting
+        does. Raises UserError for what is wrong with either folder.
         """
         model_dir, adapter = Path(model_dir), Path(adapter) if adapter else None
         check_folders(model_dir, [adapter] if adapter else [])
-        chat = open_chat(model_dir, min_pixels, max_pixels, thinking, video_max_pixels, adapter)
+        chat, drawn = ChatSettings(min_pixels, max_pixels, thinking, video_max_pixels, reading).open(model_dir, adapter)
         import torch
         from transformers import GenerationConfig
 
@@ -87,13 +104,7 @@ class Engine:
         model.generation_config = GenerationConfig(**read_decoding(model_dir, chat.tokenizer).settings())
         if adapter:
             model = add_adapter(model, adapter, "default", model_dir)
-        return cls((model if quantized else onto(model, device)).eval(), processor, chat, blank,
-                   reading=reading_of(processor_folder(model_dir, adapter)))  # fmt: skip
-
-    def limits(self, kind: str) -> Limits:
-        """What the processor does to an image."""
-        assert kind == "image"
-        return self.chat.limits
+        return cls((model if quantized else onto(model, device)).eval(), processor, chat, reading=drawn)
 
     def inputs(self, conversations: Sequence[Conversation], thinking: bool | None = None) -> Any:
         """The model's inputs for a batch, on its device, padded on the left: ids as `Chat.asking` writes them, placeholders at
@@ -104,7 +115,7 @@ class Engine:
 
     def scripts(self, conversations: Sequence[Conversation], thinking: bool | None = None) -> list[Script]:
         """What asks for the answers. Raises as `inputs` does."""
-        talks = [[self._shown(turn) for turn in turns_of(conversation, self.reading)] for conversation in conversations]
+        talks = [turns_of(conversation, self.reading) for conversation in conversations]
         tools = [conversation.tools if isinstance(conversation, Record) else () for conversation in conversations]
         return [self.chat.asking(turns, thinking, known) for turns, known in zip(talks, tools, strict=True)]
 
@@ -132,19 +143,13 @@ class Engine:
 
     def _begun(self, scripts: Sequence[Script]) -> Any:
         """The inputs, what several scripts begin with read already. Linear attention has a state in place of keys and values, in
-        which no padding may stand between a beginning and a rest: there each is read whole."""
-        from qwenvl_ft.infer.beginnings import beginnings, read_beginnings
+        which no padding may stand between a prefix and a rest: there each is read whole."""
+        from qwenvl_ft.infer.shared_prefix import prefixes, read_prefixes
 
-        found = beginnings(scripts)
+        found = prefixes(scripts)
         if self.chat.family.linear_attention or len(found) == len(scripts):
             return self.inputs_of(scripts)
-        return read_beginnings(self.model, self.processor, self.chat, scripts, found)
-
-    def _shown(self, turn: Turn) -> Turn:
-        """The turn, its pictures and videos blank if so wished."""
-        if not self.blank:
-            return turn
-        return replace(turn, parts=tuple(blank(part) if isinstance(part, Picture | Video) else part for part in turn.parts))
+        return read_prefixes(self.model, self.processor, self.chat, scripts, found)
 
     def ask_many(
         self, conversations: Sequence[Conversation], max_new_tokens: int = MAX_NEW_TOKENS, thinking: bool | None = None
@@ -236,36 +241,30 @@ class _Tokens:
         return iter(self.queue.get, None)
 
 
-def open_beside(model_dir: Path, adapters: Mapping[str, Path], min_pixels: int | None = None, max_pixels: int | None = None,
-                thinking: Thinking | None = None, video_max_pixels: int | None = None) -> dict[str | None, Engine]:  # fmt: skip
+def open_beside(model_dir: Path, adapters: Mapping[str, Path], settings: ChatSettings = AS_TRAINED) -> dict[str | None, Engine]:
     """The base, under None, and each adapter by its name, on one copy of the base's weights, each with its own limits of pixels
-    and its own way of asking, but where the bounds and `thinking` replace them.
+    and its own way of asking, but where `settings` replace them.
 
     Whoever runs them must switch the model to `engine.adapter` first, as a Batcher does. Raises UserError.
     """
     check_folders(model_dir, adapters.values())
     check_mergers(adapters.values())
-    base = last = Engine.open(model_dir, None, False, min_pixels, max_pixels, thinking, video_max_pixels)
+    base = last = Engine.open(model_dir, None, *settings)
     engines: dict[str | None, Engine] = {None: base}
     for number, (name, folder) in enumerate(adapters.items()):
-        last = open_adapter(
-            last, model_dir, folder, f"adapter_{number}", min_pixels, max_pixels, thinking, video_max_pixels
-        )  # PEFT takes no name with a dot
-        engines[name] = last
+        engines[name] = last = open_adapter(last, model_dir, folder, f"adapter_{number}", settings)  # PEFT takes no name with a dot
     return {name: replace(engine, model=last.model) for name, engine in engines.items()}
 
 
-def open_adapter(beside: Engine, model_dir: Path, folder: Path, slot: str, min_pixels: int | None = None,
-                 max_pixels: int | None = None, thinking: Thinking | None = None,
-                 video_max_pixels: int | None = None) -> Engine:  # fmt: skip
+def open_adapter(beside: Engine, model_dir: Path, folder: Path, slot: str, settings: ChatSettings = AS_TRAINED) -> Engine:
     """One more adapter on the weights of an engine, as `slot`; the model is wrapped where it was the first. Raises UserError."""
     from qwenvl_ft.model.load import add_adapter, limited, open_processor
     from qwenvl_ft.model.spread import is_spread
 
     model = add_adapter(beside.model, folder, slot, model_dir).eval()  # PEFT puts it where the weights lie that it is added to
     model = model if is_spread(model) else model.to(beside.model.device)
-    chat = open_chat(model_dir, min_pixels, max_pixels, thinking, video_max_pixels, folder)
-    processor, reading = limited(open_processor(model_dir, folder), chat), reading_of(processor_folder(model_dir, folder))
+    chat, reading = settings.open(model_dir, folder)
+    processor = limited(open_processor(model_dir, folder), chat)
     return replace(beside, model=model, processor=processor, chat=chat, adapter=slot, reading=reading)
 
 
@@ -296,7 +295,7 @@ def turns_of(conversation: Conversation, reading: Reading = AS_FOUND) -> Sequenc
         return conversation.turns
     if isinstance(conversation, str):
         return [Turn("user", (conversation,))]
-    turns = [turn for turn in conversation if isinstance(turn, Turn)]
+    turns = [turn for turn in conversation if isinstance(turn, Turn)] if isinstance(conversation, list | tuple) else []
     return turns if turns and len(turns) == len(conversation) else read_messages(conversation, reading=reading)
 
 

@@ -5,21 +5,22 @@
 A picture is a path, file://, data:, http(s) or a PIL image; a video a file of the same kinds or a list of pictures.
 """
 
-import base64
-import binascii
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
+from qwenvl_ft.data.brought import decoded
 from qwenvl_ft.data.fetch import fetch
+from qwenvl_ft.data.formats.keys import OF_QWEN
 from qwenvl_ft.data.pictures import as_seen, check_aspect, decode
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Part, Picture, Turn, Video
-from qwenvl_ft.data.videos import Allowance, Drawing, check_number, read_video, several_sizes
+from qwenvl_ft.data.sources import paths_of
+from qwenvl_ft.data.videos import OPTIONS, Allowance, Drawing, check_number, read_video, several_sizes
 from qwenvl_ft.errors import Problem, UserError
 
 MOST_MESSAGES, MOST_PARTS = 1000, 10_000
@@ -32,11 +33,15 @@ def open_anywhere(source: str) -> bytes:
     """The bytes of a path, file:// or http(s) URL: for a user's own messages, never for those that come over a network."""
     if source.startswith(("http://", "https://")):
         return fetch(source)
-    path = Path(unquote(urlsplit(source).path) if source.startswith("file://") else source)
+    paths = paths_of(source)
+    path = Path(next(filter(os.path.exists, paths), paths[0]))
+    if os.path.isdir(path):
+        raise UserError(Problem(source, "is a folder", "name a file of it, or of a film's frames the list of their files"))
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(Problem(source, f"cannot be read ({error.strerror})", "give the path of a file")) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        what = error.strerror if isinstance(error, OSError) else error
+        raise UserError(Problem(source, f"cannot be read ({what})", "give the path of a file")) from error
 
 
 def read_messages(messages: Sequence[Any], open_source: Fetch = open_anywhere, allowance: Allowance | None = None,
@@ -106,6 +111,7 @@ class _Opening:
                 yield part
                 continue
             kind = _kind(part, place)
+            _check_options(part, kind, place)
             source = part[kind]
             if isinstance(source, dict):  # OpenAI's {"image_url": {"url": ...}}
                 source = source.get("url")
@@ -135,12 +141,7 @@ class _Opening:
             source = str(source)
         if not isinstance(source, str) or not source:
             raise UserError(Problem(place, "names no picture and no video", "send a URL, data: or the path of a file"))
-        if not source.startswith("data:"):
-            return self.open_source(source)
-        try:
-            return base64.b64decode(source.partition(",")[2], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise UserError(Problem(place, "is no base64", "send data:image/png;base64,... without line breaks")) from error
+        return decoded(source, place) if source.startswith("data:") else self.open_source(source)
 
     def video(self, part: dict[str, Any], source: Any, place: str) -> Video:
         """A video sampled as Qwen does: `fps` frames a second, or `nframes` of them, rounded to pairs."""
@@ -173,6 +174,16 @@ def _kind(part: Any, place: str) -> str:
     if said and said.removesuffix("_url") != found[0].removesuffix("_url"):
         raise UserError(Problem(place, f"its type is {said}, and it holds {found[0]}", "send what its type says"))
     return found[0]
+
+
+def _check_options(part: dict[str, Any], kind: str, place: str) -> None:
+    """Raises UserError for what would change what is seen, and is not followed, or not where it stands. Other keys are left alone:
+    clients send many."""
+    within = part[kind] if isinstance(part[kind], dict) else {}
+    unread = {key: fix for key, fix in OF_QWEN.items() if part.get(key) is not None or within.get(key) is not None}
+    unread |= {key: f'write it beside "{kind}", not within' for key in OPTIONS if within.get(key) is not None}
+    if unread:
+        raise UserError(*(Problem(place, f'has a key "{key}", which is not read', fix) for key, fix in unread.items()))
 
 
 def _count(part: dict[str, Any], key: str, place: str) -> int | None:

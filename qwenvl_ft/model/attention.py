@@ -1,8 +1,8 @@
 """Attention within each record of a row, and within each picture: what lies between them is not computed, and no mask is built.
 
 transformers' own takes a packed row with an S x S mask and pays for all of it; its vision towers call it once a picture or window.
-The same numbers come out here, by a kernel for segments on a GPU, elsewhere by one call for all segments of a length.
-What follows a beginning that records share has more keys than queries: the beginning's are gathered for each of them.
+The same numbers come out here, by a kernel for segments on a GPU, elsewhere by a call for each, or for all short ones of a length.
+What follows a prefix that records share has more keys than queries: the prefix's are gathered for each of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +21,7 @@ from qwenvl_ft.model.waits import on_cpu
 
 VARLEN = "flash_varlen"  # for a name that holds "flash" transformers builds no mask and passes the segments' bounds
 HALF = (torch.float16, torch.bfloat16)
+TOGETHER = 128  # queries below which segments of a length attend in one call: to copy them together is less than a call takes
 
 
 def use_varlen(model: Any) -> None:
@@ -92,7 +93,8 @@ def attention(
     segments = list(zip(*parted, strict=True))
     attended: list[torch.Tensor] = [query] * len(segments)
     for places in by_length(list(zip(queries, keys, strict=True))):
-        together = dense(*map(torch.cat, zip(*(segments[place] for place in places), strict=True)))
+        parts = [segments[place] for place in places]
+        together = dense(*(parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))))
         for place, one in zip(places, together.unbind(), strict=True):
             attended[place] = one
     return torch.cat(attended)[None], None
@@ -100,7 +102,7 @@ def attention(
 
 class Gathered(torch.autograd.Function):
     """(1, H, S, D) and (K) places -> (1, H, K, D). Gradients of what is seen often are summed in float32: in 16 bits what many
-    records add to their beginning would be rounded off."""
+    records add to their prefix would be rounded off."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -136,8 +138,8 @@ def by_kernel(
 
 
 def by_length(lengths: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """The places of the segments, those of one number of queries and of keys together."""
-    places: dict[tuple[int, int], list[int]] = {}
+    """The places of the segments, those of one number of queries and of keys together where they are short."""
+    places: dict[tuple[int, ...], list[int]] = {}
     for place, length in enumerate(lengths):
-        places.setdefault(length, []).append(place)
+        places.setdefault(length if length[0] < TOGETHER else (place,), []).append(place)
     return list(places.values())

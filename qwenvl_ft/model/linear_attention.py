@@ -2,7 +2,7 @@
 
 transformers' own keeps them apart only by flash-linear-attention and causal-conv1d; without them it refuses the one and lets the
 other pass. Here both are its own functions, with its kernels where they are installed, once for each record; what follows a
-beginning that records share goes on from the beginning's state.
+prefix that records share goes on from the prefix's state.
 """
 
 from collections.abc import Sequence
@@ -118,9 +118,9 @@ def recalled(states: Sequence[torch.Tensor], pieces: Pieces) -> torch.Tensor:
     turns, num_firsts = _by_turn(pieces.before), pieces.before.count(None)
     firsts, rests = ([pieces.lengths[at] for at in some] for some in (turns[:num_firsts], turns[num_firsts:]))
     parts = [of.index_select(1, pieces.order).split_with_sizes([sum(firsts), sum(rests)], 1) for of in states]
-    beginnings, ends = _by_rule([first for first, _ in parts], firsts, leaves_ends=True)
+    prefixes, ends = _by_rule([first for first, _ in parts], firsts, leaves_ends=True)
     following, _ = _by_rule([rest for _, rest in parts], rests, ends.index_select(0, pieces.followed))
-    return torch.cat([beginnings, following], 1).index_select(1, pieces.back)
+    return torch.cat([prefixes, following], 1).index_select(1, pieces.back)
 
 
 def _by_rule(

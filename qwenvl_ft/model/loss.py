@@ -77,7 +77,7 @@ def summed_loss(
     head = bare_model.get_output_embeddings()
     head.labels, taught_at = sent(labels, device), sent(taught_at, device)
     try:
-        # use_cache=False: with a cache transformers ignores where records begin, without a word (tests/test_packing.py shows it).
+        # use_cache=False: with a cache transformers ignores where records begin (tests/model/test_packing.py shows it).
         loss: torch.Tensor = model(
             **inputs, mm_encoder_outputs=shown, use_cache=False, logits_to_keep=taught_at, taught_at=taught_at
         ).logits

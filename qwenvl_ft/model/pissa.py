@@ -3,7 +3,7 @@
     W = W_rest + s * B0 @ A0,   trained: W_rest + s * B @ A = W + s * [B, -B0] @ [A; A0]
 
 The right side is what is saved, as PEFT converts it: a plain adapter of twice the rank on the base as it was. It holds the
-beginning, too, so that a run that goes on takes the same out of the base again.
+start, too, so that a run that goes on takes the same out of the base again.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 
 def take_out(model: Any, kind: str, device: torch.device) -> State:
     """Begins with the singular values, `pissa` all of them or `pissa_niter_N` about, in place of the fresh LoRA that the model has;
-    worked out on `device`. Returns the beginning. Raises UserError for a rank that a layer has not."""
+    worked out on `device`. Returns the start. Raises UserError for a rank that a layer has not."""
     layers = dict(_layers(model))
     small = {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
     if problems := [
@@ -43,26 +43,26 @@ def take_out(model: Any, kind: str, device: torch.device) -> State:
 
 
 def take_out_again(model: Any, saved: State, device: torch.device) -> tuple[State, State]:
-    """Takes out of the base what the run that saved this had taken out; returns its adapter as it trained, and its beginning."""
-    trained, beginning = dict(saved), State()
+    """Takes out of the base what the run that saved this had taken out; returns its adapter as it trained, and its start."""
+    trained, start = dict(saved), State()
     for key, tensor in saved.items():
         if key.endswith(A):
-            trained[key], beginning[key] = (part.contiguous() for part in tensor.chunk(2, 0))
+            trained[key], start[key] = (part.contiguous() for part in tensor.chunk(2, 0))
         elif key.endswith(B):
-            trained[key], beginning[key] = (part.contiguous() for part in tensor.chunk(2, 1))
-            beginning[key] = -beginning[key]
+            trained[key], start[key] = (part.contiguous() for part in tensor.chunk(2, 1))
+            start[key] = -start[key]
     for name, layer in _layers(model):
         with _whole(layer, device) as weight:
-            left, right = (beginning[f"base_model.model.{name}{side}"].to(weight.device) for side in (B, A))
+            left, right = (start[f"base_model.model.{name}{side}"].to(weight.device) for side in (B, A))
             # As PEFT's pissa_init sums it, to the bit.
             weight.data = (weight.data.float() - layer.scaling["default"] * left @ right).to(weight.dtype)
-    return trained, beginning
+    return trained, start
 
 
-def as_plain(state: State, beginning: State) -> State:
+def as_plain(state: State, start: State) -> State:
     """The adapter of twice the rank, for the base as it was."""
     plain = dict(state)
-    for key, tensor in beginning.items():
+    for key, tensor in start.items():
         plain[key] = torch.cat([state[key], tensor], 0) if key.endswith(A) else torch.cat([state[key], -tensor], 1)
     return plain
 

@@ -23,7 +23,7 @@ UNSUPPORTED = {
     "logit_bias": (None, {}), "logprobs": (None, False), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
     "min_p": (None, 0), "stop_token_ids": (None, []), "guided_json": (None,),
     "tool_choice": (None, "none", "auto"), "modalities": (None, ["text"]), "top_logprobs": (None, 0), "echo": (None, False),
-    "vl_high_resolution_images": (None, False),
+    "vl_high_resolution_images": (None, False), "mm_processor_kwargs": (None, {}),
 }  # fmt: skip
 # Of these, what says which words may come, and what gives an answer another form than one text.
 WORDS = frozenset({"response_format", "logit_bias", "presence_penalty", "frequency_penalty", "min_p", "stop_token_ids"})
@@ -177,6 +177,11 @@ def invalid_adapter(error: UserError) -> ApiError:
 def no_thoughts() -> ApiError:
     """What is said to whoever asks for a thought of a model that is taught none."""
     return ApiError(400, "unsupported_parameter", "enable_thinking: this model's chat template knows no thoughts")
+
+
+def model_stopped() -> ApiError:
+    """What whoever asks gets once the model answers nobody any more."""
+    return ApiError(503, "unavailable", "the model has stopped")
 
 
 def model_failed() -> ApiError:

@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from qwenvl_ft.data.fetch import host_of
 from qwenvl_ft.serve import dashscope_api, openai_api, responses_api
 from qwenvl_ft.serve.api import ApiError, Backend, Bounds, ChatRequest, Piece, Usage, read_json, unknown_model
 from qwenvl_ft.serve.middleware import (
@@ -32,7 +33,6 @@ from qwenvl_ft.serve.middleware import (
     UPLOAD,
     AccessMiddleware,
     error_response,
-    host_of,
     json_response,
 )
 from qwenvl_ft.serve.open_request import Opener

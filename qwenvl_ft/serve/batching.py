@@ -7,10 +7,12 @@ One thread owns the model. Base and adapters share its weights; each has a batch
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from queue import Empty, Queue
 from threading import Thread
 from typing import Any, TypeVar
@@ -23,12 +25,13 @@ from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, Top
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.detokenizer import Detokenizer
 from qwenvl_ft.infer.engine import Engine
-from qwenvl_ft.infer.prefixes import PREFIX_BYTES, Prefixes, Prompt
-from qwenvl_ft.serve.api import Sampling
+from qwenvl_ft.infer.prefix_cache import PREFIX_BYTES, Prefixes, Prompt
+from qwenvl_ft.serve.api import Sampling, model_stopped
 from qwenvl_ft.serve.schema import Grammar
 
 log = logging.getLogger("qwenvl_ft.serve")
 T = TypeVar("T")
+_Job = tuple[Callable[[], Any], Future[Any]]
 
 
 @dataclass(eq=False)
@@ -121,8 +124,8 @@ class Batcher:
         self.max_batch = 1 if engine.chat.family.linear_attention else max_batch
         # Nor can it be cut to what two prompts have in common.
         self.prefixes = Prefixes(0 if engine.chat.family.linear_attention else prefix_bytes)
-        self.waiting: Queue[Request | None] = Queue()
-        self.jobs: Queue[tuple[Callable[[], Any], Future[Any]]] = Queue()
+        self.sent: Queue[Request | _Job | None] = Queue()  # None: nothing comes any more
+        self.waiting: deque[Request] = deque()  # those that are taken from there and not yet in a batch
         self.batches: dict[str | None, _Batch] = {}
         self.chat = engine.chat
         self.ends = set(self.model.generation_config.eos_token_id)
@@ -143,39 +146,25 @@ class Batcher:
     def call(self, act: Callable[[], T]) -> "Future[T]":
         """Does something with the model between two tokens; what it makes of it is there once it is done."""
         future: Future[T] = Future()
-        self.jobs.put((act, future))
-        self.submit(Request(None, None, Sampling(), lambda *_: None, cancelled=True))  # wakes the thread
+        self.submit((act, future))
         return future
 
-    def _do_jobs(self) -> None:
-        while not self.jobs.empty():
-            act, future = self.jobs.get()
-            try:
-                with torch.inference_mode(False), torch.no_grad():
-                    future.set_result(act())
-            except (UserError, RuntimeError, ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-                future.set_exception(error)
-            except BaseException as error:  # it ends the thread, and whoever waits is told
-                future.set_exception(error)
-                raise
-            self.adapter = ""  # whatever was switched on
-
-    def submit(self, request: Request) -> None:
+    def submit(self, what: Request | _Job) -> None:
         """Queues a request; its pieces come to its `on_piece`."""
-        self.waiting.put(request)
+        self.sent.put(what)
         if not self.alive:
-            request.on_piece("", "error")
+            self._refuse_all()
 
     def close(self) -> None:
         """Finishes what was submitted, then ends."""
-        self.waiting.put(None)
+        self.sent.put(None)
         self.thread.join()
 
     @torch.inference_mode()
     def _run(self) -> None:
         try:
-            while not (self.closed and not self.active):
-                self._do_jobs()
+            while not (self.closed and not self.waiting and not self.active):
+                self._take()
                 self._admit()
                 for name, batch in list(self.batches.items()):
                     batch.keep([row for row, request in enumerate(batch.requests) if not request.cancelled])
@@ -184,24 +173,50 @@ class Batcher:
                             self._step(name, batch)
         finally:
             self.alive = False
-            stranded = [request for batch in self.batches.values() for request in batch.requests]
-            while not self.waiting.empty():
-                stranded += filter(None, [self.waiting.get()])
-            for request in stranded:
-                request.on_piece("", "error")
+            for request in chain(self.waiting, *(batch.requests for batch in self.batches.values())):
+                self.sent.put(request)
+            self._refuse_all()
+
+    def _refuse_all(self) -> None:
+        """Tells whoever sent something that nobody takes any more."""
+        with suppress(Empty):
+            while True:
+                what = self.sent.get_nowait()
+                if isinstance(what, Request):
+                    what.on_piece("", "error")
+                elif what and what[1].set_running_or_notify_cancel():
+                    what[1].set_exception(model_stopped())
+
+    def _take(self) -> None:
+        """Takes what was sent: a job is done at once, a request waits. Sleeps while there is nothing to do."""
+        with suppress(Empty):
+            while not self.closed:
+                what = self.sent.get(block=not self.active and not self.waiting)
+                if what is None:
+                    self.closed = True
+                elif isinstance(what, Request):
+                    self.waiting.append(what)
+                elif what[1].set_running_or_notify_cancel():  # from here on it is not to be cancelled
+                    self._do(*what)
+
+    def _do(self, act: Callable[[], Any], future: "Future[Any]") -> None:
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                future.set_result(act())
+        except (UserError, RuntimeError, ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+            future.set_exception(error)
+        except BaseException as error:  # it ends the thread, and whoever waits is told
+            future.set_exception(error)
+            raise
+        self.adapter = ""  # whatever was switched on
 
     def _admit(self) -> None:
-        """Takes waiting requests in; sleeps while there is nothing to do."""
-        while not self.closed and self.active < self.max_batch and self.jobs.empty():
-            try:
-                request = self.waiting.get(block=not self.active)
-            except Empty:
-                return
-            if request is None:
-                self.closed = True
-            elif not request.cancelled:
-                with self._errors_of([request]):
-                    self._prefill(request)
+        """Lets those who wait into their batches while there is room."""
+        while self.waiting and self.active < self.max_batch:
+            if not self.waiting[0].cancelled:
+                with self._errors_of([self.waiting[0]]):
+                    self._prefill(self.waiting[0])
+            self.waiting.popleft()  # not before: an error that ends the thread is told to all who wait
 
     @contextmanager
     def _errors_of(self, requests: Sequence[Request]) -> Iterator[None]:

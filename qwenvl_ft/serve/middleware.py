@@ -15,13 +15,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from prometheus_client import Counter
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from qwenvl_ft.data.fetch import is_loopback
+from qwenvl_ft.data.fetch import host_of, is_loopback, is_own_page
 from qwenvl_ft.serve import dashscope_api, openai_api
 from qwenvl_ft.serve.api import ApiError
 
@@ -61,14 +60,6 @@ def is_allowed(header: str | None, key: str) -> bool:
     given = (header or "").strip()
     given = given[7:].strip() if given[:7].lower() == "bearer " else given
     return hmac.compare_digest(given.encode("utf-8", "replace"), key.encode())
-
-
-def host_of(url: str) -> str:
-    """The host of a URL in lower case; nothing for what is none."""
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
 
 
 class Pace:
@@ -174,13 +165,9 @@ class AccessMiddleware:
         if not is_loopback(host) and not (host and host == self.host):
             what = "this server asks for no key and is called localhost only"
             return ApiError(403, "wrong_host", f"{what}: start it with --public-url for another name, or with --api-key-env")
-        # The port counts: other pages of this machine are other people's, too. Behind a gateway Host may be another name.
-        if (
-            origin is None
-            or origin.lower() in self.origins
-            or origin.lower().partition("://")[2] == called.lower()
-            or (self.host and host_of(origin) == self.host)
-        ):
+        if origin is None or is_own_page(origin, called) or origin.lower() in self.origins:
+            return None
+        if self.host and host_of(origin) == self.host:  # behind a gateway Host may be another name
             return None
         what = "this server asks for no key and answers no page of another site"
         return ApiError(403, "wrong_origin", f"{what}: start it with --allowed-origin, or with --api-key-env and ask with the key")

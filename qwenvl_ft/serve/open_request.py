@@ -84,3 +84,10 @@ def invalid_messages(error: UserError) -> ApiError:
     """What is wrong with the messages, as the caller gets it."""
     text = "; ".join(f"{problem.where} {problem.what}: {problem.fix}" for problem in error.problems)
     return ApiError(400, "invalid_messages", text)
+
+
+def check_length(tokens: int, of_media: int, bounds: Bounds) -> None:
+    """Raises ApiError for a prompt with more tokens than one may have, `of_media` of them of pictures and videos."""
+    if tokens > bounds.prompt_tokens:
+        what = f"the prompt has {tokens} tokens, {of_media} of them of pictures and videos"
+        raise ApiError(400, "prompt_too_long", f"{what}; at most {bounds.prompt_tokens} are taken")

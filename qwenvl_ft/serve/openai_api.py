@@ -34,11 +34,6 @@ def read_chat(body: Any, most_tokens: int, passes: frozenset[str] = frozenset())
     )
 
 
-def write_answer(chat: ChatRequest, request_id: str, text: str, finish: str, usage: Usage) -> dict[str, Any]:
-    """The body of a plain answer that is not streamed."""
-    return write_whole(chat, request_id, [Piece(text, finish, usage)])
-
-
 def write_whole(chat: ChatRequest, request_id: str, pieces: Sequence[Piece]) -> dict[str, Any]:
     """The body of an answer, or of several, that are not streamed; no more than one piece of each has a delta and logprobs."""
     choices: dict[int, dict[str, Any]] = {}

@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qwenvl_ft.data.geometry import Limits, grid_of, tokens_of
-from qwenvl_ft.data.records import Picture, Turn
+from qwenvl_ft.data.records import Turn
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine, check_mergers
-from qwenvl_ft.infer.prefixes import PREFIX_BYTES, shown_hash
+from qwenvl_ft.infer.prefix_cache import PREFIX_BYTES, shown_hash
 from qwenvl_ft.serve.api import (
     ApiError,
     ChatRequest,
@@ -23,11 +22,12 @@ from qwenvl_ft.serve.api import (
     Usage,
     invalid_adapter,
     model_failed,
+    model_stopped,
     no_thoughts,
     unknown_model,
 )
 from qwenvl_ft.serve.batching import Batcher, Request
-from qwenvl_ft.serve.open_request import Opener, invalid_messages
+from qwenvl_ft.serve.open_request import Opener, check_length, invalid_messages
 from qwenvl_ft.serve.schema import Grammar, Grammars, schema_of
 
 AHEAD = 4  # requests opened while others are answered; more would only hold pictures in memory
@@ -59,7 +59,7 @@ class TransformersBackend:
         if (engine := self.engines.get(chat.model)) is None:
             raise unknown_model(self.names)
         if not self.batcher.alive:
-            raise ApiError(503, "unavailable", "the model has stopped")
+            raise model_stopped()
         self.using[chat.model] += 1
         try:
             async with aclosing(self._answer(engine, chat, request_id, until)) as pieces:
@@ -97,32 +97,19 @@ class TransformersBackend:
         schema = schema_of(chat.more["response_format"]) if chat.more else None
         grammar = None if schema is None else self.grammars.grammar(schema)
         try:
-            self._check_pictures(messages, engine.limits("image"))
             with self.processing:
-                scripts = engine.scripts([messages], chat.thinking)
-                inputs = engine.inputs_of(scripts)
+                (script,) = engine.scripts([messages], chat.thinking)
+                check_length(script.length, sum(script.counts), self.bounds)  # before gigabytes are made of it
+                inputs = engine.inputs_of([script])
         except ValueError as error:
             raise ApiError(400, "invalid_messages", "the model's processor refuses these messages") from error
         except UserError as error:  # the template refuses this order of roles, or the processor these bounds
             raise invalid_messages(error) from error
         ids, config = inputs["input_ids"], engine.model.config
         usage = Usage(ids.shape[1], 0, int((ids == config.image_token_id).sum()), int((ids == config.video_token_id).sum()))
-        if usage.input > self.bounds.prompt_tokens:
-            what = f"the prompt has {usage.input} tokens, {usage.image + usage.video} of them of pictures"
-            raise ApiError(400, "prompt_too_long", f"{what}; at most {self.bounds.prompt_tokens} are taken")
-        if grammar and engine.chat.opens_thought(scripts[0].ids):
+        if grammar and engine.chat.opens_thought(script.ids):
             raise ApiError(400, "unsupported_parameter", "response_format: a thought comes first here: send enable_thinking false")
-        return inputs, shown_hash(scripts[0]), usage, grammar
-
-    def _check_pictures(self, messages: Sequence[Turn], limits: Limits) -> None:
-        """Raises ApiError for more tokens of pictures than a prompt may have, before gigabytes are made of them."""
-        tokens = 0
-        for picture in (medium for message in messages for medium in message.media if isinstance(medium, Picture)):
-            own = replace(limits, max_pixels=min(picture.max_pixels or limits.max_pixels, limits.max_pixels))
-            tokens += tokens_of(grid_of(picture.height, picture.width, own), limits.merge_size)
-        if tokens > self.bounds.prompt_tokens:
-            what = f"the pictures have {tokens} tokens; a prompt may have {self.bounds.prompt_tokens}"
-            raise ApiError(400, "prompt_too_long", what)
+        return inputs, shown_hash(script), usage, grammar
 
     async def load_adapter(self, name: str, folder: str) -> None:
         """Serves one more adapter; the batch waits while its weights are read. Raises ApiError."""
@@ -177,4 +164,5 @@ class TransformersBackend:
 
     def status(self) -> dict[str, float]:
         """Requests in the batch and waiting for it."""
-        return {"active": self.batcher.active, "queued": self.batcher.waiting.qsize(), "alive": self.batcher.alive}
+        queued = len(self.batcher.waiting) + self.batcher.sent.qsize()
+        return {"active": self.batcher.active, "queued": queued, "alive": self.batcher.alive}

@@ -23,15 +23,16 @@ from typing import Any
 import httpx
 from jinja2 import Template
 
-from qwenvl_ft.data.chat import Chat, open_chat
-from qwenvl_ft.data.geometry import Limits, read_limits
+from qwenvl_ft.data.chat import Chat
+from qwenvl_ft.data.geometry import Limits, read_limits, tokens_of
+from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import Turn
-from qwenvl_ft.data.template import Thinking, knows_tools, render
+from qwenvl_ft.data.template import knows_tools, render
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.adapter import beyond_vllm, vllm_rank
 from qwenvl_ft.folders.model import read_model_json
 from qwenvl_ft.infer.decoding import Decoding, read_decoding
-from qwenvl_ft.infer.engine import check_folders
+from qwenvl_ft.infer.engine import AS_TRAINED, ChatSettings, check_folders
 from qwenvl_ft.serve.api import (
     FORMS,
     WORDS,
@@ -45,7 +46,7 @@ from qwenvl_ft.serve.api import (
     no_thoughts,
     unknown_model,
 )
-from qwenvl_ft.serve.open_request import Opener
+from qwenvl_ft.serve.open_request import Opener, check_length, invalid_messages
 from qwenvl_ft.serve.vllm_request import read_events, read_pieces, read_usage, sized, with_calls, write_message, write_request
 
 log = logging.getLogger("qwenvl_ft.serve")
@@ -81,15 +82,17 @@ class VllmBackend:
 
     A request goes to the least busy of them, and to another where that fails before the first piece of its answer. `opens` says how
     one more adapter is asked, and what is wrong with it.
-    `chats`, where they are known, say what each model's pictures are seen within and how it is asked, `own` are the limits of the
-    base's processor, which is all that vLLM knows; `decoding` is the base's. Raises UserError where it does not answer.
+    `chats`, where they are known, say what each model's pictures are seen within, how it is asked and how videos are drawn for it,
+    `own` are the limits of the base's processor, which is all that vLLM knows; `decoding` is the base's. Raises UserError where it
+    does not answer.
     """
 
     passes = WORDS | FORMS
 
-    def __init__(self, url: str, opener: Opener, process: Process | None = None, chats: Mapping[str, Chat] | None = None,
-                 own: Limits | None = None, decoding: Decoding | None = None, others: Sequence[str] = (),
-                 opens: Callable[[Path], Chat] | None = None):  # fmt: skip
+    def __init__(self, url: str, opener: Opener, process: Process | None = None,
+                 chats: Mapping[str, tuple[Chat, Reading]] | None = None, own: Limits | None = None,
+                 decoding: Decoding | None = None, others: Sequence[str] = (),
+                 opens: Callable[[Path], tuple[Chat, Reading]] | None = None):  # fmt: skip
         self.opener, self.process, self.chats, self.own, self.decoding = opener, process, dict(chats or {}), own, decoding
         self.opens = opens
         self.replicas = [Replica(one.rstrip("/")) for one in (url, *others)]
@@ -108,12 +111,13 @@ class VllmBackend:
         """Opens the pictures, asks the other server and hands on what it says; the last piece once the usage is known."""
         if chat.model not in self.names:
             raise unknown_model(self.names)
-        if known := self.chats.get(chat.model):
+        known, reading = self.chats.get(chat.model, (None, AS_FOUND))
+        if known:
             if chat.thinking and not known.thinks:
                 raise no_thoughts()
             if chat.thinking is None and known.thinks:
                 chat = replace(chat, thinking={"on": True, "off": False}.get(known.thinking))
-        messages = await self.opener.open(chat, until, partial(self._write, chat), tools=True)
+        messages = await self.opener.open(chat, until, partial(self._write, chat, known), reading, tools=True)
         body = write_request(chat, messages, self.decoding)
         del messages
         left, refused, begun = [*self.replicas], list[Replica](), False
@@ -174,9 +178,15 @@ class VllmBackend:
     def _rest(self, replica: Replica) -> None:
         replica.rests_until = time.monotonic() + REST_SECONDS
 
-    def _write(self, chat: ChatRequest, messages: Sequence[Turn]) -> list[dict[str, Any]]:
-        known = self.chats.get(chat.model)
+    def _write(self, chat: ChatRequest, known: Chat | None, messages: Sequence[Turn]) -> list[dict[str, Any]]:
         limits = known.limits if known else None
+        if known:
+            try:
+                grids = [known.grid_of(medium) for message in messages for medium in message.media]
+            except UserError as error:
+                raise invalid_messages(error) from error
+            of_media = sum(tokens_of(grid, known.limits.merge_size) for grid in grids)
+            check_length(of_media, of_media, self.opener.bounds)
         fitting = (replace(message, parts=tuple(sized(part, limits, self.own) for part in message.parts)) for message in messages)
         written = [with_calls(write_message(message), sent) for message, sent in zip(fitting, chat.messages, strict=True)]
         told = "tools" in chat.more or any(message["role"] == "tool" or "tool_calls" in message for message in written)
@@ -260,8 +270,7 @@ def names_at(url: str) -> list[str]:
 
 def start_vllm(
     model: Path, names: Sequence[str], adapters: Mapping[str, Path], arguments: Sequence[str], opener: Opener,
-    min_pixels: int | None = None, max_pixels: int | None = None, thinking: Thinking | None = None,
-    video_max_pixels: int | None = None, changes: bool = False,
+    settings: ChatSettings = AS_TRAINED, changes: bool = False,
 ) -> VllmBackend:  # fmt: skip
     """Starts `vllm serve` on loopback and waits until it is up. It ends with this process, however that ends but by SIGKILL.
 
@@ -269,10 +278,9 @@ def start_vllm(
     where it is not installed or ends.
     """
     check_vllm(model, adapters.values())
-    settings = min_pixels, max_pixels, thinking, video_max_pixels
-    base = open_chat(model, *settings)
-    chats = dict.fromkeys(names, base)
-    chats |= {name: open_chat(model, *settings, folder) for name, folder in adapters.items()}
+    base, reading = settings.open(model)
+    chats = dict.fromkeys(names, (base, reading))
+    chats |= {name: settings.open(model, folder) for name, folder in adapters.items()}
     if not (program := shutil.which("vllm")):
         raise UserError(
             Problem("--engine vllm", "vllm is not installed", "install it in an environment of its own: pip install vllm")
@@ -308,9 +316,9 @@ def start_vllm(
             if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
                 limits, decoding = read_limits(model), read_decoding(model, base.tokenizer)
 
-                def opens(folder: Path) -> Chat:
+                def opens(folder: Path) -> tuple[Chat, Reading]:
                     check_vllm(model, [folder])
-                    return open_chat(model, *settings, folder)
+                    return settings.open(model, folder)
 
                 return VllmBackend(url, opener, process, chats, limits, decoding, opens=opens)
         time.sleep(0.5)

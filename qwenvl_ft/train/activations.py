@@ -5,7 +5,7 @@ is counted and let go. Which layers are recomputed changes no result: it is the 
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwenvl_ft.console import counting
-from qwenvl_ft.data.rows import Row
 from qwenvl_ft.model.head import logits_bytes
 from qwenvl_ft.model.load import trainable
 from qwenvl_ft.model.quantized import written_bytes
@@ -62,9 +61,9 @@ def recompute(model: Any) -> None:
     model.disable_input_require_grads()  # for reentrant recomputing; here it would run layers backward below the first that trains
 
 
-def keep_what_fits(run: Run, loss_of: Callable[[Run, Row], torch.Tensor]) -> Kept:
+def keep_what_fits(run: Run) -> Kept:
     """Recomputes as few layers as the free memory allows for: the first ones, since the backward pass lets go of the last ones'
-    activations first. All processes recompute the same layers. `loss_of` is the forward pass of a row.
+    activations first. All processes recompute the same layers.
 
     Nothing is drawn, no gradient is left and no feature kept. Raises UserError for a row that does not even go forward.
     """
@@ -78,7 +77,7 @@ def keep_what_fits(run: Run, loss_of: Callable[[Run, Row], torch.Tensor]) -> Kep
                 tell(number, len(rows))
             tensors, _ = run.rows_of(prepared).build(row)
             with run.exchange(last=False), memory_for(run, prepared, row), needs.of_row():
-                loss = loss_of(run, tensors)
+                loss = run.loss(tensors)
             del loss
     run.accelerator.wait_for_everyone()  # others may have been loading their model
     free = free_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", run.accelerator.num_processes)))

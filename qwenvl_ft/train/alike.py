@@ -5,7 +5,7 @@ first step. That a model is asked as it was taught, and merges, is made sure of 
 exported.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -24,12 +24,12 @@ from qwenvl_ft.train.state import Run
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of a loss: what another order of sums may change
 
 
-def check_alike(run: Run, loss_of: Callable[[Run, Row], torch.Tensor]) -> None:
-    """Raises UserError with the property that a model of an unknown type lacks. `loss_of` is the forward pass of a row."""
+def check_alike(run: Run) -> None:
+    """Raises UserError with the property that a model of an unknown type lacks."""
     family, where = run.prepared.chat.family, f"{run.config.model}/config.json"
     if not family.like:
         return
-    if lacking := next(_lacking(run, loss_of), None):
+    if lacking := next(_lacking(run), None):
         what = f"its model_type is not known, its layers are those of {family.like}, but {lacking}"
         raise UserError(Problem(where, what, f"use a model of {', '.join(NAMES)}"))
     if run.accelerator.is_main_process:
@@ -48,7 +48,7 @@ def records() -> list[Record]:
     ]
 
 
-def _lacking(run: Run, loss_of: Callable[[Run, Row], torch.Tensor]) -> Iterator[str]:
+def _lacking(run: Run) -> Iterator[str]:
     """In words, each property that does not hold."""
     chat, processor = run.prepared.chat, run.processor
     made = records()
@@ -65,12 +65,12 @@ def _lacking(run: Run, loss_of: Callable[[Run, Row], torch.Tensor]) -> Iterator[
         for start, end in pairwise(bounds[:4]):
             labels = torch.full_like(row["labels"], IGNORE)
             labels[:, start:end] = row["labels"][:, start:end]
-            found.append(loss_of(run, row | {"labels": labels}).item())
+            found.append(run.loss(row | {"labels": labels}).item())
         return found
 
     with torch.no_grad():
         joined = losses(rows[0])
-        for alone, together, record in zip((loss_of(run, rows[at]).item() for at in (1, 2, 3)), joined, made, strict=True):
+        for alone, together, record in zip((run.loss(rows[at]).item() for at in (1, 2, 3)), joined, made, strict=True):
             if not abs(alone - together) <= close * alone:
                 yield f"the loss of a record with {shown(record)} is {alone:.6g} alone and {together:.6g} in a row with others"
         for number, record in enumerate(made):

@@ -51,10 +51,8 @@ class Answers:
         self.place, self.metric = f"eval_metric: {config.eval_metric}", METRICS[config.eval_metric]
         self.max_new_tokens, chat, reading = config.eval_max_new_tokens, held_out.chat, Reading.of(config)
         self.decoding = read_decoding(config.model, chat.tokenizer)
-        data_dir = config.eval_data_dir or config.train_data_dir
-        records = read_records(
-            config.eval_meta_file, data_dir, reading=reading, seed=config.seed
-        ).records  # what is wrong with others is said
+        found = read_records(config.eval_meta_file, config.held_out_dir, reading=reading, seed=config.seed)
+        records = found.records  # what is wrong with others is said
         sheet = Sheet.of(records, chat, config.eval_samples, config.seed)
         self.questions = [sheet.asked[number] for number in sheet.chosen]
         self.engine = Engine(None, processor, chat, reading=reading)  # without a model, until one is asked

@@ -48,7 +48,7 @@ def out_of_memory(
     error: torch.OutOfMemoryError, config: Config, where: str, what: str, keeps: bool, shares: bool = False
 ) -> Problem:
     """`what` did not fit. Nothing that is saved is lost, and resuming takes other memory settings, but no other rows. `keeps`
-    activations that could be recomputed; `shares` beginnings, whose keys are gathered for each record."""
+    activations that could be recomputed; `shares` prefixes, whose keys are gathered for each record."""
     seen = what_lacks(error)
     peak = torch.cuda.max_memory_allocated() / 2**30
     saved = checkpoints(config.output_dir)

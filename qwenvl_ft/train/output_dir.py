@@ -24,7 +24,7 @@ from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_lines,
 from qwenvl_ft.train.best import Best
 from qwenvl_ft.train.curves import draw_losses, mean_loss
 
-METRICS, CURVES = "metrics.jsonl", "loss.svg"
+METRICS_FILE, CURVES = "metrics.jsonl", "loss.svg"
 
 
 def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
@@ -52,7 +52,7 @@ def whole(value: Any) -> Any:
     if isinstance(value, list):
         return [whole(part) for part in value]
     if isinstance(value, dict):
-        return {key: whole(part) for key, part in value.items() if part is not None}
+        return {key: whole(part) for key, part in value.items()}
     return address_of(value) or str(value.resolve()) if isinstance(value, Path) else value
 
 
@@ -115,19 +115,21 @@ def print_next(config: Config) -> None:
     """The exact commands that use what was trained; the last lines of a run."""
     base, adapter = shlex.quote(str(config.model)), shlex.quote(str(config.output_dir))
     meta = config.eval_meta_file or config.train_meta_file
-    data = (config.eval_data_dir if config.eval_meta_file else None) or config.train_data_dir
+    data = config.held_out_dir if config.eval_meta_file else config.train_data_dir
     print_line(f"\nThe adapter is in {config.output_dir}. Next:", "bold")
     print_line(f'  qwenvl-ft ask {base} --adapter {adapter} --image PICTURE "QUESTION"')
     seen = "" if config.eval_meta_file else "  # the training records: how it does on others it does not say"
     meta, data = (meta, data) if isinstance(meta, Path) else (meta[0].file, meta[0].data_dir or data)
     where = f" --data-dir {shlex.quote(as_written(data))}" if data else ""
+    if config.columns or config.format or config.on_bad_record == "skip":  # without which the same file is not read alike
+        where += f" --config {adapter}/config.yaml"
     print_line(f"  qwenvl-ft eval {base} {shlex.quote(as_written(meta))}{where} --adapter {adapter}{seen}")
     print_line(f"  qwenvl-ft export --adapter {adapter} --out {shlex.quote(str(config.output_dir) + '-merged')}")
 
 
 def read_metrics(checkpoint: Path) -> list[dict[str, Any]]:
     """The lines of every step up to a checkpoint's."""
-    return [json.loads(line) for line in (checkpoint / METRICS).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (checkpoint / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
 
 
 def was_evaluated(checkpoint: Path, metric: str) -> bool:
@@ -148,12 +150,12 @@ class Metrics:
         self.lines: list[dict[str, Any]] = read_metrics(resume) if resume else []
         self.taught = sum(line["taught_tokens"] for line in self.lines)
         self.write(output_dir)
-        self.file = (output_dir / METRICS).open("a", encoding="utf-8")
+        self.file = (output_dir / METRICS_FILE).open("a", encoding="utf-8")
 
     def write(self, folder: Path) -> None:
         """The lines so far into a folder's file."""
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines)
-        (folder / METRICS).write_text(text, encoding="utf-8")
+        (folder / METRICS_FILE).write_text(text, encoding="utf-8")
 
     def add(self, step: int, facts: dict[str, float], skipped: Sequence[Problem] = ()) -> dict[str, float]:
         """Writes the step's line; returns what it says, means included, but for the records that broke. `facts` has `loss`,

@@ -22,12 +22,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qwenvl_ft.config import Config
 from qwenvl_ft.data.families import family_of
 from qwenvl_ft.data.rows import Row
-from qwenvl_ft.data.targets import find_layers, tower_trains
-from qwenvl_ft.model.load import add_lora, refit, trainable
-from qwenvl_ft.model.lora import fuse_lora
+from qwenvl_ft.data.targets import tower_trains
+from qwenvl_ft.model.load import refit, trainable
 from qwenvl_ft.model.loss import summed_loss
 from qwenvl_ft.train.activations import recompute
 from qwenvl_ft.train.memory import Stored, as_loaded
+from qwenvl_ft.train.setup import adapted
 
 META = torch.device("meta")
 UNIT = 512  # bytes, of which a GPU's allocator gives whole ones
@@ -46,7 +46,7 @@ WEIGHTS, TRAINED, ACTIVATIONS, TOWER, LOGITS, BACKWARD = (
 
 def shape_of(config: Config, bf16: bool) -> Any:
     """The model that a run of these settings trains, of which config.json is enough. Raises UserError for an unknown family."""
-    family = family_of(config.model)
+    family_of(config.model)  # before transformers is asked, whose error is no UserError
     with META:
         model = AutoModelForImageTextToText.from_config(
             AutoConfig.from_pretrained(config.model), dtype=torch.bfloat16 if bf16 else torch.float32
@@ -55,11 +55,7 @@ def shape_of(config: Config, bf16: bool) -> Any:
     attention = config.attn_implementation
     model = refit(model, "varlen" if attention in ("auto", "flash_attention_2") else attention)
     with torch.random.fork_rng([]):
-        model = add_lora(
-            model, family, config.lora_on, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed,
-            config.own, find_layers(config), config.use_rslora, config.use_dora,
-        )  # fmt: skip
-    fuse_lora(model)
+        model = adapted(model, config)
     recompute(model)
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):

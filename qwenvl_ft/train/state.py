@@ -1,14 +1,11 @@
-"""What one process holds of a run: its rows, its model and optimizer, how its gradients join the others'; its checkpoints, and
-from which of them a run goes on, if it is still the same run."""
+"""What one process holds of a run: its rows, its model and optimizer, how its gradients join the others'; its checkpoints."""
 
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,63 +17,61 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from qwenvl_ft.config import Config
-from qwenvl_ft.console import print_line
-from qwenvl_ft.data.cache import features_folder
 from qwenvl_ft.data.families import feature_width
 from qwenvl_ft.data.features import Features
 from qwenvl_ft.data.kept import code_of
-from qwenvl_ft.data.numbers import blocks
-from qwenvl_ft.data.packed import GONE, FileState
-from qwenvl_ft.data.packing import PackedRows, deal
-from qwenvl_ft.data.prepare import Prepared, no_room, not_kept, schedule
+from qwenvl_ft.data.packing import deal
+from qwenvl_ft.data.prepare import Prepared, no_room, not_kept
 from qwenvl_ft.data.rows import FEATURES, MAY_KEEP, Built, Row, Rows, with_features
-from qwenvl_ft.data.table import Scripts
-from qwenvl_ft.data.targets import tower_trains
+from qwenvl_ft.data.targets import only_tower_trains, tower_trains
 from qwenvl_ft.errors import NonFiniteLoss, Problem, UserError
 from qwenvl_ft.folders.adapter import base_fingerprint
-from qwenvl_ft.folders.hashes import TICK_NS, digests
-from qwenvl_ft.folders.model import ADAPTER_WEIGHTS, read_model_json
-from qwenvl_ft.folders.runs import PICTURE_HASHES, PROCESSORS, checkpoints, earlier, newest, rotate
-from qwenvl_ft.folders.whole import short_hash, write_json, write_whole
+from qwenvl_ft.folders.cache import features_folder
+from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
+from qwenvl_ft.folders.runs import PICTURE_HASHES, rotate
+from qwenvl_ft.folders.whole import short_hash, write_whole
 from qwenvl_ft.model.attention import attention_of
 from qwenvl_ft.model.load import trainable
-from qwenvl_ft.model.loss import Keep
+from qwenvl_ft.model.loss import Keep, summed_loss
 from qwenvl_ft.model.pissa import State, as_plain, plain_settings
 from qwenvl_ft.train.best import Best
 from qwenvl_ft.train.launch import Workers, begin_worker, no_word_of_workers
-from qwenvl_ft.train.output_dir import Metrics
+from qwenvl_ft.train.origin import FORM, SIZING, STATE, Origin, contents, rows_hash, version_of
+from qwenvl_ft.train.output_dir import Metrics, read_metrics
 
 PARTS = ".parts"  # in a run's folder, while it saves: what each process adds to the checkpoint
-CONTENTS = "contents.json"  # beside a table
-SIZING = ("video_fps", "video_max_frames", "video_max_pixels")  # settings that say for themselves that grids change
-STATE = "state.json"  # in a checkpoint: its step, how it was launched, and the fingerprint of its run
 OnSaved = Callable[[Path], None]
 CLOCK_NS = 20_000_000  # by which a file system's clock may lag behind
 MADE_BY = ("torch", "transformers", "torchvision", "pillow", "av")  # what of a medium becomes features
-LENGTH = ("num_train_epochs", "max_steps")  # settings that may grow when a run goes on
-FORM = 5  # of a checkpoint: raised with every change to what is in it, or to which rows a step takes
 
 
 class Run:
     """What a step, an evaluation and a checkpoint need, together."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, model: Any, optimizer: Any, prepared: Prepared,
-                 processor: Any, bf16: bool, on_saved: OnSaved | None = None,
-                 beginning: State | None = None):  # fmt: skip
-        self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
-        self.prepared, self.processor, self.bf16, self.on_saved = prepared, processor, bf16, on_saved
-        self.bare = accelerator.unwrap_model(model)
-        self.beginning = beginning or {}  # of PiSSA
+    def __init__(
+        self, config: Config, accelerator: Accelerator, origin: Origin, prepared: Prepared, held_out: Prepared | None,
+        processor: Any, bare: Any, optimizer: Any, pissa_start: State, on_saved: OnSaved | None = None,
+    ):  # fmt: skip
+        # accelerate's unwrap_model would give it back, too, but imports DeepSpeed in every run where that is installed.
+        self.bare, self.bf16, self.pissa_start = bare, bare.dtype == torch.bfloat16, pissa_start
+        self.model, self.optimizer = accelerator.prepare(bare, optimizer)
+        self.config, self.accelerator, self.origin, self.on_saved = config, accelerator, origin, on_saved
+        self.prepared, self.held_out, self.processor = prepared, held_out, processor
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         # What has had no gradient so far; DeepSpeed's engine keeps them to itself.
         self.untouched = {} if self.deepspeed else trainable(self.bare)
         self.metrics: Metrics | None = None  # the main process has them
+        self.tracker_ids: dict[str, str] = {}
+        self.done = 0  # the steps before it goes on
+        self.activations: dict[str, int] | None = None  # of how many layers they are kept, where that was measured
         self.keeps_activations = config.gradient_checkpointing is False  # of some layers at least
-        self.best, self.tracker_ids = Best([]), dict[str, str]()
+        lines = read_metrics(origin.resume) if origin.resume else []
+        self.best = Best(lines, config.early_stopping_patience, config.eval_metric)
         self.features: dict[bool, Features] = {}  # of the rows that train, and of those that are held out
-        self.partitions = zero_partitions(model) if self.deepspeed else []
+        self.partitions = zero_partitions(self.model) if self.deepspeed else []
         self.tower_trains = tower_trains(config.lora_on)
-        self.always_look = self.deepspeed and (self.tower_trains or model.zero_optimization_stage() == 3)
+        shared_out = self.deepspeed and (self.tower_trains or self.model.zero_optimization_stage() == 3)
+        self.always_look = shared_out or only_tower_trains(config.lora_on)  # a loss that nothing trains by cannot go backward
 
     def mine(self, rows: Sequence[int], of: Prepared) -> list[int | None]:
         """This process's rows of a step, with about as much work as the others have; None where another has one more, so that all
@@ -164,6 +159,10 @@ class Run:
         else:
             self.accelerator.backward(loss)
 
+    def loss(self, row: Row, keep: Keep | None = None) -> torch.Tensor:
+        """Summed loss of one row, on this process's device. For `keep` see vision_features."""
+        return summed_loss(self.model, self.bare, row, self.tower_trains, keep, self.accelerator.device)
+
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors under PEFT's own names, on the CPU; under ZeRO-3 each process has a part of them.
 
@@ -181,14 +180,14 @@ class Run:
                 raise SystemExit(1)  # every process has these weights, and one of them says so
             what = f"{len(broken)} of the adapter's {len(state)} tensors hold NaN or infinity and are not saved, {broken[0]} first"
             raise NonFiniteLoss(Problem(str(self.config.output_dir), what, "lower learning_rate"))
-        return as_plain(state, self.beginning)
+        return as_plain(state, self.pissa_start)
 
     def adapter_settings(self) -> LoraConfig:
         """PEFT's settings that go with it."""
         lora: LoraConfig = self.bare.peft_config["default"]
-        return plain_settings(lora) if self.beginning else lora
+        return plain_settings(lora) if self.pissa_start else lora
 
-    def save(self, step: int, same: dict[str, str]) -> None:
+    def save(self, step: int) -> None:
         """Writes checkpoint-N whole, then takes the oldest away."""
         folder = self.config.output_dir / f"checkpoint-{step}"
         state = self.adapter_state()
@@ -202,7 +201,7 @@ class Run:
                 part.rename(incoming / part.name)
             facts = {
                 "form": FORM, "step": step, "processes": self.accelerator.num_processes, "deepspeed": self.deepspeed,
-                "records": self.prepared.num_records, "row_tokens": self.prepared.plan.row_tokens, "same": same,
+                "records": self.prepared.num_records, "row_tokens": self.prepared.plan.row_tokens, "same": self.origin.same,
                 **self.tracker_ids,
             }  # fmt: skip
             (incoming / STATE).write_text(json.dumps(facts, indent=1) + "\n")
@@ -238,8 +237,8 @@ class Run:
         flat = {f"{number}.{key}": value for number, entry in entries.items() for key, value in entry.items()}
         return {key: torch.as_tensor(value).detach().cpu().clone().contiguous() for key, value in flat.items()}
 
-    def load(self, folder: Path) -> int:
-        """Puts the optimizer back to where the checkpoint was; returns its step."""
+    def load(self, folder: Path) -> None:
+        """Puts the optimizer back to where the checkpoint was, which is after the step `done`."""
         facts = json.loads((folder / STATE).read_text())
         if facts["deepspeed"] != self.deepspeed or (self.deepspeed and facts["processes"] != self.accelerator.num_processes):
             was = f"{facts['processes']} processes {'with' if facts['deepspeed'] else 'without'} DeepSpeed"
@@ -257,7 +256,7 @@ class Run:
                 key: value.to(part.device) if value.dim() else value if value.is_floating_point() else int(value)
                 for key, value in entries[at].items()
             }
-        return int(facts["step"])
+        self.done = int(facts["step"])
 
 
 def zero_partitions(engine: Any) -> list[torch.Tensor]:
@@ -276,173 +275,3 @@ def zero_partitions(engine: Any) -> list[torch.Tensor]:
         return list(zero.fp32_partitioned_groups_flat)
     what = f"its {type(zero).__name__} keeps more than a checkpoint here holds"
     raise UserError(Problem("DeepSpeed", what, "use ZeRO 2 or 3 as in configs/zero2.yaml, without fp16 and without NVMe"))
-
-
-def find_resume(config: Config, same: dict[str, str], prepared: Prepared) -> Path | None:
-    """The checkpoint to go on from. Raises UserError if there is one that was not asked for, or that is of another run."""
-    if config.resume == "weights":
-        return None
-    if not config.resume:
-        if found := checkpoints(config.output_dir):
-            raise UserError(Problem(str(config.output_dir), f"already holds {found[-1].name}",
-                                    "set resume=true to go on from it, or choose another output_dir"))  # fmt: skip
-        return None
-    folder, skipped = newest(config.output_dir)
-    if not folder and (before := earlier(config.output_dir)):
-        raise UserError(Problem(str(config.output_dir), f"holds no checkpoint yet, and {before[-1].name} of an earlier run",
-                                "set resume=weights to begin with its weights again"))  # fmt: skip
-    for reason in skipped:
-        print_line(f"passed over {reason}", "yellow")
-    if folder:
-        before = json.loads((folder / STATE).read_text())
-        if before.get("form") != FORM:
-            what = "was written by another version of this tool, which saved other things and whose steps took other rows"
-            raise UserError(Problem(str(folder), what, "finish the run with that version, or choose another output_dir"))
-        if (steps := len(schedule(prepared, config))) > (planned := steps_of(before, prepared, config)):
-            print_line(
-                f"{folder.name} is of a run of {planned:,} steps and this is one of {steps:,}: so is the schedule of its rate"
-            )
-            before["same"] |= {key: same[key] for key in LENGTH}
-        if changed := differences(before, same, prepared):
-            fix = "set it back, or choose another output_dir"
-            raise UserError(*(Problem(str(folder), what, fix) for what in changed))
-    return folder
-
-
-def steps_of(state: dict[str, Any], prepared: Prepared, config: Config) -> int:
-    """How many steps the run of a checkpoint was to have."""
-    epochs, most = (None if state["same"][key] == "None" else int(state["same"][key]) for key in LENGTH)
-    return len(schedule(prepared, config.model_copy(update={"num_train_epochs": epochs, "max_steps": most})))
-
-
-def find_weights(config: Config) -> Path | None:
-    """The adapter whose weights a run begins with that goes on from no checkpoint; None for a fresh one.
-
-    Raises UserError for `resume: weights` where no checkpoint is.
-    """
-    if config.resume != "weights":
-        return config.init_adapter
-    for folder in (config.output_dir, *reversed(earlier(config.output_dir))):
-        found, skipped = newest(folder)
-        for reason in skipped:
-            print_line(f"passed over {reason}", "yellow")
-        if found:
-            return found
-    what = "holds no checkpoint to take weights from"
-    raise UserError(Problem(str(config.output_dir), what, "set resume=false, or init_adapter to the folder of an adapter"))
-
-
-def fingerprint(prepared: Prepared, held_out: Prepared | None, config: Config) -> dict[str, str]:
-    """What a checkpoint must agree on before a run goes on from it, each as a short hash or text: all that training reads.
-
-    Hashes pictures and base, each file once. Raises UserError for a file that is gone.
-    """
-    same = "lora_on lora_targets lora_rank lora_alpha lora_dropout use_rslora use_dora loraplus_lr_ratio "
-    same += "init_lora_weights init_adapter rows_per_step learning_rate lr_scheduler_type warmup_ratio "
-    same += "weight_decay max_grad_norm seed dtype quantization num_train_epochs max_steps thinking "
-    same += "media_position video_fps video_max_frames video_max_pixels"
-    settings = {key: str(getattr(config, key)) for key in same.split()}
-    seen = [read_model_json(path) for name in PROCESSORS if (path := config.model / name).is_file()]
-
-    def records(part: Prepared) -> list[str]:
-        return [part.scripts.facts["hashes"][name] for name in ("ids", "taught")]
-
-    def names(part: Prepared) -> list[str]:
-        return [part.scripts.facts["hashes"][name] for name in ("media", "digests")]
-
-    def grids(part: Prepared) -> str:
-        return str(part.scripts.facts["hashes"]["grids"])
-
-    def content(part: Prepared) -> str:
-        return contents(part.scripts, config.output_dir / PICTURE_HASHES)
-
-    return {
-        **settings,
-        "base model": short_hash(base_fingerprint(config.model)),
-        "processor": short_hash([found.get("image_processor", found) for found in seen]),
-        "training records": short_hash(records(prepared)),
-        "pictures": short_hash(names(prepared)),
-        "contents": short_hash(content(prepared)),
-        "packed rows": rows_hash(prepared.plan.rows),
-        "shared beginnings": "auto" if prepared.shares else "off",
-        "grids": grids(prepared),
-        **({"asked": f"{config.eval_samples} {config.eval_max_new_tokens}"} if config.eval_metric != "loss" else {}),
-        **({"held out": short_hash([records(held_out), names(held_out), grids(held_out), content(held_out)])} if held_out else {}),
-    }
-
-
-def version_of(package: str) -> str:
-    """Nothing for one that is not there, and so makes nothing."""
-    with suppress(PackageNotFoundError):
-        return version(package)
-    return ""
-
-
-def rows_hash(rows: PackedRows) -> str:
-    """Names which records share which row, and which of them their beginning."""
-    digest = hashlib.sha256(rows.starts.data)
-    for _, members in blocks(rows.members):
-        digest.update(members.data)
-    return digest.hexdigest()[:16]
-
-
-def contents(scripts: Scripts, cache: Path) -> str:
-    """Names what is in the files that hold the media of a table. It is kept beside the table, for as long as the files are said to
-    be as they were: by their sizes and both times. Raises UserError for a file that is gone.
-    """
-    now, newest_ns = hashlib.sha256(), 0
-    for state in map(FileState.of, (of.path for of in scripts.files if of.num_bytes != GONE)):
-        now.update(repr(state).encode("utf-8", "surrogateescape"))
-        newest_ns = max(newest_ns, state.mtime_ns, state.ctime_ns)
-    kept = scripts.folder / CONTENTS
-    with suppress(OSError, ValueError):
-        files, found = json.loads(kept.read_text())
-        if files == now.hexdigest():
-            return str(found)
-    paths = [path for of in scripts.files if of.num_bytes != GONE and not (path := Path(of.path)).is_dir()]
-    hashes = digests(dict.fromkeys(paths), cache, "hashing pictures")
-    found = short_hash([hashes[path] for path in hashes])
-    if time.time_ns() - newest_ns > TICK_NS:
-        with suppress(OSError):
-            write_json(kept, [now.hexdigest(), found])
-    return found
-
-
-def differences(before: dict[str, Any], now: dict[str, str], prepared: Prepared) -> list[str]:
-    """What the run of a checkpoint, as its state says, and this run differ in: in words, and each cause once.
-
-    Other records have other pictures and rows, too. An evaluation may come, or be left out, but not change.
-    """
-    # A key that came after the checkpoint had its default then.
-    was = {key: str(of.default) for key, of in Config.model_fields.items()} | before["same"]
-    changed = [key for key, value in now.items() if key in was and was[key] != value]
-    said = [f"{key} was {was[key]} and is now {now[key]}" for key in changed if key in Config.model_fields]
-    if "base model" in changed:
-        said.append("the base model changed: its config.json or its weights")
-    if "processor" in changed:
-        said.append("the base model's processor changed: its settings of pictures")
-    if {"thinking", "media_position"} & set(changed):  # which write all records otherwise
-        changed = [
-            key for key in changed if key not in ("training records", "packed rows", "grids", "shared beginnings", "held out")
-        ]
-    if "training records" in changed:
-        count, records = before["records"], prepared.num_records
-        said.append("the training records changed" + (f": {count:,} before, {records:,} now" if count != records else ""))
-    elif "pictures" in changed:
-        said.append("the pictures changed: their folder, names or sizes")
-    elif "packed rows" in changed or ("grids" in changed and not {"processor", *SIZING} & set(changed)):
-        tokens, room = before["row_tokens"], prepared.plan.row_tokens
-        if tokens != room:
-            said.append(f"row_tokens was {tokens} and is now {room}")
-        elif "shared beginnings" not in changed or "grids" in changed:
-            said.append("pictures are seen in other sizes: min_pixels or max_pixels changed")
-        elif "lora_dropout" not in changed:  # which is said, and is why
-            now_is = f"share_prefix was {was['shared beginnings']} and is now {now['shared beginnings']}"
-            said.append(f"{now_is}, by itself or by attn_implementation")
-    elif "contents" in changed:
-        said.append("the pictures changed: what is in them, under the same names and in the same sizes")
-    if "asked" in changed:
-        said.append("eval_samples or eval_max_new_tokens changed, so scores could not be compared")
-    if "held out" in changed:
-        said.append("the records or pictures of the evaluation changed, so its losses could not be compared")
-    return said

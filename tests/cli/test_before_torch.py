@@ -31,6 +31,7 @@ COMMANDS = {
     "a picture to ask about": (["ask", str(TINY), "hi", "--image", "OUT/no.png"], "cannot be read (No such file or directory)"),
     "a picture that is none": (["ask", str(TINY), "hi", "--image", "OUT/bad.json"], "is JSON text, not a picture"),
     "a video to ask about": (["ask", str(TINY), "hi", "--video", "OUT/no.mp4"], "cannot be read (No such file or directory)"),
+    "a folder of frames": (["ask", str(TINY), "hi", "--video", str(SAMPLE / "images")], "has frames of several sizes"),
     "a file of questions": (["ask", str(TINY), "--jsonl", "OUT/bad.json", "--out", "OUT/answers"], "is no question"),
     "a model to ask": (["ask", "OUT/model", "hi"], "safetensors"),
     "an adapter to merge": (["export", "--adapter", "OUT", "--out", "OUT/merged"], "adapter_config.json"),

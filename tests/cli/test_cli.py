@@ -205,7 +205,7 @@ def test_a_small_picture_that_is_paid_for_again_and_again_is_noted_in_the_plan(r
     shared = json.loads(run(*small)[1])
     assert shared["paid"]["media"] < shared["paid"]["media_shown"] and shared["tokens"]["max"] < 64
     notes = json.loads(run(*small, "share_prefix=off")[1])["notes"]
-    assert "records that share their beginning pay for it each: share_prefix is off" in notes
+    assert "records that share a prefix pay for it each: share_prefix is off" in notes
 
 
 def test_more_taught_tokens_than_the_rank_holds_are_noted_in_the_plan(run):

@@ -10,13 +10,14 @@ from PIL import Image
 from ruamel.yaml import YAML
 from transformers import AutoProcessor
 
+from qwenvl_ft.cli.options import read_chat_settings
 from qwenvl_ft.config import Config
 from qwenvl_ft.data.geometry import Limits, grid_of, read_limits, tokens_of
 from qwenvl_ft.data.rows import Rows
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.export.merge import export
-from qwenvl_ft.infer.engine import Engine, open_beside
-from tests import runs
+from qwenvl_ft.infer.engine import ChatSettings, Engine, open_beside
+from tests import films, runs
 from tests.conftest import TINY
 from tests.serving import data_url, serving
 
@@ -107,13 +108,36 @@ def test_a_photo_has_the_same_tokens_from_the_plan_to_the_merged_folder(run, pho
     assert seen == [trained] * 6
     stock = AutoProcessor.from_pretrained(photo / "merged")
     assert of(stock.image_processor(images=Image.open(picture), return_tensors="pt")) == trained
-    served_alone = {"tuned": open_beside(TINY, {"tuned": out})["tuned"], "base": open_beside(TINY, {}, None, TRAINED)[None]}
+    served_alone = {
+        "tuned": open_beside(TINY, {"tuned": out})["tuned"],
+        "base": open_beside(TINY, {}, ChatSettings(max_pixels=TRAINED))[None],
+    }
     body = {"max_tokens": 1, "messages": [{"role": "user", "content": [{"image": data_url(picture)}, {"text": "\n" + SAID}]}]}
     for name, engine in served_alone.items():
         with serving({name: engine}) as served:
             said = httpx.post(served.url + "/v1/chat/completions", json=body | {"model": name}, timeout=60).json()
         assert said["usage"]["prompt_tokens_details"]["image_tokens"] == trained
         assert said["usage"]["prompt_tokens"] == len(engine.inputs([question])["input_ids"][0])
+
+
+def test_a_film_is_drawn_alike_however_it_is_asked_about(run, tmp_path, monkeypatch):
+    """With video_fps in --config `ask --video` drew a quarter of the frames that `ask --jsonl` and `serve` drew."""
+    film, config = films.write(tmp_path / "a.mp4", count=80), tmp_path / "config.yaml"
+    config.write_text(f"model: {TINY}\ntrain_meta_file: a.json\noutput_dir: o\nvideo_fps: 0.5\n")
+    messages = [{"role": "user", "content": [{"video": str(film)}, {"text": "read"}]}]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": messages}))
+    frames, inputs_of = [], Engine.inputs_of
+
+    def noted(self, scripts):
+        frames.append(len(scripts[0].media[0].indices))
+        return inputs_of(self, scripts)
+
+    monkeypatch.setattr(Engine, "inputs_of", noted)
+    for how in (["read", "--video", str(film)], ["--jsonl", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]):
+        assert run("ask", str(TINY), *how, "--config", str(config), "--max-new-tokens", "1")[0] == 0
+    settings = read_chat_settings(config, None, None, None)
+    open_beside(TINY, {}, settings)[None].inputs([messages])
+    assert frames == [4] * 3 and settings.open(TINY)[1].video_fps == 0.5
 
 
 def test_limits_that_cross_are_named_wherever_they_are_given(run, photo):

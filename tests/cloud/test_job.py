@@ -244,6 +244,14 @@ def test_outside_of_a_job_nothing_changes():
     assert launcher({"WORLD_SIZE": "2", "RANK": "0"}, ["train"]) is None
 
 
+def test_a_number_of_nodes_that_is_none_is_said_in_words():
+    """It was torchrun's traceback."""
+    environ = {"WORLD_SIZE": "abc", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1.5"}
+    with pytest.raises(UserError, match=r"WORLD_SIZE=abc: is no number(.|\n)*MASTER_PORT=1.5: is no number"):
+        launcher(environ, ["train"])
+    assert launcher(environ | {"WORLD_SIZE": "2", "NPROC_PER_NODE": "gpu", "MASTER_PORT": "1"}, ["train"])
+
+
 NO_PLACE = Path("/no/such/folder")
 COMPLAINTS = {
     "a hyperparameter that is none": ({"lora_rnak": "8"}, {}, "PAI job, lora_rnak=8: unknown key lora_rnak\n  fix: did you mean lora_rank?"),

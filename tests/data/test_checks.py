@@ -13,12 +13,15 @@ from PIL import Image
 
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.data import checks as checks_module
+from qwenvl_ft.data.batches import batches_of
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.checks import Against, Checks, Places
-from qwenvl_ft.data.meta_file import read_records
+from qwenvl_ft.data.geometry import Limits, shrunk
+from qwenvl_ft.data.meta_file import Tally, read_records
 from qwenvl_ft.data.numbers import Spool
 from qwenvl_ft.data.records import Box, Picture, Record, Turn, Video
 from qwenvl_ft.errors import UserError
+from qwenvl_ft.values import MixedFile
 from tests.conftest import TINY
 
 CHAT = open_chat(TINY)
@@ -34,6 +37,14 @@ def checked(records, scripts=(), chat=None, against=None) -> Checks:
     for record in records:
         checks.add(record, of_record.get(record.where, ()))
     return checks
+
+
+def against(*records) -> Against:
+    """Records of evaluation that are there."""
+    theirs = Against()
+    for one in records:
+        theirs.add(one)
+    return theirs
 
 
 def record(number, *texts, **more):
@@ -61,7 +72,7 @@ def test_in_clean_records_nothing_is_found():
     assert found(CLEAN) == {}
     plain = [of for of in CLEAN if not any(isinstance(part, Box) for turn in of.turns for part in turn.parts)]
     scripts = [script for of in plain for script in CHAT.write_scripts(of)]
-    assert found(plain, scripts, CHAT, Against([replace(record(9, "Other?", "Other."), where="eval.json[0]")])) == {}
+    assert found(plain, scripts, CHAT, against(replace(record(9, "Other?", "Other."), where="eval.json[0]"))) == {}
 
 
 def test_records_that_say_the_same_of_the_same_pictures_are_duplicates():
@@ -81,12 +92,15 @@ def test_records_that_say_the_same_of_the_same_pictures_are_duplicates():
     assert not found([*CLEAN, split])
 
 
-def test_a_record_that_counts_twice_by_its_weight_is_no_duplicate():
-    assert not found([CLEAN[0], CLEAN[0], CLEAN[1], CLEAN[1]])
+def test_a_record_that_counts_twice_by_its_weight_is_no_duplicate(tmp_path, talk):
+    mixed, checks, tally = [MixedFile(file=talk(["one?", "1"], ["two?", "2"]), weight=2)], Checks(), Tally()
+    for batch in batches_of(mixed, tmp_path, tally):
+        checks.join(batch.checks)
+    assert not checks.facts() and tally.used[0] == 4
 
 
 def test_records_of_evaluation_in_training_are_named():
-    facts = found(CLEAN, (), None, Against([replace(CLEAN[2], where="eval.json[4]")]))
+    facts = found(CLEAN, (), None, against(replace(CLEAN[2], where="eval.json[4]")))
     assert facts["records_of_evaluation"] == {
         "count": 1, "first": "train.json[2]",
         "note": "1 record is in evaluation, too, turns and pictures alike (train.json[2] is eval.json[4])",
@@ -102,10 +116,10 @@ def test_a_picture_of_evaluation_is_found_by_its_content_under_another_name(tmp_
     records, problems, _ = read_records(talk(["<img>a.bmp</img>one?", "1"], ["<img>copy.bmp</img>two?", "2"]), tmp_path)
     theirs, _, _ = read_records(talk(["<img>b.bmp</img>x?", "1"], ["<img>c.bmp</img>y?", "2"]), tmp_path)
     assert not problems and len(records) == len(theirs) == 2
-    fact = found(records, (), None, Against(theirs))["pictures_of_evaluation"]
+    fact = found(records, (), None, against(*theirs))["pictures_of_evaluation"]
     assert fact["count"] == 1 and fact["first"] == records[1].where
     assert fact["note"].endswith(f"{records[1].where} shows copy.bmp, and {theirs[0].where} the same as b.bmp")
-    assert not found(records, (), None, Against(theirs[1:]))
+    assert not found(records, (), None, against(*theirs[1:]))
 
 
 def test_shrunk_pictures_are_counted_once_each_with_how_much():
@@ -120,6 +134,17 @@ def test_shrunk_pictures_are_counted_once_each_with_how_much():
     assert fact["count"] == 3 and fact["worst"] == pytest.approx((4000 * 8000 / area) ** 0.5, abs=1e-3)
     assert 1 < fact["median"] < fact["worst"] and "4000.png, 8000 x 4000 px becomes" in fact["note"]
     assert "pictures_shrunk" not in found(records[:1], scripts[:1], CHAT)
+
+
+@pytest.mark.parametrize(("size", "is_so"), [((1602, 25), False), ((2361, 28), True), ((400, 300), True), ((97, 99), False)])
+def test_what_is_seen_no_smaller_than_it_is_is_not_shrunk(size, is_so):
+    """A strip of 1602 x 25 px is seen as 1792 x 32, less than a bound makes of it and more than it is: `plan` counted it as shrunk
+    beside checks that did not."""
+    limits = Limits(16, 2, 3136, 50176)
+    checks = Checks(limits)
+    picture = Picture(Path("a.png"), *size, num_bytes=1)
+    checks.add(record(0, (picture, "?"), "x"), CHAT.write_scripts(record(0, "?", "x")))
+    assert shrunk(*size, limits) == ("pictures_shrunk" in checks.facts()) == is_so
 
 
 def test_tokens_and_taught_tokens_are_those_of_the_scripts():
@@ -160,12 +185,12 @@ def test_checks_of_parts_join_to_the_checks_of_all():
     bad = record(8, (A, "What is in Picture 3?"), "x")
     records = [bad, *CLEAN[:3], *again[:3]]
     scripts = [script for of in records for script in CHAT.write_scripts(of)]
-    against = Against([replace(CLEAN[1], where="e")])
-    against.media.clear()
-    against.sizes.clear()  # their files are not there
-    whole, joined = checked(records, scripts, CHAT, against), Checks(CHAT.limits, against)
+    theirs = against(replace(CLEAN[1], where="e"))
+    theirs.media.clear()
+    theirs.sizes.clear()  # their files are not there
+    whole, joined = checked(records, scripts, CHAT, theirs), Checks(CHAT.limits, theirs)
     for start in (0, 2, 4, 6):
-        part = checked(records[start : start + 2], scripts, CHAT, against)
+        part = checked(records[start : start + 2], scripts, CHAT, theirs)
         joined.join(pickle.loads(pickle.dumps(part)))
     assert joined.facts() == whole.facts() and len(whole.facts()) >= 5
 
@@ -173,7 +198,7 @@ def test_checks_of_parts_join_to_the_checks_of_all():
 def test_frames_in_memory_and_odd_places_are_no_matter():
     films = [Video.of([Image.new("RGB", (56, 56), color)] * 2, 2.0, range(2), 2) for color in ("red", "blue")]
     records = [Record("", (Turn("user", (film, "?")), Turn("assistant", ("x",)))) for film in films]
-    checks = Checks(CHAT.limits, Against(records))
+    checks = Checks(CHAT.limits, against(*records))
     for number, of in enumerate(records):
         checks.add(replace(of, where=f"no number {'x' * number}"))
     assert not found([]) and "duplicate_records" not in checks.facts()

@@ -6,6 +6,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import requests
 
 from qwenvl_ft.data import fetch as module
 from qwenvl_ft.data.fetch import fetch, is_public
@@ -13,22 +14,23 @@ from qwenvl_ft.errors import UserError
 
 
 class Site(BaseHTTPRequestHandler):
-    """/picture, /large, /to?URL (a redirect), /round (one to itself), /drip (a byte now and then), /drip-head, /missing."""
+    """/picture, /large, /to?URL (a redirect), /round (one to itself), /drip (a byte now and then), /drip-head, /missing,
+    /to-chinese (a redirect to /图片.png, not quoted)."""
 
     asked: list[tuple[str, str]] = []
 
     def do_GET(self):
         self.asked.append((self.headers["Host"], self.path))
-        path, _, query = self.path.partition("?")
+        path, _, query = self.path.removeprefix("http://images.invalid").partition("?")  # what a proxy is asked for is whole
         if path == "/drip-head":
             for _ in range(100):
                 self.wfile.write(b"HTTP/1.1 200 OK\r\n"[:1] if _ == 0 else b"x")
                 self.wfile.flush()
                 time.sleep(0.1)
             return
-        if path in ("/to", "/round"):
+        if path in ("/to", "/round", "/to-chinese"):
             self.send_response(302)
-            self.send_header("Location", query or "/round")
+            self.send_header("Location", query or ("/图片.png".encode().decode("latin-1") if path == "/to-chinese" else "/round"))
             self.end_headers()
             return
         self.send_response(404 if path == "/missing" else 200)
@@ -118,6 +120,52 @@ def test_odd_paths_are_refused_or_asked_as_one_line(site, path):
     except UserError:
         pass
     assert len(Site.asked) <= 1
+
+
+@pytest.mark.parametrize("path", [
+    "/图片.png", "/a b.png", "/%E5%9B%BE.png", "/图%20%E7%89%87.png", "/100%.png", "/a?q=图 1&x=%2F", "?q", "/a;b=c@d!$'()*+,~[1]?b[0]=1",
+])  # fmt: skip
+def test_a_path_is_asked_for_as_requests_asks(site, path):
+    """Letters and spaces once could not be reached."""
+    fetch(site + path, HOSTS)
+    wanted = requests.Request("GET", site + path).prepare().path_url
+    assert [asked for _, asked in Site.asked] == [wanted]
+
+
+def test_a_redirect_in_letters_is_followed(site):
+    assert fetch(f"{site}/to-chinese", HOSTS) == b"picture"
+    assert Site.asked[-1][1] == requests.Request("GET", f"{site}/图片.png").prepare().path_url
+
+
+def test_a_host_that_is_listed_as_an_address_may_be_private_and_a_name_may_not(site, monkeypatch):
+    monkeypatch.setattr(module, "is_public", is_public)
+    port = site.rpartition(":")[2]
+    assert fetch(f"http://127.0.0.1:{port}/picture", {"127.0.0.1"}) == b"picture"
+    assert "not public" in refusal(f"{site}/picture")
+
+
+def test_a_users_own_url_goes_through_the_proxy_and_a_strangers_does_not(site, monkeypatch):
+    """The server stands for a proxy here, which is asked for whole URLs."""
+    monkeypatch.setenv("http_proxy", site)
+    monkeypatch.setenv("https_proxy", site)
+    monkeypatch.setenv("no_proxy", "other.invalid")
+    assert fetch("http://images.invalid/图.png") == b"picture"
+    assert fetch("http://images.invalid/to?http://images.invalid/picture") == b"picture"
+    assert Site.asked[0] == ("images.invalid", requests.Request("GET", "http://images.invalid/图.png").prepare().url)
+    assert len(Site.asked) == 3
+    for url, hosts, what in (
+        ("http://other.invalid/x.png", None, "cannot be reached"),
+        ("http://images.invalid/x.png", {"images.invalid"}, "cannot be reached"),
+        ("https://images.invalid/x.png", None, "cannot be reached through the proxy that https_proxy names"),
+        ("http://images.invalid/missing", None, "answered with status 404"),
+    ):
+        with pytest.raises(UserError) as error:
+            fetch(url, hosts)
+        assert error.value.problems[0].what == what
+    with pytest.raises(UserError, match="larger"):
+        fetch("http://images.invalid/large", max_bytes=1_000_000)
+    with pytest.raises(UserError, match="too long"):
+        fetch("http://images.invalid/drip", seconds=0.5)
 
 
 def test_size_and_status_are_bounded(site):

@@ -17,16 +17,16 @@ import pytest
 from PIL import Image
 
 from qwenvl_ft.data import sources
+from qwenvl_ft.data.batches import batches_of
 from qwenvl_ft.data.files.containers import entries_of, files_of, names_of
 from qwenvl_ft.data.files.entry import Entry
 from qwenvl_ft.data.media import Media
 from qwenvl_ft.data.meta_file import Tally, read_records, stream_records
-from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.pictures import PictureChanged, load, opened
 from qwenvl_ft.data.reading import AS_FOUND, Reading
 from qwenvl_ft.data.records import InTable, InTar, Record
 from qwenvl_ft.errors import Problem, UserError
-from qwenvl_ft.values import Part
+from qwenvl_ft.values import MixedFile
 
 NUMBER = 7
 
@@ -139,7 +139,7 @@ def test_beside_a_text_a_json_that_is_no_talk_is_not_read_and_counted(loose, tmp
             add(tar, f"{key}.png", (loose / "0.png").read_bytes())
             add(tar, f"{key}.json", said.encode())
             add(tar, f"{key}.txt", f"caption {key}".encode())
-    (part,) = parts_of(tmp_path / "a.tar", None, Tally(), keep_records=True)
+    (part,) = batches_of(tmp_path / "a.tar", None, Tally(), keep_records=True)
     assert [(record.where, record.turns[1].text) for record in part.records] == [("a.tar:0", "caption 0")]
     what = "record is made of a txt, and the json beside it, which is no talk, is not read"
     assert part.noted.lines == [f"1 {what} (a.tar:0 for one)"]
@@ -369,7 +369,7 @@ def test_records_whose_picture_is_empty_are_counted(loose, tmp_path):
     for name, columns, blank in (("a.parquet", {}, [1]), ("b.csv", {"image": "bild"}, [0]), ("c.json", {}, [0, 1])):
         found = list(stream_records(tmp_path / name, loose, Reading(columns=columns)))
         assert all(of.record for of in found) and [at for at, of in enumerate(found) if of.is_blank] == blank, name
-    (part,) = parts_of(tmp_path / "c.json", loose, Tally())
+    (part,) = batches_of(tmp_path / "c.json", loose, Tally())
     assert part.noted.lines == [
         "2 records are taught as text alone, since the key or column of pictures or videos is empty there (c.json[0] for one)"
     ]
@@ -456,7 +456,7 @@ def test_a_folder_and_a_pattern_are_their_files_in_order(loose, tmp_path):
 
 def test_mixed_files_count_by_their_weights_and_alike_for_one_seed(loose, tmp_path):
     (tmp_path / "many.jsonl").write_text("\n".join(json.dumps(talk("0.png", str(number))) for number in range(400)))
-    mixed = [Part(file=loose / "train.json", weight=2), Part(file=tmp_path / "many.jsonl", data_dir=loose, weight=1.25)]
+    mixed = [MixedFile(file=loose / "train.json", weight=2), MixedFile(file=tmp_path / "many.jsonl", data_dir=loose, weight=1.25)]
 
     def drawn(seed: int) -> list[tuple[str, int]]:
         tally = Tally()

@@ -143,6 +143,23 @@ def test_a_call_of_a_tool_is_the_same_however_it_is_written(name, read):
     assert [json.loads(call) for call in record.turns[1].calls] == [CALL] and record.turns[2].text == RESULT
 
 
+@pytest.mark.parametrize("tool", [{"type": "function", **TOOL}, {"function": TOOL}, json.dumps({**TOOL, "type": "function"})])
+def test_a_tool_is_taught_as_it_is_served(tool, read):
+    """The flat tool of OpenAI's Responses kept its "type" within the function, where a server that is sent it writes none."""
+    record, problems = read(CALLS["TRL's"] | {"tools": [tool]})
+    assert not problems and record.tools == (json.dumps({"type": "function", "function": TOOL}),)
+
+
+@pytest.mark.parametrize(("tool", "what"), [
+    ([TOOL], "is not an object"), ({"name": 5}, "is no function with a name"), ({"type": "web_search", "name": "x"}, "with a name"),
+    ('{"name": "a", "name": "b"}', "that is not JSON"), (5, "not an object or a list"),
+])  # fmt: skip
+def test_what_is_no_tool_is_a_problem(tool, what, read):
+    """A list among the tools was left out without a word."""
+    _, (problem,) = read(CALLS["TRL's"] | {"tools": [TOOL, tool]})
+    assert what in problem.what and problem.where == "train.json[0].tools[1]"
+
+
 def test_several_calls_are_one_answer_and_may_follow_its_text(read):
     calls = [{"role": "tool_call", "content": json.dumps({"name": name, "arguments": {}})} for name in "ab"]
     results = [{"role": "tool_response", "content": name} for name in "ab"]

@@ -89,6 +89,12 @@ def test_what_was_damaged_in_the_cache_is_brought_again(site, tmp_path):
     assert bring(f"{site}/a.png", "here").read_bytes() == png(30) and len(Site.asked) == 2
 
 
+def test_base64_may_stand_in_lines_and_need_not_be_named(site):
+    """What a meta-file took in lines a question did not, and what a question took unnamed a meta-file did not: two readers."""
+    lines, unnamed = f"data:image/png;base64,{base64.encodebytes(png(30)).decode()}", data_url(png(30)).replace(";base64", "")
+    assert [bring(url, "here").read_bytes() for url in (lines, unnamed)] == [png(30)] * 2
+
+
 def test_several_at_once_do_not_meet_half_a_file(site):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda at: bring(f"{site}/{at % 2}.png", "here").read_bytes(), range(40)))
@@ -97,12 +103,27 @@ def test_several_at_once_do_not_meet_half_a_file(site):
 
 @pytest.mark.parametrize(("name", "what"), [
     ("SITE/no.txt", "answered with status 404"), ("http://127.0.0.1:1/a.png", "cannot be reached"), ("ftp://x/a.png", "is no http"),
-    ("file:///etc/passwd", "is no http"), ("data:image/png;base64,@@@", "is no base64"), ("data:image/png,abc", "is no base64"),
+    ("file:///etc/passwd", "/etc/passwd lies outside"), ("data:image/png;base64,@@@", "is no base64"), ("data:image/png,abc", "is no base64"),
     (data_url(b"no picture"), "is not a picture"), ("s3://bucket/a.png", "is no http"),
 ])  # fmt: skip
 def test_what_cannot_be_brought_is_a_problem_of_its_record(name, what, site, tmp_path):
     _, (problem,), _ = read_records(meta(tmp_path, name.replace("SITE", site)), reading=FETCH)
     assert problem.where.startswith("train.jsonl:1") and what in problem.what and problem.fix
+
+
+def test_a_file_url_is_read_like_the_path_that_it_names(tmp_path):
+    """It was told to set fetch_media, and then to be no URL."""
+    path = tmp_path / "a %20?b.png"
+    path.write_bytes(png(30))
+    media = Media(tmp_path, AS_FOUND)
+    for name in (
+        f"file://{path}",
+        path.as_uri(),
+        "file://a %20?b.png",
+        "file://a%20%2520%3Fb.png",
+        path.as_uri().replace("file://", "file://localhost"),
+    ):
+        assert media.picture(name, "here").source == path, name
 
 
 def test_the_commands_bring_them_when_asked_to(site, tmp_path, capsys):

@@ -11,6 +11,7 @@ from threading import Thread
 import pytest
 
 from qwenvl_ft.cli.main import main
+from qwenvl_ft.data.convert import convert
 from qwenvl_ft.data.files.containers import files_of
 from qwenvl_ft.data.kept import kept_table
 from qwenvl_ft.data.meta_file import read_records
@@ -19,7 +20,7 @@ from qwenvl_ft.data.table import TableWriter
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.folders import objects
 from qwenvl_ft.folders.objects import Objects, address_of
-from tests.conftest import SAMPLE
+from tests.conftest import SAMPLE, TINY
 from tests.objects import BUCKET, Server
 
 PICTURES = sorted((SAMPLE / "images").iterdir())[:3]
@@ -79,6 +80,15 @@ def test_a_file_a_folder_and_a_pattern_are_read_with_pictures_elsewhere(bucket, 
     found = read_records(f"{HOME}/{meta}".rstrip("/"), f"{HOME}/images")
     assert sizes(found) == here
     assert {called(record.pictures[0].source) for record in found.records} == {f"{HOME}/images/{of.name}" for of in PICTURES}
+
+
+def test_a_folder_is_converted_with_names_within_it(bucket, here, tmp_path):
+    """The names were those within the folder above it, where nothing is looked up."""
+    for picture in PICTURES:
+        bucket.put_file(str(picture), f"{BUCKET}/set/{picture.name}")
+    bucket.pipe_file(f"{BUCKET}/set/train.json", json.dumps(LOCAL).encode())
+    convert(Path(f"s3://{BUCKET}/set"), tmp_path / "out.json")
+    assert sizes(read_records(tmp_path / "out.json", SAMPLE / "images")) == here
 
 
 def test_a_pattern_finds_what_glob_finds_in_folders(bucket, tmp_path):
@@ -202,6 +212,38 @@ class Refusing:
         raise PermissionError("the secret is words-nobody-may-see")
 
 
+@pytest.mark.parametrize("address, environment, problem", [
+    ("oss://bucket/train.json", {}, "nothing says which server has it: set OSS_ENDPOINT"),
+    ("s3://bucket/train.json", {"AWS_ENDPOINT_URL": "no-url"}, "cannot be asked for (ValueError): mend the address, or its endpoint"),
+    ("http://127.0.0.1:99999/train.json", {}, "cannot be asked for (ValueError): mend the address, then"),
+])  # fmt: skip
+def test_an_address_that_cannot_be_asked_for_says_what_to_mend_at_once(address, environment, problem, monkeypatch, tmp_path):
+    """Such errors of the libraries once passed as they were, or were waited out."""
+    pytest.importorskip({"oss": "ossfs", "s3": "s3fs"}.get(address.partition(":")[0], "aiohttp"))
+    monkeypatch.delenv("OSS_ENDPOINT", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(objects.time, "sleep", lambda seconds: pytest.fail("waits"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        Mirror(address).bring([""])
+    (found,) = error.value.problems
+    assert f"{found.what}: {found.fix}".startswith(problem)
+
+
+def test_a_server_that_does_not_answer_is_waited_for_once_and_said_to_be(monkeypatch, tmp_path, capsys):
+    """The table's name was asked of it first, a minute in vain and without a word, then the records."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(objects, "PAUSES", (0.01,) * 3)
+    monkeypatch.setattr(objects, "PATIENCE_S", 0)
+    address = "https://127.0.0.1:9/train.json"
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", "configs/demo.yaml", f"model={TINY}", f"train_meta_file={address}"])
+    assert (
+        capsys.readouterr().err.count(f"{address} cannot be reached, or its connection is cut (ClientConnectorError); it is") == 1
+    )
+
+
 def test_a_web_server_s_files_are_read_and_a_signed_address_is_refused(tmp_path, here, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(objects, "PAUSES", (0.01,))
@@ -220,3 +262,18 @@ def test_a_web_server_s_files_are_read_and_a_signed_address_is_refused(tmp_path,
     assert problem.where == f"{home}/train.json" and problem.what.startswith("cannot be reached")
     (problem,) = read_records("https://host/train.json?X-Amz-Signature=secret").problems
     assert problem.where == "https://host/train.json" and "secret" not in str(problem)
+
+
+def test_a_web_address_is_asked_of_the_proxy_of_the_environment(tmp_path, here, monkeypatch):
+    """A server whose folder has the name of a URL stands for the proxy."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(objects, "PAUSES", ())
+    folder = tmp_path / "http:" / "host.invalid"
+    folder.mkdir(parents=True)
+    (folder / "train.json").write_text(json.dumps(LOCAL))
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(tmp_path))) as web:
+        Thread(target=web.serve_forever, daemon=True).start()
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{web.server_port}")
+        assert sizes(read_records("http://host.invalid/train.json", SAMPLE / "images")) == here
+        web.shutdown()

@@ -24,14 +24,11 @@ LENGTHS = [[random.Random(seed).randint(1, 1200) for _ in range(seed * 20)] for 
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=len)
-@pytest.mark.parametrize("share", [True, False])
-def test_every_record_is_whole_in_one_row_or_too_long(lengths, share):
-    plan = pack(lengths, row_tokens=1000, share=share)
+def test_every_record_is_whole_in_one_row_or_too_long(lengths):
+    plan = pack(lengths, row_tokens=1000)
     assert sorted([index for row in plan.rows for index in row] + plan.too_long) == list(range(len(lengths)))
     assert plan.too_long == [index for index, length in enumerate(lengths) if length > 1000]
     assert all(sum(lengths[index] for index in row) <= 1000 for row in plan.rows)
-    if not share:
-        assert all(len(row) == 1 for row in plan.rows)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=len)
@@ -87,14 +84,13 @@ def test_records_of_one_length_placed_together_come_to_the_rows_of_one_at_a_time
 
 
 @pytest.mark.parametrize("in_memory", [numbers.IN_MEMORY, 5])
-@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("window", [module.WINDOW, 1, 7, 64])
-def test_each_window_of_records_is_packed_by_itself(window, share, in_memory, monkeypatch):
+def test_each_window_of_records_is_packed_by_itself(window, in_memory, monkeypatch):
     lengths, of = LENGTHS[12], random.Random(0).choices(range(9), k=len(LENGTHS[12]))
-    one_by_one = [(start, pack(lengths[start : start + window], 1000, share)) for start in range(0, len(lengths), window)]
+    one_by_one = [(start, pack(lengths[start : start + window], 1000)) for start in range(0, len(lengths), window)]
     monkeypatch.setattr(module, "WINDOW", window)
     monkeypatch.setattr(numbers, "IN_MEMORY", in_memory)
-    whole = pack(lengths, 1000, share)
+    whole = pack(lengths, 1000)
     assert whole.rows == [[start + index for index in row] for start, plan in one_by_one for row in plan.rows]
     assert whole.tokens.tolist() == [sum(lengths[index] for index in row) for row in whole.rows]
     assert whole.too_long == [start + index for start, plan in one_by_one for index in plan.too_long]

@@ -109,6 +109,8 @@ RECORDS = [
      "close the first one: <img>file.png</img>"),
     (talk("<img>http://x/a.png</img>", "a"), USER, "http://x/a.png is not a file name",
      "set fetch_media: true to bring such files once, or put the file into FOLDER and name it"),
+    (talk("<img>s3://b/a.png</img>", "a"), USER, "s3://b/a.png is not a file name", "put the file into FOLDER and name it"),
+    (talk("<img>file:///etc/hosts</img>", "a"), USER, "/etc/hosts lies outside FOLDER", "copy it into that folder"),
     (talk("<img>../a.png</img>", "a"), USER, "../a.png lies outside FOLDER", "copy it into that folder"),
     (talk("<img>/etc/hosts</img>", "a"), USER, "/etc/hosts lies outside FOLDER", "copy it into that folder"),
     (talk("<img>a.jpg</img>", "a"), USER, "a.jpg is not in FOLDER", "did you mean a.png?"),

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwenvl_ft.data import kept, parts, table
+from qwenvl_ft.data import batches, kept, table
+from qwenvl_ft.data.batches import batches_of
 from qwenvl_ft.data.chat import IGNORE, Chat, Script, open_chat
 from qwenvl_ft.data.meta_file import Tally, read_records
 from qwenvl_ft.data.packed import pack_medium, pack_scripts
-from qwenvl_ft.data.parts import parts_of
 from qwenvl_ft.data.prepare import prepare
 from qwenvl_ft.data.records import InTable, InTar, Picture, Video
 from qwenvl_ft.data.table import Scripts, TableWriter
@@ -174,15 +174,15 @@ def test_a_missing_picture_that_comes_makes_another_table(tmp_path, talk, pictur
 
 def test_several_processes_make_the_table_of_one_and_read_it(tmp_path, meta, monkeypatch):
     chat = open_chat(TINY, thinking="off")
-    monkeypatch.setattr(parts, "RECORDS", 7)
-    monkeypatch.setattr(parts, "FEW_RECORDS", 10)
+    monkeypatch.setattr(batches, "RECORDS", 7)
+    monkeypatch.setattr(batches, "FEW_RECORDS", 10)
     folders = []
     for cores in (1, 2):
-        monkeypatch.setattr(parts, "num_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(batches, "num_cores", lambda cores=cores: cores)
         folders.append(tmp_path / f"table-{cores}")
         folders[-1].mkdir()
         writer = TableWriter(folders[-1])
-        for part in parts_of(meta, None, Tally(), chat):
+        for part in batches_of(meta, None, Tally(), chat):
             writer.add(part.scripts, part.media, part.num_records)
         writer.close({"placeholders": [chat.picture_id, chat.video_id]})
     for name in ("scripts.arrow", "media.arrow", "files.arrow", "numbers.i32", "facts.json"):
@@ -253,10 +253,10 @@ def test_weighed_records_are_used_as_often_as_they_weigh(tmp_path, meta):
 SCRIPT = """
 from pathlib import Path
 from qwenvl_ft.config import load_config
-from qwenvl_ft.data import kept, parts, table
+from qwenvl_ft.data import batches, kept, table
 from qwenvl_ft.data.prepare import prepare
-parts.FEW_RECORDS = 1
-parts.num_cores = lambda: 2
+batches.FEW_RECORDS = 1
+batches.num_cores = lambda: 2
 {guard}
 """
 CALL = "prepare(load_config({config!r}, ['train_meta_file={meta}', 'output_dir={out}']), on_record=lambda *_: print('reads', flush=True))"
@@ -294,7 +294,7 @@ def test_no_process_that_reads_outlives_whoever_started_it(tmp_path, talk):
 def test_small_parts_are_written_as_few_batches(tmp_path, monkeypatch):
     """Whoever opens a table touches each of its batches: ten thousand of them were 640 MiB of pages."""
     script = Script("a.json[0]", [1, 2, 3], [IGNORE, 2, 3], [], [], [], (5, None))
-    for most, batches in ((1, 50), (table.BATCH_BYTES, 1)):
+    for most, num_batches in ((1, 50), (table.BATCH_BYTES, 1)):
         monkeypatch.setattr(table, "BATCH_BYTES", most)
         (folder := tmp_path / str(most)).mkdir()
         writer = TableWriter(folder)
@@ -302,5 +302,5 @@ def test_small_parts_are_written_as_few_batches(tmp_path, monkeypatch):
             writer.add(pack_scripts([(0, script)], {}), [], 1)
         writer.close({"placeholders": [5, None]})
         with pa.ipc.open_stream(folder / "scripts.arrow") as stream:
-            assert len(list(stream)) == batches
+            assert len(list(stream)) == num_batches
         assert list(Scripts(folder)) == [script] * 50

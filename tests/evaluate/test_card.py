@@ -24,7 +24,8 @@ def folders(tmp_path):
     (base / ".download" / "manifest.json").write_text(json.dumps({"repo": "Qwen/Qwen2-VL-7B-Instruct"}))
     plan = {"records": 12, "used": 11, "pictures": 7, "tokens": {"total": 5000}, "taught_tokens": 900,
             "media_position": {"first": 1200, "last": 0, "mixed": 3, "moved": 0}}  # fmt: skip
-    results = {"steps": 4, "train_loss": 1.25, "eval_losses": {"4": 1.5}, "skipped": []}
+    long = {"where": "train.json[3]", "what": "... tokens, a row holds 4096", "fix": "raise row_tokens"}
+    results = {"steps": 4, "train_loss": 1.25, "eval_losses": {"4": 1.5}, "skipped": [long, long | {"where": "train.json[5]"}]}
     for name, content in {"plan.json": plan, "all_results.json": results}.items():
         (adapter / name).write_text(json.dumps(content))
     (adapter / "config.yaml").write_text(f"model: /secret/base\ntrain_meta_file: {meta}\nlora_rank: 16\nrun_name:\n")
@@ -62,6 +63,7 @@ def test_it_says_what_was_taught_how_and_with_what_success_and_no_path(folders):
     assert one_way in text
     assert f"* train.json, sha256 {hashlib.sha256(b'[]').hexdigest()}" in text
     assert "4 steps, loss 1.2500 a taught token over the run; held-out loss at step 4: 1.5000." in text
+    assert "Records were left out for 2 problems, which all_results.json lists." in text and "break" not in text
     assert "lora_rank: 16" in text and "run_name" not in text
     assert "| a.png | How many? | ten | ten | right |" in text and r"| a\|b \[c\] | nine | wrong |" in text
     assert "x" * 160 + " ..." in text and "x" * 161 not in text

@@ -244,17 +244,24 @@ def test_what_a_folder_is_asked_how_is_said_by_the_options(meta, tmp_path, capsy
         heard.update(data_dir=data_dir, boxes=reading.boxes, fetch_media=reading.fetch_media)
         return read_records(path, data_dir, reading=reading, tally=tally)
 
-    def opened(model, adapter, blank, *settings):
-        heard.update(model=model, adapter=adapter, settings=settings)
+    def opened(model, adapter, *settings):
+        heard.update(model=model, adapter=adapter, settings=(*settings[:4], settings[4].video_fps))
         raise UserError(Problem("here", "is enough", ""))
 
     monkeypatch.setattr("qwenvl_ft.data.meta_file.read_records", read)
     monkeypatch.setattr(Engine, "open", opened)
     plain = [TINY, meta, "--out", tmp_path / "out"]
     compare(capsys, *plain, code=1)
-    assert heard == {"data_dir": None, "boxes": None, "fetch_media": False, "model": TINY, "adapter": None, "settings": (None,) * 4}
+    assert heard == {
+        "data_dir": None,
+        "boxes": None,
+        "fetch_media": False,
+        "model": TINY,
+        "adapter": None,
+        "settings": (None, None, None, None, 2.0),
+    }
     config = tmp_path / "config.yaml"
-    config.write_text("model: m\ntrain_meta_file: t\noutput_dir: o\nvideo_max_pixels: 12544\n")
+    config.write_text("model: m\ntrain_meta_file: t\noutput_dir: o\nvideo_max_pixels: 12544\nvideo_fps: 0.5\n")
     more = [
         "--data-dir",
         tmp_path,
@@ -270,7 +277,7 @@ def test_what_a_folder_is_asked_how_is_said_by_the_options(meta, tmp_path, capsy
     ]
     compare(capsys, *plain, *more, "--config", config, code=1)
     assert heard == {"data_dir": tmp_path, "boxes": "unit", "fetch_media": True, "model": TINY, "adapter": None,
-                     "settings": (3136, 6272, "off", 12544)}  # fmt: skip
+                     "settings": (3136, 6272, "off", 12544, 0.5)}  # fmt: skip
 
 
 def test_pictures_of_other_sizes_are_said(talk, pictures, tmp_path, capsys):

@@ -14,9 +14,10 @@ from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.records import Box, Picture, Record, Turn
 from qwenvl_ft.evaluate import overlap
 from qwenvl_ft.evaluate.overlap import iou, pair
-from qwenvl_ft.evaluate.scoring import evaluate
+from qwenvl_ft.evaluate.scoring import score
 from qwenvl_ft.infer.engine import Answer
 from tests.conftest import TINY
+from tests.evaluate.asking import predictions_of
 
 SQUARE = (0, 0, 10, 10)
 CASES = {  # (label, corners) that are wanted, that are answered, the overlaps
@@ -78,15 +79,15 @@ def test_records_with_boxes_are_scored_by_their_overlap_and_others_are_not():
     talks = [Record("a", (question, wanted)), Record("b", (question, Turn("assistant", ("Here.",))))]
     perfect = "<|object_ref_start|>it<|object_ref_end|><|box_start|>(0,0),(500,500)<|box_end|>"
     answer = f"{perfect}, <|box_start|>(500,500),(1000,700)<|box_end|>, <|box_start|>(0,0),(9,9)<|box_end|>"
-    scores, predictions = evaluate(Pointer(answer, "Here."), talks, 1, 10, lambda done, total: None)
+    predictions = predictions_of(Pointer(answer, "Here."), talks, 1)
+    scores = score(predictions)
     assert predictions[0]["iou"] == [1, 0.4] and "iou" not in predictions[1]
     assert predictions[0]["wanted"].startswith(perfect) and predictions[0]["wanted"].endswith("(10,5)<|box_end|>")
     assert predictions[0]["boxes"][1] == {"bbox_2d": [50, 100, 100, 140], "label": "", "picture": 0}
     assert [box.get("point_2d") for box in predictions[0]["wanted_boxes"]] == [None, None, [1, 1]]
     found = {name: scores[name] for name in ("wanted_boxes", "answered_boxes", "mean_iou", "iou_at_50", "exact_accuracy")}
     assert found == {"wanted_boxes": 2, "answered_boxes": 3, "mean_iou": 0.7, "iou_at_50": 0.5, "exact_accuracy": 0.5}
-    scores, _ = evaluate(Pointer("Here."), talks[1:], 1, 10, lambda done, total: None)
-    assert "mean_iou" not in scores
+    assert "mean_iou" not in score(predictions_of(Pointer("Here."), talks[1:], 1))
 
 
 def test_the_example_in_the_docstring_holds():

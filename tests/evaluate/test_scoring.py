@@ -9,9 +9,11 @@ from qwenvl_ft.cli.main import main
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.records import Record, Turn
 from qwenvl_ft.errors import UserError
-from qwenvl_ft.evaluate.scoring import evaluate, questions
+from qwenvl_ft.evaluate.controls import shown_by
+from qwenvl_ft.evaluate.scoring import questions, score
 from qwenvl_ft.infer.engine import Answer, Engine
 from tests.conftest import SAMPLE, TINY
+from tests.evaluate.asking import predictions_of
 
 
 class Parrot:
@@ -30,8 +32,14 @@ class Parrot:
 def test_every_answer_of_a_record_is_a_question_and_an_empty_one_is_wrong(talk, tmp_path):
     records, _, _ = read_records(talk(["How many?", "100", "And of b?", "7", "Name?", "Bee"], ["Empty?", "x"]), tmp_path)
     parrot = Parrot({"How many?": "104", "And of b?": "8", "Name?": " bee", "Empty?": " "})
-    scores, predictions = evaluate(parrot, records, 2, 10, lambda done, total: None)
-    assert scores == {"questions": 4, "exact_accuracy": 0.25, "relaxed_accuracy": 0.5, "empty_answers": 1, "cut_answers": 0}
+    predictions = predictions_of(parrot, records, 2)
+    assert score(predictions) == {
+        "questions": 4,
+        "exact_accuracy": 0.25,
+        "relaxed_accuracy": 0.5,
+        "empty_answers": 1,
+        "cut_answers": 0,
+    }
     assert [(line["where"], line["answer"], line["relaxed"]) for line in predictions] == [
         ("train.json[0].conversations[1]", "104", True), ("train.json[0].conversations[3]", "8", False),
         ("train.json[0].conversations[5]", " bee", True), ("train.json[1].conversations[1]", " ", False),
@@ -51,13 +59,14 @@ def test_an_answer_that_is_not_to_be_learnt_is_not_asked_for():
 def test_a_thought_before_an_answer_is_not_part_of_it(talk, tmp_path):
     records, _, _ = read_records(talk(["How many?", "<think>\nI count.\n</think>\n\n7"], ["Name?", "Bee"]), tmp_path)
     parrot = Parrot({"How many?": "<think>\nwell\n</think>\n\n7", "Name?": "<think>\nBee"})
-    _, predictions = evaluate(parrot, records, 2, 10, lambda done, total: None)
+    predictions = predictions_of(parrot, records, 2)
     assert [line["exact"] for line in predictions] == [True, False]
 
 
 def test_blank_pictures_are_white_and_of_the_same_size():
-    turns = read_records(SAMPLE / "eval.json", SAMPLE / "images")[0][0].turns[:1]
-    seen, blank = (Engine.open(TINY, blank=blank).inputs([turns]) for blank in (False, True))
+    (record, _), *_ = questions(read_records(SAMPLE / "eval.json", SAMPLE / "images")[0])
+    engine = Engine.open(TINY)
+    seen, blank = (engine.inputs([shown]) for shown in (record, shown_by("blank", [record], 0)(record)))
     assert seen["image_grid_thw"].equal(blank["image_grid_thw"]) and seen["input_ids"].equal(blank["input_ids"])
     assert blank["pixel_values"].unique().numel() <= 3 < seen["pixel_values"].unique().numel()  # one white a colour
 
@@ -73,10 +82,6 @@ def test_the_command_writes_every_prediction(talk, tmp_path, capsys):
     assert [line["where"] for line in predictions] == ["train.json[0].conversations[1]", "train.json[1].conversations[1]"]
 
 
-def nothing(done, total):
-    pass
-
-
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -90,7 +95,7 @@ def test_a_kill_loses_no_answer_and_a_second_run_goes_on(talk, tmp_path):
     """Every prediction was written at the end, so a kill after an hour lost the hour."""
     records, answers = eight(talk, tmp_path)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    evaluate(Parrot(answers), records, 2, 10, nothing, whole, "me")
+    predictions_of(Parrot(answers), records, 2, out=whole)
 
     class Killed(Parrot):
         def answer_many(self, conversations, max_new_tokens):
@@ -99,29 +104,29 @@ def test_a_kill_loses_no_answer_and_a_second_run_goes_on(talk, tmp_path):
             return super().answer_many(conversations, max_new_tokens)
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Killed(answers), records, 2, 10, nothing, out, "me")
+        predictions_of(Killed(answers), records, 2, out=out)
     assert len(lines_of(out)) == 6
     out.write_text(out.read_text()[:-5])  # the last line torn
     second = Parrot(answers)
-    scores, predictions = evaluate(second, records, 2, 10, nothing, out, "me")
-    assert len(second.asked) == 3 and scores["relaxed_accuracy"] == 1
+    predictions = predictions_of(second, records, 2, out=out)
+    assert len(second.asked) == 3 and score(predictions)["relaxed_accuracy"] == 1
     assert lines_of(out) == predictions == lines_of(whole), "in the meta-file's order at the end"
-    assert not evaluate(third := Parrot({}), records, 2, 10, nothing, out, "me")[0]["cut_answers"] and not third.asked
+    assert predictions_of(third := Parrot({}), records, 2, out=out) == predictions and not third.asked
 
 
 def test_the_predictions_of_another_model_or_meta_file_are_not_lost(talk, tmp_path):
     """Two bases wrote one file, ./predictions-META.json."""
     records, answers = eight(talk, tmp_path)
     out = tmp_path / "out.jsonl"
-    evaluate(Parrot(answers), records, 2, 10, nothing, out, "me")
+    predictions_of(Parrot(answers), records, 2, out=out)
     before = out.read_bytes()
     others = [(records, "you", 10), (records, "me", 11), (records[:3], "me", 10)]
     for other, who, tokens in others:
         with pytest.raises(UserError, match="holds answers to other questions, of another model"):
-            evaluate(Parrot(answers), other, 2, tokens, nothing, out, who)
+            predictions_of(Parrot(answers), other, 2, tokens, out, who)
     (tmp_path / "array.json").write_text("[]")
     with pytest.raises(UserError, match="holds answers to other questions"):
-        evaluate(Parrot(answers), records, 2, 10, nothing, tmp_path / "array.json", "me")
+        predictions_of(Parrot(answers), records, 2, out=tmp_path / "array.json")
     assert out.read_bytes() == before and (tmp_path / "array.json").read_text() == "[]"
 
 
@@ -153,9 +158,9 @@ def test_where_predictions_go_is_looked_at_before_anything_is_answered(talk, tmp
 
 def test_a_prediction_names_its_pictures_and_whether_it_was_cut(talk, pictures, capsys):
     records, _, _ = read_records(talk(["<img>a.png</img>which <img>b.png</img>", "x"], ["end", "cut"]), pictures)
-    scores, predictions = evaluate(Parrot({records[0].turns[0].parts[-1]: "y", "end": "cut"}), records, 2, 10, nothing)
+    predictions = predictions_of(Parrot({records[0].turns[0].parts[-1]: "y", "end": "cut"}), records, 2)
     assert [line["pictures"] for line in predictions] == [[str(pictures / "a.png"), str(pictures / "b.png")], []]
-    assert [line["cut"] for line in predictions] == [False, True] and scores["cut_answers"] == 1
+    assert [line["cut"] for line in predictions] == [False, True] and score(predictions)["cut_answers"] == 1
 
 
 def test_an_answer_is_cut_if_it_has_no_end(capsys):

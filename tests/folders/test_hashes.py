@@ -3,12 +3,13 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.folders import hashes
-from qwenvl_ft.folders.hashes import digests
+from qwenvl_ft.folders.hashes import digests, user_cache
 from qwenvl_ft.folders.whole import sha256
 
 
@@ -28,6 +29,14 @@ def files(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / "pictures" / name).write_text(f"what is in {name}")
     return sorted((tmp_path / "pictures").iterdir())
+
+
+@pytest.mark.parametrize("given", ["", "here", None])
+def test_a_cache_that_is_not_named_by_its_whole_path_is_that_of_the_home(given, monkeypatch):
+    """As the XDG specification says. The digests once went into the current folder, and everything else did not."""
+    monkeypatch.setenv("HOME", "/home/who")
+    monkeypatch.setenv("XDG_CACHE_HOME", given) if given is not None else monkeypatch.delenv("XDG_CACHE_HOME")
+    assert user_cache() == Path("/home/who/.cache/qwenvl_ft/hashes.json")
 
 
 def look(files):

@@ -41,6 +41,15 @@ def several(text):
     return [{"name": "tool_use", "template": "no"}, {"name": "default", "template": text}]
 
 
+def cached(folder):
+    """Moves the model to where ModelScope's client puts it below a cache_dir. Returns that folder."""
+    below = folder / "models" / "Qwen--Qwen2-VL-2B-Instruct" / "snapshots" / "master"
+    below.mkdir(parents=True)
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        path.rename(below / path.name)
+    return below
+
+
 WHOLE = {
     "as it is": lambda folder: None,
     "a template in processor_config.json": into("processor_config.json", lambda text: text),
@@ -60,6 +69,7 @@ BROKEN = {
     "a config of another family": lambda folder: (folder / "config.json").write_text(
         '{"model_type": "llava", "vision_config": {}}'
     ),
+    "a folder above the model": lambda folder: cached(folder),
     "no config": lambda folder: (folder / "config.json").unlink(),
     "a cut file": lambda folder: (folder / "model.safetensors").write_bytes((TINY / "model.safetensors").read_bytes()[:-9]),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
@@ -83,6 +93,15 @@ def test_what_cannot_be_opened_is_named_by_doctor_in_the_same_words(model, damag
         check_folders(model, [])
     known = examine(model).problems
     assert known and all(problem in known for problem in refused.value.problems)
+
+
+def test_of_a_folder_above_a_model_only_that_is_said(model):
+    """There were five problems, and the fix of each was to download it once more."""
+    below = cached(model)
+    with pytest.raises(UserError) as refused:
+        check_folders(model, [])
+    assert [problem.fix for problem in refused.value.problems] == [f"give a model's folder below it, such as {below}"]
+    check_folders(below, [])
 
 
 @pytest.mark.parametrize("form", [form for form in WHOLE if "tokenizer" not in form])

@@ -236,10 +236,24 @@ def test_a_wrong_repository_or_revision_is_said_and_leaves_nothing(hub, bring, k
         main(["download", "org/tinny", "--hub", kind, "--local-dir", str(tmp_path / "other")])
     error = capsys.readouterr().err
     assert "org/tinny" in error and "fix: check ORG/NAME" in error and "Traceback" not in error
+    with pytest.raises(SystemExit, match="1"):
+        main(
+            [
+                "download",
+                f"{'hf' if kind == 'modelscope' else 'modelscope'}:org/tiny",
+                "--hub",
+                kind,
+                "--local-dir",
+                str(tmp_path / "other"),
+            ]
+        )
+    assert f"is not on the hub that --hub {kind} names" in capsys.readouterr().err
     assert not (tmp_path / "other").exists() and not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("text", ["hf:tiny", "hf:", "modelscope:a/b/c", "hf:../x"])
+@pytest.mark.parametrize(
+    "text", ["hf:tiny", "hf:", "modelscope:a/b/c", "hf:../x", "hf:https://h/a/b/blob/main/x.py", "hf:https://h/../x"]
+)
 def test_what_names_no_repository_is_refused(text):
     with pytest.raises(UserError, match="names no repository"):
         read_source(text)
@@ -247,6 +261,10 @@ def test_what_names_no_repository_is_refused(text):
 
 def test_a_source_may_name_a_revision_and_a_path_is_none():
     assert read_source("hf:Qwen/Qwen2-VL-2B-Instruct@v1") == ("hf", "Qwen/Qwen2-VL-2B-Instruct", "v1")
+    for page in ("https://hub.example/models/Qwen/Qwen2.5-VL", "https://hub.example/Qwen/Qwen2.5-VL/", "http://h/Qwen/Qwen2.5-VL/summary",
+                 "https://hub.example/Qwen/Qwen2.5-VL.git", "https://h/datasets/Qwen/Qwen2.5-VL/files?a=b#c"):  # fmt: skip
+        assert read_source(f"modelscope:{page}") == ("modelscope", "Qwen/Qwen2.5-VL", None), page
+    assert read_source("hf:https://hub.example/Qwen/Qwen2-VL/tree/v1") == ("hf", "Qwen/Qwen2-VL", "v1")
     assert read_source("models/Qwen2-VL") is None and read_source("C:/models/a") is None
 
 
@@ -751,6 +769,12 @@ def test_a_data_set_of_a_hub_is_brought_once_and_read(hub, kind, tmp_path, monke
     assert {name for name, _ in hub.asked} == {name for name in hub.files if name != "README.md"}
     hub.close()
     assert count("#train") == 2 and len(hub.asked) == asked
+    test, out = f"{kind}:org/tiny#test", tmp_path / "out.jsonl"
+    for command in (["convert", test, str(out)], ["validate-meta", str(out), "--against", test]):
+        with pytest.raises(SystemExit) as exit:
+            main(command)
+        assert exit.value.code == 0, capsys.readouterr().err
+    assert "1 record is in evaluation, too" in capsys.readouterr().out
     settings = {"model": TINY, "train_meta_file": [f"{kind}:org/tiny#train"], "output_dir": "out"}
     assert with_local_data(Config(**settings), print).train_meta_file[0].file.name == "*train*"
 

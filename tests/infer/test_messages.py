@@ -1,6 +1,8 @@
 """Conversations in the forms that people send, and the inputs that the model gets of them, against transformers."""
 
 import base64
+import inspect
+import re
 import struct
 import threading
 from functools import partial
@@ -19,7 +21,7 @@ from transformers.video_utils import VideoMetadata
 
 from qwenvl_ft.data.reading import AS_FOUND
 from qwenvl_ft.data.records import Picture, Video
-from qwenvl_ft.data.videos import Allowance, Drawing, read_video
+from qwenvl_ft.data.videos import OPTIONS, Allowance, Drawing, read_video
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.infer.messages import read_messages
@@ -60,18 +62,30 @@ def sources(tmp_path):
         "file://": {"type": "image", "image": f"file://{CHART}"},
         "file:// with %20": {"type": "image", "image": spaced.as_uri()},
         "data:": {"type": "image", "image": f"data:image/png;base64,{data}"},
+        "data: in lines": {"image": f"data:image/png;base64,{base64.encodebytes(CHART.read_bytes()).decode()}"},
+        "data: without base64": {"image": f"data:image/png,{data}"},
         "a PIL image": {"type": "image", "image": Image.open(CHART).copy()},
         "OpenAI's": {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
         "DashScope's": {"image": f"file://{CHART}"},
     }
 
 
-@pytest.mark.parametrize(
-    "kind", ["a path", "a Path", "file://", "file:// with %20", "data:", "a PIL image", "OpenAI's", "DashScope's"]
-)
+@pytest.mark.parametrize("kind", ["a path", "a Path", "file://", "file:// with %20", "data:", "data: in lines", "data: without base64",
+                                  "a PIL image", "OpenAI's", "DashScope's"])  # fmt: skip
 def test_a_picture_is_the_same_in_every_form(tmp_path, kind):
     (message,) = read_messages(user(sources(tmp_path)[kind], {"type": "text", "text": "read"}))
     assert message.parts[0].source.tobytes() == Image.open(CHART).convert("RGB").tobytes() and message.parts[1] == "read"
+
+
+def test_a_file_url_names_the_file_that_qwens_reader_takes(tmp_path, monkeypatch):
+    """A relative one, a question mark and a %20 that is part of the name were not found."""
+    monkeypatch.chdir(tmp_path)
+    for side, name in enumerate(("a.png", "q?x#y.png", "a b%20c.png", "图.png"), start=30):
+        Image.new("RGB", (side, side)).save(name)
+        for url in (f"file://{name}", f"file://{tmp_path / name}"):
+            (message,) = read_messages(user({"image": url}))
+            assert message.parts[0].source.size == (side, side)
+            assert vision_process.fetch_image({"image": url, "resized_width": 56, "resized_height": 56}).size == (56, 56)
 
 
 def test_a_picture_comes_from_a_url():
@@ -127,6 +141,12 @@ def test_a_films_own_rate_reaches_the_model(family_engine, family_model, video):
     if model_type == "qwen3_vl":
         assert "<0.3 seconds>" in processor.tokenizer.decode(got["input_ids"][0])  # between frames 0 and 6
     assert engine.ask(messages, max_new_tokens=3) is not None
+
+
+@pytest.mark.parametrize("conversation", [None, 5, {"role": "user", "content": "hi"}, b"hi"])
+def test_what_is_no_conversation_is_said_to_be_none(engine, conversation):
+    with pytest.raises(UserError, match="is no list of messages"):
+        engine.ask(conversation)
 
 
 def test_a_list_of_frames_is_a_film_with_its_rate():
@@ -192,6 +212,8 @@ def test_bounds_that_the_processor_would_override_are_refused(engine, part):
         (user({"type": "text", "text": None}), "is not one part"),
         (user({"type": "input_audio", "text": "a"}), r"type: is 'input_audio'"),
         (user({"image": "nowhere.png"}), "cannot be read"),
+        (user({"image": "a\0b.png"}), "cannot be read"),
+        (user({"video": str(CHART.parent)}), "is a folder"),
         (user({"image": 5}), "names no picture"),
         (user({"image": "data:image/png;base64,???"}), "is no base64"),
         (user({"image": "data:image/png;base64,aGVsbG8="}), "is not a picture that can be read"),
@@ -201,6 +223,8 @@ def test_bounds_that_the_processor_would_override_are_refused(engine, part):
         (user({"video": "x.mp4", "fps": 1, "nframes": 4}), "has fps and nframes"),
         (user({"video": [str(CHART)]}), "has 1 frames"),
         (user({"video": [str(CHART), str(SAMPLE / "images" / "two_col_103562.png")]}), "send frames of one size"),
+        (user({"video": [str(CHART)] * 2, "nframes": 2}), "has nframes and is a list of frames"),
+        (user({"image_url": {"url": str(CHART), "max_pixels": 9000}}), 'beside "image_url", not within'),
         (user({"text": 5}), "its text is no text"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "end with the assistant"),
     ],
@@ -208,6 +232,24 @@ def test_bounds_that_the_processor_would_override_are_refused(engine, part):
 def test_what_is_wrong_is_said_with_its_place(messages, complaint):
     with pytest.raises(UserError, match=complaint):
         read_messages(messages)
+
+
+def test_every_option_that_qwen_vl_utils_follows_is_followed_or_refused():
+    """A film from its third second on was shown from its first, without a word."""
+    source = inspect.getsource(vision_process)
+    known = {*re.findall(r'\b(?:ele|process_info)(?:\.get|\.pop)?[(\[]"(\w+)"', source), *re.findall(r'"(\w+)" in ele\b', source)}
+    options = known - {"type", "text", "image", "image_url", "video"}
+    assert {"video_start", "resized_width", "total_pixels", "fps"} <= options
+    for key in sorted(options - set(OPTIONS)):
+        for part in ({"video": str(CHART), key: 1}, {"video_url": {"url": str(CHART), key: 1}}):
+            with pytest.raises(UserError, match=f'has a key "{key}", which is not read'):
+                read_messages(user(part))
+
+
+def test_what_clients_send_beside_a_picture_is_no_option():
+    url = {"url": data_url(CHART), "detail": "low", "format": "image/png"}
+    sent = user({"type": "image_url", "image_url": url, "uuid": "a", "cache_control": {}, "resized_width": None})
+    assert read_messages(sent)[0].parts[0].source.size == Image.open(CHART).copy().size
 
 
 @pytest.mark.parametrize("part", [

@@ -1,4 +1,4 @@
-"""Records that share their beginning, run as a tree: against each of them alone, and no branch sees another."""
+"""Records that share a prefix, run as a tree: against each of them alone, and no branch sees another."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -25,7 +25,7 @@ from tests import films
 from tests.model.test_packing import gradients, make_model
 
 SYSTEM = Turn("system", ("You answer in few words, and look twice before you do.",))
-GROUPS = [4, 1, 2, 2, 2]  # records that share their beginning, as `records` has them
+GROUPS = [4, 1, 2, 2, 2]  # records that share a prefix, as `records` has them
 # Of each record the piece of the row that is its own: behind that of its beginning, where it has one to share.
 PIECE_OF = [1, 2, 3, 4, 5, 7, 8, 10, 11, 13, 14]
 

@@ -1,12 +1,13 @@
 """The batcher against transformers' own generate, one conversation at a time."""
 
 import threading
+from concurrent.futures import Future
 
 import pytest
 
 from qwenvl_ft.infer.engine import Engine
-from qwenvl_ft.infer.prefixes import shown_hash
-from qwenvl_ft.serve.api import Sampling
+from qwenvl_ft.infer.prefix_cache import shown_hash
+from qwenvl_ft.serve.api import ApiError, Sampling
 from qwenvl_ft.serve.batching import Batcher, Request
 from tests.conftest import TINY
 from tests.serving import CHARTS, data_url, tiny_engines, wait_for
@@ -161,6 +162,33 @@ def test_an_error_of_the_model_ends_its_request_and_no_other(engine, caplog):
     batcher.close()
     assert broken.on_piece.finish == "error" and "number 7" in caplog.text
     assert request.ids == alone(engine, mixed(3)[2])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whoever_waits_is_told_that_the_thread_has_died(engine, monkeypatch):
+    """A job that came later was never done nor refused: whoever loaded an adapter waited for ever, and all others behind him."""
+    batcher, gone = Batcher(engine, max_batch=2), Future()
+    gone.cancel()  # by a caller who did not wait
+    batcher.submit((lambda: pytest.fail("nobody waits for it"), gone))
+    assert batcher.call(lambda: 5).result(30) == 5
+    asked = [Request(engine.inputs([mixed(3)[2]]), None, Sampling(), Heard()) for _ in range(3)]
+
+    def dies(request):
+        for waiting in asked[1:]:
+            batcher.submit(waiting)
+        jobs.append(batcher.call(lambda: 6))
+        raise SystemError
+
+    jobs = []
+    monkeypatch.setattr(batcher, "_prefill", dies)
+    batcher.submit(asked[0])
+    batcher.thread.join(30)
+    asked.append(Request(None, None, Sampling(), Heard()))
+    batcher.submit(asked[-1])
+    for job in (*jobs, batcher.call(lambda: 7)):
+        with pytest.raises(ApiError, match="has stopped"):
+            job.result(30)
+    assert [request.on_piece.finish for request in asked] == ["error"] * 4 and not batcher.alive
 
 
 def test_a_stop_word_ends_an_answer_before_it_and_is_never_sent_in_part(engine):

@@ -7,7 +7,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from qwenvl_ft.serve import dashscope_api, openai_api, responses_api
-from qwenvl_ft.serve.api import JSON_VALUES, ApiError, Bounds, ChatRequest, Sampling, Usage, read_json, unknown_model
+from qwenvl_ft.serve.api import JSON_VALUES, ApiError, Bounds, ChatRequest, Piece, Sampling, Usage, read_json, unknown_model
 from qwenvl_ft.serve.app import State
 from qwenvl_ft.serve.middleware import is_allowed
 from qwenvl_ft.serve.uploads import FIELDS, FILE_BYTES, KEY_BYTES, Uploads, read_form
@@ -66,7 +66,7 @@ def test_dashscope_is_read():
     ("temperature", float("nan")), ("top_p", 1.1), ("top_k", 0.5), ("seed", 1 << 63), ("stop", 1), ("stop", [""]), ("stop", [1]),
     ("n", 2), ("tools", [{}]), ("logprobs", True), ("presence_penalty", 0.1), ("repetition_penalty", 0), ("logit_bias", {"1": 2}),
     ("min_p", 0.1), ("stop_token_ids", [5]), ("guided_json", {"type": "object"}), ("tool_choice", "required"), ("modalities", ["audio"]),
-    ("echo", True), ("enable_thinking", "yes"), ("chat_template_kwargs", {"add_vision_id": True}), ("chat_template_kwargs", 1), ("vl_high_resolution_images", True), ("top_logprobs", 2), ("stop", False), ("stop", {}),
+    ("echo", True), ("enable_thinking", "yes"), ("chat_template_kwargs", {"add_vision_id": True}), ("chat_template_kwargs", 1), ("vl_high_resolution_images", True), ("mm_processor_kwargs", {"max_pixels": 9000}), ("top_logprobs", 2), ("stop", False), ("stop", {}),
     ("max_tokens", 5.5), ("max_tokens", float("inf")),
 ])  # fmt: skip
 def test_a_wrong_parameter_is_named_in_both_dialects(key, value):
@@ -78,7 +78,7 @@ def test_a_wrong_parameter_is_named_in_both_dialects(key, value):
 
 def test_what_asks_for_nothing_and_whole_numbers_with_a_point_are_taken():
     idle = {"min_p": 0, "stop_token_ids": [], "guided_json": None, "tool_choice": "auto", "modalities": ["text"], "echo": False,
-            "enable_thinking": False, "vl_high_resolution_images": False, "top_logprobs": 0, "stop": None}  # fmt: skip
+            "enable_thinking": False, "vl_high_resolution_images": False, "top_logprobs": 0, "stop": None, "mm_processor_kwargs": {}}  # fmt: skip
     assert openai_api.read_chat({"messages": MESSAGES, "max_tokens": 5.0, **idle}, 100).sampling == Sampling(5)
     body = {"model": "tiny", "input": {"messages": MESSAGES}, "parameters": {"max_tokens": 5.0, **idle}}
     assert dashscope_api.read_generation(body, 100, False).sampling == Sampling(5)
@@ -121,7 +121,7 @@ def test_openais_newer_words_are_understood():
 
 
 def test_openai_is_written():
-    answer = openai_api.write_answer(ChatRequest("tiny", MESSAGES, Sampling()), "id", "größe", "stop", USAGE)
+    answer = openai_api.write_whole(ChatRequest("tiny", MESSAGES, Sampling()), "id", [Piece("größe", "stop", USAGE)])
     assert answer == {
         "id": "chatcmpl-id", "object": "chat.completion", "created": 1700000000, "model": "tiny",
         "choices": [{"index": 0, "message": {"role": "assistant", "content": "größe"}, "finish_reason": "stop", "logprobs": None}],

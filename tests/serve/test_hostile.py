@@ -3,17 +3,25 @@
 Each gets a 4xx in its caller's dialect; nothing is read or dialled for it; the server stays up, and as large as it was.
 """
 
+import asyncio
 import json
 import signal
 import socket
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image
 
+from qwenvl_ft.infer.engine import Engine
+from qwenvl_ft.serve.api import ApiError, Bounds, ChatRequest, Sampling
+from qwenvl_ft.serve.open_request import Opener
+from qwenvl_ft.serve.transformers_backend import TransformersBackend
+from qwenvl_ft.serve.vllm_backend import VllmBackend
+from tests.conftest import TINY
 from tests.hostile import hostile, picture, shown
 from tests.serving import CHARTS, KEY, Running, question
 
@@ -100,6 +108,24 @@ def test_hostile_requests_are_refused_and_leave_nothing_behind(served, secret, t
     assert callers == []
     assert send(served, CHAT, question_body()).status_code == 200
     assert "qwenvl_requests_now 0" in httpx.get(served.url + "/metrics", headers={"Authorization": KEY}).text
+
+
+def test_what_has_too_many_tokens_is_refused_before_pixels_are_made_of_it(monkeypatch):
+    """Small pictures with a large min_pixels, and films, counted as few tokens or as none: hundreds of MiB were made of them."""
+    monkeypatch.setattr(Engine, "inputs_of", lambda *_: pytest.fail("pixels were made"))
+    opener, engine = Opener(Bounds(prompt_tokens=2000)), Engine.open(TINY)
+    monkeypatch.setattr("qwenvl_ft.serve.vllm_backend.sized", lambda *_: pytest.fail("pixels were made"))
+    monkeypatch.setattr("qwenvl_ft.serve.vllm_backend.names_at", lambda url: ["tiny"])
+    vllm = VllmBackend("http://a", opener, chats={"tiny": (engine.chat, engine.reading)}, own=engine.chat.limits)
+    backend = TransformersBackend({"tiny": engine}, opener, 1)
+    film = shown([picture(448, 448)] * 40, kind="video")
+    for body, least, tokens in ((shown(*[picture(56, 56)] * 16), 448 * 448, 16 * 256), (film, None, 20 * 256)):
+        chat = ChatRequest("tiny", body["messages"], Sampling(), min_pixels=least)
+        for then in (partial(backend._inputs, engine, chat), partial(vllm._write, chat, engine.chat)):
+            with pytest.raises(ApiError, match=f"{tokens} of them of pictures and videos") as refusal:
+                asyncio.run(opener.open(chat, time.monotonic() + 60, then))
+            assert refusal.value.code == "prompt_too_long"
+    asyncio.run(backend.close())
 
 
 def question_body() -> dict:
@@ -221,7 +247,9 @@ def test_slow_bodies_are_given_up_and_honest_clients_do_not_wait_for_them():
 @pytest.mark.parametrize("arguments, message", [
     (["--host", "0.0.0.0"], "without a key"), (["--host", "::"], "without a key"), (["--api-key-env", "NO_SUCH_KEY"], "is not set"),
     (["--allowed-origin", "*"], "every page"), (["--allowed-origin", "https://a.example/page"], "no origin"), (["--allowed-origin", "a"], "no origin"),
-    (["--api-key-env", "ODD_KEY"], "no header"), (["--adapter", "a=data/nothing"], "adapter_config.json"), (["--adapter", "tiny=runs/x"], "names the base"),
+    (["--allow-host", "https://a.example/"], "host alone"), (["--allow-host", "a.example:443"], "host alone"),
+    (["--allow-host", "*.a.example"], "host alone"), (["--api-key-env", "ODD_KEY"], "no header"),
+    (["--adapter", "a=data/nothing"], "adapter_config.json"), (["--adapter", "tiny=runs/x"], "names the base"),
 ])  # fmt: skip
 def test_a_server_that_would_be_open_or_wrong_does_not_start(arguments, message, monkeypatch):
     from typer.testing import CliRunner

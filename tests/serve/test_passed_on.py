@@ -1,17 +1,20 @@
 """What vLLM does beyond our own engine, through our server: the real openai client before it, vLLM's words behind it."""
 
+import base64
 import json
 
 import httpx
 import openai
 import pytest
 
-from qwenvl_ft.data.chat import open_chat
+from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.template import compile_template
+from qwenvl_ft.infer.engine import AS_TRAINED
 from qwenvl_ft.serve.api import Bounds
 from qwenvl_ft.serve.app import make_app
 from qwenvl_ft.serve.open_request import Opener
 from qwenvl_ft.serve.vllm_backend import VllmBackend, tool_parser
+from tests import films
 from tests.conftest import TINY
 from tests.serving import Served, question
 from tests.tiny import template_of
@@ -169,10 +172,21 @@ def test_an_answer_that_the_engine_was_stopped_in_is_no_answer(create, finish):
 
 
 def test_tools_are_refused_where_the_template_would_not_tell_the_model(front, create, monkeypatch):
-    monkeypatch.setattr(front.backend, "chats", {"tiny": open_chat(TINY)})
+    monkeypatch.setattr(front.backend, "chats", {"tiny": AS_TRAINED.open(TINY)})
     for messages, more in ((None, {"tools": TOOLS}), ([*question("a"), {"role": "tool", "content": "b"}], {})):
         with pytest.raises(openai.BadRequestError, match="template writes none"):
             create(whole({"content": "a"}), messages, **more)
+
+
+def test_films_are_drawn_as_their_model_was_trained(front, create, monkeypatch, tmp_path):
+    """All were drawn at two frames a second, whatever the model's processor says."""
+    url = f"data:video/mp4;base64,{base64.b64encode(films.write(tmp_path / 'a.mp4', count=80).read_bytes()).decode()}"
+    for rate, frames in ((2.0, 16), (0.5, 4)):
+        chats = {"tiny": AS_TRAINED._replace(reading=Reading(video_fps=rate)).open(TINY)}
+        monkeypatch.setattr(front.backend, "chats", chats)
+        create(whole({"content": "a"}), [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}]}])
+        sent = front.asked[-1]["messages"][0]["content"][0]
+        assert len(sent["video_url"]["url"].split(",")) == 1 + frames and sent["fps"] == rate
 
 
 @pytest.mark.parametrize("name, parser", [("qwen3_vl", "hermes"), ("qwen3_5", "qwen3_coder")])

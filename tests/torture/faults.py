@@ -134,12 +134,12 @@ def spoiling(what: str, number: int, who: int) -> Fault:
     def start(rank: int) -> None:
         import torch
 
-        from qwenvl_ft.train import loop
+        from qwenvl_ft.train.state import Run
 
-        row_loss, step, rows = loop.row_loss, torch.optim.AdamW.step, Counter[bool]()
+        loss_of, step, rows = Run.loss, torch.optim.AdamW.step, Counter[bool]()
 
         def spoilt(*args: Any) -> Any:
-            loss: Any = row_loss(*args)
+            loss: Any = loss_of(*args)
             learns = torch.is_grad_enabled()
             rows[learns] += 1
             if rank == who and rows[learns] == number and learns == (what != "evaluation"):
@@ -155,7 +155,7 @@ def spoiling(what: str, number: int, who: int) -> Fault:
                 self.param_groups[0]["params"][0].data.view(-1)[0] = float("nan")
             return done
 
-        setattr(loop, "row_loss", spoilt)  # noqa: B010
+        setattr(Run, "loss", spoilt)  # noqa: B010
         setattr(torch.optim.AdamW, "step", spoilt_step)  # noqa: B010
 
     return start

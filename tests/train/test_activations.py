@@ -19,7 +19,7 @@ from qwenvl_ft.data.prepare import prepare
 from qwenvl_ft.data.rows import FEATURES, KEYS, Rows
 from qwenvl_ft.model.load import add_lora, limited, load_base, trainable
 from qwenvl_ft.model.loss import summed_loss
-from qwenvl_ft.train import activations, loop, memory
+from qwenvl_ft.train import activations, loop, memory, setup
 from qwenvl_ft.train.activations import Saved, recompute
 from tests.model.test_trees import GROUPS, records
 from tests.runs import config, few_records, run, same
@@ -135,15 +135,15 @@ def measured(small, tmp_path_factory):
     """What was found about it, and the adapter that it ends with where nothing is recomputed."""
     folder, found = tmp_path_factory.mktemp("measured"), []
 
-    def watched(of, loss_of, stock=loop.keep_what_fits):
+    def watched(of, stock=setup.keep_what_fits):
         state, hooks = torch.random.get_rng_state(), hooks_of(of.bare)
-        found.append(stock(of, loss_of))
+        found.append(stock(of))
         assert torch.random.get_rng_state().equal(state) and all(parameter.grad is None for parameter in of.bare.parameters())
         assert hooks_of(of.bare) == hooks
         return found[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "keep_what_fits", watched)
+        patch.setattr(setup, "keep_what_fits", watched)
         run(folder, "auto", gradient_checkpointing="auto", **small)
     assert found[0].kept == found[0].layers == 6
     return found[0], run(folder, **small)

@@ -68,7 +68,7 @@ def test_attention_is_the_one_asked_for():
 
 def test_trees_are_run_by_varlen_and_what_keeps_records_from_them_is_said(tmp_path, monkeypatch):
     from qwenvl_ft.data.prepare import prepare
-    from qwenvl_ft.train import loop
+    from qwenvl_ft.train import setup
 
     def planned(**settings):
         """(whether rows hold trees, the note about them, what is said to be paid for)"""
@@ -77,20 +77,20 @@ def test_trees_are_run_by_varlen_and_what_keeps_records_from_them_is_said(tmp_pa
         summary = prepared.summary(known)
         paid, total = summary["paid"], sum(prepared.tokens(row) for row in range(summary["rows"]))
         assert paid["tokens"] == total and (total < summary["tokens"]["total"]) == (paid["media"] < paid["media_shown"])
-        return prepared.shares, " ".join(note for note in summary["notes"] if "share their beginning" in note)
+        return prepared.shares, " ".join(note for note in summary["notes"] if "share a prefix" in note)
 
     assert planned() == (True, "") and planned(attn_implementation="varlen") == (True, "")
     reasons = {"share_prefix": "off", "lora_dropout": 0.1, "attn_implementation": "sdpa"}
     for key, value in reasons.items():
         shares, note = planned(**{key: value})
         assert not shares and f"{key} is {value}" in note
-    taken, load = [], loop.load_base
+    taken, load = [], setup.load_base
 
     def note(model, dtype, attention, packed, device, quantization):
         taken.append(attention)
         return load(model, dtype, attention, packed, device, quantization)
 
-    monkeypatch.setattr(loop, "load_base", note)
+    monkeypatch.setattr(setup, "load_base", note)
     run(tmp_path, max_steps=1)
     run(tmp_path, "other", max_steps=1, share_prefix="off")
     assert taken == ["varlen", "auto"], "auto may be flash_attention_2, which runs no trees"

@@ -18,7 +18,7 @@ from qwenvl_ft.data.rows import Rows
 from qwenvl_ft.errors import Problem, UserError
 from qwenvl_ft.folders.runs import checkpoints
 from qwenvl_ft.model.load import load_base
-from qwenvl_ft.train import activations, loop, state
+from qwenvl_ft.train import activations, loop, setup, state
 from qwenvl_ft.train.launch import Workers, no_word_of_workers
 from qwenvl_ft.train.memory import out_of_memory
 from qwenvl_ft.train.state import Run
@@ -41,13 +41,13 @@ def test_a_row_that_does_not_fit_is_named_and_what_is_saved_goes_on(checkpointin
     if not keeps:
         monkeypatch.setattr(activations, "free_bytes", lambda device, processes: 0)
 
-    def filled(*args, stock=loop.row_loss):
+    def filled(*args, stock=Run.loss):
         if next(calls) == 5 + (settings["gradient_checkpointing"] == "auto"):  # in the third step, whatever measures goes before
             raise FULL
         return stock(*args)
 
     with monkeypatch.context() as patched, pytest.raises(UserError) as stopped:
-        patched.setattr(loop, "row_loss", filled)
+        patched.setattr(Run, "loss", filled)
         patched.setattr(torch.cuda, "max_memory_allocated", lambda: 21 * 2**30)
         run(tmp_path, **settings)
     (problem,) = stopped.value.problems
@@ -60,21 +60,21 @@ def test_a_row_that_does_not_fit_is_named_and_what_is_saved_goes_on(checkpointin
         assert same(run(tmp_path, **SETTINGS, resume=True, gradient_checkpointing=True), adapter(plain))
 
 
-def test_where_beginnings_are_shared_that_is_named_as_something_to_leave_out(tmp_path):
+def test_where_prefixes_are_shared_that_is_named_as_something_to_leave_out(tmp_path):
     for shares in (True, False):
         fix = out_of_memory(FULL, config(tmp_path), "here", "a row", keeps=False, shares=shares).fix
         assert ("max_pixels (now 1003520), or set share_prefix: off, and choose" in fix) is shares
 
 
 def test_held_out_records_that_do_not_fit_are_named_too(tmp_path, monkeypatch):
-    stock = loop.row_loss
+    stock = Run.loss
 
     def filled(of, *row):
         if not of.model.training:
             raise FULL
         return stock(of, *row)
 
-    monkeypatch.setattr(loop, "row_loss", filled)
+    monkeypatch.setattr(Run, "loss", filled)
     with pytest.raises(UserError, match=r"few\.json\[0\].* does not fit"):
         run(tmp_path, max_steps=1, eval_meta_file=few_records(tmp_path))
 
@@ -183,13 +183,13 @@ def test_word_of_a_worker_that_is_gone_is_heard_though_another_one_is_starting()
 def test_the_optimizer_is_one_kernel_on_a_gpu(device, kind, fused, tmp_path):
     accelerator = SimpleNamespace(device=torch.device(device), distributed_type=kind)
     weights = [torch.nn.Parameter(torch.zeros(2))]
-    assert loop.new_optimizer(weights, config(tmp_path), accelerator).defaults["fused"] is fused
+    assert setup.new_optimizer(weights, config(tmp_path), accelerator).defaults["fused"] is fused
 
 
 @pytest.mark.parametrize(("device", "kind", "straight"), [("cpu", "NO", False), ("cuda", "NO", True), ("cuda", "DEEPSPEED", False)])
 def test_the_base_is_read_straight_to_a_gpu(device, kind, straight):
     accelerator = SimpleNamespace(device=torch.device(device), distributed_type=DistributedType[kind])
-    assert loop.straight_to(accelerator) == (torch.device(device) if straight else None)
+    assert setup.straight_to(accelerator) == (torch.device(device) if straight else None)
 
 
 def test_a_base_that_is_read_straight_to_a_device_is_the_same_there():

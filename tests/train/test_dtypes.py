@@ -10,8 +10,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from qwenvl_ft.train import loop
+from qwenvl_ft.train import setup
 from qwenvl_ft.train.dtypes import Multiplications
+from qwenvl_ft.train.origin import Origin
 from tests.forked import train_two
 from tests.runs import ROOT, adapter, config, difference, metrics, run
 
@@ -54,7 +55,7 @@ def noted(folder):
     def start(rank):
         notes = {"exchanges": 0}
 
-        def load_base(*args, stock=loop.load_base, **named):
+        def load_base(*args, stock=setup.load_base, **named):
             model = stock(*args, **named)
             whole = sum(getattr(of, "ds_numel", of.numel()) for of in model.parameters())
             notes["share"] = sum(getattr(of, "ds_tensor", of).numel() for of in model.parameters()) / whole
@@ -75,7 +76,7 @@ def noted(folder):
                 json.dump(notes, file)
             return stock(self)
 
-        loop.load_base, Multiplications.problem, DistributedDataParallel.__init__ = load_base, problem, wrapped
+        setup.load_base, Multiplications.problem, DistributedDataParallel.__init__ = load_base, problem, wrapped
 
     return start
 
@@ -84,7 +85,7 @@ def stock_layers():
     """A fault that leaves PEFT's layers as they are."""
 
     def start(rank):
-        loop.fuse_lora = lambda model: None
+        setup.fuse_lora = lambda model: None
 
     return start
 
@@ -99,7 +100,7 @@ def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(ROOT)
-        for of, name in ((Multiplications, "problem"), (loop, "load_base"), (DistributedDataParallel, "__init__")):
+        for of, name in ((Multiplications, "problem"), (setup, "load_base"), (DistributedDataParallel, "__init__")):
             patched.setattr(of, name, getattr(of, name))  # which go back to what they were
         noted(folder)(0)
         run(folder, **SETTINGS)
@@ -142,8 +143,7 @@ def test_a_gpu_that_has_no_bfloat16_is_said_to_be_why(device, dtype, told, tmp_p
     """torch says that it has, and emulates it."""
     accelerator = SimpleNamespace(num_processes=1, device=torch.device(device))
     bare = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
-    loop.report_start(
-        config(tmp_path, dtype=dtype), SimpleNamespace(accelerator=accelerator, bare=bare, bf16=False), (1, 2), None, None
-    )
+    settings, origin = config(tmp_path, dtype=dtype), Origin({}, None, None)
+    setup.report_start(SimpleNamespace(config=settings, origin=origin, accelerator=accelerator, bare=bare, bf16=False), (1, 2))
     said = capsys.readouterr().out
     assert f"1 x {device}, float32" in said and ("this GPU has no bfloat16" in said) == told

@@ -10,7 +10,7 @@ from PIL import Image
 from qwenvl_ft.data import prepare as preparing
 from qwenvl_ft.data.prepare import prepare
 from qwenvl_ft.model.load import load_base
-from qwenvl_ft.train import loop, state
+from qwenvl_ft.train import setup, state
 from tests.runs import ROOT, config, few_records, run, same
 from tests.train.conftest import breaks
 
@@ -26,7 +26,7 @@ def towers(tmp_path, monkeypatch):
         model.model.visual.register_forward_hook(lambda *args: calls.append(1))
         return model
 
-    monkeypatch.setattr(loop, "load_base", watched)
+    monkeypatch.setattr(setup, "load_base", watched)
     return calls
 
 
@@ -117,7 +117,7 @@ def test_what_is_made_of_a_file_that_changes_during_a_run_is_not_kept(towers, tm
             picture.write_bytes(picture.read_bytes())
 
     time.sleep(0.1)
-    monkeypatch.setattr(loop, "report_start", touch)
+    monkeypatch.setattr(setup, "report_start", touch)
     run(tmp_path, "one", **settings)
     assert len(towers) == 2 * 6
 

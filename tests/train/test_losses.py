@@ -10,6 +10,7 @@ import pytest
 from qwenvl_ft.errors import NonFiniteLoss, UserError
 from qwenvl_ft.train import loop
 from qwenvl_ft.train.curves import draw_losses
+from qwenvl_ft.train.state import Run
 from tests.runs import adapter, config, metrics, run, same
 
 SETTINGS = {"max_steps": 5, "logging_steps": 2, "save_steps": 3}
@@ -104,12 +105,12 @@ def test_losses_are_looked_at_once_a_step_and_the_row_of_one_that_is_not_finite_
         taken.extend(run.prepared.places(row) for row in rows)
         return stock(run, epoch, rows, *args)
 
-    def row_loss(*args, stock=loop.row_loss):
+    def loss_of(*args, stock=Run.loss):
         ran.append(stock(*args))
         return ran[-1] * (float("nan") if len(ran) == 2 else 1)
 
     monkeypatch.setattr(loop, "train_step", train_step)
-    monkeypatch.setattr(loop, "row_loss", row_loss)
+    monkeypatch.setattr(Run, "loss", loss_of)
     with pytest.raises(NonFiniteLoss) as stopped:
         run(tmp_path, rows_per_step=3, max_steps=1)
     (problem,) = stopped.value.problems

@@ -55,7 +55,7 @@ def test_where_the_tower_trains_its_gradients_alone_are_waited_for(family_model,
 
 
 def test_answers_on_a_device_are_those_of_the_cpu(family_model, tmp_path):
-    """Of an adapter, each alone and in a batch, whose beginnings are read once."""
+    """Of an adapter, each alone and in a batch, whose prefixes are read once."""
     torch.manual_seed(0)
     lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(load_base(family_model, "float32"), lora).save_pretrained(tmp_path / "adapter")

@@ -10,7 +10,7 @@ import torch
 from qwenvl_ft.data.pictures import PictureChanged
 from qwenvl_ft.errors import UserError
 from qwenvl_ft.model.load import limited
-from qwenvl_ft.train import loop
+from qwenvl_ft.train import setup
 from tests.runs import adapter, config, metrics, run, same
 from tests.train.conftest import breaks
 
@@ -102,7 +102,7 @@ def test_without_skip_the_run_stops_in_words_and_saves_nothing(tmp_path):
 def test_a_picture_that_is_gone_stops_the_run_although_bad_records_are_skipped(workers, tmp_path, monkeypatch):
     """A folder that was unmounted would be skipped record by record, and a resumed run would plan other rows."""
     settings = breaks(tmp_path) | {"dataloader_num_workers": workers}
-    monkeypatch.setattr(loop, "write_settings", lambda *_: shutil.rmtree(tmp_path / "images"))
+    monkeypatch.setattr(setup, "write_settings", lambda *_: shutil.rmtree(tmp_path / "images"))
     with pytest.raises(UserError, match=r"some\.json\[\d\]: since the records were read it changed: .* is gone") as error:
         run(tmp_path, **settings)
     assert isinstance(error.value, PictureChanged)

@@ -19,7 +19,6 @@ from qwenvl_ft.errors import NonFiniteLoss, UserError
 from qwenvl_ft.folders.runs import newest
 from qwenvl_ft.folders.whole import held
 from qwenvl_ft.train import launch as launching
-from qwenvl_ft.train import loop
 from qwenvl_ft.train.state import Run
 from tests.runs import BASE, ROOT, few_records, launch, metrics, run, same
 from tests.train.rehearsal import DEVICE, Rehearsal
@@ -136,19 +135,19 @@ def test_a_step_that_is_given_up_has_not_happened(rows_before, plain, tmp_path, 
 
 def test_an_evaluation_that_is_long_is_given_up_for_a_signal_and_the_step_before_it_is_saved(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(launching, "GRACE_SECONDS", 0)
-    stock = loop.row_loss
+    stock = Run.loss
 
     def interrupted(of, *row):
         if not of.model.training:
             os.kill(os.getpid(), signal.SIGTERM)
         return stock(of, *row)
 
-    monkeypatch.setattr(loop, "row_loss", interrupted)
+    monkeypatch.setattr(Run, "loss", interrupted)
     with pytest.raises(SystemExit):
         run(tmp_path, eval_meta_file=few_records(tmp_path), eval_steps=1)
     assert "step 1  the evaluation was given up; resuming does it" in capsys.readouterr().out
     assert newest(tmp_path / "run")[0].name == "checkpoint-1" and "eval_loss" not in metrics(tmp_path / "run")[0]
-    monkeypatch.setattr(loop, "row_loss", stock)
+    monkeypatch.setattr(Run, "loss", stock)
     for name, resume in (("run", True), ("plain", False)):
         run(tmp_path, name, eval_meta_file=few_records(tmp_path), eval_steps=1, resume=resume)
     losses = [[line["eval_loss"] for line in metrics(tmp_path / name)] for name in ("run", "plain")]
@@ -160,7 +159,7 @@ def test_an_evaluation_that_is_long_is_given_up_for_a_signal_and_the_step_before
 )
 def test_a_process_that_decodes_pictures_and_is_gone_is_said_however_it_shows(error, tmp_path, monkeypatch):
     """What it was sending broke off before torch had learnt of its death: a traceback that ended in EOFError."""
-    monkeypatch.setattr(loop, "row_loss", lambda *args: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(Run, "loss", lambda *args: (_ for _ in ()).throw(error))
     with pytest.raises(UserError, match="a process that decodes pictures is gone"):
         run(tmp_path)
 
@@ -311,8 +310,8 @@ def test_a_disk_that_is_full_is_said_in_words(name, tmp_path):
 
 def test_a_held_out_loss_that_is_not_finite_stops_and_is_not_written(tmp_path, monkeypatch):
     """It passed with exit code 0 and was written as NaN, which is no JSON."""
-    stock = loop.row_loss
-    monkeypatch.setattr(loop, "row_loss", lambda of, *row: stock(of, *row) * (1.0 if of.model.training else float("nan")))
+    stock = Run.loss
+    monkeypatch.setattr(Run, "loss", lambda of, *row: stock(of, *row) * (1.0 if of.model.training else float("nan")))
     with pytest.raises(NonFiniteLoss, match=r"few\.json\[0\].*: the loss of held-out records is nan"):
         run(tmp_path, eval_meta_file=few_records(tmp_path), eval_steps=2)
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1]

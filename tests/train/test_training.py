@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import time
@@ -14,11 +15,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+from qwenvl_ft.cli.main import main
 from qwenvl_ft.data.chat import Chat
 from qwenvl_ft.errors import NonFiniteLoss, UserError
 from qwenvl_ft.folders.whole import seal
 from qwenvl_ft.model.load import limited
-from qwenvl_ft.train import loop
+from qwenvl_ft.train import setup, state
 from qwenvl_ft.train.loop import learning_rate
 from qwenvl_ft.train.output_dir import print_next
 from qwenvl_ft.train.state import Run
@@ -102,7 +104,7 @@ def test_a_signal_saves_at_the_end_of_the_step_and_leaves_no_final_adapter(numbe
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "summed_loss", lambda *args: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(state, "summed_loss", lambda *args: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(NonFiniteLoss, match=r"few\.json\[\d\]"):
         run(tmp_path)
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
@@ -118,7 +120,7 @@ def test_a_base_without_its_weights_is_said_before_anything_is_loaded(tmp_path):
 
 def test_what_one_process_alone_met_is_said_by_that_one(tmp_path, monkeypatch, capsys):
     """The command line prints the problems of the first process of a machine only; this row was another's."""
-    monkeypatch.setattr(loop, "summed_loss", lambda *args: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(state, "summed_loss", lambda *args: torch.tensor(float("nan"), requires_grad=True))
     monkeypatch.setattr(accelerate.Accelerator, "is_local_main_process", False)
     with pytest.raises(NonFiniteLoss):
         run(tmp_path)
@@ -162,7 +164,7 @@ def test_wandb_without_a_key_is_said_before_the_model_is_loaded(tmp_path, monkey
         monkeypatch.delenv(name, raising=False)
     for name in ("HOME", "NETRC", "WANDB_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setattr(loop, "load_base", None)
+    monkeypatch.setattr(setup, "load_base", None)
     with pytest.raises(UserError, match=r"report_to: wandb: No API key(.|\n)*`wandb login`, or set WANDB_MODE=offline"):
         run(tmp_path, report_to=["wandb"])
     wandb.teardown()
@@ -175,6 +177,24 @@ def test_without_held_out_records_the_proposed_eval_says_what_it_is_worth(tmp_pa
     assert line.endswith("  # the training records: how it does on others it does not say")
     print_next(settings.model_copy(update={"eval_meta_file": settings.train_meta_file}))
     assert "#" not in capsys.readouterr().out
+
+
+def test_the_proposed_eval_reads_the_same_file_alike(tmp_path, capsys):
+    """What `columns` leaves out was lost from the run's settings, and records that were skipped ended the eval."""
+    said = {"question": "<img>two_col_103562.png</img>What?", "answer": "A chart", "source": "mine"}
+    broken = {"question": "<img>none.png</img>What?", "answer": "A chart", "source": "mine"}
+    (tmp_path / "own.json").write_text(json.dumps([said, broken, said | {"answer": "Titles"}]))
+    columns = {"source": None}
+    run(tmp_path, train_meta_file=tmp_path / "own.json", columns=columns, on_bad_record="skip", max_steps=1)
+    command = next(line for line in capsys.readouterr().out.splitlines() if " eval " in line).split("  # ")[0]
+    with pytest.raises(SystemExit) as ended:
+        main([*shlex.split(command)[1:], "--max-new-tokens", "2", "--json"])
+    printed = capsys.readouterr()
+    assert ended.value.code == 0 and json.loads(printed.out)["skipped"] == 1
+    assert json.loads(printed.out)["questions"] == 2 and "none.png" in printed.err
+    with pytest.raises(SystemExit):
+        main([*shlex.split(command.split(" --config")[0])[1:]])
+    assert "source" in capsys.readouterr().err
 
 
 def test_a_folder_with_checkpoints_is_not_trained_into_unasked(plain, tmp_path):
@@ -412,7 +432,7 @@ def test_a_picture_that_changes_during_a_run_is_named(workers, tmp_path, monkeyp
         for path in (tmp_path / "images").iterdir():
             path.write_bytes(b"")
 
-    monkeypatch.setattr(loop, "write_settings", spoil)
+    monkeypatch.setattr(setup, "write_settings", spoil)
     with pytest.raises(UserError) as error:
         run(tmp_path, train_data_dir=tmp_path / "images", dataloader_num_workers=workers)
     (problem,) = error.value.problems

@@ -97,6 +97,25 @@ def test_a_first_step_moves_each_weight_by_the_rate_of_its_tower(tmp_path):
             assert tensor.abs().median() == pytest.approx(rates[tower_of(name)], rel=1e-3), name
 
 
+def test_where_the_tower_alone_trains_what_shows_nothing_teaches_nothing_and_is_counted(tmp_path, capsys):
+    """The first row without a picture ended the run with a traceback: its loss had no way back."""
+    asked = [{"from": "user", "value": "and without a picture? " * 30}, {"from": "assistant", "value": "nothing"}]
+    shown = json.loads((SAMPLE / "train.json").read_text())[0]
+    (tmp_path / "mixed.json").write_text(json.dumps([shown, {"conversations": asked}]))
+    (tmp_path / "text.json").write_text(json.dumps([{"conversations": asked}]))
+    settings = {"train_meta_file": tmp_path / "mixed.json", "row_tokens": 600, "rows_per_step": 1, "max_steps": 4}
+    for tower in ("merger", "vision"):
+        tuned = run(tmp_path, tower, lora_on=[tower], **settings)
+        assert "1 records show no picture or video: they teach nothing" in capsys.readouterr().out
+        assert any("lora_B" in key and value.any() for key, value in tuned.items())
+        losses = {}
+        for line in metrics(tmp_path / tower):
+            losses.setdefault(line["taught_tokens"], set()).add(line["loss"])
+        assert sorted(map(len, losses.values())) == [1, 2], "that of the text is the same each time"
+    with pytest.raises(UserError, match="lora_on: is vision alone, and no record shows a picture"):
+        run(tmp_path, "text", lora_on=["vision"], **settings | {"train_meta_file": tmp_path / "text.json"})
+
+
 def test_layers_are_chosen_by_name_or_by_a_regular_expression_in_the_towers_that_train(tmp_path):
     def layers(**settings):
         return find_layers(config(tmp_path, **settings))
@@ -119,9 +138,9 @@ def test_layers_are_chosen_by_name_or_by_a_regular_expression_in_the_towers_that
     ({"lora_targets": "q_proj"}, "lora_targets: q_proj: names no layer"),
 ])  # fmt: skip
 def test_what_matches_nothing_or_is_no_linear_layer_is_said_before_torch_with_what_there_is(settings, said, tmp_path, monkeypatch):
-    from qwenvl_ft.train import loop
+    from qwenvl_ft.train import setup
 
-    monkeypatch.setattr(loop, "load_base", None)
+    monkeypatch.setattr(setup, "load_base", None)
     with pytest.raises(UserError, match=said):
         run(tmp_path, **settings)
 
@@ -366,13 +385,13 @@ def test_an_adapter_is_trained_on_from_as_peft_and_plain_torch_do(settings, tmp_
 ])  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused_with_the_key_to_set(here, said, tmp_path):
     from qwenvl_ft.model.load import add_lora, load_base
-    from qwenvl_ft.train.beginning import begin
+    from qwenvl_ft.train.initial import set_initial
 
     theirs = random_lora(tmp_path / "theirs")
     towers = {"on": ["language"], "rank": 4, "alpha": 8} | here
     model = add_lora(load_base(TINY, "float32"), family_of(TINY), *towers.values(), 0.0, 0)
     with pytest.raises(UserError, match=said):
-        begin(model, config(tmp_path), torch.device("cpu"), None, theirs)
+        set_initial(model, config(tmp_path), torch.device("cpu"), None, theirs)
 
 
 def test_a_finished_run_is_extended_or_its_weights_are_taken_for_another(settings, tmp_path, capsys):

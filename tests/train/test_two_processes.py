@@ -81,7 +81,7 @@ def test_gradients_are_exchanged_once_a_step(monkeypatch, tmp_path):
         run.accelerator = Accelerator(cpu=True)
         monkeypatch.setattr(run.accelerator, "no_sync", lambda of: of.no_sync())  # as it does where processes are several
         run.prepared = SimpleNamespace(taught_tokens=lambda row: 1)
-        monkeypatch.setattr(loop, "row_loss", lambda run, row, keep: run.model(row["x"]).sum())
+        monkeypatch.setattr(run, "loss", lambda row, keep: run.model(row["x"]).sum())
         built = [({"x": torch.full((1, 4), float(row)), "labels": torch.tensor([[1]])}, []) for row in rows]
         loop.train_step(run, 0, rows, iter(built), SimpleNamespace(stop=lambda *of, **named: 0))
     finally:

@@ -12,13 +12,13 @@ from qwenvl_ft.data.files.json_text import json_entries
 from qwenvl_ft.data.files.tars import tar_entries
 from qwenvl_ft.data.magic import HEAD_BYTES, what_it_is
 from qwenvl_ft.data.mirror import local_files
+from qwenvl_ft.data.sources import natural
 from qwenvl_ft.errors import Problem, UserError
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".tar")
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")  # which are named, not passed over
 NO_RECORDS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")  # what `datasets` says of them
 SPLIT = re.compile(r"(?:^|[^a-z])(train|test|val|valid|validation|dev|eval)(?=[^a-z]|$)")
-NUMBER = re.compile(r"(\d+)")
 
 
 def files_of(meta: Path) -> list[Path]:
@@ -105,4 +105,4 @@ def _of_folder(folder: Path) -> list[Path]:
 
 def _sorted(files: Sequence[Path]) -> list[Path]:
     """a2 before a10."""
-    return sorted(files, key=lambda path: [int(part) if part.isdecimal() else part for part in NUMBER.split(str(path))])
+    return sorted(files, key=lambda path: natural(str(path)))

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data.files.entry import Entry
-from qwenvl_ft.data.files.json_text import not_utf8, parse
+from qwenvl_ft.data.files.json_text import not_utf8
+from qwenvl_ft.data.formats.json_entries import parse
 from qwenvl_ft.errors import Problem
 
 DELIMITERS = ",\t;|"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwenvl_ft.data.files.entry import Entry
-from qwenvl_ft.data.formats.json_entries import EXAMPLE, kind_of
+from qwenvl_ft.data.formats.json_entries import DECODER, EXAMPLE, Refused, kind_of, parse
 from qwenvl_ft.errors import Problem
 
 CHUNK_BYTES = 1 << 20
@@ -192,34 +192,6 @@ def is_record(value: Any) -> bool:
     return isinstance(value, dict) and bool({"conversations", "messages"} & value.keys())
 
 
-class _Refused(ValueError):
-    """What Python's reader lets pass, with its fix: of a key that stands twice it would lose the first without a word."""
-
-
-def _pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    entry = dict(items)
-    if len(entry) < len(items):
-        keys = [key for key, _ in items]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _Refused(f'an object has the key "{twice}" twice', "keep one of them, or make two records")
-    return entry
-
-
-def _constant(word: str) -> Any:
-    raise _Refused(f"holds {word}, which is not JSON", "write a number or a text")
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
-
-
-def parse(text: str) -> Any:
-    """A JSON value. Raises ValueError."""
-    try:
-        return DECODER.decode(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
 def line_problem(error: ValueError, where: str) -> Problem:
     """What is wrong with a value that stands alone."""
     if isinstance(error, json.JSONDecodeError):
@@ -228,7 +200,7 @@ def line_problem(error: ValueError, where: str) -> Problem:
 
 
 def _refused(error: ValueError, where: str) -> Problem:
-    if isinstance(error, _Refused):
+    if isinstance(error, Refused):
         return Problem(where, *error.args)
     return Problem(where, f"is not a meta-file: {error}", LIST)
 

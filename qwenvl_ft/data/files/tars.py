@@ -11,7 +11,8 @@ from typing import Any
 
 from qwenvl_ft.data import sources
 from qwenvl_ft.data.files.entry import Entry
-from qwenvl_ft.data.files.json_text import NOT_UTF8, line_problem, parse
+from qwenvl_ft.data.files.json_text import NOT_UTF8, line_problem
+from qwenvl_ft.data.formats.json_entries import parse
 from qwenvl_ft.data.formats.rows import QUESTION
 from qwenvl_ft.data.magic import PICTURE_ENDINGS
 from qwenvl_ft.data.records import InTar

@@ -13,16 +13,16 @@ from qwenvl_ft.data.formats.documented import check_text, check_untagged, read_p
 from qwenvl_ft.data.formats.keys import Complaints
 from qwenvl_ft.data.formats.objects import Objects
 from qwenvl_ft.data.formats.talk import Finder, Listed, Said, Shown, Talk
-from qwenvl_ft.data.reading import Numbers
 from qwenvl_ft.data.records import InTable, InTar, Medium, Part, Picture, Record, Turn
 from qwenvl_ft.errors import UserError
+from qwenvl_ft.values import BoxUnit
 
 NAMES = {"image": ("<image>", "picture"), "video": ("<video>", "video")}
 EMPTY_FIX = "write its text or delete the turn and its partner"
 TURNS_FIX = "let user and assistant take turns, user first"
 
 
-def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints, boxes: Numbers | None = None) -> Record | None:
+def assemble(talk: Talk, where: str, finder: Finder, complaints: Complaints, boxes: BoxUnit | None = None) -> Record | None:
     """The record, or None where anything was complained about. `boxes` says what the numbers of those in its texts are."""
     before = len(complaints.problems)
     media = _Media(talk, finder, complaints)

@@ -3,31 +3,27 @@
 import json
 from typing import Any
 
+from qwenvl_ft.data.formats.json_entries import parse
 from qwenvl_ft.data.formats.keys import Complaints, is_empty
-
-CALL = 'write {"name": "...", "arguments": {...}}'
-TOOL = 'write {"type": "function", "function": {"name": "...", "description": "...", "parameters": {...}}}'
+from qwenvl_ft.data.tools import CALL, FUNCTION, function_of
+from qwenvl_ft.errors import UserError
 
 
 def tools_of(value: Any, where: str, complaints: Complaints) -> tuple[str, ...]:
-    """The tools of a record, given as a list or as its JSON text: each as OpenAI writes it, whether or not it was so wrapped."""
+    """The tools of a record, given as a list or as its JSON text: each wrapped as `function_of` does it."""
     if is_empty(value):
         return ()
-    tools = _parsed(value, where, TOOL, complaints)
+    tools = _parsed(value, where, FUNCTION, complaints)
     found = []
-    for number, tool in enumerate([tools] if isinstance(tools, dict) else tools if isinstance(tools, list) else ()):
-        tool = _parsed(tool, f"{where}[{number}]", TOOL, complaints)
-        if not isinstance(tool, dict):
+    for number, tool in enumerate([tools] if isinstance(tools, dict) else tools or ()):
+        place = f"{where}[{number}]"
+        if (tool := _parsed(tool, place, FUNCTION, complaints)) is None:
             continue
-        function = tool.get("function", tool)
-        if (
-            not isinstance(function, dict)
-            or not isinstance(function.get("name"), str)
-            or tool.get("type", "function") != "function"
-        ):
-            complaints.say(f"{where}[{number}]", "is no tool with a name", TOOL)
-            continue
-        found.append(json.dumps(tool if "function" in tool else {"type": "function", "function": tool}, ensure_ascii=False))
+        try:
+            found.append(json.dumps(function_of(json.dumps(tool)), ensure_ascii=False))
+        except UserError as error:
+            for problem in error.problems:
+                complaints.say(place, problem.what, problem.fix, problem.kind)
     return tuple(found)
 
 
@@ -63,23 +59,11 @@ def _parsed(value: Any, where: str, fix: str, complaints: Complaints) -> Any:
     """The value, or what its JSON text holds; None once it was complained about."""
     if isinstance(value, str):
         try:
-            value = json.loads(value, object_pairs_hook=_once, parse_constant=_number)
-        except (ValueError, RecursionError):
+            value = parse(value)
+        except ValueError:
             complaints.say(where, "holds a call or a tool that is not JSON", fix)
             return None
     if not isinstance(value, dict | list):
         complaints.not_a("an object or a list", value, where, fix)
         return None
     return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a key that stands twice Python's reader would lose the first without a word."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError
-    return dict(pairs)
-
-
-def _number(word: str) -> float:
-    """NaN and the infinities are no JSON."""
-    raise ValueError(word)

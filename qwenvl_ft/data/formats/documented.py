@@ -26,7 +26,7 @@ TAG_FIXES = {
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class Media(Protocol):
+class TagMedia(Protocol):
     """Gives the scanner what its tags stand for; None for what has been complained about."""
 
     def named(self, kind: str, name: str, place: str) -> Part | None:
@@ -48,7 +48,7 @@ def check_text(text: str, place: str, complaints: Complaints) -> None:
         complaints.say(place, "holds half of a surrogate pair, which no tokenizer can read", fix)
 
 
-def check_untagged(text: str, role: str, place: str, media: Media, complaints: Complaints) -> None:
+def check_untagged(text: str, role: str, place: str, media: TagMedia, complaints: Complaints) -> None:
     """Says where a text that is not the user's names a picture."""
     if OPEN in text or CLOSE in text:
         complaints.say(place, f"an <img> tag stands in the {role}'s turn", "name pictures in the user's turns only")
@@ -59,7 +59,7 @@ def check_untagged(text: str, role: str, place: str, media: Media, complaints: C
                 media.next(kind)
 
 
-def read_parts(text: str, place: str, media: Media, complaints: Complaints) -> Iterator[Part]:
+def read_parts(text: str, place: str, media: TagMedia, complaints: Complaints) -> Iterator[Part]:
     """Texts and media of a user's text. A scanner of linear time: the obvious regular expression is quadratic in unclosed tags."""
     if "<" not in text:
         if text:

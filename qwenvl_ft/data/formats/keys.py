@@ -54,9 +54,15 @@ MESSAGE_FIXES = TURN_FIXES | {
     **dict.fromkeys(("value", "text", "message"), 'write it as "content"'),
     **dict.fromkeys(("from", "speaker"), 'write it as "role"'),
 }  # fmt: skip
-PART_FIXES = SHARED | {
-    "detail": 'delete it: a "max_pixels" beside the picture says how large it is shown, else the setting of that name',
+OF_QWEN = {  # what qwen_vl_utils follows in a part, and nobody here does
     **dict.fromkeys(("resized_height", "resized_width"), "delete it: pictures keep their shape, and max_pixels bounds their area"),
+    **dict.fromkeys(("video_start", "video_end"), "delete it, and name the piece alone: ffmpeg -ss START -to END -i FILE NEW.mp4"),
+    "total_pixels": "delete it: max_pixels and max_frames bound a video",
+    "min_frames": 'delete it, or say how many frames are drawn with "nframes"',
+    "sample_fps": 'write it as "fps"', "raw_fps": 'delete it: "fps" says how many frames of a list pass in a second',
+}  # fmt: skip
+PART_FIXES = SHARED | OF_QWEN | {
+    "detail": 'delete it: a "max_pixels" beside the picture says how large it is shown, else the setting of that name',
 }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -14,6 +16,18 @@ def cache_folder() -> Path:
 def features_folder() -> Path:
     """Where features of pictures and videos are kept."""
     return cache_folder() / "features"
+
+
+def remove_old(folder: Path, mark: str, num_kept: int, in_use_s: float = 0) -> None:
+    """Leaves of its folders that hold a file `mark` those that were used last, and any that may be in use, having been used since.
+
+    Another process may be doing the same.
+    """
+    with suppress(OSError):
+        held = sorted((path.parent.stat().st_mtime, path.parent) for path in folder.glob(f"*/{mark}"))
+        for used_at, old in held[:-num_kept]:
+            if time.time() - used_at >= in_use_s:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def free_bytes(folder: Path) -> int:

@@ -9,12 +9,12 @@ from PIL import Image
 
 from qwenvl_ft.data.meta_file import read_records
 from qwenvl_ft.data.packing import LEAST_SHARED
-from qwenvl_ft.evaluate.scoring import evaluate
 from qwenvl_ft.infer.batch_file import BATCHES_AHEAD, answer_file
-from qwenvl_ft.infer.beginnings import beginnings
 from qwenvl_ft.infer.engine import Engine
+from qwenvl_ft.infer.shared_prefix import prefixes
 from qwenvl_ft.serve.batching import Batcher
 from tests.conftest import SAMPLE, TINY
+from tests.evaluate.asking import predictions_of
 from tests.serve.test_batching import submit
 from tests.serving import CHARTS, random_adapter
 
@@ -91,7 +91,7 @@ def test_every_family_answers_what_it_answers_alone_and_looks_once(family, talks
         assert engine.ask_many(talks, 6) == expected
     shown = sum(len(whole[name]) for name in ("pixel_values", "pixel_values_videos"))
     scripts = engine.scripts(talks)
-    found = beginnings(scripts)
+    found = prefixes(scripts)
     if engine.chat.family.linear_attention:
         assert seen.patches == shown and seen.longest == whole["input_ids"].numel()
         return
@@ -123,7 +123,7 @@ def test_every_family_serves_what_it_answers_alone_and_looks_once(family, talks,
 
 def test_an_adapter_on_both_towers_answers_what_it_answers_alone(talks, tmp_path):
     engine = Engine.open(TINY, random_adapter(TINY, tmp_path / "one", 0))
-    assert len(beginnings(engine.scripts(talks))) < len(talks)
+    assert len(prefixes(engine.scripts(talks))) < len(talks)
     assert engine.ask_many(talks, 6) == [alone(engine, talk, 6) for talk in talks]
 
 
@@ -131,7 +131,7 @@ def test_what_scripts_begin_with_is_common_to_them_all_and_ends_before_their_las
     engine = Engine.open(TINY)
     same = [user(noise(336, 280), "again")]
     scripts = engine.scripts([*talks, same, same])
-    found = beginnings(scripts)
+    found = prefixes(scripts)
     for of in found:
         rows = [scripts[place].widened()[0] for place in of.places]
         assert all(row[: of.tokens] == rows[0][: of.tokens] and of.tokens < len(row) for row in rows)
@@ -145,7 +145,7 @@ def test_a_little_in_common_does_not_spoil_what_others_share(talks):
     document = "The price of the red car was twelve, the blue one's nine, and nobody asked. " * 40
     texts = [f"{document}Red?", f"{document}Blue?", "Who are you?", f"{document}Nobody?"]
     asked = [[{"role": "system", "content": RULES}, user(text)] for text in texts]
-    found = beginnings(Engine.open(TINY).scripts(asked))
+    found = prefixes(Engine.open(TINY).scripts(asked))
     assert [of.places for of in found] == [[0, 1, 3], [2]]
 
 
@@ -153,7 +153,7 @@ class Noted(Engine):
     """Notes the size of its batches' groups."""
 
     def answer_many(self, conversations, max_new_tokens=12, thinking=None):
-        batches.append([of.places for of in beginnings(self.scripts(conversations))])
+        batches.append([of.places for of in prefixes(self.scripts(conversations))])
         return super().answer_many(conversations, max_new_tokens, thinking)
 
 
@@ -204,6 +204,6 @@ def test_eval_asks_the_questions_about_a_picture_together_whatever_their_length(
     (tmp_path / "meta.json").write_text(json.dumps(talk))
     records, problems, _ = read_records(tmp_path / "meta.json", SAMPLE / "images")
     assert not problems
-    _, predictions = evaluate(noted, records, 3, 6, lambda done, total: None)
+    predictions = predictions_of(noted, records, 3, 6)
     assert batches == [[[0, 1, 2]]] * 3
     assert [line["answer"] for line in predictions] == [alone(noted, record.turns[:1], 6) for record in records]

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from qwenvl_ft.infer.engine import Engine
 from qwenvl_ft.infer.messages import read_messages
-from qwenvl_ft.infer.prefixes import Prefixes, Prompt, shown_hash
+from qwenvl_ft.infer.prefix_cache import Prefixes, Prompt, shown_hash
 from tests.conftest import TINY
 
 IDS = [*range(100)]

@@ -1,6 +1,6 @@
-"""From the entries of meta-files to what they come to, a part of them at a time, in as many processes as there are cores.
+"""From the entries of meta-files to what they come to, a batch of them at a time, in as many processes as there are cores.
 
-Nothing here grows with the records: a part is a few arrays, and whoever takes it says what becomes of them.
+Nothing here grows with the records: a batch is a few arrays, and whoever takes it says what becomes of them.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import Any
 from qwenvl_ft.data.chat import Chat, Script
 from qwenvl_ft.data.checks import Against, Checks
 from qwenvl_ft.data.media import MOST_LETTERS, Media
-from qwenvl_ft.data.meta_file import Job, Meta, OnRecord, Tally, read_job, stream_entries
+from qwenvl_ft.data.meta_file import EntryToRead, Meta, OnRecord, Tally, read_one, stream_entries
 from qwenvl_ft.data.notes import Noted
 from qwenvl_ft.data.packed import FileState, Packed, PackedMedium, pack_medium, pack_scripts
 from qwenvl_ft.data.reading import AS_FOUND, Reading
@@ -26,7 +26,7 @@ from qwenvl_ft.data.sources import holder
 from qwenvl_ft.data.spawned import end_with_parent
 from qwenvl_ft.errors import Problem, UserError
 
-RECORDS = 1000  # of a part
+RECORDS = 1000  # of a batch
 FEW_RECORDS = 4000  # which one process has read before others have started
 
 
@@ -72,7 +72,7 @@ class Missed:
 
 
 @dataclass
-class Part:
+class Batch:
     """What some records came to, in their order: `used` are those without a problem, `scripts` their examples, `media` each
     different medium of theirs. The `records` themselves are there only where they were asked for."""
 
@@ -97,41 +97,41 @@ class Reader:
         self.reading, self.chat, self.against, self.keep_records = reading, chat, against, keep_records
         self.media: dict[Path, Watched] = {}
 
-    def read(self, jobs: Sequence[Job]) -> Part:
-        """The part that these entries come to."""
-        part, media = Part(checks=Checks(self.chat.limits if self.chat else None, self.against)), dict[Medium, int]()
+    def read(self, entries: Sequence[EntryToRead]) -> Batch:
+        """The batch that these entries come to."""
+        batch, media = Batch(checks=Checks(self.chat.limits if self.chat else None, self.against)), dict[Medium, int]()
         scripts: list[tuple[int, Script]] = []
-        for job in jobs:
-            if job.folder and job.folder not in self.media:
-                self.media[job.folder] = Watched(job.folder, self.reading)
-            found = read_job(job, self.media, part.tally)
-            part.problems += found.problems
-            part.whole &= bool(found.where)
+        for one in entries:
+            if one.folder and one.folder not in self.media:
+                self.media[one.folder] = Watched(one.folder, self.reading)
+            found = read_one(one, self.media, batch.tally)
+            batch.problems += found.problems
+            batch.whole &= bool(found.where)
             if found.record and found.times:
-                part.noted.add_found(found.where, found.is_blank, found.has_unread)
-                written = self._written(found.record, part)
-                scripts += [(part.num_records, script) for script in written] * found.times
+                batch.noted.add_found(found.where, found.is_blank, found.has_unread)
+                written = self._written(found.record, batch)
+                scripts += [(batch.num_records, script) for script in written] * found.times
                 for medium in found.record.media:
                     media.setdefault(medium, len(media))
-            part.num_records += bool(found.where)
-        part.scripts = pack_scripts(scripts, media)
-        part.media = [pack_medium(medium, self.chat) for medium in media]
-        part.missed = {folder: _missed(of) for folder, of in self.media.items()}
-        part.checks.against = None  # which whoever asked has himself
-        return part
+            batch.num_records += bool(found.where)
+        batch.scripts = pack_scripts(scripts, media)
+        batch.media = [pack_medium(medium, self.chat) for medium in media]
+        batch.missed = {folder: _missed(of) for folder, of in self.media.items()}
+        batch.checks.against = None  # which whoever asked has himself
+        return batch
 
-    def _written(self, record: Record, part: Part) -> list[Script]:
-        part.num_shown += len(record.pictures)
-        part.noted.add(record, self.chat is None or self.chat.thinks)
+    def _written(self, record: Record, batch: Batch) -> list[Script]:
+        batch.num_shown += len(record.pictures)
+        batch.noted.add(record, self.chat is None or self.chat.thinks)
         if self.keep_records:
-            part.records.append(record)
+            batch.records.append(record)
         try:
             scripts = self.chat.write_scripts(record) if self.chat else []
         except UserError as error:
-            part.problems += [replace(problem, where=record.where) for problem in error.problems]
+            batch.problems += [replace(problem, where=record.where) for problem in error.problems]
             return []
-        part.checks.add(record, scripts)
-        part.num_used += 1
+        batch.checks.add(record, scripts)
+        batch.num_used += 1
         return scripts
 
 
@@ -146,31 +146,31 @@ def _missed(media: Watched) -> Missed:
     return found
 
 
-def parts_of(
+def batches_of(
     meta: Meta, data_dir: Path | str | None, tally: Tally, chat: Chat | None = None, reading: Reading = AS_FOUND, seed: int = 0,
     on_record: OnRecord = lambda done, total: None, keep_records: bool = False, against: Against | None = None,
-) -> Iterator[Part]:  # fmt: skip
-    """Reads all entries, and with a chat writes their scripts, `on_record` told after each part. `tally` counts them, and knows
+) -> Iterator[Batch]:  # fmt: skip
+    """Reads all entries, and with a chat writes their scripts, `on_record` told after each batch. `tally` counts them, and knows
     afterwards what `said_once` asks for. `against` are the records of evaluation, which the checks compare with."""
     entries = stream_entries(meta, data_dir, reading, tally, seed)
     first, cores = list(islice(entries, FEW_RECORDS)), num_cores()
-    jobs = _some(chain(first, entries))
+    lists = _some(chain(first, entries))
     reader = Reader(reading, chat, against, keep_records)
     done = 0
     try:
-        for part in map(reader.read, jobs) if len(first) < FEW_RECORDS or cores < 2 else _in_parallel(reader, jobs, cores):
-            tally.forms.update(part.tally.forms)
-            tally.used.update(part.tally.used)
-            tally.positions.update(part.tally.positions)
-            for folder, missed in part.missed.items():
+        for batch in map(reader.read, lists) if len(first) < FEW_RECORDS or cores < 2 else _in_parallel(reader, lists, cores):
+            tally.forms.update(batch.tally.forms)
+            tally.used.update(batch.tally.used)
+            tally.positions.update(batch.tally.positions)
+            for folder, missed in batch.missed.items():
                 media = tally.media[folder]
                 media.one_is_there |= missed.one_is_there
                 media.missing |= missed.missing
                 media.misspelt |= missed.misspelt
                 media.sizes.join(missed.sizes)
-            done += part.num_records
+            done += batch.num_records
             on_record(done, None)
-            yield part
+            yield batch
     finally:
         for media in tally.media.values():
             media.sizes.save()
@@ -181,9 +181,9 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _some(jobs: Iterable[Job]) -> Iterator[list[Job]]:
-    jobs = iter(jobs)
-    while some := list(islice(jobs, RECORDS)):
+def _some(entries: Iterable[EntryToRead]) -> Iterator[list[EntryToRead]]:
+    entries = iter(entries)
+    while some := list(islice(entries, RECORDS)):
         yield some
 
 
@@ -195,16 +195,16 @@ def _start(reader: Reader) -> None:
     READERS.append(reader)
 
 
-def _read(jobs: Sequence[Job]) -> Part:
-    return READERS[0].read(jobs)
+def _read(entries: Sequence[EntryToRead]) -> Batch:
+    return READERS[0].read(entries)
 
 
-def _in_parallel(reader: Reader, jobs: Iterator[list[Job]], cores: int) -> Iterator[Part]:
-    """The parts in their order, few of them ahead of whoever takes them. New processes: a fork copies what threads hold."""
-    waiting: deque[Future[Part]] = deque()
+def _in_parallel(reader: Reader, lists: Iterator[list[EntryToRead]], cores: int) -> Iterator[Batch]:
+    """The batches in their order, few of them ahead of whoever takes them. New processes: a fork copies what threads hold."""
+    waiting: deque[Future[Batch]] = deque()
     pool = ProcessPoolExecutor(cores, get_context("spawn"), _start, (reader,))
     try:
-        for some in jobs:
+        for some in lists:
             waiting.append(pool.submit(_read, some))
             if len(waiting) > 2 * cores:
                 yield waiting.popleft().result()

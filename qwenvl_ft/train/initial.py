@@ -17,20 +17,20 @@ from qwenvl_ft.model.pissa import State, as_plain, plain_settings, take_out, tak
 TOP = "base_model.model."
 
 
-def begin(model: Any, config: Config, device: torch.device, checkpoint: Path | None, weights: Path | None) -> State:
+def set_initial(model: Any, config: Config, device: torch.device, checkpoint: Path | None, weights: Path | None) -> State:
     """Gives the model's LoRA, which is fresh, the weights that the run begins with: those of the checkpoint that it goes on from,
     or of an adapter. Returns what PiSSA began with, if it is PiSSA. Raises UserError for an adapter that is none of this model's.
     """
     pissa, folder = config.init_lora_weights, checkpoint or weights
     if folder is None:
         return {} if pissa is True else take_out(model, pissa, device)
-    state, beginning = {_new_key(key): tensor for key, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}, State()
+    state, start = {_new_key(key): tensor for key, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}, State()
     if weights:
         check_fit(model, weights, state, pissa is not True)
     if pissa is not True:
-        state, beginning = take_out_again(model, state, device)
+        state, start = take_out_again(model, state, device)
     set_peft_model_state_dict(model, state)
-    return beginning
+    return start
 
 
 def check_fit(model: Any, folder: Path, state: State, pissa: bool) -> None:

@@ -4,7 +4,7 @@ copy of it.
 A batch holds as many keys and values as it would otherwise, those of all its questions; what is not done again is to compute them,
 with the vision tower's work.
 
-Axes: B = questions, G = beginnings, S = tokens, W = tokens of the widest.
+Axes: B = questions, G = prefixes, S = tokens, W = tokens of the widest.
 """
 
 from collections.abc import Sequence
@@ -22,21 +22,21 @@ Text = dict[str, torch.Tensor]
 
 
 @dataclass
-class Beginning:
+class Prefix:
     """The scripts at `places` begin with the same `tokens` tokens, in which lies all that they show."""
 
     places: list[int]
     tokens: int
 
 
-def beginnings(scripts: Sequence[Script]) -> list[Beginning]:
-    """What the scripts of a batch begin with. One that shares nothing has a beginning of its own: all its tokens but the last.
+def prefixes(scripts: Sequence[Script]) -> list[Prefix]:
+    """What the scripts of a batch begin with. One that shares nothing has a prefix of its own: all its tokens but the last.
 
     A script joins those with whom it shares most, if that is media or no little text, and not less than half of what they share.
     """
-    found: list[Beginning] = []
+    found: list[Prefix] = []
     for place, script in enumerate(scripts):
-        shared, best = 0, Beginning([], 0)
+        shared, best = 0, Prefix([], 0)
         for of in found:
             with_these = script.shared_with(scripts[of.places[0]])
             if with_these > shared and (len(of.places) == 1 or 2 * with_these >= of.tokens):
@@ -45,15 +45,13 @@ def beginnings(scripts: Sequence[Script]) -> list[Beginning]:
             best.places.append(place)
             best.tokens = min(best.tokens, shared)
         else:
-            found.append(Beginning([place], script.length - 1))
+            found.append(Prefix([place], script.length - 1))
     return found
 
 
-def read_beginnings(
-    model: Any, processor: Any, chat: Chat, scripts: Sequence[Script], found: Sequence[Beginning]
-) -> dict[str, Any]:
+def read_prefixes(model: Any, processor: Any, chat: Chat, scripts: Sequence[Script], found: Sequence[Prefix]) -> dict[str, Any]:
     """The inputs of `generate` for all scripts, with the keys and values of what they begin with: (B, W) ids and mask, (4, B, W)
-    positions. A row is its beginning and its rest, each padded on the left; no token sees the padding.
+    positions. A row is its prefix and its rest, each padded on the left; no token sees the padding.
     """
     texts, pad, device = [_text(script, chat) for script in scripts], processor.tokenizer.pad_token_id, model.device
     begun = _aligned([_part(texts[of.places[0]], slice(of.tokens)) for of in found], pad, device)
