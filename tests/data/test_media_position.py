@@ -115,7 +115,7 @@ def test_a_check_counts_what_a_run_moves_and_an_evaluation_asks_as_written(talk,
     assert json.loads(said[0])["media_position"] == {"first": 0, "last": 3, "mixed": 0, "moved": 2}
     assert "after it in 3 of the records read; media_position moved those of 2" in " ".join(said[1].split())
     last = Reading(media_position="last")
-    moved, (written, _) = read_records(meta, reading=last).records, _records(meta, None, last)
+    moved, (written, *_) = read_records(meta, reading=last).records, _records(meta, None, last, None)
     assert [[type(part) for part in of.turns[0].parts] for of in moved] == [[str, Picture]] * 3
     assert [type(of.turns[0].parts[0]) for of in written] == [Picture, Picture, str]
     with pytest.raises(SystemExit) as done:
