@@ -305,5 +305,7 @@ def _memory(settings: "Config", prepared: "Prepared", card: "Card | None") -> di
         try:
             return memory_of(settings, prepared, card)
         except (RuntimeError, ValueError, UserError) as error:  # what a model's code does with values that are not there
-            print_note(f"no forecast of memory: {settings.model} cannot be simulated ({str(error).splitlines()[0]})")
+            print_note(
+                f"no forecast of memory: {settings.model} with these settings cannot be simulated ({str(error).splitlines()[0]})"
+            )
             return None

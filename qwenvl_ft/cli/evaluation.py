@@ -345,7 +345,7 @@ def compare(
 def _records(
     meta: Path, data_dir: Path | None, reading: Reading, config: Path | None
 ) -> tuple[Sequence["Record"], list[tuple[str, str]], dict[str, int]]:
-    """The records, what is said of their files, and of how many what was wrong. Raises UserError where one cannot be read, unless
+    """The records, what is said of their files, and how many were skipped. Raises UserError where one cannot be read, unless
     the settings say `on_bad_record: skip`: then that is said, and the others are asked about."""
     from qwenvl_ft.data.meta_file import Tally, read_records
     from qwenvl_ft.data.notes import Noted
@@ -362,8 +362,7 @@ def _records(
     if not problems:
         return records, draw_files(tally.facts), {}
     print_problems(problems)
-    facts = [*draw_files(tally.facts), ("skipped", f"{len(problems):,} problems of records that are not asked about")]
-    return records, facts, {"skipped": len(problems)}
+    return records, draw_files(tally.facts), {"skipped": tally.num_records - len(records)}
 
 
 def _controls(records: Sequence["Record"], blank: bool, shuffled: bool, no_pictures: bool, text_first: bool) -> list["Control"]:

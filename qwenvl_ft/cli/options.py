@@ -139,16 +139,17 @@ def training_chat_settings(
 
 def own_reading(folders: Sequence[tuple[Path, Path | None]], boxes: BoxUnit | None = None) -> Reading:
     """How models with their adapters are asked where nothing says otherwise: films are drawn as the first one's processor does, the
-    numbers of boxes are what they were to the runs unless `boxes` says it, and media stand where the first run has them.
+    numbers of boxes are what they were to the runs unless `boxes` says it, and media stand where the first run has them; of a
+    merged model the run is that of its adapter.
 
     Raises UserError for runs that disagree on boxes, or whose settings cannot be read.
     """
     from qwenvl_ft.data.geometry import reading_of
-    from qwenvl_ft.folders.runs import processor_folder, run_folder_of
+    from qwenvl_ft.folders.runs import READING, processor_folder, run_folder_of
 
     if not folders:
         return Reading(boxes=boxes)
-    paths = [run_folder_of(adapter) / "config.yaml" for _, adapter in folders if adapter]
+    paths = [run_folder_of(adapter) / "config.yaml" if adapter else folder / READING for folder, adapter in folders]
     runs = {path: read_yaml(path)[0] for path in paths if path.is_file()}
     said: dict[BoxUnit | None, Path] = {}
     for path, settings in runs.items():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from qwenvl_ft.config import Config
-from qwenvl_ft.data.families import Family
+from qwenvl_ft.data.families import Family, family_of
 from qwenvl_ft.errors import Problem
 from qwenvl_ft.folders.model import read_config
 from qwenvl_ft.values import Quantization
@@ -44,6 +44,6 @@ def quantization_problems(config: Config) -> Iterator[Problem]:
     if "quantization_config" in base:
         fix = "give the same model in its full precision, or set quantization: none"
         yield Problem(where, f"{config.model} is quantized already", fix)
-    if base.get("text_config", base).get("num_experts"):
+    if family_of(config.model).experts:
         what = "the experts of a mixture are no linear layers, and would stay in 16 bits: nearly all there is"
         yield Problem(where, what, "set quantization: none")

@@ -57,7 +57,7 @@ def find_layers(config: Config) -> list[str]:
     here = {name: is_linear for name, is_linear in everywhere.items() if re.fullmatch(inside, name)}
     linear = [name for name, is_linear in here.items() if is_linear]
     if wanted == "all-linear":
-        return linear
+        return linear  # every tower has some
     known = ", ".join(dict.fromkeys(map(_short, linear)))
     found, problems = dict[str, None](), list[Problem]()
     for one in [wanted] if isinstance(wanted, str) else wanted:
@@ -77,6 +77,9 @@ def find_layers(config: Config) -> list[str]:
                 )
             problems.append(Problem(f"lora_targets: {one}", f"names no layer of {' and '.join(on)}", fix))
         found |= dict.fromkeys(chosen)
+    if not problems and (idle := [tower for tower in on if not any(re.fullmatch(INSIDE[tower], name) for name in found)]):
+        what, fix = f"names no layer of {' and '.join(idle)}", f"take {' and '.join(idle)} out of lora_on, or choose among {known}"
+        problems.append(Problem("lora_targets", what, fix))
     if problems:
         raise UserError(*problems)
     return list(found)

@@ -85,11 +85,12 @@ def relaxed(answer: str, wanted: str) -> bool:
 
 
 def _number(text: str) -> float | None:
-    """The number that Python reads in the whole text."""
+    """The number that Python reads in the whole text; nan and inf are texts."""
     try:
-        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+        number = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def edits(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -170,7 +171,8 @@ def fields(text: str) -> Counter[tuple[str, str]] | None:
     """(path, value) of each leaf of a JSON object or list, fenced or not, with how often it is there; None for other texts. The
     items of a list have its path.
 
-    Source: `JSONParseEvaluator` of Donut (Kim et al. 2022), which compares values as texts.
+    Source: `JSONParseEvaluator` of Donut (Kim et al. 2022), which compares values as texts. It leaves out what is empty; here
+    that nothing is there is an answer, too.
     """
     try:
         value = json.loads(match[1] if (match := FENCE.fullmatch(text)) else text)
@@ -326,8 +328,8 @@ def mean_of(function: Callable[[str, str], float]) -> Callable[[Sequence[Predict
 
 
 def _errors(split: Callable[[str], Sequence[Any]]) -> Metric:
-    """Edits over the length of what is wanted, both summed over all questions; it may pass 1. Source: jiwer, whose texts are
-    stripped and have one space between words, and are otherwise compared as they are."""
+    """Edits over the length of what is wanted, both summed over all questions; it may pass 1. Source: jiwer, but that any white
+    space between words is one space here, at their ends none."""
 
     def errors(of: Prediction) -> tuple[float, float]:
         answer, wanted = (split(" ".join(text.split())) for text in texts(of))

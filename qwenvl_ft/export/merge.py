@@ -25,7 +25,7 @@ from typing import IO, Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from qwenvl_ft.config import load_config
+from qwenvl_ft.config import load_config, read_yaml
 from qwenvl_ft.data.chat import open_chat
 from qwenvl_ft.data.families import Family, family_of
 from qwenvl_ft.data.geometry import VIDEO_PROCESSORS, read_limits, read_video_limits, reading_of, video_settings
@@ -46,6 +46,7 @@ from qwenvl_ft.folders.adapter import (
     Place,
     Stored,
     as_float32,
+    dtype_of,
     module_of,
     quantization_of,
     read_header,
@@ -62,7 +63,7 @@ from qwenvl_ft.folders.model import (
     weight_files,
 )
 from qwenvl_ft.folders.problems import check_adapter
-from qwenvl_ft.folders.runs import PROCESSORS, holds_processor, run_folder_of
+from qwenvl_ft.folders.runs import PROCESSORS, READING, holds_processor, run_folder_of
 from qwenvl_ft.folders.whole import write_json, write_whole
 from qwenvl_ft.infer.decoding import GENERATION_CONFIG, read_decoding
 from qwenvl_ft.infer.engine import check_folders
@@ -107,7 +108,8 @@ def export(
         raise UserError(*problems)
     decoding = read_decoding(base, check_folders(base, [adapter]).tokenizer)
     run = run_folder_of(adapter)
-    deltas = Deltas(adapter, config, quantization, family_of(base))
+    dtype = dtype_of(adapter)
+    deltas = Deltas(adapter, config, quantization, family_of(base), dtype)
     records = _sample(run, verify)
     proofs: list[dict[str, Any]] = []
 
@@ -116,7 +118,7 @@ def export(
         _copy_settings(folder, run, base)
         write_json(folder / GENERATION_CONFIG, decoding.file())
         if records:
-            proofs.extend(prove(folder, base, adapter, records, quantization))
+            proofs.extend(prove(folder, base, adapter, records, quantization, dtype))
         write_card(adapter, base, folder, proofs)
         return digests
 
@@ -126,7 +128,11 @@ def export(
 
 def _copy_settings(folder: Path, run: Path, base: Path) -> None:
     """Config, tokenizer, processor and the like as the base has them, so that whatever reads the base reads this, too; in the
-    processor the limits that training used, and a template that asks as was taught."""
+    processor the limits that training used, and a template that asks as was taught. Beside them what of the run's settings says
+    how it is asked."""
+    settings = read_yaml(run / "config.yaml")[0] if (run / "config.yaml").is_file() else {}
+    if how := {key: of for key in ("boxes", "media_position") if (of := settings.get(key)) not in (None, "as_written")}:
+        write_json(folder / READING, how)
     for name in COPIED:
         if (base / name).is_file():
             shutil.copy(base / name, folder / name)
@@ -180,8 +186,8 @@ class Deltas:
     """
 
     def __init__(self, adapter: Path, base_config: dict[str, Any], quantization: Quantization = "none",
-                 family: Family | None = None):  # fmt: skip
-        self.where, self.quantization, self.family = adapter / ADAPTER_WEIGHTS, quantization, family
+                 family: Family | None = None, dtype: str = "auto"):  # fmt: skip
+        self.where, self.quantization, self.family, self.dtype = adapter / ADAPTER_WEIGHTS, quantization, family, dtype
         settings = read_model_json(adapter / ADAPTER_CONFIG)
         more = [key for key in NOT_PLAIN if settings.get(key)]
         more += [
@@ -273,7 +279,8 @@ class Deltas:
         from qwenvl_ft.model.load import dtype_here
         from qwenvl_ft.model.quantized import rounded
 
-        return rounded(tensor.read(), self.quantization, getattr(torch, dtype_here()))
+        dtype = dtype_here() if self.dtype == "auto" else self.dtype
+        return rounded(tensor.read(), self.quantization, getattr(torch, dtype))
 
     def in_place_of(self, key: str, shape: list[int]) -> Floats | None:
         """The tensor that takes the place of a checkpoint's; None if it stays."""

@@ -17,10 +17,12 @@ LIMIT = {"F32": 1e-3, "F16": 0.02, "BF16": 0.1}  # of the largest logit: what ro
 
 
 def prove(
-    merged: Path, base: Path, adapter: Path, records: Sequence[tuple[str, Any]], quantization: Quantization = "none"
-) -> list[dict[str, Any]]:
+    merged: Path, base: Path, adapter: Path, records: Sequence[tuple[str, Any]], quantization: Quantization = "none",
+    dtype: str = "auto",
+) -> list[dict[str, Any]]:  # fmt: skip
     """For each conversation `where`, `difference` (largest of a logit) and `largest` (logit) between merged and base + adapter; the
-    base quantized as in training, and then `unrounded`, too, the difference of base + adapter without that.
+    base quantized as in training, in the `dtype` that it had there, and then `unrounded`, too, the difference of base + adapter
+    without that.
 
     Raises UserError if a weight or a logit differs by more than rounding to the stored dtype can explain.
     """
@@ -28,13 +30,14 @@ def prove(
     def logits(engine: Engine) -> list[Any]:
         return [engine.model(**engine.inputs([talk])).logits.detach().float().cpu() for _, talk in records]
 
-    unrounded = logits(Engine.open(base, adapter)) if quantization != "none" else None
-    adapted = Engine.open(base, adapter, quantization=quantization)
-    dtype = prove_weights(merged, base, adapted.model)
+    unrounded = logits(Engine.open(base, adapter, dtype=dtype)) if quantization != "none" else None
+    adapted = Engine.open(base, adapter, quantization=quantization, dtype=dtype)
+    stored = prove_weights(merged, base, adapted.model)
+    limit = max(LIMIT[stored], LIMIT["BF16"] if dtype == "bfloat16" else 0.0)
     wanted = logits(adapted)
     del adapted  # one model in memory at a time
     proofs, problems = [], []
-    for number, ((where, _), left, right) in enumerate(zip(records, wanted, logits(Engine.open(merged)), strict=True)):
+    for number, ((where, _), left, right) in enumerate(zip(records, wanted, logits(Engine.open(merged, dtype=dtype)), strict=True)):
         if left.shape != right.shape:
             what = f"reads {right.shape[1]} tokens where base and adapter read {left.shape[1]}"
             problems.append(Problem(f"the merged model on {where}", what, REPORT))
@@ -43,7 +46,7 @@ def prove(
         proofs.append({"where": where, "difference": difference, "largest": largest})
         if unrounded:
             proofs[-1]["unrounded"] = (left - unrounded[number]).abs().max().item()
-        if not difference <= LIMIT[dtype] * largest:
+        if not difference <= limit * largest:
             what = f"differs from base and adapter by {difference:.3g} (largest logit {largest:.3g})"
             problems.append(Problem(f"the merged model on {where}", what, REPORT))
     if problems:

@@ -25,7 +25,7 @@ OLD_KEYS = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes; source: vllm/config/lora.py, MaxLoRARanks
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy knows no bfloat16: its bits
 BASE = "base_model.json"  # in an adapter's folder: the fingerprint of the base that it was trained on
-QUANTIZATION = "quantization"  # in that file: how it was held then, if not as it is
+QUANTIZATION, DTYPE = "quantization", "dtype"  # in that file: how it was held then, if not as it is, and from which dtype
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights; the others, as PiSSA, change the base
 # Settings of PEFT that vLLM refuses, or does not look at.
 BEYOND_VLLM = ("use_dora", "modules_to_save", "lora_bias", "rank_pattern", "alpha_pattern", "target_parameters")
@@ -170,13 +170,19 @@ def quantization_of(adapter: Path) -> Quantization:
     return cast(Quantization, recorded.get(QUANTIZATION, "none"))
 
 
+def dtype_of(adapter: Path) -> str:
+    """The dtype that a quantized base was read in while this adapter trained; auto for one that was not quantized."""
+    said = run_folder_of(adapter) / BASE
+    return str(read_model_json(said).get(DTYPE, "auto")) if said.is_file() else "auto"
+
+
 def base_problems(adapter: Path, model_dir: Path) -> list[Problem]:
     """A problem if the adapter says that it was trained on another base, or says it in a way that proves nothing."""
     said = run_folder_of(adapter) / BASE
     if not said.is_file():
         return []
     recorded = read_model_json(said)
-    recorded.pop(QUANTIZATION, None)  # the base's files are the same
+    recorded = {key: of for key, of in recorded.items() if key not in (QUANTIZATION, DTYPE)}  # the base's files are the same
     if "sha256" not in recorded:
         what = "names the base by samples of its weights, as older versions did, and a sample proves nothing"
         return [Problem(str(said), what, f"if {model_dir} is the base that it was trained on, delete this file")]

@@ -54,6 +54,9 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(NAME.search(path.name)[1]))  # type: ignore[index]
 
 
+READING = "reading.json"  # in a merged folder: the settings of its run by which it is asked as it was taught
+
+
 def run_folder_of(adapter: Path) -> Path:
     """Where an adapter's processor and settings are: in its folder, or for a checkpoint in that of its run."""
     of_run = NAME.search(adapter.name) and not holds_processor(adapter) and holds_processor(adapter.parent)

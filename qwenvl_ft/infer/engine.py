@@ -80,11 +80,11 @@ class Engine:
     def open(
         cls, model_dir: Path | str, adapter: Path | str | None = None, min_pixels: int | None = None,
         max_pixels: int | None = None, thinking: Thinking | None = None, video_max_pixels: int | None = None,
-        reading: Reading | None = None, quantization: Quantization = "none",
+        reading: Reading | None = None, quantization: Quantization = "none", dtype: str = "auto",
     ) -> "Engine":  # fmt: skip
         """Loads model and adapter, onto the GPU if there is one, onto several where one is too small. Pictures and videos are seen
         within the limits of the adapter's own processor, which are training's, else of the model's, and prompts end as training's
-        did; what is given of ChatSettings replaces that. `quantization` holds the model's layers as training with that setting
+        did; what is given of ChatSettings replaces that. `quantization` and `dtype` hold the model as training with these settings
         does. Raises UserError for what is wrong with either folder.
         """
         model_dir, adapter = Path(model_dir), Path(adapter) if adapter else None
@@ -99,7 +99,7 @@ class Engine:
         processor = limited(open_processor(model_dir, adapter), chat)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         quantized = quantization != "none"  # whose scales do not move any more
-        model = load_base(model_dir, "auto", device=device if quantized else None, quantization=quantization)
+        model = load_base(model_dir, dtype, device=device if quantized else None, quantization=quantization)
         # In place of what the folder's file made of it, so that nothing else of that file has a say.
         model.generation_config = GenerationConfig(**read_decoding(model_dir, chat.tokenizer).settings())
         if adapter:

@@ -33,7 +33,9 @@ class FusedLora(Linear):
         """(..., I) -> (..., O)."""
         base, name = self.base_layer, self.active_adapters[0]
         if not self.is_plain(name):
-            # Here, since an engine around the model may have switched it off.
+            # Here, since an engine around the model may have switched it off. Of meta are a forecast's shapes, which know none.
+            if x.is_meta:
+                return super().forward(x.float()).to(x.dtype)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
                 return super().forward(x)
         a, b, dropped = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_dropout[name](x)
@@ -174,6 +176,8 @@ def multiply_in_dtype_of_input(module: nn.Module) -> None:
     plain = module.forward
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.is_meta:
+            return plain(hidden.float()).to(hidden.dtype)  # type: ignore[no-any-return]
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=hidden.dtype == torch.bfloat16):
             return plain(hidden)  # type: ignore[no-any-return]
 

@@ -17,10 +17,11 @@ from qwenvl_ft.console import print_line, print_problems
 from qwenvl_ft.data.prepare import Prepared, schedule
 from qwenvl_ft.errors import Problem
 from qwenvl_ft.evaluate.card import write_card
-from qwenvl_ft.folders.adapter import BASE, QUANTIZATION, base_fingerprint
+from qwenvl_ft.folders.adapter import BASE, DTYPE, QUANTIZATION, base_fingerprint
 from qwenvl_ft.folders.model import ADAPTER_WEIGHTS
 from qwenvl_ft.folders.objects import address_of, as_written
 from qwenvl_ft.folders.whole import INCOMING, MANIFEST, write_json, write_lines, write_whole
+from qwenvl_ft.model.load import dtype_here
 from qwenvl_ft.train.best import Best
 from qwenvl_ft.train.curves import draw_losses, mean_loss
 
@@ -38,7 +39,8 @@ def write_settings(config: Config, prepared: Prepared, processor: Any) -> None:
     (out / ".config.yaml").replace(out / "config.yaml")
     write_json(out / "plan.json", prepared.summary(config))
     write_lines(out / "packed.jsonl", map(json.dumps, prepared.plan.rows))
-    held = {QUANTIZATION: config.quantization} if config.quantization != "none" else {}
+    dtype = dtype_here() if config.dtype == "auto" else config.dtype
+    held = {QUANTIZATION: config.quantization, DTYPE: dtype} if config.quantization != "none" else {}
     write_json(out / BASE, base_fingerprint(config.model) | held)
 
     def write(folder: Path) -> None:

@@ -15,6 +15,7 @@ from qwenvl_ft.data.packing import Schedule
 from qwenvl_ft.data.prepare import Prepared
 from qwenvl_ft.data.reading import Reading
 from qwenvl_ft.data.targets import find_layers
+from qwenvl_ft.folders.adapter import quantization_of
 from qwenvl_ft.folders.runs import checkpoints, set_aside
 from qwenvl_ft.folders.whole import writing
 from qwenvl_ft.model.attention import attention_of
@@ -124,4 +125,5 @@ def report_start(run: Run, sizes: tuple[int, int]) -> None:
     if resume:
         print_line(f"going on from {resume}")
     if weights:
-        print_line(f"a new run, which begins with the weights of {weights}")
+        beside = f", which trained beside layers in {held}" if (held := quantization_of(weights)) != config.quantization else ""
+        print_line(f"a new run, which begins with the weights of {weights}{beside}")

@@ -32,6 +32,7 @@ from qwenvl_ft.train.setup import adapted
 META = torch.device("meta")
 UNIT = 512  # bytes, of which a GPU's allocator gives whole ones
 ATEN = torch.ops.aten
+EYES = (ATEN.eye.default, ATEN.eye.m)
 INDEXING = (ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default)
 # The parts that memory is counted by.
 WEIGHTS, TRAINED, ACTIVATIONS, TOWER, LOGITS, BACKWARD = (
@@ -82,7 +83,8 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args, kwargs = tree_map_only(torch.Tensor, lambda of: of if of.is_meta else of.to(META), (args, kwargs))
             made = func(*args, **kwargs)
         else:
-            here = {"device": torch.device("cpu")} if "device" in kwargs else {}
+            # DoRA's, as large as a layer is wide, is a shape from the first.
+            here = {"device": torch.device("cpu")} if "device" in kwargs and func not in EYES else {}
             made = func(*args, **(kwargs | here))
             made = tree_map_only(torch.Tensor, lambda of: of.to(META) if of.is_floating_point() else of, made)
         for tensor in tree_leaves(made):

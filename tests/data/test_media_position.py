@@ -139,6 +139,12 @@ def test_ask_has_the_media_where_the_run_had_them(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as done:
             main(["ask", str(TINY), "--adapter", str(run), "--image", str(CHARTS[0]), "How many?"])
         assert not done.value.code and asked[-1][0] is first and len(asked[-1]) == 2
+    merged = tmp_path / "merged"  # as export leaves it of the first
+    merged.mkdir()
+    (merged / "reading.json").write_text('{"media_position": "last"}')
+    with pytest.raises(SystemExit):
+        main(["ask", str(merged), "--image", str(CHARTS[0]), "How many?"])
+    assert asked[-1][0] is str
 
 
 def test_what_runs_say_of_boxes_is_checked_and_they_must_agree(tmp_path):

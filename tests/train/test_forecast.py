@@ -45,7 +45,7 @@ def settings_of(shapes, tmp_path):
 
     def settings_of(name, **settings):
         shapes.config_of(name, toy=True).save_pretrained(tmp_path / name)
-        return config(tmp_path, model=tmp_path / name, lora_on=["language", "vision"], **settings)
+        return config(tmp_path, model=tmp_path / name, **{"lora_on": ["language", "vision"]} | settings)
 
     return settings_of
 
@@ -125,6 +125,15 @@ def test_what_is_chosen_fits_and_where_nothing_does_that_is_said(shapes, setting
             assert then.fits and then.tokens <= chosen["row_tokens"] == asked[-1] < 1024 and chosen["row_tokens"] % 256 == 0
         else:
             assert then is None, "weights and CUDA itself take that"
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_on": {"language": {}, "merger": {"full": True}}}])
+def test_what_peft_runs_itself_is_simulated_in_float32(more, shapes, settings_of):
+    """Its autocast knows no shapes, and DoRA's square matrices of ones were made for real."""
+    plain, settings = settings_of("Qwen2-VL-7B", dtype="auto"), settings_of("Qwen2-VL-7B", dtype="auto", **more)
+    rows = rows_of(shapes, settings, 256)
+    least, found = (Forecaster(of, CARDS["H100"]).of_rows(rows, True) for of in (plain, settings))
+    assert found.gib != least.gib and found.parts[TRAINED] > 0
 
 
 def test_quantized_weights_take_what_their_bits_do(shapes, settings_of):
@@ -219,4 +228,4 @@ def test_a_model_that_cannot_be_simulated_is_said_in_a_line_and_the_plan_stands(
     monkeypatch.setattr(forecast, "shape_of", fails)
     said, noted = planned("--gpu", "24")
     assert "in all" not in said and "an epoch" in said
-    assert noted == f"no forecast of memory: {TINY} cannot be simulated (nonzero: of what?)\n"
+    assert noted == f"no forecast of memory: {TINY} with these settings cannot be simulated (nonzero: of what?)\n"

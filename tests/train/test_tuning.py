@@ -132,6 +132,7 @@ def test_layers_are_chosen_by_name_or_by_a_regular_expression_in_the_towers_that
 @pytest.mark.parametrize(("settings", "said"), [
     ({"lora_targets": ["q_proj", "qproj"]}, r"lora_targets: qproj: names no layer of language\n  fix: choose among .*self_attn.q_proj"),
     ({"lora_targets": ["attn.qkv"]}, "names no layer of language\n  fix: add vision to lora_on, or choose among"),
+    ({"lora_targets": ["q_proj"], "lora_on": ["language", "merger", "vision"]}, "lora_targets: names no layer of merger and vision\n"),
     ({"lora_targets": ["norm"]}, "model.language_model.norm is no linear layer"),
     ({"lora_targets": ["embed_tokens"]}, "embed_tokens is no linear layer"),
     ({"lora_targets": ["patch_embed.proj"], "lora_on": ["vision"]}, "patch_embed.proj is no linear layer"),
