@@ -34,7 +34,7 @@ TRIES = 7
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 ANSWER_WITHIN_S = 300
 SENT_AS_THEY_ARE = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}
-NEEDS = "pip install 'qwenvl-ft[compare]'"
+NEEDS = "pip install '.[compare]' in the checkout"
 TOO_MANY = 429
 # Of an account, not of a question. Source: DashScope's list of error codes; HTTP's 401 to 404 but for 403's content filters.
 STOPS = {401, 402, 403, 404}

@@ -77,7 +77,7 @@ class Objects:
                 Problem(SECRET.split(address)[0], "is an address with a query or a password, which files would keep", fix)
             )
         if (extra := EXTRAS.get(self.scheme)) and not find_spec(extra):
-            raise UserError(Problem(self.address, f"{extra} is not installed", f'pip install "qwenvl-ft[{self.scheme}]"'))
+            raise UserError(Problem(self.address, f"{extra} is not installed", f"pip install '.[{self.scheme}]' in the checkout"))
         if self.scheme == "oss" and not os.environ.get("OSS_ENDPOINT"):
             fix = "set OSS_ENDPOINT to that of the bucket's region, such as https://oss-cn-hangzhou.aliyuncs.com"
             raise UserError(Problem(self.address, "nothing says which server has it", fix))

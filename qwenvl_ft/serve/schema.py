@@ -59,7 +59,7 @@ class Grammars:
         try:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError:
-            fix = "install it beside the server: pip install 'qwenvl-ft[schema]'"
+            fix = "install it beside the server: pip install '.[schema]' in the checkout"
             raise ApiError(400, "unsupported_parameter", f"response_format needs the package llguidance; {fix}") from None
         with self.reading:
             tokens = self._tokens
