@@ -85,12 +85,11 @@ def relaxed(answer: str, wanted: str) -> bool:
 
 
 def _number(text: str) -> float | None:
-    """The number that Python reads in the whole text; nan and inf are texts."""
+    """The number that Python reads in the whole text."""
     try:
-        number = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
 
 
 def edits(one: Sequence[Any], other: Sequence[Any]) -> int:

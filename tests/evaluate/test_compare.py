@@ -190,7 +190,7 @@ def test_what_is_not_clear_about_a_service_is_said(monkeypatch):
         assert "sk-typed" not in str(error.value)
     monkeypatch.setenv("DASHSCOPE_API_KEY", "k")
     monkeypatch.setitem(sys.modules, "dashscope", None)
-    with pytest.raises(UserError, match=r"qwenvl-ft\[compare\]"):
+    with pytest.raises(UserError, match=r"pip install '.\[compare\]'"):
         open_hosted("dashscope:m")
 
 

@@ -106,6 +106,6 @@ def test_text_is_no_schema():
 
 def test_where_the_package_is_not_installed_the_answer_says_which(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ApiError, match=r"needs the package llguidance; .*qwenvl-ft\[schema\]") as refused:
+    with pytest.raises(ApiError, match=r"needs the package llguidance; .*pip install '.\[schema\]'") as refused:
         Grammars(None, [], 0).grammar({"type": "object"})
     assert refused.value.status == 400
