@@ -165,15 +165,18 @@ def base_fingerprint(model_dir: Path) -> dict[str, Any]:
 
 def quantization_of(adapter: Path) -> Quantization:
     """How the base was quantized while this adapter trained, as its run has written down."""
-    said = run_folder_of(adapter) / BASE
-    recorded = read_model_json(said) if said.is_file() else {}
-    return cast(Quantization, recorded.get(QUANTIZATION, "none"))
+    return cast(Quantization, _recorded(adapter).get(QUANTIZATION, "none"))
 
 
 def dtype_of(adapter: Path) -> str:
     """The dtype that a quantized base was read in while this adapter trained; auto for one that was not quantized."""
+    return str(_recorded(adapter).get(DTYPE, "auto"))
+
+
+def _recorded(adapter: Path) -> dict[str, Any]:
+    """What the run of an adapter has written down of its base; nothing, where it has not."""
     said = run_folder_of(adapter) / BASE
-    return str(read_model_json(said).get(DTYPE, "auto")) if said.is_file() else "auto"
+    return read_model_json(said) if said.is_file() else {}
 
 
 def base_problems(adapter: Path, model_dir: Path) -> list[Problem]:
@@ -181,8 +184,7 @@ def base_problems(adapter: Path, model_dir: Path) -> list[Problem]:
     said = run_folder_of(adapter) / BASE
     if not said.is_file():
         return []
-    recorded = read_model_json(said)
-    recorded = {key: of for key, of in recorded.items() if key not in (QUANTIZATION, DTYPE)}  # the base's files are the same
+    recorded = {key: of for key, of in _recorded(adapter).items() if key not in (QUANTIZATION, DTYPE)}  # the files are the same
     if "sha256" not in recorded:
         what = "names the base by samples of its weights, as older versions did, and a sample proves nothing"
         return [Problem(str(said), what, f"if {model_dir} is the base that it was trained on, delete this file")]

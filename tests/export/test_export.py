@@ -73,6 +73,15 @@ def test_the_merged_folder_has_the_bases_keys_and_dtypes_and_ties(merged):
     assert all(base[key].dtype == ours[key].dtype for key in base)
 
 
+def test_a_merged_folder_says_how_its_run_was_taught_to_be_asked(trained, merged, tmp_path):
+    assert not (merged / "reading.json").exists()
+    run = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace("media_position: as_written", "media_position: last"))
+    export(run, tmp_path / "out", None, 0, lambda done, total: None)
+    assert json.loads((tmp_path / "out" / "reading.json").read_text()) == {"media_position": "last"}
+
+
 def test_the_resolution_of_training_goes_with_adapter_and_merged_model(trained, merged, question):
     """A model served at another resolution than it was trained at answers worse, and nothing says why."""
     grids = {Engine.open(*where).inputs([question])["image_grid_thw"].prod().item() for where in ((TINY, trained), (merged,))}

@@ -31,10 +31,14 @@ GENERATION = "/api/v1/services/aigc/multimodal-generation/generation"
 PRIVATE = "SECRET-5cf1"
 
 
+# What is free goes back to the system at once, so what is held is what is in use, whichever threads came in whichever order.
+GIVEN_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
+
+
 @pytest.fixture(scope="module")
 def served():
     running = Running("--api-key-env", "QWENVL_KEY", "--max-megapixels", "4", "--max-prompt-tokens", "2000", "--timeout", "20",
-                      "--max-answer-tokens", "64")  # fmt: skip
+                      "--max-answer-tokens", "64", env=GIVEN_BACK)  # fmt: skip
     with running:
         yield running
 
@@ -105,9 +109,7 @@ def test_hostile_requests_are_refused_and_leave_nothing_behind(served, secret, t
         for body in bodies.values():
             send(served, CHAT, body)
         held.append(served.megabytes)
-    assert min(after - before for before, after in pairwise(held)) < 10, (
-        "what is left behind comes with each round, unlike what an allocator keeps"
-    )
+    assert max(after - before for before, after in pairwise(held)) < 10, held
     assert callers == []
     assert send(served, CHAT, question_body()).status_code == 200
     assert "qwenvl_requests_now 0" in httpx.get(served.url + "/metrics", headers={"Authorization": KEY}).text
