@@ -21,7 +21,7 @@ from qwenvl_ft.model.waits import on_cpu
 
 VARLEN = "flash_varlen"  # for a name that holds "flash" transformers builds no mask and passes the segments' bounds
 HALF = (torch.float16, torch.bfloat16)
-TOGETHER = 128  # queries below which segments of a length attend in one call: to copy them together is less than a call takes
+TOGETHER = 32  # queries below which segments of a length attend in one call: there a call takes longer than to copy them together
 
 
 def use_varlen(model: Any) -> None:
